@@ -1,0 +1,40 @@
+"""fedspine_edge: fine-tune, prune and deploy language models on fleets of NVIDIA Jetsons.
+
+`import fedspine_edge` is light: the names below load their part of the package, and its optional
+dependencies, when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedspine_edge.deploy.compile import compile_engine as compile_engine
+    from fedspine_edge.deploy.session import Session as Session
+    from fedspine_edge.device.agent import FleetDevice as FleetDevice
+    from fedspine_edge.model.checkpoint import load_model as load_model
+    from fedspine_edge.server.coordinator import FleetServer as FleetServer
+    from fedspine_edge.tuner import EdgeTuner as EdgeTuner
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "EdgeTuner": "fedspine_edge.tuner",
+    "FleetDevice": "fedspine_edge.device.agent",
+    "FleetServer": "fedspine_edge.server.coordinator",
+    "Session": "fedspine_edge.deploy.session",
+    "compile_engine": "fedspine_edge.deploy.compile",
+    "load_model": "fedspine_edge.model.checkpoint",
+}
+__all__ = ["EdgeTuner", "FleetDevice", "FleetServer", "Session", "__version__", "compile_engine", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fedspine_edge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,254 @@
+"""Settings of a fleet and of a device as msgspec structs that read from TOML.
+
+Units are in the names. Every field carries its description, from which docs/configuration.md is checked. Unknown
+keys, wrong types and impossible values are a `ConfigError` that names the key; nothing is mutated after loading.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, field
+
+from fedspine_edge.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def _doc(text: str, **limits: Any) -> Meta:
+    return Meta(description=text, **limits)
+
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section."""
+
+
+class BrokerSettings(_Section, frozen=True, kw_only=True):
+    """How to reach the MQTT 5 broker."""
+
+    host: Annotated[str, _doc("Host name or address of the broker.")] = "127.0.0.1"
+    port: Annotated[int, _doc("TCP port; 8883 is usual with TLS.", ge=1, le=65535)] = 1883
+    username: Annotated[str, _doc("User name; empty for none.")] = ""
+    password_file: Annotated[str, _doc("File whose first line is the password; empty for none.")] = ""
+    ca_file: Annotated[str, _doc("PEM file of the authority that signed the broker's certificate; turns TLS on.")] = ""
+    cert_file: Annotated[str, _doc("PEM file of this client's certificate (mutual TLS).")] = ""
+    key_file: Annotated[str, _doc("PEM file of this client's private key.")] = ""
+    keepalive_s: Annotated[int, _doc("Seconds of silence after which the broker sends the last will × 1.5.", ge=5)] = 30
+
+
+class BanditSettings(_Section, frozen=True, kw_only=True):
+    """S-UCB; see docs/algorithms.md, "S-UCB"."""
+
+    discount: Annotated[float, _doc("λ: weight of a reward one round older.", gt=0, lt=1)] = 0.95
+    exploration: Annotated[float, _doc("s: width of the confidence bound.", ge=0)] = 0.2
+    min_side: Annotated[float, _doc("δ: a leaf is cut only while its longest normalised side exceeds this.", gt=0)] = (
+        0.25
+    )
+    max_step: Annotated[float, _doc("Largest rise of a device's pruning ratio in one round.", gt=0, le=1)] = 0.25
+    prior: Annotated[Literal["none", "class"], _doc("`class` lets a new device start from its class's tree.")] = "class"
+
+
+class RewardSettings(_Section, frozen=True, kw_only=True):
+    """Weights of the reward terms; they must sum to 1. See docs/algorithms.md, "Reward"."""
+
+    loss: Annotated[float, _doc("Weight of the relative fall of the held-out loss.", ge=0, le=1)] = 0.3
+    time: Annotated[float, _doc("Weight of closeness to the mean completion time.", ge=0, le=1)] = 0.5
+    lora: Annotated[float, _doc("Weight of the adapter's importance I(B_total).", ge=0, le=1)] = 0.2
+    prune: Annotated[float, _doc("Weight of progress toward the pruning target.", ge=0, le=1)] = 0.0
+    mode: Annotated[Literal["sum", "product"], _doc("`product` is the paper's shape, bounded.")] = "sum"
+
+    def __post_init__(self) -> None:
+        total = self.loss + self.time + self.lora + self.prune
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"reward weights sum to {total:g}; they must sum to 1")
+
+
+class AggregationSettings(_Section, frozen=True, kw_only=True):
+    """How adapters are combined. See docs/algorithms.md, "Aggregation"."""
+
+    rule: Annotated[
+        Literal["reconstruct", "zero_pad", "stack", "svd", "trimmed_mean", "median"],
+        _doc(
+            "`reconstruct` averages B·A exactly for mixed ranks and layouts; the others are baselines or robust rules."
+        ),
+    ] = "reconstruct"
+    weight_by_importance: Annotated[bool, _doc("Multiply num_examples by I(B_total) in the device weights.")] = False
+    clip_norm: Annotated[
+        float, _doc("Scale a device's update down to this multiple of the median norm; 0 = off.", ge=0)
+    ] = 0.0
+
+
+class GateSettings(_Section, frozen=True, kw_only=True):
+    """What the server accepts."""
+
+    max_norm: Annotated[float, _doc("Largest L2 norm of B·A per module; above it an update is refused.", gt=0)] = 1e3
+    keep_rejected: Annotated[
+        int, _doc("How many refused updates are kept in run_dir/rejected for inspection.", ge=0)
+    ] = 50
+
+
+class TrainingSettings(_Section, frozen=True, kw_only=True):
+    """Local optimisation, the same on every device."""
+
+    tau: Annotated[int, _doc("Local iterations before pruning, all scored (the paper's τ).", ge=1)] = 20
+    recovery_steps: Annotated[int, _doc("Local iterations after pruning.", ge=0)] = 20
+    learning_rate: Annotated[float, _doc("Peak learning rate of AdamW.", gt=0)] = 1e-3
+    batch_size: Annotated[int, _doc("Examples per step.", ge=1)] = 8
+    max_length_tokens: Annotated[int, _doc("Longest text in tokens; longer ones are cut.", ge=4)] = 128
+    warmup_share: Annotated[float, _doc("Share of a round's steps with rising learning rate.", ge=0, le=1)] = 0.1
+    max_grad_norm: Annotated[float, _doc("Gradient clipping by global norm.", gt=0)] = 1.0
+    weight_decay: Annotated[float, _doc("AdamW weight decay on adapters and head.", ge=0)] = 0.0
+    lora_alpha_per_r: Annotated[float, _doc("scaling = lora_alpha / r, held constant over ranks.", gt=0)] = 2.0
+
+
+class FleetConfig(_Section, frozen=True, kw_only=True):
+    """Settings of `fedspine-edge server`."""
+
+    fleet: Annotated[Name, _doc("Name of the fleet; part of every topic.")] = "fleet"
+    run_dir: Annotated[str, _doc("Folder of the journal, the blobs and the final adapter.")] = "runs/fleet"
+    num_rounds: Annotated[int, _doc("Server rounds; the last two only tune.", ge=3)] = 10
+    pruning_ratio: Annotated[float, _doc("P: share of prunable parameters to remove by the end.", ge=0, lt=1)] = 0.5
+    target: Annotated[
+        Literal["equal", "mean"], _doc("`mean` lets final ratios differ by device (±0.15) around pruning_ratio.")
+    ] = "equal"
+    ranks: Annotated[tuple[int, ...], _doc("LoRA ranks the bandit may choose, each 1..256.")] = (4, 8, 16, 32)
+    strategy: Annotated[
+        str,
+        _doc(
+            "fedspine, fedlora, hetlora, fedapt, prune_then_tune, tune_then_prune, or 'module:attribute' of your own."
+        ),
+    ] = "fedspine"
+    layout: Annotated[
+        Literal["consensus", "local"], _doc("`consensus`: one order for the fleet; `local`: every device ranks alone.")
+    ] = "consensus"
+    criterion: Annotated[Literal["lora", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
+    round_to: Annotated[int, _doc("Kept channel counts are multiples of this.", ge=1)] = 8
+    min_devices: Annotated[int, _doc("Devices that must be online before round 1 starts.", ge=1)] = 1
+    join_timeout_s: Annotated[float, _doc("How long to wait for min_devices.", gt=0)] = 600.0
+    deadline_s: Annotated[float, _doc("Wall-clock limit of one round; all other timeouts derive from it.", gt=0)] = (
+        600.0
+    )
+    min_reports: Annotated[int, _doc("Reports without which a round is repeated instead of aggregated.", ge=1)] = 1
+    max_failed_rounds: Annotated[int, _doc("Consecutive failed rounds after which the run stops.", ge=1)] = 3
+    base_sha256: Annotated[str, _doc("Pin the base model's digest; empty = the first device's.")] = ""
+    seed: Annotated[int, _doc("Seed of adapters, bandit and data order.", ge=0)] = 0
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    bandit: BanditSettings = field(default_factory=BanditSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+
+    def __post_init__(self) -> None:
+        if not self.ranks or any(not 1 <= r <= 256 for r in self.ranks) or sorted(set(self.ranks)) != list(self.ranks):
+            raise ValueError(f"ranks is {list(self.ranks)}; it must be ascending, unique and each within 1..256")
+
+
+class DataSettings(_Section, frozen=True, kw_only=True):
+    """A device's private data. It never leaves the device."""
+
+    path: Annotated[str, _doc("CSV, JSON lines (.jsonl) or Parquet file, or 'module:function' that returns examples.")]
+    text: Annotated[str, _doc("Column of the text.")] = "text"
+    text_pair: Annotated[str, _doc("Column of the second text; empty for single texts.")] = ""
+    label: Annotated[str, _doc("Column of the integer label.")] = "label"
+    num_labels: Annotated[int, _doc("Number of classes; labels are 0..num_labels-1.", ge=2)] = 2
+    holdout: Annotated[
+        int, _doc("Examples kept out of training to measure loss before and after each round.", ge=1)
+    ] = 64
+
+
+class DeviceConfig(_Section, frozen=True, kw_only=True):
+    """Settings of `fedspine-edge device`."""
+
+    device_id: Annotated[Name, _doc("Unique in the fleet; part of the device's topics.")]
+    model: Annotated[str, _doc("Folder (or hub id) of the base model, the same on every device.")]
+    data: DataSettings
+    fleet: Annotated[Name, _doc("Name of the fleet to join.")] = "fleet"
+    state_dir: Annotated[str, _doc("Folder where the device keeps its state across power loss.")] = "runs/device"
+    device_class: Annotated[str, _doc("Hardware class, for warm starts and reports.")] = "unknown"
+    torch_threads: Annotated[int, _doc("CPU threads for torch; 0 leaves torch's default.", ge=0)] = 0
+    torch_device: Annotated[
+        Literal["auto", "cpu", "cuda"], _doc("Where to train; `auto` takes CUDA if a kernel runs.")
+    ] = "auto"
+    memory_limit_mib: Annotated[int, _doc("Memory to train in, reported to the server; 0 = not stated.", ge=0)] = 0
+    time_kind: Annotated[
+        Literal["measured", "modelled", "simulated"],
+        _doc(
+            "measured: wall clock. modelled: process CPU time × time_factor + modelled transfer. simulated: cost model."
+        ),
+    ] = "measured"
+    time_factor: Annotated[float, _doc("Slowness of the emulated class (modelled and simulated time only).", gt=0)] = (
+        1.0
+    )
+    up_mbit_s: Annotated[float, _doc("Modelled uplink (modelled and simulated time only).", gt=0)] = 20.0
+    down_mbit_s: Annotated[float, _doc("Modelled downlink (modelled and simulated time only).", gt=0)] = 50.0
+    upload_dtype: Annotated[Literal["float32", "float16"], _doc("Precision of the adapter on its way up.")] = "float16"
+    clip_update_norm: Annotated[float, _doc("Clip the update's L2 norm before upload; 0 = off.", ge=0)] = 0.0
+    noise_std: Annotated[float, _doc("Gaussian noise per element, as a multiple of the clip norm; 0 = off.", ge=0)] = (
+        0.0
+    )
+    reconnect_timeout_s: Annotated[float, _doc("Give up after so long without a broker.", gt=0)] = 3600.0
+    seed: Annotated[int, _doc("Seed of the local data order.", ge=0)] = 0
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+
+    def __post_init__(self) -> None:
+        if self.noise_std > 0 and self.clip_update_norm == 0:
+            raise ValueError("noise_std needs clip_update_norm > 0, since noise is scaled by the clip norm")
+
+
+def load(path: str | Path, kind: type[T]) -> T:
+    """Read a TOML file into `kind` (`FleetConfig` or `DeviceConfig`).
+
+    Raises `ConfigError` naming the file, the key and the allowed values.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config file {path} does not exist.", remedy="examples/fleet.toml and examples/device.toml are complete."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}.") from error
+    return convert(data, kind, where=str(path))
+
+
+def convert(data: dict[str, Any], kind: type[T], *, where: str = "settings") -> T:
+    """Check plain data against `kind`. Raises `ConfigError` as `load` does."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}.", remedy=_suggest(str(error), data, kind)) from None
+
+
+def _suggest(message: str, data: dict[str, Any], kind: type[msgspec.Struct]) -> str:
+    unknown = re.search(r"unknown field `([^`]+)`", message)
+    if not unknown:
+        return "docs/configuration.md lists every key with its type, limits and default."
+    names = sorted({name for section in _sections(kind) for name in section.__struct_fields__})
+    close = difflib.get_close_matches(unknown.group(1), names, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(names)}."
+
+
+def _sections(kind: type[msgspec.Struct]) -> list[type[msgspec.Struct]]:
+    found = [kind]
+    for hint in get_type_hints(kind, include_extras=False).values():
+        hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            found += _sections(hint)
+    return found

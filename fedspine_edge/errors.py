@@ -1,0 +1,124 @@
+"""Every error this package raises on purpose, as one tree.
+
+    FedspineError
+    ├── ConfigError            a setting, flag or argument is wrong
+    ├── MissingDependency      an optional package is absent; names the extra that brings it
+    ├── DataError              the user's data cannot be used
+    ├── ModelError
+    │   ├── UnknownArchitecture    no entry in model/architecture.py
+    │   ├── LayoutError            kept indices that do not fit the model
+    │   └── CheckpointError        missing, truncated, tampered or mismatched files
+    ├── KernelError            a native op refused its input or failed to launch
+    ├── WireError
+    │   ├── MessageError           bytes that are not a valid message
+    │   └── BlobError              a blob whose size or hash is wrong
+    ├── TransportError
+    │   └── BrokerUnreachable
+    ├── UpdateRejected         the server's gate refused a device's update
+    └── DeployError
+        ├── ExportMismatch         the exported model disagrees with torch
+        ├── EngineBuildError       TensorRT could not build
+        └── EngineIncompatible     a plan made for another version, chip or model
+
+Each says what happened and where in its message, and what to do in `remedy`. The command line prints
+both and exits with code 2; nothing that existed before the call has been overwritten.
+"""
+
+from __future__ import annotations
+
+
+class FedspineError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+        message: What happened and where, one sentence.
+        remedy: What the user can do about it, one sentence; may be empty.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.remedy}" if self.remedy else self.message
+
+
+class ConfigError(FedspineError):
+    """A setting, flag or argument is wrong."""
+
+
+class MissingDependency(FedspineError):
+    """An optional package is needed and absent."""
+
+    @classmethod
+    def of(cls, package: str, *, extra: str, purpose: str) -> MissingDependency:
+        """The error for `package`, which `pip install fedspine-edge[extra]` brings."""
+        return cls(
+            f"{purpose} needs the package {package!r}, which is not installed.",
+            remedy=f"Install it with: pip install 'fedspine-edge[{extra}]'",
+        )
+
+
+class DataError(FedspineError):
+    """The user's data cannot be used: missing file, missing column, label out of range, empty."""
+
+
+class ModelError(FedspineError):
+    """The model cannot be used."""
+
+
+class UnknownArchitecture(ModelError):
+    """The model's family has no entry in the architecture table."""
+
+
+class LayoutError(ModelError):
+    """Kept indices that do not fit the model."""
+
+
+class CheckpointError(ModelError):
+    """Missing, truncated, tampered or mismatched model files."""
+
+
+class KernelError(FedspineError):
+    """A native op refused its input or failed to launch."""
+
+
+class WireError(FedspineError):
+    """Something that came over the wire is unusable."""
+
+
+class MessageError(WireError):
+    """Bytes that are not a valid message of the expected kind."""
+
+
+class BlobError(WireError):
+    """A blob whose size or hash is not what was announced."""
+
+
+class TransportError(FedspineError):
+    """The connection to the broker failed."""
+
+
+class BrokerUnreachable(TransportError):
+    """No broker answers at the configured address."""
+
+
+class UpdateRejected(FedspineError):
+    """The server's gate refused a device's update; the message is the reason."""
+
+
+class DeployError(FedspineError):
+    """Export, engine build or runtime failed."""
+
+
+class ExportMismatch(DeployError):
+    """The exported model disagrees with torch beyond tolerance."""
+
+
+class EngineBuildError(DeployError):
+    """TensorRT could not build an engine."""
+
+
+class EngineIncompatible(DeployError):
+    """A serialized plan made for another TensorRT version, chip or model."""

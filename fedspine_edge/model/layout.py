@@ -1,0 +1,261 @@
+"""Which heads and channels of a model are still there: the one truth that ties a compact model to the full one.
+
+Everything is in original coordinates: a kept index always names a head or channel of the unpruned model,
+however often the model was pruned in between. numpy only, so the server can use it without torch.
+
+A *head* here is an attention group: one KV head together with the `n_rep` query heads that read it (in plain
+multi-head attention, one head). A *channel* is one intermediate unit of the FFN. Source: docs/algorithms.md,
+"Groups".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.errors import ConfigError, LayoutError
+from fedspine_edge.wire.messages import ModelSpec
+
+Indices = npt.NDArray[np.int64]
+Part = Literal["q", "k", "v", "o", "up", "gate", "down"]
+
+ATTENTION_PARTS: tuple[Part, ...] = ("q", "k", "v", "o")
+ROW_PARTS: frozenset[str] = frozenset({"q", "k", "v", "up", "gate"})
+"""Parts whose output rows belong to groups; the others (o, down) lose input columns."""
+
+
+def parts(spec: ModelSpec) -> tuple[Part, ...]:
+    """The prunable linears of one layer, in canonical order."""
+    return (*ATTENTION_PARTS, "up", "gate", "down") if spec.gated_ffn else (*ATTENTION_PARTS, "up", "down")
+
+
+def module_names(spec: ModelSpec) -> list[str]:
+    """Canonical names `layers.{i}.{part}` of every prunable linear."""
+    return [f"layers.{i}.{part}" for i in range(spec.num_layers) for part in parts(spec)]
+
+
+def split_name(name: str) -> tuple[int, Part]:
+    """`layers.3.q` → (3, "q"). Raises `LayoutError` for anything else."""
+    pieces = name.split(".")
+    known = pieces[2:3] and pieces[2] in (*ATTENTION_PARTS, "up", "gate", "down")
+    if len(pieces) != 3 or pieces[0] != "layers" or not pieces[1].isdecimal() or not known:
+        raise LayoutError(f"{name!r} is not a canonical module name such as 'layers.0.q'.")
+    return int(pieces[1]), pieces[2]  # type: ignore[return-value]
+
+
+def full_shape(spec: ModelSpec, part: Part) -> tuple[int, int]:
+    """(out_features, in_features) of an unpruned linear."""
+    query = spec.num_heads * spec.head_dim
+    key = spec.num_kv_heads * spec.head_dim
+    return {
+        "q": (query, spec.hidden_size),
+        "k": (key, spec.hidden_size),
+        "v": (key, spec.hidden_size),
+        "o": (spec.hidden_size, query),
+        "up": (spec.intermediate_size, spec.hidden_size),
+        "gate": (spec.intermediate_size, spec.hidden_size),
+        "down": (spec.hidden_size, spec.intermediate_size),
+    }[part]
+
+
+def head_parameters(spec: ModelSpec) -> int:
+    """Parameters that one attention group owns: its rows of q, k, v (with biases) and its columns of o."""
+    rows = (spec.num_heads // spec.num_kv_heads + 2) * spec.head_dim
+    columns = (spec.num_heads // spec.num_kv_heads) * spec.head_dim
+    return rows * (spec.hidden_size + int(spec.attention_bias)) + columns * spec.hidden_size
+
+
+def channel_parameters(spec: ModelSpec) -> int:
+    """Parameters that one FFN channel owns: its row of up (and gate) with biases and its column of down."""
+    rows = 2 if spec.gated_ffn else 1
+    return rows * (spec.hidden_size + int(spec.ffn_bias)) + spec.hidden_size
+
+
+def prunable_parameters(spec: ModelSpec) -> int:
+    """Parameters in heads and channels of the unpruned model; `pruning_ratio` is a share of these."""
+    per_layer = spec.num_kv_heads * head_parameters(spec) + spec.intermediate_size * channel_parameters(spec)
+    return spec.num_layers * per_layer
+
+
+def target_counts(
+    spec: ModelSpec, pruning_ratio: float, *, round_to: int = 8, at_most: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(heads, channels) that each layer keeps at `pruning_ratio` with `scope="layer"`.
+
+    Heads are rounded to the nearest whole head, channels (a multiple of `round_to`) take up the rest, so the
+    share of prunable parameters removed meets the ratio within one group. `at_most` are the counts a model
+    already has: what is gone stays gone, even where the rounding of heads would give a few channels back.
+    """
+    check_ratio(pruning_ratio)
+    if round_to < 1:
+        raise ConfigError(f"round_to is {round_to}; it must be at least 1.")
+    per_head, per_channel = head_parameters(spec), channel_parameters(spec)
+    channels_full = spec.intermediate_size
+    to_remove = pruning_ratio * (spec.num_kv_heads * per_head + channels_full * per_channel)
+    heads = max(1, spec.num_kv_heads - int(pruning_ratio * spec.num_kv_heads + 0.5))
+    channels = channels_full - (to_remove - (spec.num_kv_heads - heads) * per_head) / per_channel
+    if pruning_ratio > 0:
+        channels = int(channels / round_to + 0.5) * round_to
+    channels = int(min(channels_full, max(min(round_to, channels_full), channels)))
+    if at_most is not None:
+        heads, channels = min(heads, at_most[0]), min(channels, at_most[1])
+    return heads, channels
+
+
+def check_ratio(pruning_ratio: float) -> None:
+    """Raises `ConfigError` unless 0 ≤ pruning_ratio < 1."""
+    if not 0.0 <= pruning_ratio < 1.0:
+        raise ConfigError(
+            f"pruning_ratio is {pruning_ratio}; it must be at least 0 and below 1.",
+            remedy="It is the share of prunable parameters to remove; 0.5 removes half.",
+        )
+
+
+@dataclass(frozen=True)
+class Order:
+    """Heads and channels of every layer from most to least important; a prefix of it is a layout."""
+
+    heads: tuple[Indices, ...]
+    channels: tuple[Indices, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The heads and channels that each layer keeps, sorted int64 in original coordinates."""
+
+    spec: ModelSpec
+    heads: tuple[Indices, ...]
+    channels: tuple[Indices, ...]
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        for kind, kept, limit in (
+            ("heads", self.heads, spec.num_kv_heads),
+            ("channels", self.channels, spec.intermediate_size),
+        ):
+            if len(kept) != spec.num_layers:
+                raise LayoutError(f"layout has {kind} for {len(kept)} layers, the model has {spec.num_layers}.")
+            for layer, index in enumerate(kept):
+                if index.ndim != 1 or index.size == 0 or index.dtype != np.int64:
+                    raise LayoutError(f"layer {layer} {kind}: need a non-empty int64 vector, got {index!r}.")
+                if index[0] < 0 or index[-1] >= limit or (np.diff(index) <= 0).any():
+                    raise LayoutError(f"layer {layer} {kind}: must be sorted, unique and within 0..{limit - 1}.")
+
+    @classmethod
+    def full(cls, spec: ModelSpec) -> Layout:
+        """Nothing pruned."""
+        heads, channels = np.arange(spec.num_kv_heads), np.arange(spec.intermediate_size)
+        return cls(spec, (heads,) * spec.num_layers, (channels,) * spec.num_layers)
+
+    @classmethod
+    def prefix(cls, spec: ModelSpec, order: Order, counts: Sequence[tuple[int, int]]) -> Layout:
+        """The first (heads, channels) of `order` in each layer."""
+        if not len(order.heads) == len(order.channels) == len(counts) == spec.num_layers:
+            raise LayoutError(f"order and counts must cover {spec.num_layers} layers.")
+        return cls(
+            spec,
+            tuple(np.sort(index[:n]) for index, (n, _) in zip(order.heads, counts)),
+            tuple(np.sort(index[:n]) for index, (_, n) in zip(order.channels, counts)),
+        )
+
+    @property
+    def counts(self) -> list[tuple[int, int]]:
+        """(heads, channels) kept in each layer."""
+        return [(h.size, c.size) for h, c in zip(self.heads, self.channels)]
+
+    @property
+    def removed_parameters(self) -> int:
+        """Parameters of the unpruned model that are gone, biases included."""
+        kept = sum(h * head_parameters(self.spec) + c * channel_parameters(self.spec) for h, c in self.counts)
+        return prunable_parameters(self.spec) - kept
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of prunable parameters removed."""
+        return self.removed_parameters / prunable_parameters(self.spec)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all parameters absent."""
+        return self.removed_parameters / self.spec.num_parameters
+
+    def rows(self, name: str) -> Indices:
+        """Kept rows (outputs) of a linear in the original weight."""
+        layer, part = split_name(name)
+        if part in ("up", "gate"):
+            return self.channels[layer]
+        if part in ("o", "down"):
+            return np.arange(self.spec.hidden_size)
+        return self._head_elements(layer, part)
+
+    def cols(self, name: str) -> Indices:
+        """Kept columns (inputs) of a linear in the original weight."""
+        layer, part = split_name(name)
+        if part == "down":
+            return self.channels[layer]
+        return self._head_elements(layer, part) if part == "o" else np.arange(self.spec.hidden_size)
+
+    def group_of(self, name: str, *, by_position: bool = False) -> npt.NDArray[np.int32]:
+        """For each kept row (q, k, v, up, gate) or column (o, down): its group.
+
+        The group is the original head or channel, or with `by_position` its position among the kept ones.
+        """
+        layer, part = split_name(name)
+        if part in ("up", "gate", "down"):
+            kept, repeat = self.channels[layer], 1
+        else:
+            kept, repeat = self.heads[layer], self._group_width(part)
+        group = np.arange(kept.size) if by_position else kept
+        return np.repeat(group, repeat).astype(np.int32)
+
+    def is_within(self, other: Layout) -> bool:
+        """Whether everything kept here is kept in `other` too."""
+        pairs = [*zip(self.heads, other.heads), *zip(self.channels, other.channels)]
+        return all(np.isin(mine, theirs, assume_unique=True).all() for mine, theirs in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, for JSON."""
+        return {"heads": [h.tolist() for h in self.heads], "channels": [c.tolist() for c in self.channels]}
+
+    @classmethod
+    def from_dict(cls, spec: ModelSpec, data: dict[str, Any]) -> Layout:
+        """Inverse of `to_dict`. Raises `LayoutError` when it does not fit `spec`."""
+        try:
+            heads = tuple(np.array(h, dtype=np.int64) for h in data["heads"])
+            channels = tuple(np.array(c, dtype=np.int64) for c in data["channels"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LayoutError(f"not a layout: {error!r}; needs lists 'heads' and 'channels'.") from error
+        return cls(spec, heads, channels)
+
+    def _group_width(self, part: str) -> int:
+        n_rep = self.spec.num_heads // self.spec.num_kv_heads if part in ("q", "o") else 1
+        return n_rep * self.spec.head_dim
+
+    def _head_elements(self, layer: int, part: str) -> Indices:
+        width = self._group_width(part)
+        return (self.heads[layer][:, None] * width + np.arange(width)).reshape(-1)
+
+
+def intersection(layouts: Sequence[Layout]) -> Layout:
+    """What all of `layouts` keep."""
+
+    def common(per_device: Sequence[Sequence[Indices]]) -> tuple[Indices, ...]:
+        kept = list(per_device[0])
+        for other in per_device[1:]:
+            kept = [np.intersect1d(a, b, assume_unique=True) for a, b in zip(kept, other)]
+        return tuple(kept)
+
+    return Layout(layouts[0].spec, common([x.heads for x in layouts]), common([x.channels for x in layouts]))
+
+
+def keep_positions(kept: Indices, wanted: Indices) -> Indices:
+    """Positions within `kept` of the elements of `wanted`. Raises `LayoutError` if one was already removed."""
+    positions = np.searchsorted(kept, wanted)
+    missing = (positions >= kept.size) | (kept[np.minimum(positions, kept.size - 1)] != wanted)
+    if missing.any():
+        raise LayoutError(f"{int(missing.sum())} wanted indices were removed earlier, first {wanted[missing][0]}.")
+    return positions.astype(np.int64)

@@ -1,0 +1,166 @@
+"""What server and devices say to each other: msgspec structs with a schema version, no torch, no MQTT.
+
+Messages are idempotent. A plan is desired state (retained), a report answers exactly one plan, an ack
+answers a report. Tensors never travel inside a message: a `BlobRef` names a content-addressed blob.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA = 1
+CHUNK_BYTES = 96 * 1024
+"""Small enough for the default limits of Mosquitto, EMQX, AWS IoT and the embedded broker."""
+
+MAX_BLOB_BYTES = 2 * 1024**3
+"""Sanity cap checked before anything is allocated for an announced blob."""
+
+DeviceId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all messages; `schema` is checked by the codec."""
+
+    schema: int = SCHEMA
+
+
+class BlobRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The name of a content-addressed blob: its hash, its size and how it is cut into chunks."""
+
+    sha256: Sha256
+    size_bytes: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
+    chunk_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = CHUNK_BYTES
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.size_bytes // self.chunk_bytes)
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The numbers that define a model's prunable groups; enough for the server to plan without torch.
+
+    Canonical linear names are `layers.{i}.{part}` with parts q, k, v, o, up, down and, for gated FFNs, gate.
+    """
+
+    family: str
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    intermediate_size: Positive
+    gated_ffn: bool
+    attention_bias: bool
+    ffn_bias: bool
+    num_parameters: Positive
+    """All parameters of the unpruned model, task head included, adapters excluded."""
+    base_sha256: Sha256
+    """Digest of the frozen base weights; devices with another base cannot join."""
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """Device → server, retained, with an `offline` twin as last will."""
+
+    device_id: DeviceId
+    state: Literal["online", "offline"]
+    model: ModelSpec | None = None
+    device_class: str = "unknown"
+    num_examples: Count = 0
+    num_labels: Count = 0
+    memory_bytes: Count = 0
+    """Memory the device is willing to train in; 0 means not stated."""
+    pruning_ratio: Ratio = 0.0
+    """What the device has already removed (a device that comes back, or a late joiner)."""
+    version: str = ""
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Optimisation settings that come with the plan, the same for every device of the fleet."""
+
+    learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-3
+    batch_size: Positive = 8
+    max_length_tokens: Positive = 48
+    warmup_share: Ratio = 0.1
+    """Share of a round's steps over which the learning rate rises linearly, since moments start at zero."""
+    max_grad_norm: Annotated[float, Meta(gt=0.0)] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
+    first_step: Count = 0
+    """Steps taken before this round, for the cosine over `total_steps`."""
+    total_steps: Positive = 1
+
+
+class Plan(Message, frozen=True, kw_only=True):
+    """Server → device, retained: what the device is to do now."""
+
+    run_id: str
+    action: Literal["round", "wait", "finished"]
+    device_id: DeviceId
+    server_round: Count = 0
+    num_rounds: Positive = 1
+    pruning_ratio: Ratio = 0.0
+    r: Annotated[int, Meta(ge=1, le=256)] = 8
+    scaling: Annotated[float, Meta(gt=0.0)] = 2.0
+    """lora_alpha / r, held constant over ranks so that truncation alone changes the adapter."""
+    tau: Count = 20
+    """Local iterations before pruning, every one of them scored."""
+    recovery_steps: Count = 20
+    layout: Literal["consensus", "local"] = "consensus"
+    criterion: Literal["lora", "magnitude", "random"] = "lora"
+    importance_metric: Literal["abs", "square", "signed"] = "abs"
+    scope: Literal["layer", "global"] = "layer"
+    round_to: Positive = 8
+    deadline_s: Annotated[float, Meta(gt=0.0)] = 600.0
+    seed: Count = 0
+    adapter: BlobRef | None = None
+    """The fleet-wide round blob: global adapter at the largest rank, task head, consensus order."""
+    training: Training = Training()
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """Device → server: the outcome of one plan. Numbers only; nothing of the data itself."""
+
+    run_id: str
+    device_id: DeviceId
+    server_round: Positive
+    plan_sha256: Sha256
+    status: Literal["ok", "out_of_memory", "failed"]
+    reason: str = ""
+    update: BlobRef | None = None
+    num_examples: Count = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    """Mean loss on the same held-out examples before the first and after the last step."""
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    train_loss: float | None = None
+    lora_importance: float | None = None
+    """I(B_total): EMA of the size-normalised sum of |B * gB| over modules."""
+    pruning_ratio: Ratio = 0.0
+    r: Annotated[int, Meta(ge=0, le=256)] = 0
+    completion_time_s: Annotated[float, Meta(ge=0.0)] = 0.0
+    time_kind: Literal["measured", "modelled", "simulated"] = "measured"
+    """measured = wall clock; modelled = process CPU time × class factor + modelled transfer; simulated = cost model."""
+    steps: Count = 0
+    skipped_steps: Count = 0
+    peak_memory_bytes: Count = 0
+    bytes_down: Count = 0
+    bytes_up: Count = 0
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """Server → device: what became of a report."""
+
+    run_id: str
+    device_id: DeviceId
+    server_round: Positive
+    status: Literal["incomplete", "accepted", "refused", "late"]
+    missing: tuple[int, ...] = ()
+    """Chunk indices of the update still to be sent, at most 64 at a time (status `incomplete`)."""
+    reason: str = ""
