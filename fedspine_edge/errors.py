@@ -7,7 +7,8 @@
     ├── ModelError
     │   ├── UnknownArchitecture    no entry in model/architecture.py
     │   ├── LayoutError            kept indices that do not fit the model
-    │   └── CheckpointError        missing, truncated, tampered or mismatched files
+    │   ├── CheckpointError        missing, truncated, tampered or mismatched files
+    │   └── OutOfMemory            a training step does not fit, one example at a time
     ├── KernelError            a native op refused its input or failed to launch
     ├── WireError
     │   ├── MessageError           bytes that are not a valid message
@@ -78,6 +79,10 @@ class LayoutError(ModelError):
 
 class CheckpointError(ModelError):
     """Missing, truncated, tampered or mismatched model files."""
+
+
+class OutOfMemory(ModelError):
+    """A training step does not fit into memory, even one example at a time."""
 
 
 class KernelError(FedspineError):
