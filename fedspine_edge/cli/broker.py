@@ -1,0 +1,19 @@
+"""`fedspine-edge broker`."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = "fedspine-edge broker --port 1883"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: loopback only")
+    parser.add_argument("--port", type=int, default=1883, help="TCP port; default 1883")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.transport.broker import run_broker
+
+    run_broker(arguments.host, arguments.port)
+    return 0

@@ -1,0 +1,22 @@
+"""`fedspine-edge device`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "fedspine-edge device --config examples/device.toml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="device settings (TOML)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.config import DeviceConfig, load
+    from fedspine_edge.device.agent import FleetDevice
+    from fedspine_edge.transport.mqtt import MqttTransport
+
+    config = load(arguments.config, DeviceConfig)
+    transport = MqttTransport(config.broker, client_id=f"fedspine-{config.fleet}-{config.device_id}")
+    return FleetDevice(config, transport).run()

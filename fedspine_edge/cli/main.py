@@ -1,0 +1,90 @@
+"""The command line: thin, every command in its own module, loaded when it is used.
+
+Exit codes: 0 success, 1 the work was done and the answer is no (doctor found something missing, verify
+disagreed), 2 a usage or input error with a remedy, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fedspine_edge import __version__
+from fedspine_edge.errors import FedspineError
+
+_COMMANDS = {
+    "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
+    "server": "coordinate a fleet over MQTT",
+    "device": "take part in a fleet as one device",
+    "broker": "run the embedded MQTT broker",
+    "simulate": "run the same fleet in virtual time in one process, bit for bit repeatable",
+    "tune": "fine-tune and prune a model on this machine's data, without a fleet",
+    "export": "build the finished model folder from a fleet run and the base model",
+    "compile": "turn a model folder into a verified engine bundle",
+    "run": "classify texts with a compiled bundle",
+    "bench": "measure the latency of compiled bundles",
+    "report": "write the HTML report of a fleet run",
+    "doctor": "say what this machine has, what is missing and how to mend it",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise FedspineError(f"{self.prog}: {message}", remedy=f"See: {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with every command; each command's module adds its own arguments."""
+    top = _Parser(
+        prog="fedspine-edge",
+        description="Fine-tune, prune and deploy language models on fleets of NVIDIA Jetsons.",
+        epilog="Start with: fedspine-edge demo",
+    )
+    top.add_argument("--version", action="version", version=f"fedspine-edge {__version__}")
+    top.add_argument("-v", "--verbose", action="store_true", help="log more to standard error")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in _COMMANDS.items():
+        module = importlib.import_module(f"fedspine_edge.cli.{name}")
+        one = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(one)
+        one.set_defaults(handler=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        arguments = parser().parse_args(argv)
+        logging.basicConfig(
+            level=logging.DEBUG if arguments.verbose else logging.INFO,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        code = arguments.handler(arguments)
+    except FedspineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130
+    return int(code or 0)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print one JSON object to standard output, for `--json`."""
+    print(json.dumps(data, indent=2, sort_keys=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

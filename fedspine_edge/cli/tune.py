@@ -1,0 +1,48 @@
+"""`fedspine-edge tune`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "fedspine-edge tune --model path/to/base --data train.csv --pruning-ratio 0.5 --out model/"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder (or hub id) of the base model")
+    parser.add_argument("--data", required=True, help="CSV, JSON lines or Parquet file with text and label columns")
+    parser.add_argument("--test", default=None, help="file of the same form to measure accuracy on")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the tuned model to")
+    parser.add_argument(
+        "--pruning-ratio", type=float, default=0.0, help="share of prunable parameters to remove; default 0"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="training steps before and again after pruning; default 200"
+    )
+    parser.add_argument("--num-labels", type=int, default=2, help="number of classes; default 2")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA rank; default 8")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.cli.main import print_json
+    from fedspine_edge.model.layout import check_ratio
+    from fedspine_edge.tuner import EdgeTuner
+
+    check_ratio(arguments.pruning_ratio)
+    tuner = EdgeTuner.from_pretrained(
+        arguments.model, num_labels=arguments.num_labels, r=arguments.rank, seed=arguments.seed
+    )
+    tuner.fit(arguments.data, steps=arguments.steps)
+    if arguments.pruning_ratio > 0:
+        tuner.prune(arguments.pruning_ratio)
+        tuner.fit(arguments.data, steps=arguments.steps)
+    metrics = tuner.evaluate(arguments.test) if arguments.test else {}
+    tuner.save(arguments.out)
+    figures = {"model": str(arguments.out), "pruning_ratio": tuner.layout.pruning_ratio, **metrics}
+    if arguments.json:
+        print_json(figures)
+    else:
+        print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
+    return 0

