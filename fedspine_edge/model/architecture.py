@@ -1,0 +1,260 @@
+"""The model families, one declarative entry each; the only reader of transformers' module names.
+
+To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/model/tiny.py; every
+test of the room then runs on it. See docs/models.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from fedspine_edge.errors import ConfigError, ModelError, UnknownArchitecture
+from fedspine_edge.model.layout import Layout, Part, split_name
+from fedspine_edge.wire.messages import ModelSpec
+
+Task = Literal["classification", "causal_lm"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a family keeps the things that LoRA and pruning touch.
+
+    Paths are relative: `layers` to the backbone, `linears` and `attention` to one layer.
+    """
+
+    family: str
+    """transformers' `model_type`."""
+    backbone: str
+    """Attribute of the task model that holds the transformer itself."""
+    layers: str
+    linears: Mapping[Part, str]
+    attention: str
+    """The module whose forward reshapes into heads."""
+    head: Mapping[Task, tuple[str, ...]]
+    """Per supported task the modules of the task model that form its trainable head."""
+    lora_targets: tuple[str, ...]
+    """PEFT's `target_modules`: suffixes that match the linears and nothing else."""
+    kv_heads: str = "num_attention_heads"
+    """Config attribute with the number of KV heads."""
+    biases: bool | tuple[str, str] = True
+    """Whether (attention, FFN) linears have biases, or the two config attributes that say so."""
+    head_counts: tuple[str, ...] = ()
+    """Attributes of the attention module that hold its number of heads."""
+    head_widths: tuple[str, ...] = ()
+    """Attributes of the attention module that hold heads × head_dim."""
+    dropouts: tuple[str, ...] = ()
+    """Float attributes of the attention module that are dropout rates (`nn.Dropout` needs no mention)."""
+    pooler: str = ""
+    """Path in the backbone of a pooler that a checkpoint may lack; it then joins the head."""
+    last_token_pools: bool = False
+    """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
+    free_head_dim: bool = False
+    """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
+
+    @property
+    def gated_ffn(self) -> bool:
+        return "gate" in self.linears
+
+    def layer_path(self, layer: int) -> str:
+        return f"{self.backbone}.{self.layers}.{layer}"
+
+    def path(self, name: str) -> str:
+        """Canonical name `layers.3.q` → path of the linear in the task model."""
+        layer, part = split_name(name)
+        return f"{self.layer_path(layer)}.{self.linears[part]}"
+
+    def head_modules(self, task: Task) -> tuple[str, ...]:
+        """Head modules of `task`. Raises `ConfigError` for a task the family does not have."""
+        if task not in self.head:
+            raise ConfigError(
+                f"{self.family} models do not support task {task!r}.", remedy=f"Supported: {', '.join(self.head)}."
+            )
+        return self.head[task]
+
+    def has_biases(self, config: Any) -> tuple[bool, bool]:
+        """Whether attention and FFN linears carry biases."""
+        if isinstance(self.biases, bool):
+            return self.biases, self.biases
+        return bool(getattr(config, self.biases[0], False)), bool(getattr(config, self.biases[1], False))
+
+    def set_widths(self, module: nn.Module, layout: Layout) -> None:
+        """Write the kept head counts where the attention modules look for them."""
+        spec = layout.spec
+        n_rep = spec.num_heads // spec.num_kv_heads
+        for layer, (heads, _) in enumerate(layout.counts):
+            attention = module.get_submodule(f"{self.layer_path(layer)}.{self.attention}")
+            for attribute in self.head_counts:
+                setattr(attention, attribute, heads * n_rep)
+            for attribute in self.head_widths:
+                setattr(attention, attribute, heads * n_rep * spec.head_dim)
+
+    def disable_dropout(self, module: nn.Module) -> None:
+        """Set every dropout rate of the model to 0; docs/decisions/0020 says why."""
+        for child in module.modules():
+            if isinstance(child, nn.Dropout):
+                child.p = 0.0
+        for layer in range(len(module.get_submodule(f"{self.backbone}.{self.layers}"))):
+            attention = module.get_submodule(f"{self.layer_path(layer)}.{self.attention}")
+            for attribute in self.dropouts:
+                setattr(attention, attribute, 0.0)
+
+    def full_config(self, config: Any, spec: ModelSpec) -> Any:
+        """A copy of `config` with the unpruned widths of `spec`."""
+        return self._with_widths(config, spec, spec.num_kv_heads, spec.intermediate_size)
+
+    def standard_config(self, config: Any, layout: Layout) -> Any | None:
+        """A config with which transformers itself builds the compact model, or None if it cannot.
+
+        It can when all layers have equal widths and the family's config can state them: BERT derives
+        `head_dim` from the number of heads, and every config wants hidden_size divisible by that number.
+        """
+        spec = layout.spec
+        if len(set(layout.counts)) != 1:
+            return None
+        heads, channels = layout.counts[0]
+        if heads == spec.num_kv_heads:
+            return self._with_widths(config, spec, heads, channels)
+        query_heads = heads * (spec.num_heads // spec.num_kv_heads)
+        if not self.free_head_dim or spec.hidden_size % query_heads:
+            return None
+        return self._with_widths(config, spec, heads, channels)
+
+    def _with_widths(self, config: Any, spec: ModelSpec, heads: int, channels: int) -> Any:
+        changed = copy.deepcopy(config)
+        if self.free_head_dim:
+            changed.head_dim = spec.head_dim
+        changed.num_attention_heads = heads * (spec.num_heads // spec.num_kv_heads)
+        setattr(changed, self.kv_heads, heads)
+        changed.intermediate_size = channels
+        return changed
+
+
+_BERT_LINEARS: Mapping[Part, str] = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+_BERT_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+
+SUPPORTED: Mapping[str, Architecture] = {
+    entry.family: entry
+    for entry in (
+        Architecture(
+            family="bert",
+            backbone="bert",
+            layers="encoder.layer",
+            linears=_BERT_LINEARS,
+            attention="attention.self",
+            head={"classification": ("classifier",)},
+            lora_targets=_BERT_TARGETS,
+            head_counts=("num_attention_heads",),
+            head_widths=("all_head_size",),
+            pooler="pooler",
+        ),
+        Architecture(
+            family="roberta",
+            backbone="roberta",
+            layers="encoder.layer",
+            linears=_BERT_LINEARS,
+            attention="attention.self",
+            head={"classification": ("classifier",)},
+            lora_targets=_BERT_TARGETS,
+            head_counts=("num_attention_heads",),
+            head_widths=("all_head_size",),
+        ),
+        Architecture(
+            family="llama",
+            backbone="model",
+            layers="layers",
+            linears={
+                "q": "self_attn.q_proj",
+                "k": "self_attn.k_proj",
+                "v": "self_attn.v_proj",
+                "o": "self_attn.o_proj",
+                "up": "mlp.up_proj",
+                "gate": "mlp.gate_proj",
+                "down": "mlp.down_proj",
+            },
+            attention="self_attn",
+            head={"classification": ("score",), "causal_lm": ()},
+            lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
+            kv_heads="num_key_value_heads",
+            biases=("attention_bias", "mlp_bias"),
+            dropouts=("attention_dropout",),
+            last_token_pools=True,
+            free_head_dim=True,
+        ),
+    )
+}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The entry for a transformers config or a family name.
+
+    Raises `UnknownArchitecture`, which lists the supported families.
+    """
+    family = str(config if isinstance(config, str) else getattr(config, "model_type", None))
+    if family not in SUPPORTED:
+        raise UnknownArchitecture(
+            f"model type {family!r} is not supported.",
+            remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; docs/models.md says how to add one.",
+        )
+    return SUPPORTED[family]
+
+
+def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:
+    """The prunable shape of an *unpruned* task model without adapters.
+
+    Raises `UnknownArchitecture`, or `ModelError` where the modules are not what the table says.
+    """
+    config = module.config
+    architecture = architecture_of(config)
+    attention_bias, ffn_bias = architecture.has_biases(config)
+    num_heads = int(config.num_attention_heads)
+    spec = ModelSpec(
+        family=architecture.family,
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        num_heads=num_heads,
+        num_kv_heads=int(getattr(config, architecture.kv_heads)),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
+        intermediate_size=int(config.intermediate_size),
+        gated_ffn=architecture.gated_ffn,
+        attention_bias=attention_bias,
+        ffn_bias=ffn_bias,
+        num_parameters=sum(p.numel() for p in module.parameters()),
+        base_sha256=base_sha256,
+    )
+    check_shapes(module, Layout.full(spec))
+    return spec
+
+
+def check_shapes(module: nn.Module, layout: Layout) -> None:
+    """Raises `ModelError` unless every prunable linear has the shape and bias that `layout` implies."""
+    architecture = architecture_of(layout.spec.family)
+    biases = {part: i for i, group in enumerate((("q", "k", "v", "o"), ("up", "gate", "down"))) for part in group}
+    expected_bias = (layout.spec.attention_bias, layout.spec.ffn_bias)
+    for layer in range(layout.spec.num_layers):
+        for part in architecture.linears:
+            name = f"layers.{layer}.{part}"
+            path = architecture.path(name)
+            try:
+                linear = module.get_submodule(path)
+            except AttributeError:
+                raise ModelError(f"the {architecture.family} model has no module {path!r} for {name}.") from None
+            linear = getattr(linear, "base_layer", linear)
+            shape = (layout.rows(name).size, layout.cols(name).size)
+            if tuple(linear.weight.shape) != shape:
+                raise ModelError(f"{name} ({path}) has shape {tuple(linear.weight.shape)}, its layout says {shape}.")
+            if (linear.bias is not None) != expected_bias[biases[part]]:
+                raise ModelError(
+                    f"{name} ({path}): bias is {linear.bias is not None}, the family entry says otherwise."
+                )

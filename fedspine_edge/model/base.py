@@ -1,0 +1,341 @@
+"""Plain model folders: finding the weights, their digest, the tokenizer, and loading with a fresh task head.
+
+Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` that names the folder and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
+from fedspine_edge.model.architecture import Architecture, Task, architecture_of, model_spec
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.seeded import uniform
+
+MANIFEST = "layout.json"
+LOAD_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+"""What transformers and safetensors raise for files they cannot use."""
+
+
+def load_base(
+    path_or_id: str | Path,
+    *,
+    task: Task = "classification",
+    num_labels: int = 2,
+    labels: Sequence[str] | None = None,
+    gguf_file: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PrunableModel:
+    """Load an unpruned model.
+
+    Args:
+        path_or_id: Folder with config.json and safetensors, folder with one GGUF file, GGUF file, or hub id.
+        task: "classification" gets a head of `num_labels` classes; "causal_lm" keeps the model's own.
+        num_labels: Number of classes, at least 2.
+        labels: Their names, for the config; default LABEL_0, LABEL_1, ...
+        gguf_file: Which GGUF file of the folder, if there are several.
+        dtype: Of the weights in memory.
+        seed: Of a fresh head, which is then the same on every machine. A head of the right shape that the
+            checkpoint brings is kept.
+
+    Raises `CheckpointError` (missing, truncated, incomplete or non-finite files, or a folder that `save` wrote),
+    `UnknownArchitecture`, `ConfigError` (task or number of labels).
+    """
+    transformers = require_transformers()
+    folder, gguf_file = resolve(path_or_id, gguf_file)
+    if (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder} holds a model saved by this package, not a plain one.", remedy="Read it with load_model(folder)."
+        )
+    if task == "classification" and num_labels < 2:
+        raise ConfigError(f"num_labels is {num_labels}; classification needs at least 2.")
+    if labels is not None and len(labels) != num_labels:
+        raise ConfigError(f"{len(labels)} label names for num_labels = {num_labels}.")
+    config = _read_config(folder, gguf_file)
+    architecture = architecture_of(config)
+    head_modules = architecture.head_modules(task)
+    digest = base_digest(folder, gguf_file)
+    settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if task == "classification":
+        config.num_labels = num_labels
+        config.problem_type = "single_label_classification"
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+    kind = auto_class(transformers, task)
+    source = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    with quiet(transformers):
+        try:
+            module, info = kind.from_pretrained(folder, local_files_only=True, **settings, **source)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(
+                f"the weights in {folder} cannot be loaded: {_first_line(error)}.",
+                remedy="A truncated or damaged file is the usual cause; copy the folder again.",
+            ) from error
+    module = module.to(dtype).eval()
+    head = _prepare_head(module, architecture, head_modules, info, seed, folder)
+    check_finite(module, folder)
+    if task == "classification" and architecture.last_token_pools:
+        module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
+    module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
+    spec = model_spec(module, digest)
+    return PrunableModel(
+        module,
+        spec,
+        Layout.full(spec),
+        task=task,
+        num_labels=num_labels if task == "classification" else 0,
+        head_names=head,
+        folder=folder,
+        gguf_file=gguf_file,
+    )
+
+
+def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a model folder, with a padding token (the end token where the model has none).
+
+    Raises `CheckpointError` if there is none or it cannot be read.
+    """
+    transformers = require_transformers()
+    folder, gguf_file = resolve(path_or_id, gguf_file)
+    files = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    if gguf_file is None and not any((folder / name).exists() for name in files):
+        raise CheckpointError(
+            f"{folder} has no tokenizer.",
+            remedy="Copy tokenizer.json and tokenizer_config.json of the base model into it.",
+        )
+    with quiet(transformers):
+        try:
+            source = {"gguf_file": gguf_file} if gguf_file else {}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}.") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has neither a padding nor an end token.",
+                remedy='Set "pad_token" in its tokenizer_config.json.',
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def base_digest(folder: str | Path, gguf_file: str | None = None) -> str:
+    """SHA-256 that identifies the frozen base weights.
+
+    Of a single weight file it is that file's own hash, as `sha256sum` prints it; of shards, the hash of
+    `sha256sum`'s lines in order of their names. Raises `CheckpointError` if there are no weights.
+    """
+    files = weight_files(Path(folder), gguf_file)
+    if len(files) == 1:
+        return file_sha256(files[0])
+    lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
+    """The files that hold the weights, sorted. Raises `CheckpointError` if one is missing or it is a pickle."""
+    if gguf_file is not None:
+        return [folder / gguf_file]
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / str(name) for name in names)
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}.") from error
+        missing = [file.name for file in files if not file.exists()]
+        if missing or not files:
+            raise CheckpointError(f"{folder} lacks the weight shard {missing[0] if missing else '(none listed)'}.")
+        return files
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        raise CheckpointError(
+            f"{folder} holds pickled weights, which can run code when read.",
+            remedy="Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
+        )
+    raise CheckpointError(
+        f"{folder} has no model.safetensors.", remedy="Point to a complete Hugging Face model folder."
+    )
+
+
+def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path, str | None]:
+    """(local folder, GGUF file name or None). Downloads a hub id where the hub can be reached.
+
+    Raises `CheckpointError`.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is a file.", remedy="Pass the model's folder, or a .gguf file.")
+        path, gguf_file = path.parent, path.name
+    if not path.is_dir():
+        path = _download(str(path_or_id))
+    if gguf_file is not None and not (path / gguf_file).is_file():
+        raise CheckpointError(f"{path} has no file {gguf_file!r}.")
+    if gguf_file is None and not (path / "config.json").exists():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        if len(found) > 1:
+            raise CheckpointError(f"{path} holds several GGUF files: {', '.join(found)}.", remedy="Pass gguf_file.")
+        if not found:
+            raise CheckpointError(f"{path} has no config.json.", remedy="Point to a Hugging Face model folder.")
+        gguf_file = found[0]
+    return path, gguf_file
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"model folder {name} does not exist.", remedy="Check the path.")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client's errors share no base class
+        raise CheckpointError(
+            f"{name!r} is not a local folder, and the hub does not give it: {type(error).__name__}.",
+            remedy="Pass a local folder that holds the model, or go online and check the id.",
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, read in pieces. Raises `CheckpointError` if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def check_finite(module: nn.Module, where: Path) -> None:
+    """Raises `CheckpointError` naming the first parameter with NaN or infinity."""
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(f"{where}: weight {name!r} has non-finite values.", remedy="The file is damaged.")
+
+
+def auto_class(transformers: Any, task: Task) -> Any:
+    """transformers' factory for a task."""
+    names = {"classification": "AutoModelForSequenceClassification", "causal_lm": "AutoModelForCausalLM"}
+    return getattr(transformers, names[task])
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Silence progress bars and the report about fresh heads, which we create on purpose."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def require_transformers() -> Any:
+    """The package, or `MissingDependency` naming the extra."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependency.of("transformers", extra="device", purpose="Loading a model") from error
+    return transformers
+
+
+def _read_config(folder: Path, gguf_file: str | None) -> Any:
+    transformers = require_transformers()
+    if gguf_file is None:
+        try:
+            declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            architecture_of(str(declared.get("model_type")))
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}.") from error
+    else:
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise MissingDependency.of("gguf", extra="demo", purpose="Reading a GGUF file") from error
+    with quiet(transformers):
+        try:
+            source = {"gguf_file": gguf_file} if gguf_file else {}
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(f"the config in {folder} cannot be read: {_first_line(error)}.") from error
+
+
+def _prepare_head(
+    module: nn.Module,
+    architecture: Architecture,
+    head_modules: tuple[str, ...],
+    info: dict[str, Any],
+    seed: int,
+    folder: Path,
+) -> tuple[str, ...]:
+    """Initialise what the checkpoint lacks of the head; returns the names of the parameters to train."""
+    absent = {str(key) for key in info["missing_keys"]}
+    absent |= {key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"]}
+    prefixes = tuple(f"{name}." for name in head_modules)
+    pooler = f"{architecture.backbone}.{architecture.pooler}." if architecture.pooler else None
+    fresh = any(name.startswith(prefixes) for name in absent) if prefixes else False
+    if pooler is not None and any(name.startswith(pooler) for name in absent):
+        prefixes = (*prefixes, pooler)
+    stray = sorted(name for name in absent if not prefixes or not name.startswith(prefixes))
+    if stray:
+        raise CheckpointError(
+            f"the weights in {folder} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
+            f"first {stray[0]!r}.",
+            remedy="config.json and the weight files must belong together.",
+        )
+    names = tuple(n for n, _ in module.named_parameters() if prefixes and n.startswith(prefixes))
+    bound = float(module.config.initializer_range) * 3.0**0.5  # the uniform law with the usual normal's variance
+    with torch.no_grad():
+        for name in names:
+            if not fresh and name not in absent:
+                continue
+            parameter = module.get_parameter(name)
+            if parameter.ndim < 2:
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.from_numpy(uniform(seed, name, tuple(parameter.shape), bound)))
+    return names
+
+
+def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
+    """The token that fills short rows: the classifier reads the last token that is something else."""
+    pad: Any = config.pad_token_id
+    if gguf_file is None or pad is None:
+        try:
+            pad = load_tokenizer(folder, gguf_file=gguf_file).pad_token_id
+        except CheckpointError:
+            end = config.eos_token_id
+            pad = pad if pad is not None else end[0] if isinstance(end, list) else end
+    if pad is None or not 0 <= int(pad) < config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: padding token {pad} is not one of the model's {config.vocab_size} tokens.",
+            remedy="Set pad_token_id in config.json and pad_token in tokenizer_config.json to an existing token.",
+        )
+    return int(pad)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:300]

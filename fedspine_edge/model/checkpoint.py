@@ -1,0 +1,325 @@
+"""Saving and loading pruned models: a Hugging Face folder plus `layout.json`, everything hashed.
+
+    config.json                 transformers' config (compact widths where it can state them)
+    model.safetensors           the compact base and the head
+    adapter_config.json         PEFT's format; absent in a merged model
+    adapter_model.safetensors
+    layout.json                 `Manifest`: kept indices, the unpruned model's numbers, task, hashes
+    tokenizer files, README.md
+
+A folder is written beside its place and renamed, so a reader sees the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedspine_edge.errors import CheckpointError, LayoutError
+from fedspine_edge.model import peft_format
+from fedspine_edge.model.architecture import architecture_of
+from fedspine_edge.model.base import (
+    LOAD_FAILURES,
+    MANIFEST,
+    auto_class,
+    base_digest,
+    check_finite,
+    file_sha256,
+    load_base,
+    load_tokenizer,
+    quiet,
+    require_transformers,
+)
+from fedspine_edge.model.layout import Layout, module_names
+from fedspine_edge.model.lora import plain_linear
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.wire.messages import ModelSpec, Sha256
+
+__all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "save"]
+
+WEIGHTS = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Contents of layout.json."""
+
+    format: Literal["fedspine_edge"] = "fedspine_edge"
+    version: Literal[1] = 1
+    task: Literal["classification", "causal_lm"]
+    num_labels: int
+    labels: list[str]
+    spec: ModelSpec
+    heads: list[list[int]]
+    """Per layer the kept heads, in the unpruned model's numbering."""
+    channels: list[list[int]]
+    pruning_ratio: float
+    sparsity: float
+    r: int | None
+    """Rank of the adapter beside the weights; null if merged or never attached."""
+    scaling: float
+    head_names: list[str]
+    standard: bool
+    """Whether transformers' own from_pretrained can read the folder."""
+    sha256: dict[str, Sha256]
+
+
+def save(
+    model: PrunableModel, folder: str | Path, *, merged: bool = False, metrics: Mapping[str, float] | None = None
+) -> Path:
+    """Write `model` to `folder`, atomically.
+
+    Args:
+        merged: Fold the adapter into the weights instead of writing it beside them.
+        metrics: Measured numbers for the model card; nothing else is printed there.
+
+    Raises `CheckpointError` if `folder` holds something that is not a saved model of this package (it is left
+    alone), or if weights are not finite.
+    """
+    target = Path(folder).expanduser().absolute()
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists()):
+        raise CheckpointError(
+            f"{target} exists and is not a model saved by this package; nothing was written.",
+            remedy="Choose a new or empty folder.",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        _write(model, staging, merged, metrics or {})
+        _swap(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}.", remedy="Check space and permissions.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_model(folder: str | Path) -> PrunableModel:
+    """Read what `save` wrote, unequal widths included.
+
+    Raises `CheckpointError` if anything is missing, truncated, altered or does not fit, before returning a model.
+    """
+    transformers = require_transformers()
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    for name, expected in manifest.sha256.items():
+        if file_sha256(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was saved (its SHA-256 differs).",
+                remedy="It is truncated, damaged or from another model; copy the folder again.",
+            )
+    try:
+        layout = Layout.from_dict(manifest.spec, {"heads": manifest.heads, "channels": manifest.channels})
+    except LayoutError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error.message}") from error
+    architecture = architecture_of(manifest.spec.family)
+    with quiet(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = architecture.full_config(config, manifest.spec)
+            module = _empty(auto_class(transformers, manifest.task), config)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(f"{folder / 'config.json'} does not describe the model: {error}.") from error
+    for name in module_names(manifest.spec):
+        path = architecture.path(name)
+        parent, _, attribute = path.rpartition(".")
+        bias = module.get_submodule(path).bias
+        shape = (layout.rows(name).size, layout.cols(name).size)
+        linear = plain_linear(
+            torch.empty(shape, device="meta"), None if bias is None else torch.empty(shape[0], device="meta")
+        )
+        setattr(module.get_submodule(parent), attribute, linear)
+    _fill(module, read_tensors(folder / WEIGHTS), folder)
+    module.config.use_cache = False
+    model = PrunableModel(
+        module.eval(),
+        manifest.spec,
+        layout,
+        task=manifest.task,
+        num_labels=manifest.num_labels,
+        head_names=tuple(manifest.head_names),
+        folder=folder,
+    )
+    check_finite(module, folder)
+    model.scaling = manifest.scaling
+    if manifest.r is not None:
+        peft_format.load_adapter(model, folder)
+    return model
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """layout.json of a saved model. Raises `CheckpointError`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {folder} does not exist.", remedy="Check the path.")
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it was not saved by this package.",
+            remedy="Load a plain Hugging Face folder with load_base(folder).",
+        )
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    needed = {WEIGHTS, "config.json"} | (set(peft_format.FILES) if manifest.r is not None else set())
+    if not needed <= set(manifest.sha256):
+        raise CheckpointError(f"{path} has no hash for {sorted(needed - set(manifest.sha256))[0]}.")
+    if any(Path(name).name != name for name in manifest.sha256):
+        raise CheckpointError(f"{path} names files outside its folder.")
+    return manifest
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises `CheckpointError`."""
+    try:
+        return dict(load_file(path))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.", remedy="It is truncated or damaged.") from error
+
+
+def _empty(kind: Any, config: Any) -> Any:
+    """The module with parameters on the meta device and real buffers (RoPE's tables are in no file)."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return kind.from_config(config)
+
+
+def _fill(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} does not have the widths of {MANIFEST}: {error}.") from error
+    module.tie_weights()
+    missing = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has missing or unknown tensors, first {[*missing, *unexpected][0]!r}."
+        )
+
+
+def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[str, float]) -> None:
+    tensors = _base_tensors(model, merged)
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CheckpointError(f"weight {broken[0]!r} has non-finite values; nothing was written.")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with_adapter = model.r is not None and not merged
+    if with_adapter:
+        peft_format.save_adapter(model, folder)
+    standard = model.architecture.standard_config(model.module.config, model.layout)
+    config = standard or model.architecture.full_config(model.module.config, model.spec)
+    config.architectures = [type(model.module).__name__]
+    config.use_cache = True
+    config.save_pretrained(folder)
+    _write_tokenizer(model, folder)
+    config_labels = model.module.config.id2label if model.num_labels else {}
+    manifest = Manifest(
+        task=model.task,
+        num_labels=model.num_labels,
+        labels=[str(config_labels[i]) for i in range(model.num_labels)],
+        spec=model.spec,
+        heads=[h.tolist() for h in model.layout.heads],
+        channels=[c.tolist() for c in model.layout.channels],
+        pruning_ratio=model.layout.pruning_ratio,
+        sparsity=model.layout.sparsity,
+        r=model.r if with_adapter else None,
+        scaling=model.scaling,
+        head_names=list(model.head_names),
+        standard=standard is not None,
+        sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir())},
+    )
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    (folder / "README.md").write_text(_card(manifest, metrics), encoding="utf-8")
+
+
+def _base_tensors(model: PrunableModel, merged: bool) -> dict[str, torch.Tensor]:
+    """Base and head under transformers' own names; tied tensors once."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.module.state_dict(keep_vars=True).items():
+        if name.endswith((".lora_A", ".lora_B")) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensors[name.replace(".base_layer.", ".")] = tensor.detach().to("cpu").contiguous()
+    if merged and model.r is not None:
+        for name in module_names(model.spec):
+            tensors[f"{model.architecture.path(name)}.weight"] = model.linear(name).merged_weight().to("cpu")
+    return tensors
+
+
+def _write_tokenizer(model: PrunableModel, folder: Path) -> None:
+    """Copy the source's tokenizer; a model without one (or whose source has gone) is saved without."""
+    if model.folder is None:
+        return
+    if model.gguf_file is not None:
+        with contextlib.suppress(CheckpointError):
+            load_tokenizer(model.folder, gguf_file=model.gguf_file).save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, folder / name)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Put `staging` in the place of `target`; the old folder is removed only after the new one is there."""
+    for file in staging.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
+    spec = manifest.spec
+    kept = sorted({(len(h), len(c)) for h, c in zip(manifest.heads, manifest.channels)})
+    widths = ", ".join(f"{h}/{spec.num_kv_heads} heads and {c}/{spec.intermediate_size} channels" for h, c in kept)
+    labels = f", labels: {', '.join(manifest.labels)}" if manifest.labels else ""
+    adapter = "none or merged" if manifest.r is None else f"LoRA, r = {manifest.r}, scaling = {manifest.scaling:g}"
+    alone = "or with transformers itself" if manifest.standard else "transformers alone cannot build these widths"
+    lines = [
+        "# Pruned model",
+        "",
+        f"- family: {spec.family}, task: {manifest.task}{labels}",
+        f"- base weights: sha256 {spec.base_sha256}",
+        f"- kept per layer: {widths}",
+        f"- removed: {manifest.pruning_ratio:.4f} of the prunable parameters, {manifest.sparsity:.4f} of all",
+        f"- adapter: {adapter}",
+        "",
+        f"Load with `fedspine_edge.model.checkpoint.load_model(folder)`; {alone}.",
+    ]
+    if metrics:
+        lines += ["", "| measured | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,158 @@
+"""Adapters in PEFT's file format, both ways.
+
+Names: PEFT stores `base_model.model.{path}.lora_A.weight` and, for modules it calls modules_to_save (our task
+head), `base_model.model.{path}`. Ranks and alphas may differ by module (`rank_pattern`, `alpha_pattern`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedspine_edge.errors import CheckpointError
+from fedspine_edge.model.layout import full_shape, module_names, split_name
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.seeded import kaiming_uniform
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+PREFIX = "base_model.model."
+TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+
+
+def save_adapter(model: PrunableModel, folder: Path) -> None:
+    """Write adapter and head of `model` into `folder` (which exists)."""
+    r = model.r
+    if r is None:
+        raise CheckpointError("the model has no adapter to save.", remedy="Call attach_lora first.")
+    backbone = f"{model.architecture.backbone}."
+    heads = list(model.architecture.head_modules(model.task)) if model.head_names else []
+    if any(name.startswith(backbone) for name in model.head_names):
+        heads.append(model.architecture.pooler)
+    config = {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES[model.task],
+        "base_model_name_or_path": None,
+        "r": r,
+        "lora_alpha": int(model.scaling * r) if float(model.scaling * r).is_integer() else model.scaling * r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(model.architecture.lora_targets),
+        "modules_to_save": heads or None,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    tensors = {}
+    for name, parameter in model.trainable_parameters().items():
+        if name.startswith("head."):
+            key = PREFIX + name.removeprefix("head.")
+        else:
+            module, _, side = name.rpartition(".")
+            key = f"{PREFIX}{model.architecture.path(module)}.{side}.weight"
+        tensors[key] = parameter.detach().to("cpu").contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> None:
+    """Load a PEFT LoRA adapter (and the head saved with it) into `model`.
+
+    Modules that the adapter leaves out start fresh (B zero). Mixed ranks are raised to the largest: the added
+    components have B zero and a seeded A, so they change nothing and can still learn. Mixed alphas are folded
+    into B. The adapter may be for the unpruned model; it is then gathered.
+
+    Raises `CheckpointError`, before anything has changed, for other kinds of adapters, modules that are not
+    prunable linears, shapes of another base, damaged files and non-finite values.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} cannot be read: {error}.", remedy="It is truncated or damaged."
+        ) from error
+    paths = {model.architecture.path(name): name for name in module_names(model.spec)}
+    factors: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
+    state: dict[str, npt.NDArray[np.float32]] = {}
+    for key, tensor in tensors.items():
+        array = tensor.to(torch.float32).numpy()
+        match = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", key.removeprefix(PREFIX))
+        if match and match[1] in paths:
+            factors.setdefault(paths[match[1]], {})[match[2]] = array
+        elif not match and key.removeprefix(PREFIX) in model.head_names:
+            state[f"head.{key.removeprefix(PREFIX)}"] = array
+        else:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} adapts {key!r}, which is not a prunable linear or the head of this "
+                f"{model.spec.family} model.",
+                remedy="The adapter belongs to another base model or task.",
+            )
+    largest = max((pair["lora_A"].shape[0] for pair in factors.values() if "lora_A" in pair), default=0)
+    if largest == 0:
+        raise CheckpointError(f"{folder / WEIGHTS} has no LoRA factors for this model.")
+    scaling = _scaling(config, None)
+    for path, name in paths.items():
+        pair = factors.get(name, {})
+        if pair and set(pair) != {"lora_A", "lora_B"}:
+            raise CheckpointError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
+        ratio = _scaling(config, path) / scaling
+        state.update(_at_rank(model, name, pair, largest, ratio, seed))
+    model.load_adapter(state, scaling=scaling)
+
+
+def _at_rank(
+    model: PrunableModel, name: str, pair: dict[str, Any], r: int, ratio: float, seed: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """`pair` (or nothing) widened to rank `r`, with B times `ratio`."""
+    rows, cols = model.layout.rows(name).size, model.layout.cols(name)
+    full = full_shape(model.spec, split_name(name)[1])[1]
+    fresh = kaiming_uniform(seed, name, r, full)
+    if not pair:
+        return {f"{name}.lora_A": fresh[:, cols], f"{name}.lora_B": np.zeros((rows, r), np.float32)}
+    lora_A, lora_B = pair["lora_A"], pair["lora_B"]
+    have = lora_A.shape[0]
+    if have < r and lora_A.ndim == lora_B.ndim == 2:
+        fill = fresh if lora_A.shape[1] == full else fresh[:, cols]
+        if fill.shape[1] == lora_A.shape[1]:  # else load_adapter says what does not fit
+            lora_A = np.concatenate([lora_A, fill[have:]])
+            lora_B = np.concatenate([lora_B, np.zeros((lora_B.shape[0], r - have), np.float32)], axis=1)
+    return {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B * np.float32(ratio)}
+
+
+def _scaling(config: dict[str, Any], path: str | None) -> float:
+    """lora_alpha / r (or / sqrt(r) with rslora) of a module; None is the default."""
+
+    def pattern(name: str, default: float) -> float:
+        for key, value in (config.get(name) or {}).items():
+            if path is not None and (path == key or re.fullmatch(rf"(.*\.)?({key})", path)):
+                return float(value)
+        return default
+
+    r = pattern("rank_pattern", float(config["r"]))
+    alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
+    return alpha / (r**0.5 if config.get("use_rslora") else r)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, r, alpha = str(config["peft_type"]), int(config["r"]), float(config["lora_alpha"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {CONFIG}.", remedy="Point to a PEFT adapter folder.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+    if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none" or r < 1 or alpha <= 0:
+        raise CheckpointError(
+            f"{path}: only plain LoRA adapters without biases can be loaded (this is {kind}, r {r}, alpha {alpha:g})."
+        )
+    return dict(config)

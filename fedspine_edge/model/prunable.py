@@ -1,0 +1,337 @@
+"""A transformers model with adapters on its prunable linears, and the means to make it physically smaller."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
+from fedspine_edge.kernels import ops
+from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
+from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
+from fedspine_edge.model.lora import LoraLinear, plain_linear
+from fedspine_edge.model.seeded import kaiming_uniform
+from fedspine_edge.wire.messages import ModelSpec
+
+if TYPE_CHECKING:
+    from fedspine_edge.model.importance import ImportanceTracker
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class PrunableModel:
+    """One model of one task: the frozen base, its adapters, its head and the layout it still has.
+
+    Args:
+        module: The transformers task model, without adapters, with the widths of `layout`.
+        spec: The unpruned model's numbers.
+        layout: What is kept.
+        task: "classification" or "causal_lm".
+        num_labels: Classes; 0 for causal_lm.
+        head_names: Names of the module's parameters that are trained besides the adapters.
+        folder: Where the weights came from; its tokenizer files are copied by `save`.
+        gguf_file: The file within `folder` if that holds GGUF weights.
+
+    Raises `ModelError` if the module does not have the widths of `layout`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: ModelSpec,
+        layout: Layout,
+        *,
+        task: Task,
+        num_labels: int,
+        head_names: tuple[str, ...],
+        folder: Path | None = None,
+        gguf_file: str | None = None,
+    ) -> None:
+        check_shapes(module, layout)
+        self.module = module
+        self.spec = spec
+        self.layout = layout
+        self.task: Task = task
+        self.num_labels = num_labels
+        self.head_names = head_names
+        self.folder = folder
+        self.gguf_file = gguf_file
+        self.r: int | None = None
+        self.scaling = 1.0
+        self.architecture = architecture_of(spec.family)
+        self.architecture.set_widths(module, layout)
+        self.architecture.disable_dropout(module)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in head_names)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, *, task: Task, base_sha256: str = "0" * 64) -> PrunableModel:
+        """Wrap an unpruned transformers task model that already exists in memory."""
+        spec = model_spec(module, base_sha256)
+        head = tuple(f"{prefix}." for prefix in architecture_of(spec.family).head_modules(task))
+        return cls(
+            module,
+            spec,
+            Layout.full(spec),
+            task=task,
+            num_labels=int(module.config.num_labels) if task == "classification" else 0,
+            head_names=tuple(name for name, _ in module.named_parameters() if name.startswith(head)),
+        )
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Forward of the transformers model."""
+        return self.module(**inputs)
+
+    def linear(self, name: str) -> nn.Module:
+        """The (possibly adapted) linear of a canonical name such as "layers.0.q"."""
+        return self.module.get_submodule(self.architecture.path(name))
+
+    def num_parameters(self) -> int:
+        """Parameters of base and head, adapters excluded."""
+        return sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+
+    # Adapters
+
+    def attach_lora(self, r: int, scaling: float, seed: int) -> None:
+        """Put a fresh adapter on every prunable linear: A uniform from (seed, name), B zero.
+
+        A is drawn in full coordinates and gathered, so every layout starts from the same adapter.
+        """
+        if r < 1:
+            raise ModelError(f"LoRA rank is {r}; it must be at least 1.")
+        self.scaling = float(scaling)
+        for name in module_names(self.spec):
+            _, in_features = full_shape(self.spec, split_name(name)[1])
+            lora_A = kaiming_uniform(seed, name, r, in_features)[:, self.layout.cols(name)]
+            self._adapt(name, lora_A, np.zeros((self.layout.rows(name).size, r), dtype=np.float32))
+        self.r = r
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Adapters ("layers.0.q.lora_A") and head ("head.classifier.weight"), in a fixed order.
+
+        `compact` and `load_adapter` replace parameters: ask again after them.
+        """
+        found: dict[str, nn.Parameter] = {}
+        if self.r is not None:
+            for name in module_names(self.spec):
+                linear = self.linear(name)
+                found[f"{name}.lora_A"] = linear.lora_A
+                found[f"{name}.lora_B"] = linear.lora_B
+        for name in self.head_names:
+            found[f"head.{name}"] = self.module.get_parameter(name)
+        return found
+
+    def adapter_state(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Copies of the trainable tensors in compact coordinates, float32."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
+            for name, parameter in self.trainable_parameters().items()
+        }
+
+    def load_adapter(self, state: Arrays, *, r: int | None = None, scaling: float | None = None) -> None:
+        """Replace adapters and head by `state`.
+
+        Args:
+            state: Names as in `adapter_state`, in full coordinates (the fleet's adapter) or in those of the
+                current layout. The head may be absent as a whole and is then left alone. Names outside
+                "layers." and "head." are ignored, so a round blob can be passed as it is.
+            r: Use the first `r` components; default all.
+            scaling: New lora_alpha / r; default the current one.
+
+        Raises `CheckpointError`, before anything has changed, for missing or unknown names, shapes that fit
+        neither coordinates, a rank above the state's and non-finite values.
+        """
+        adapters: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+        for name in module_names(self.spec):
+            adapters[name] = self._checked_pair(name, state, r)
+        ranks = {pair[0].shape[0] for pair in adapters.values()}
+        if len(ranks) != 1:
+            raise CheckpointError(f"the adapter mixes ranks {sorted(ranks)}; one rank for all modules is needed.")
+        head = self._checked_head(state)
+        known = {f"{n}.{side}" for n in adapters for side in ("lora_A", "lora_B")} | set(head)
+        unknown = [n for n in state if n.startswith(("layers.", "head.")) and n not in known]
+        if unknown:
+            raise CheckpointError(f"the adapter has {unknown[0]!r}, which this model lacks.")
+        if scaling is not None:
+            self.scaling = float(scaling)
+        for name, (lora_A, lora_B) in adapters.items():
+            self._adapt(name, lora_A, lora_B)
+        self.r = ranks.pop()
+        with torch.no_grad():
+            for name, value in head.items():
+                parameter = self.module.get_parameter(name.removeprefix("head."))
+                parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
+
+    def _checked_pair(self, name: str, state: Arrays, r: int | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        try:
+            lora_A, lora_B = np.asarray(state[f"{name}.lora_A"]), np.asarray(state[f"{name}.lora_B"])
+        except KeyError as error:
+            raise CheckpointError(f"the adapter has no {error.args[0]!r}.") from None
+        if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
+            raise CheckpointError(f"{name}: lora_A {lora_A.shape} and lora_B {lora_B.shape} are not (r, in), (out, r).")
+        rank = lora_A.shape[0] if r is None else r
+        if not 1 <= rank <= lora_A.shape[0]:
+            raise CheckpointError(f"{name}: rank {rank} was asked of an adapter of rank {lora_A.shape[0]}.")
+        rows, cols = self.layout.rows(name), self.layout.cols(name)
+        out_full, in_full = full_shape(self.spec, split_name(name)[1])
+        if (lora_B.shape[0], lora_A.shape[1]) == (out_full, in_full):
+            lora_A, lora_B = lora_A[:, cols], lora_B[rows]
+        elif (lora_B.shape[0], lora_A.shape[1]) != (rows.size, cols.size):
+            raise CheckpointError(
+                f"{name}: an adapter for ({lora_B.shape[0]}, {lora_A.shape[1]}) fits neither the full linear "
+                f"({out_full}, {in_full}) nor the kept one ({rows.size}, {cols.size}).",
+                remedy="The adapter belongs to another base model or another layout.",
+            )
+        lora_A, lora_B = lora_A[:rank], lora_B[:, :rank]
+        if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
+            raise CheckpointError(f"{name}: the adapter has non-finite values.")
+        return lora_A, lora_B
+
+    def _checked_head(self, state: Arrays) -> dict[str, npt.NDArray[Any]]:
+        head = {name: np.asarray(value) for name, value in state.items() if name.startswith("head.")}
+        if not head:
+            return {}
+        for name in self.head_names:
+            value = head.get(f"head.{name}")
+            if value is None:
+                raise CheckpointError(f"the adapter's task head lacks {name!r}.")
+            if value.shape != tuple(self.module.get_parameter(name).shape) or not np.isfinite(value).all():
+                raise CheckpointError(
+                    f"head.{name}: got shape {value.shape} or non-finite values, need finite "
+                    f"{tuple(self.module.get_parameter(name).shape)}.",
+                    remedy="Was the adapter trained with another number of labels?",
+                )
+        return {name: value for name, value in head.items() if name.removeprefix("head.") in self.head_names}
+
+    def _adapt(self, name: str, lora_A: npt.NDArray[Any], lora_B: npt.NDArray[Any]) -> None:
+        linear = self.linear(name)
+        base = getattr(linear, "base_layer", linear)
+        first, second = (torch.from_numpy(np.array(x, dtype=np.float32, order="C")) for x in (lora_A, lora_B))
+        self._replace(name, LoraLinear(base, first, second, self.scaling))
+
+    def _replace(self, name: str, linear: nn.Module) -> None:
+        parent, _, attribute = self.architecture.path(name).rpartition(".")
+        linear.train(self.module.training)
+        setattr(self.module.get_submodule(parent), attribute, linear)
+
+    # Pruning
+
+    def compact(
+        self,
+        layout: Layout,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        importance: ImportanceTracker | None = None,
+    ) -> None:
+        """Shrink weights, biases, adapters, gradients, optimizer moments and importance to `layout`.
+
+        Parameters whose shape changes are replaced, in the model and in `optimizer`: a parameter cannot change
+        shape while a loss of an earlier step still holds its graph. Raises `LayoutError`, before anything has
+        changed, if `layout` is for another model or keeps what is already gone.
+        """
+        old = self.layout
+        if layout.spec != self.spec:
+            raise LayoutError("the layout belongs to another model.")
+        if not layout.is_within(old):
+            raise LayoutError("the layout keeps heads or channels that were removed earlier; models only shrink.")
+        for name in module_names(self.spec):
+            rows = _positions(old.rows(name), layout.rows(name))
+            cols = _positions(old.cols(name), layout.cols(name))
+            if rows is not None or cols is not None:
+                self._shrink(name, rows, cols, optimizer)
+        self.layout = layout
+        self.architecture.set_widths(self.module, layout)
+        if importance is not None:
+            importance.compact(old, layout)
+
+    def _shrink(
+        self, name: str, rows: Indices | None, cols: Indices | None, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        linear = self.linear(name)
+        base = getattr(linear, "base_layer", linear)
+        device = base.weight.device
+        row_index = None if rows is None else torch.from_numpy(rows).to(device)
+        col_index = None if cols is None else torch.from_numpy(cols).to(device)
+
+        def take(tensor: Tensor) -> Tensor:
+            if row_index is not None:
+                tensor = ops.gather_rows(tensor, row_index)
+            return tensor if col_index is None else ops.gather_cols(tensor, col_index)
+
+        with torch.no_grad():
+            bias = base.bias
+            if bias is not None and row_index is not None:
+                bias = bias.index_select(0, row_index)
+            compact = plain_linear(take(base.weight.detach()), None if bias is None else bias.detach())
+            if not isinstance(linear, LoraLinear):
+                self._replace(name, compact)
+                return
+            linear.base_layer = compact
+            if row_index is not None:
+                linear.lora_B = _replaced(linear.lora_B, lambda t: ops.gather_rows(t, row_index), optimizer)
+            if col_index is not None:
+                linear.lora_A = _replaced(linear.lora_A, lambda t: ops.gather_cols(t, col_index), optimizer)
+
+    # Results
+
+    def merged(self) -> nn.Module:
+        """A copy of the transformers model with adapters folded in and nothing of this package left in it.
+
+        Raises `ModelError` if a merged weight is not finite.
+        """
+        if self.r is None:
+            return copy.deepcopy(self.module)
+        shared = {id(p): p for n, p in self.module.named_parameters() if ".base_layer." in n or ".lora_" in n}
+        module = copy.deepcopy(self.module, shared)  # the adapted linears are replaced, do not copy them
+        for name in module_names(self.spec):
+            parent, _, attribute = self.architecture.path(name).rpartition(".")
+            try:
+                merged = self.linear(name).merged()
+            except ModelError as error:
+                raise ModelError(f"{name}: {error.message}", remedy=error.remedy) from None
+            merged.train(self.module.training)
+            setattr(module.get_submodule(parent), attribute, merged)
+        return module
+
+    def save(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:
+        """Write base, adapter, head, layout and tokenizer to `folder`; see `checkpoint.save`."""
+        from fedspine_edge.model import checkpoint
+
+        return checkpoint.save(self, folder, metrics=metrics)
+
+    def save_merged(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:
+        """Like `save`, with the adapter folded into the weights."""
+        from fedspine_edge.model import checkpoint
+
+        return checkpoint.save(self, folder, merged=True, metrics=metrics)
+
+
+def _positions(old: Indices, new: Indices) -> Indices | None:
+    """Where `new` is within `old`; None if nothing changes."""
+    return None if old.size == new.size else keep_positions(old, new)
+
+
+def _replaced(
+    old: nn.Parameter, take: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
+) -> nn.Parameter:
+    """A new parameter with `take` applied to value, gradient and every optimizer tensor of the same shape."""
+    new = nn.Parameter(take(old.detach()), requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = take(old.grad)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {
+                key: take(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+                for key, value in state.items()
+            }
+    return new

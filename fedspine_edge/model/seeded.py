@@ -1,0 +1,32 @@
+"""Random numbers that are the same on every machine, whatever the versions of torch and numpy.
+
+Only numpy's raw bit generator and its seeding are used, both of which numpy promises never to change, and a
+multiplication by a power of two, which is exact. Distributions that need log or cos are avoided on purpose:
+an x86 server and an ARM device would differ in the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+
+def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> npt.NDArray[np.float32]:
+    """Uniform numbers in [-bound, bound), float32, a function of (seed, name) alone.
+
+    Filled in row-major order, so the first rows do not depend on how many follow: a rank-4 matrix is the
+    prefix of a rank-8 one.
+    """
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4").tolist()
+    generator = np.random.PCG64(np.random.SeedSequence([seed, *words]))
+    raw = generator.random_raw(int(np.prod(shape)))
+    unit = (np.asarray(raw, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    values: npt.NDArray[np.float32] = ((2.0 * unit - 1.0) * bound).astype(np.float32)
+    return values.reshape(shape)
+
+
+def kaiming_uniform(seed: int, name: str, r: int, in_features: int) -> npt.NDArray[np.float32]:
+    """Start of a `lora_A` (r, in_features): uniform within 1/sqrt(in_features), as in PEFT and LoRA's own code."""
+    return uniform(seed, f"{name}.lora_A", (r, in_features), in_features**-0.5)
