@@ -1,0 +1,107 @@
+"""From an arm's u in [0, 1] to a pruning ratio: the round's envelope. Source: docs/algorithms.md, "S-UCB".
+
+The ratio may only grow, the arm space must not change from round to round. So u does not name a ratio; it names
+a place between a slow and a fast schedule that start and end together:
+
+    x = (t - start) / (last - start)      lo = P x³      hi = P (1 - (1 - x)³)      p = lo + u (hi - lo)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MEAN_SPREAD = 0.15
+"""How far final ratios may lie from P with `target="mean"`."""
+
+
+def rounds_needed(target: float, max_step: float) -> int:
+    """Pruning rounds without which `target` cannot be reached in steps of at most `max_step`."""
+    return math.ceil(target / max_step - 1e-9)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The schedule of one run.
+
+    Args:
+        target: P, the pruning ratio at the end.
+        last_pruning_round: T; later rounds leave the ratio alone.
+        start: Rounds up to this one prune nothing (1 where the first round can only score).
+        max_step: Largest rise of the ratio in one round.
+        spread: How far a device's final ratio may lie from `target`; 0 makes all end at `target`.
+
+    Raises:
+        ValueError: `target` cannot be reached by `last_pruning_round`.
+    """
+
+    target: float
+    last_pruning_round: int
+    max_step: float
+    start: int = 0
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if rounds_needed(self.target, self.max_step) > self.last_pruning_round - self.start:
+            raise ValueError(
+                f"a pruning ratio of {self.target} in steps of {self.max_step} needs "
+                f"{rounds_needed(self.target, self.max_step)} pruning rounds, "
+                f"not {max(0, self.last_pruning_round - self.start)}"
+            )
+        # A ratio below 0 or of 1 does not exist, whatever the spread asked for.
+        object.__setattr__(self, "spread", min(self.spread, self.target, (1.0 - self.target) / 2))
+
+    def prunes_in(self, server_round: int) -> bool:
+        """Whether ratios may rise in `server_round` (from 1)."""
+        return self.start < server_round <= self.last_pruning_round
+
+    def bounds(self, server_round: int) -> tuple[float, float]:
+        """(lo, hi) of a pruning round, for a device that took part in all earlier ones.
+
+        lo is raised to where P can still be reached in steps of `max_step`; without that a device that always
+        drew u = 0 would have to take its last step too fast.
+        """
+        x = (server_round - self.start) / (self.last_pruning_round - self.start)
+        reachable = self.target - self.max_step * (self.last_pruning_round - server_round) - self.spread
+        lo = max((self.target - self.spread) * x**3, reachable)
+        return lo, max(lo, (self.target + self.spread) * (1.0 - (1.0 - x) ** 3))
+
+    def ratio(self, u: float, *, server_round: int, previous: float) -> float:
+        """The pruning ratio of arm part `u` for a device that has removed `previous` so far."""
+        if not self.prunes_in(server_round):
+            return previous
+        lo, hi = self.bounds(server_round)
+        wanted = hi if u == 1.0 else lo + u * (hi - lo)
+        return max(previous, min(wanted, previous + self.max_step))
+
+    def limits(self, *, server_round: int, previous: float) -> tuple[float, float]:
+        """Least and largest ratio that u = 0 and u = 1 give."""
+        return (
+            self.ratio(0.0, server_round=server_round, previous=previous),
+            self.ratio(1.0, server_round=server_round, previous=previous),
+        )
+
+
+def settle_mean(
+    ratios: Mapping[str, float], limits: Mapping[str, tuple[float, float]], mean: float
+) -> dict[str, float]:
+    """Shift all `ratios` by one amount, each held within its `limits`, so that their mean is `mean`.
+
+    Where the limits do not allow it, the nearest mean that they do allow. The result does not depend on the order
+    of the devices.
+    """
+    if not ratios:
+        return {}
+
+    def shifted(by: float) -> dict[str, float]:
+        return {name: min(max(p + by, limits[name][0]), limits[name][1]) for name, p in ratios.items()}
+
+    low, high = -1.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if math.fsum(shifted(middle).values()) < mean * len(ratios):
+            low = middle
+        else:
+            high = middle
+    return shifted(high)

@@ -1,0 +1,12 @@
+"""FedAPT: iterative pruning and tuning with one ratio and one rank for all, after APT (arXiv 2401.12200)."""
+
+from __future__ import annotations
+
+from fedspine_edge.strategies.fixed import Fixed
+
+
+class FedAPT(Fixed):
+    """The envelope's upper edge, P (1 - (1 - x)³), which is APT's cubic schedule."""
+
+    name = "fedapt"
+    u = 1.0
