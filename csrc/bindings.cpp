@@ -1,0 +1,116 @@
+// The only file that knows pybind11. Matrices arrive as tuples (pointer, rows, cols, row_stride, col_stride, dtype);
+// shapes were checked in Python (fedspine_edge/kernels/native.py). Every call releases the GIL.
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace fedspine;
+
+namespace {
+
+Matrix matrix(const py::tuple& t) {
+  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()),
+          t[1].cast<int64_t>(),
+          t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(),
+          t[4].cast<int64_t>(),
+          static_cast<DType>(t[5].cast<int>())};
+}
+
+ImportanceArgs importance_args(const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b,
+                               const py::tuple& grad_a, const py::tuple& grad_b, float scaling, uintptr_t group,
+                               bool by_row, int64_t num_groups, int metric, uintptr_t scores) {
+  return {matrix(weight),
+          matrix(lora_a),
+          matrix(lora_b),
+          matrix(grad_a),
+          matrix(grad_b),
+          scaling,
+          reinterpret_cast<const int32_t*>(group),
+          by_row,
+          num_groups,
+          static_cast<Metric>(metric),
+          reinterpret_cast<float*>(scores)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native ops of fedspine_edge; use fedspine_edge.kernels.ops.";
+  m.attr("pointer_bits") = static_cast<int>(sizeof(void*) * 8);
+  m.attr("compiler") = FEDSPINE_COMPILER;
+  m.attr("version") = FEDSPINE_VERSION;
+  m.attr("cuda_architectures") = FEDSPINE_CUDA_ARCHITECTURES;
+  m.def("cpu_isa", &cpu_isa);
+
+  m.def(
+      "importance_accumulate_cpu", [](const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b,
+                                      const py::tuple& grad_a, const py::tuple& grad_b, float scaling, uintptr_t group,
+                                      bool by_row, int64_t num_groups, int metric, uintptr_t scores, int threads) {
+        const ImportanceArgs args =
+            importance_args(weight, lora_a, lora_b, grad_a, grad_b, scaling, group, by_row, num_groups, metric, scores);
+        py::gil_scoped_release release;
+        importance_accumulate_cpu(args, threads);
+      });
+
+  using LowRank = void (*)(const Matrix&, const Matrix&, const Matrix&, float, int);
+  const auto low_rank = [&m](const char* name, LowRank run) {
+    m.def(name, [run](const py::tuple& out, const py::tuple& first, const py::tuple& second, float alpha, int threads) {
+      const Matrix o = matrix(out), a = matrix(first), b = matrix(second);
+      py::gil_scoped_release release;
+      run(o, a, b, alpha, threads);
+    });
+  };
+  low_rank("lowrank_expand_cpu", &lowrank_expand_cpu);
+  low_rank("lowrank_project_cpu", &lowrank_project_cpu);
+  low_rank("lowrank_gradient_cpu", &lowrank_gradient_cpu);
+
+  m.def("gather_cpu",
+        [](const py::tuple& out, const py::tuple& in, uintptr_t index, bool by_row, int item_bytes, int threads) {
+          const Matrix o = matrix(out), i = matrix(in);
+          py::gil_scoped_release release;
+          gather_cpu(o, i, reinterpret_cast<const int64_t*>(index), by_row, item_bytes, threads);
+        });
+
+#ifdef FEDSPINE_WITH_CUDA
+  m.attr("cuda") = true;
+  m.def("cuda_runtime_version", &cuda_runtime_version);
+  m.def("importance_workspace_floats", &importance_workspace_floats);
+  m.def("gradient_workspace_floats", &gradient_workspace_floats);
+  m.def("importance_accumulate_cuda", [](const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b,
+                                         const py::tuple& grad_a, const py::tuple& grad_b, float scaling,
+                                         uintptr_t group, bool by_row, int64_t num_groups, int metric, uintptr_t scores,
+                                         uintptr_t workspace, int device, uintptr_t stream) {
+    const ImportanceArgs args =
+        importance_args(weight, lora_a, lora_b, grad_a, grad_b, scaling, group, by_row, num_groups, metric, scores);
+    py::gil_scoped_release release;
+    importance_accumulate_cuda(args, reinterpret_cast<float*>(workspace), device, stream);
+  });
+  using LowRankCuda = void (*)(const Matrix&, const Matrix&, const Matrix&, float, int, uintptr_t);
+  const auto low_rank_cuda = [&m](const char* name, LowRankCuda run) {
+    m.def(name, [run](const py::tuple& out, const py::tuple& first, const py::tuple& second, float alpha, int device,
+                      uintptr_t stream) {
+      const Matrix o = matrix(out), a = matrix(first), b = matrix(second);
+      py::gil_scoped_release release;
+      run(o, a, b, alpha, device, stream);
+    });
+  };
+  low_rank_cuda("lowrank_expand_cuda", &lowrank_expand_cuda);
+  low_rank_cuda("lowrank_project_cuda", &lowrank_project_cuda);
+  m.def("lowrank_gradient_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& x, float alpha,
+                                    uintptr_t workspace, int device, uintptr_t stream) {
+    const Matrix o = matrix(out), l = matrix(left), r = matrix(x);
+    py::gil_scoped_release release;
+    lowrank_gradient_cuda(o, l, r, alpha, reinterpret_cast<float*>(workspace), device, stream);
+  });
+  m.def("gather_cuda", [](const py::tuple& out, const py::tuple& in, uintptr_t index, bool by_row, int item_bytes,
+                          int device, uintptr_t stream) {
+    const Matrix o = matrix(out), i = matrix(in);
+    py::gil_scoped_release release;
+    gather_cuda(o, i, reinterpret_cast<const int64_t*>(index), by_row, item_bytes, device, stream);
+  });
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,69 @@
+// What one instruction set offers: register-blocked loops over packed fp32 panels.
+//
+// The same source, tiles.inc, is compiled once per instruction set (tiles_baseline.cpp, tiles_avx2.cpp,
+// tiles_avx512.cpp) and chosen at run time, so one binary runs on every machine and -march=native is never needed.
+#pragma once
+
+#include "../kernels.h"
+
+namespace fedspine {
+
+// Importance over packed factors. Row factors, per tile of `tile_rows` rows and per k: gB, scaling B and (B - gB),
+// tile_rows floats each. Column factors, per panel of `panel_cols` columns and per k: A and gA, panel_cols each.
+// Padding is zero.
+struct ImportancePanels {
+  Matrix weight;
+  const float* row_factors;
+  const float* col_factors;
+  int64_t rank;
+  Metric metric;
+  double* sums;  // per row or per column of W
+};
+
+// alpha L R added to C, with L packed per tile (alpha folded in) and R per panel as above (one float each).
+struct ExpandPanels {
+  Matrix out;
+  const float* row_factors;
+  const float* col_factors;
+  int64_t rank;
+};
+
+// H = alpha X S: S packed transposed, (padded_rank, k) contiguous, zero beyond rank.
+struct ProjectPanels {
+  Matrix out, x;
+  const float* small;
+  int64_t rank;
+  float alpha;
+};
+
+// G = Lᵀ X: L packed per tile of gemm_rows ranks: tokens x gemm_rows, alpha folded in.
+struct GradientPanels {
+  Matrix out, x;
+  const float* left;
+  int64_t rank;
+};
+
+struct Tiles {
+  const char* name;
+  int importance_rows;  // rows of W per register tile
+  int project_rows;     // rows of X per register tile
+  int project_ranks;    // ranks per register tile
+  int gemm_rows;        // rows of C per register tile
+  int panel_cols;       // columns per panel
+  void (*importance_rows_sum)(const ImportancePanels&, int64_t first_tile, int64_t last_tile);
+  void (*importance_cols_sum)(const ImportancePanels&, int64_t first_panel, int64_t last_panel);
+  void (*expand)(const ExpandPanels&, int64_t first_tile, int64_t last_tile);
+  void (*project)(const ProjectPanels&, int64_t first_tile, int64_t last_tile);
+  void (*gradient)(const GradientPanels&, int64_t first_panel, int64_t last_panel);
+};
+
+extern const Tiles tiles_baseline;
+#if defined(__x86_64__)
+extern const Tiles tiles_avx2;
+extern const Tiles tiles_avx512;
+#endif
+
+// The best of the above that this CPU runs; FEDSPINE_ISA=baseline|avx2 narrows the choice (for tests).
+const Tiles& tiles();
+
+}  // namespace fedspine

@@ -1,0 +1,70 @@
+// The native ops of fedspine_edge: what crosses the border between Python and C++/CUDA.
+//
+// Nothing here knows torch. Tensors arrive as pointers, sizes, strides and a dtype; outputs and workspaces are
+// allocated by Python; CUDA work goes to the stream Python names. Every function throws std::invalid_argument for
+// a wrong argument and std::runtime_error for a failed launch, both with the op's name in the message.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace fedspine {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Metric : int { abs = 0, square = 1, signed_ = 2 };
+
+// A strided matrix in somebody else's memory; strides count elements, not bytes, and may be 0 or negative.
+struct Matrix {
+  void* data;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+  DType dtype;
+};
+
+// Sum over each group of metric(Ghat * (W + scaling B A)), Ghat = gB A + B gA - gB gA.
+// W (out, in); A, gA (r, in); B, gB (out, r), one dtype for these four. Group of row i (or of column i when not
+// by_row): group[i]. scores: num_groups float32, overwritten.
+struct ImportanceArgs {
+  Matrix weight, lora_a, lora_b, grad_a, grad_b;
+  float scaling;
+  const int32_t* group;
+  bool by_row;
+  int64_t num_groups;
+  Metric metric;
+  float* scores;
+};
+
+void importance_accumulate_cpu(const ImportanceArgs& args, int threads);
+
+// The low-rank half of lora_linear, three products that together with the base GEMM give forward and backward:
+//   expand    C (m, n)  += alpha * L (m, r) R (r, n)         y += s h Bᵀ,  dX += dh A
+//   project   H (m, r)   = alpha * X (m, k) S (k, r)         h = x Aᵀ,     dh = s dy B
+//   gradient  G (r, n)   = alpha * Lᵀ (r, m) X (m, n)        dA = dhᵀ x,   dBᵀ = s hᵀ dy
+// Each matrix has its own dtype; sums are fp32. expand and gradient name the small factor `left`.
+void lowrank_expand_cpu(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, int threads);
+void lowrank_project_cpu(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int threads);
+void lowrank_gradient_cpu(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, int threads);
+
+// out[i, :] = in[index[i], :] or out[:, i] = in[:, index[i]], any element of item_bytes 1, 2, 4 or 8.
+// `in` and `out` are described in elements of item_bytes; the dtype field is not read.
+void gather_cpu(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int threads);
+
+std::string cpu_isa();  // the instruction set chosen at run time: avx512, avx2, neon or baseline
+
+#ifdef FEDSPINE_WITH_CUDA
+// `stream` is a cudaStream_t as an integer, `device` the ordinal the pointers live on.
+int64_t importance_workspace_floats(int64_t rows, int64_t cols, bool by_row);
+void importance_accumulate_cuda(const ImportanceArgs& args, float* workspace, int device, uintptr_t stream);
+void lowrank_expand_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, int device,
+                         uintptr_t stream);
+void lowrank_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int device,
+                          uintptr_t stream);
+int64_t gradient_workspace_floats(int64_t rank, int64_t tokens, int64_t cols);
+void lowrank_gradient_cuda(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, float* workspace,
+                           int device, uintptr_t stream);
+void gather_cuda(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int device,
+                 uintptr_t stream);
+int cuda_runtime_version();
+#endif
+
+}  // namespace fedspine

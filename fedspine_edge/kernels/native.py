@@ -1,0 +1,174 @@
+"""The compiled extension `fedspine_edge._C`: whether it is there, what it can do, and calls into it.
+
+The extension is not linked against torch: this module turns tensors into pointers, sizes, strides and dtype codes,
+names torch's thread count or current CUDA stream, allocates outputs and workspaces, and turns what the extension
+throws into `KernelError`. `FEDSPINE_NATIVE=0` in the environment hides the extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspine_edge.errors import KernelError
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+METRICS = {"abs": 0, "square": 1, "signed": 2}
+MAX_RANK = 256
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("FEDSPINE_NATIVE", "1") == "0":
+        return None, "FEDSPINE_NATIVE=0"
+    try:
+        return importlib.import_module("fedspine_edge._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def available() -> bool:
+    """Whether the extension is built and loads."""
+    return _load()[0] is not None
+
+
+def cuda_available() -> bool:
+    """Whether the extension was built with its CUDA kernels (not whether a GPU is there)."""
+    extension = _load()[0]
+    return extension is not None and bool(extension.cuda)
+
+
+def build_info() -> dict[str, Any]:
+    """What was built: version, compiler, CPU instruction set in use, CUDA architectures; or the reason it is absent."""
+    extension, reason = _load()
+    if extension is None:
+        return {"available": False, "reason": reason}
+    return {
+        "available": True,
+        "version": extension.version,
+        "compiler": extension.compiler,
+        "cpu_isa": extension.cpu_isa(),
+        "cuda": bool(extension.cuda),
+        "cuda_architectures": [int(sm) for sm in extension.cuda_architectures.split(",") if sm],
+        "cuda_runtime": extension.cuda_runtime_version() if extension.cuda else None,
+    }
+
+
+def runs(tensor: Tensor) -> bool:
+    """Whether the extension has kernels for the device and dtype of `tensor`."""
+    if tensor.dtype not in DTYPES:
+        return False
+    return available() if tensor.device.type == "cpu" else tensor.is_cuda and cuda_available() and _known_sm(tensor)
+
+
+def _known_sm(tensor: Tensor) -> bool:
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return major * 10 + minor in build_info_architectures()
+
+
+@lru_cache(maxsize=1)
+def build_info_architectures() -> frozenset[int]:
+    """SMs that the extension carries machine code for."""
+    return frozenset(build_info().get("cuda_architectures", ()))
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int, int, int, int]:
+    return (t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), t.stride(1), DTYPES.get(t.dtype, -1))
+
+
+def _call(op: str, name: str, tensor: Tensor, *args: Any, workspace: Any = None) -> None:
+    """Calls the CPU or CUDA entry of `name` with what that side needs at the end: threads, or device and stream."""
+    extension = _load()[0]
+    assert extension is not None
+    try:
+        if tensor.device.type == "cpu":
+            getattr(extension, f"{name}_cpu")(*args, torch.get_num_threads())
+            return
+        extra: tuple[Tensor, ...] = ()
+        if workspace is not None:
+            # Freed on return while the kernel may still run; torch's allocator only hands it out again on this stream.
+            extra = (torch.empty(workspace(extension), dtype=torch.float32, device=tensor.device),)
+        device = tensor.device.index
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        getattr(extension, f"{name}_cuda")(*args, *(t.data_ptr() for t in extra), device, stream)
+    except (RuntimeError, ValueError) as error:
+        raise KernelError(f"{op}: {str(error).removeprefix(op + ': ')}") from error
+
+
+def importance_accumulate(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float,
+    group: Tensor,
+    by_row: bool,
+    num_groups: int,
+    metric: str,
+) -> Tensor:
+    """Native `importance_accumulate`; arguments already checked by ops.py."""
+    scores = torch.empty(num_groups, dtype=torch.float32, device=weight.device)
+    group = group.contiguous()
+    rows, cols = weight.shape
+    _call(
+        "importance_accumulate",
+        "importance_accumulate",
+        weight,
+        *(_matrix(t) for t in (weight, lora_A, lora_B, grad_A, grad_B)),
+        scaling,
+        group.data_ptr(),
+        by_row,
+        num_groups,
+        METRICS[metric],
+        scores.data_ptr(),
+        workspace=lambda extension: extension.importance_workspace_floats(rows, cols, by_row),
+    )
+    return scores
+
+
+def expand_(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """`out (m, n) += alpha left (m, r) right (r, n)` in place."""
+    _call("lora_linear", "lowrank_expand", out, _matrix(out), _matrix(left), _matrix(right), alpha)
+    return out
+
+
+def project(x: Tensor, small: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """`alpha x (m, k) small (k, r)` → (m, r)."""
+    out = torch.empty(x.shape[0], small.shape[1], dtype=dtype, device=x.device)
+    _call("lora_linear", "lowrank_project", x, _matrix(out), _matrix(x), _matrix(small), alpha)
+    return out
+
+
+def gradient(left: Tensor, x: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """`alpha leftᵀ (r, m) x (m, n)` → (r, n)."""
+    rank, cols = left.shape[1], x.shape[1]
+    out = torch.empty(rank, cols, dtype=dtype, device=x.device)
+    tokens = x.shape[0]
+    _call(
+        "lora_linear",
+        "lowrank_gradient",
+        x,
+        _matrix(out),
+        _matrix(left),
+        _matrix(x),
+        alpha,
+        workspace=lambda extension: extension.gradient_workspace_floats(rank, tokens, cols),
+    )
+    return out
+
+
+def gather(t: Tensor, index: Tensor, by_row: bool) -> Tensor:
+    """Rows or columns of the matrix `t`; element sizes of 1, 2, 4 or 8 bytes."""
+    shape = (index.numel(), t.shape[1]) if by_row else (t.shape[0], index.numel())
+    out = torch.empty(shape, dtype=t.dtype, device=t.device)
+    index = index.to(torch.int64).contiguous()
+    op = "gather_rows" if by_row else "gather_cols"
+    _call(op, "gather", t, _matrix(out), _matrix(t), index.data_ptr(), by_row, t.element_size())
+    return out

@@ -1,0 +1,67 @@
+"""The definition of every op in plain torch: what the native kernels are compared with, and the fallback.
+
+Same signatures as `fedspine_edge.kernels.ops`. Any device and floating dtype, double precision included; everything
+here decomposes under tracing and export.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Metric = Literal["abs", "square", "signed"]
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ`: (..., in_features) → (..., out_features)."""
+    low_rank = functional.linear(functional.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+    return functional.linear(x, weight, bias) + scaling * low_rank
+
+
+def importance_accumulate(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float,
+    *,
+    group_of_row: Tensor | None = None,
+    group_of_col: Tensor | None = None,
+    num_groups: int,
+    metric: Metric = "abs",
+) -> Tensor:
+    """Group sums of LoRA-guided importance, (num_groups,) float32. Source: docs/algorithms.md, "Importance".
+
+    Materialises three (out, in) temporaries. Half-precision inputs are computed in float32, double in double.
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        a, b, grad_a, grad_b = (t.to(dtype) for t in (lora_A, lora_B, grad_A, grad_B))
+        estimate = grad_b @ a + b @ grad_a - grad_b @ grad_a
+        importance = estimate * (weight.to(dtype) + scaling * (b @ a))
+        if metric == "abs":
+            importance = importance.abs()
+        elif metric == "square":
+            importance = importance.square()
+        if group_of_row is not None:
+            sums, group = importance.sum(dim=1), group_of_row
+        else:
+            assert group_of_col is not None
+            sums, group = importance.sum(dim=0), group_of_col
+        return sums.new_zeros(num_groups).index_add_(0, group.long(), sums).float()
+
+
+def gather_rows(t: Tensor, index: Tensor) -> Tensor:
+    """`t[index]`, contiguous."""
+    return t.index_select(0, index.long()).contiguous()
+
+
+def gather_cols(t: Tensor, index: Tensor) -> Tensor:
+    """`t[:, index]`, contiguous."""
+    return t.index_select(1, index.long()).contiguous()
