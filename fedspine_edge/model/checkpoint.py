@@ -286,7 +286,9 @@ def _write_tokenizer(model: PrunableModel, folder: Path) -> None:
 
 def _swap(staging: Path, target: Path) -> None:
     """Put `staging` in the place of `target`; the old folder is removed only after the new one is there."""
+    readable = (staging / MANIFEST).stat().st_mode
     for file in staging.iterdir():
+        file.chmod(readable)  # safetensors writes for the owner alone; a service may run as someone else
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     old = target.with_name(f".{target.name}.old-{os.getpid()}")

@@ -1,0 +1,113 @@
+"""Our adapters load in PEFT and PEFT's load here, with equal outputs."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import tiny_models as tiny
+import torch
+
+from fedspine_edge.errors import CheckpointError
+from fedspine_edge.model import peft_format
+from fedspine_edge.model.peft_format import load_adapter
+
+TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+
+
+def bare(kind, **shape):
+    task = "causal_lm" if kind == "llama_lm" else "classification"
+    return tiny.PrunableModel.from_module(tiny.module(kind, **shape), task=task)
+
+
+def peft_adapter(kind, folder, **settings):
+    """A live PEFT adapter in `folder`; returns the adapted module."""
+    model = bare(kind)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": list(model.architecture.lora_targets), **settings}
+    adapted = peft.get_peft_model(model.module, peft.LoraConfig(task_type=TYPES[model.task], **config))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_our_adapter_loads_in_peft(kind, tmp_path):
+    model = tiny.prunable(kind, r=3)
+    inputs = tiny.batch(model)
+    folder = model.save(tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(tiny.module(kind), folder).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"RANK": 2}, "alpha_pattern": {"RANK": 5}},
+        {"target_modules": "SOME"},
+    ],
+    ids=["plain", "rslora", "mixed", "some"],
+)
+def test_a_peft_adapter_loads_here(kind, settings, tmp_path):
+    """Mixed ranks and alphas, rank-stabilised scaling, and adapters on some modules only."""
+    target = "v_proj" if kind.startswith("llama") else "value"
+    settings = json.loads(json.dumps(settings).replace("RANK", target))
+    if "target_modules" in settings:
+        settings["target_modules"] = [target]
+    adapted = peft_adapter(kind, tmp_path, **settings)
+    model = bare(kind)
+    load_adapter(model, tmp_path)
+    inputs = tiny.batch(model)
+    torch.testing.assert_close(model(**inputs).logits.detach(), adapted(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+    assert model.r == 4
+    model(**inputs).loss.backward()
+    dead = [
+        name
+        for name in model.adapter_state()
+        if name.endswith("lora_A") and (np.abs(model.adapter_state()[name]).max(1) == 0).any()
+    ]
+    assert not dead  # every component can learn
+
+
+def test_a_peft_adapter_for_the_full_model_is_gathered_on_a_compact_one(tmp_path):
+    peft_adapter("llama", tmp_path)
+    first, second = bare("llama"), bare("llama")
+    layout = tiny.random_layout(first, 3)
+    load_adapter(first, tmp_path)
+    first.compact(layout)
+    second.compact(layout)
+    load_adapter(second, tmp_path)
+    inputs = tiny.batch(first)
+    torch.testing.assert_close(first(**inputs).logits, second(**inputs).logits)
+
+
+def test_adapters_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
+    peft_adapter("bert", tmp_path / "bert")
+    model = tiny.prunable("bert", heads=2)
+    before = model.adapter_state()
+    with pytest.raises(CheckpointError, match="fits neither"):
+        load_adapter(model, tmp_path / "bert")
+    with pytest.raises(CheckpointError, match="not a prunable linear"):
+        load_adapter(tiny.prunable("llama"), tmp_path / "bert")
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
+        load_adapter(model, tmp_path)
+    config = tmp_path / "bert" / peft_format.CONFIG
+    good = json.loads(config.read_text())
+    config.write_text(json.dumps({**good, "use_dora": True}))
+    with pytest.raises(CheckpointError, match="only plain LoRA"):
+        load_adapter(model, tmp_path / "bert")
+    config.write_text("[]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_adapter(model, tmp_path / "bert")
+    config.write_text(json.dumps(good))
+    (tmp_path / "bert" / peft_format.WEIGHTS).write_bytes(b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_adapter(model, tmp_path / "bert")
+    after = model.adapter_state()
+    assert all(np.array_equal(after[name], before[name]) for name in before)

