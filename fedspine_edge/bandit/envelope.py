@@ -60,12 +60,16 @@ class Envelope:
         """(lo, hi) of a pruning round, for a device that took part in all earlier ones.
 
         lo is raised to where P can still be reached in steps of `max_step`; without that a device that always
-        drew u = 0 would have to take its last step too fast.
+        drew u = 0 would have to take its last step too fast. With a spread nobody passes P before the last
+        pruning round, so that there the mean over the devices can still be brought to P.
         """
+        to_go = self.last_pruning_round - server_round
         x = (server_round - self.start) / (self.last_pruning_round - self.start)
-        reachable = self.target - self.max_step * (self.last_pruning_round - server_round) - self.spread
-        lo = max((self.target - self.spread) * x**3, reachable)
-        return lo, max(lo, (self.target + self.spread) * (1.0 - (1.0 - x) ** 3))
+        lo = (self.target - self.spread) * x**3
+        if to_go:
+            lo = max(lo, self.target - self.max_step * to_go)
+        end = self.target if to_go else self.target + self.spread
+        return lo, max(lo, end * (1.0 - (1.0 - x) ** 3))
 
     def ratio(self, u: float, *, server_round: int, previous: float) -> float:
         """The pruning ratio of arm part `u` for a device that has removed `previous` so far."""
