@@ -1,0 +1,372 @@
+"""A device's private examples: reading, checking, splitting, tokenising once, and batches that repeat exactly.
+
+The text of an example never enters an error, a log line or a `repr`: messages name the file, the row and the
+column only. A label that is not a number is not quoted either, since a wrong `label` column is often the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.config import DataSettings
+from fedspine_edge.errors import DataError, MissingDependency
+
+Ints = npt.NDArray[np.int64]
+Data = Union[str, "os.PathLike[str]", Iterable[Any], Callable[[], Iterable[Any]]]
+"""What the SDK accepts as data: a path, 'module:function', examples, or a callable that returns examples."""
+
+_CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_PLAIN_NAME = re.compile(r"^[A-Za-z_][\w-]{0,39}$")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_BUCKET_BATCHES = 16
+"""Batches among which examples are sorted by length: enough to remove most padding, few enough to stay shuffled."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text, or pair of texts. The texts are kept out of `repr`."""
+
+    text: str = field(repr=False)
+    label: int
+    text_pair: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as token ids; `token_type_ids` is None for tokenizers without segments."""
+
+    input_ids: list[int] = field(repr=False)
+    label: int
+    token_type_ids: list[int] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is being read and how its columns are called."""
+
+    name: str
+    settings: DataSettings
+    labelled: bool
+
+    def fail(self, what: str, remedy: str, *, row: int | None = None) -> DataError:
+        place = f"{self.name}, row {row}" if row is not None else self.name
+        return DataError(f"{place}: {what}", remedy=remedy)
+
+    @property
+    def columns(self) -> list[str]:
+        wanted = [self.settings.text]
+        if self.settings.text_pair:
+            wanted.append(self.settings.text_pair)
+        return [*wanted, self.settings.label] if self.labelled else wanted
+
+
+def load_examples(settings: DataSettings, *, labelled: bool = True) -> list[Example]:
+    """Every example of `settings.path`: CSV, TSV, JSON lines, Parquet, or 'module:function'.
+
+    Args:
+        settings: Path and column names; labels must be integers within 0..num_labels-1.
+        labelled: False for plain text (causal language modelling); labels are then 0.
+
+    Raises `DataError` naming the file, the row (as an editor numbers it: the header of a CSV is row 1) and the
+    remedy; `MissingDependency` for Parquet without pyarrow.
+    """
+    if _CALLABLE.match(settings.path) and not Path(settings.path).exists():
+        return _from_items(_call(settings.path), _Source(settings.path, settings, labelled))
+    path = Path(settings.path).expanduser()
+    source = _Source(f"data file {path}", settings, labelled)
+    if path.is_dir():
+        raise source.fail("is a folder.", f"Name one file ({', '.join(_SUFFIXES)}) in data.path.")
+    if not path.exists():
+        raise source.fail("does not exist.", "Check data.path; it is relative to the working folder.")
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise source.fail(
+            f"unknown kind {path.suffix!r}.", f"Supported: {', '.join(_SUFFIXES)}, or 'module:function' of your own."
+        )
+    try:
+        examples = list(reader(path, source))
+    except OSError as error:
+        raise source.fail(f"cannot be read: {error.strerror}.", "Check the file's permissions.") from None
+    except UnicodeDecodeError as error:
+        raise source.fail(f"is not UTF-8 (byte {error.start}).", "Convert it, e.g. with iconv -t utf-8.") from None
+    return _not_empty(examples, source)
+
+
+def examples_of(data: Data, settings: DataSettings, *, labelled: bool = True) -> list[Example]:
+    """Examples from whatever the SDK's user hands over: see `Data`. Raises as `load_examples` does.
+
+    Items are (text, label), (text, text_pair, label), mappings with the configured columns, or `Example`;
+    with `labelled=False` plain strings too.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        fields = {name: getattr(settings, name) for name in settings.__struct_fields__}
+        return load_examples(DataSettings(**{**fields, "path": os.fspath(data)}), labelled=labelled)
+    source = _Source("the given examples", settings, labelled)
+    return _from_items(_guarded(data, source.name) if callable(data) else data, source)
+
+
+def split(examples: Sequence[Example], holdout: int, seed: int, *, where: str) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples, the same for the same seed. Raises `DataError` when too few are there."""
+    if len(examples) < holdout + 1:
+        raise DataError(
+            f"{where} has {len(examples)} examples; holding {holdout} out leaves none to train on.",
+            remedy="Lower data.holdout or provide more examples.",
+        )
+    order = np.random.default_rng([seed, 0x5E1]).permutation(len(examples))
+    held = sorted(order[:holdout].tolist())
+    rest = sorted(order[holdout:].tolist())
+    return [examples[i] for i in rest], [examples[i] for i in held]
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
+    """Tokenise once, truncated to `max_length_tokens`, unpadded. `tokenizer` is a transformers tokenizer."""
+    if not examples:
+        return []
+    texts = [example.text for example in examples]
+    pairs = [example.text_pair for example in examples]
+    paired = pairs[0] is not None
+    encoded = tokenizer(texts, pairs if paired else None, truncation=True, max_length=max_length_tokens)
+    segments = encoded.get("token_type_ids")
+    return [
+        Encoded(list(ids), example.label, None if segments is None else list(segments[i]))
+        for i, (ids, example) in enumerate(zip(encoded["input_ids"], examples))
+    ]
+
+
+def collate(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int) -> dict[str, Ints]:
+    """One batch padded to its own longest example: int64 arrays (batch, length) and `labels` (batch,)."""
+    chosen = [encoded[i] for i in indices]
+    length = max(len(example.input_ids) for example in chosen)
+    batch = {
+        "input_ids": np.full((len(chosen), length), pad_id, dtype=np.int64),
+        "attention_mask": np.zeros((len(chosen), length), dtype=np.int64),
+        "labels": np.array([example.label for example in chosen], dtype=np.int64),
+    }
+    if chosen[0].token_type_ids is not None:
+        batch["token_type_ids"] = np.zeros((len(chosen), length), dtype=np.int64)
+    for row, example in enumerate(chosen):
+        n = len(example.input_ids)
+        batch["input_ids"][row, :n] = example.input_ids
+        batch["attention_mask"][row, :n] = 1
+        if example.token_type_ids is not None:
+            batch["token_type_ids"][row, :n] = example.token_type_ids
+    return batch
+
+
+class BatchOrder:
+    """Which examples make up the batch of a step: a pure function of (lengths, batch size, seed, step).
+
+    So a device that lost power sees the same batches again. Each epoch is shuffled; within stretches of
+    16 batches examples are grouped by length, so that little is computed on padding; batches are shuffled again.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._batch_size = min(batch_size, len(lengths))
+        self._seed = seed
+        self.batches_per_epoch = len(lengths) // self._batch_size
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    def indices(self, step: int) -> Ints:
+        """Positions (batch_size,) of the examples of `step` (from 0); fewer when there are fewer examples."""
+        return self._epoch(step // self.batches_per_epoch)[step % self.batches_per_epoch]
+
+    def _shuffle(self, epoch: int) -> list[Ints]:
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(self._lengths.size)[: self.batches_per_epoch * self._batch_size]
+        stretch = _BUCKET_BATCHES * self._batch_size
+        batches: list[Ints] = []
+        for start in range(0, order.size, stretch):
+            part = order[start : start + stretch]
+            part = part[np.argsort(self._lengths[part], kind="stable")]
+            batches += [part[i : i + self._batch_size] for i in range(0, part.size, self._batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def evaluation_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Ints]:
+    """Every example once, sorted by length, so that batches hold almost no padding."""
+    order = np.argsort([len(example.input_ids) for example in encoded], kind="stable")
+    for start in range(0, order.size, batch_size):
+        yield order[start : start + batch_size]
+
+
+def _csv(path: Path, source: _Source) -> Iterator[Example]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        row = 1
+        try:
+            _check_columns(reader.fieldnames or [], source)
+            for row, record in enumerate(reader, start=2):
+                if None in record:
+                    raise source.fail(
+                        "more fields than the header has.",
+                        "Put texts that contain the separator into double quotes.",
+                        row=row,
+                    )
+                yield _example(record, source, row)
+        except csv.Error:
+            raise source.fail(
+                "is not valid CSV.", "Double every quote inside a quoted text and close every quote.", row=row + 1
+            ) from None
+
+
+def _json_lines(path: Path, source: _Source) -> Iterator[Example]:
+    with path.open(encoding="utf-8-sig") as file:
+        for row, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:  # its message quotes no text, but the exception carries the whole line
+                raise source.fail("is not valid JSON.", "Write one JSON object per line.", row=row) from None
+            if not isinstance(record, dict):
+                raise source.fail("is not a JSON object.", "Write one JSON object per line.", row=row)
+            _check_columns(list(record), source, row=row)
+            yield _example(record, source, row)
+
+
+def _parquet(path: Path, source: _Source) -> Iterator[Example]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise MissingDependency.of("pyarrow", extra="data", purpose=f"Reading {path}") from None
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(list(file.schema_arrow.names), source)
+        row = 0
+        for batch in file.iter_batches(columns=source.columns):
+            for record in batch.to_pylist():
+                row += 1
+                yield _example(record, source, row)
+    except pyarrow.ArrowException:
+        raise source.fail("is not a readable Parquet file.", "Write it again; it may be truncated.") from None
+
+
+def _check_columns(present: Sequence[str], source: _Source, *, row: int | None = None) -> None:
+    missing = [name for name in source.columns if name not in present]
+    if not present and row is None:
+        raise source.fail("is empty.", "The first line must name the columns.")
+    if missing:
+        raise source.fail(
+            f"no column {missing[0]!r}; the columns present are: {_named(present)}.",
+            "Set data.text, data.text_pair and data.label to the names of your columns.",
+            row=row,
+        )
+
+
+def _named(columns: Sequence[str]) -> str:
+    """Column names for a message; what is no plain name may be the first row's text of a file without a header."""
+    return ", ".join(name if _PLAIN_NAME.match(name) else "(not a plain name, not shown)" for name in columns)
+
+
+def _example(record: Mapping[str, Any], source: _Source, row: int) -> Example:
+    settings = source.settings
+    text = _text(record[settings.text], settings.text, source, row)
+    pair = _text(record[settings.text_pair], settings.text_pair, source, row) if settings.text_pair else None
+    return Example(text, _label(record[settings.label], source, row) if source.labelled else 0, pair)
+
+
+def _text(value: Any, column: str, source: _Source, row: int) -> str:
+    if not isinstance(value, str) or not value.strip():
+        kind = "is empty" if value is None or isinstance(value, str) else f"holds {type(value).__name__}, not text"
+        raise source.fail(f"column {column!r} {kind}.", "Fill it in or leave the row out.", row=row)
+    return value
+
+
+def _label(value: Any, source: _Source, row: int) -> int:
+    settings = source.settings
+    remedy = f"Labels are whole numbers from 0 to {settings.num_labels - 1} (data.num_labels = {settings.num_labels})."
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number != int(number):
+        raise source.fail(f"the label in column {settings.label!r} is not an integer.", remedy, row=row)
+    if not 0 <= number < settings.num_labels:
+        raise source.fail(f"label {int(number)} is out of range.", remedy, row=row)
+    return int(number)
+
+
+def _from_items(items: Iterable[Any], source: _Source) -> list[Example]:
+    examples: list[Example] = []
+    pair = source.settings.text_pair or "text_pair"
+    for row, item in enumerate(items, start=1):
+        if isinstance(item, Example):
+            record: dict[str, Any] = {"text": item.text, "label": item.label, "pair": item.text_pair}
+        elif isinstance(item, str) and not source.labelled:
+            record = {"text": item, "label": 0, "pair": None}
+        elif isinstance(item, Mapping):
+            _check_columns([str(key) for key in item], source, row=row)
+            settings = source.settings
+            record = {"text": item[settings.text], "label": item.get(settings.label), "pair": item.get(pair)}
+        elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
+            record = {"text": item[0], "label": item[-1], "pair": item[1] if len(item) == 3 else None}
+        else:
+            raise source.fail(
+                f"is a {type(item).__name__}, not an example.",
+                "Give (text, label), (text, text_pair, label) or mappings with those columns.",
+                row=row,
+            )
+        text = _text(record["text"], source.settings.text, source, row)
+        other = None if record["pair"] is None else _text(record["pair"], pair, source, row)
+        examples.append(Example(text, _label(record["label"], source, row) if source.labelled else 0, other))
+        if (other is None) != (examples[0].text_pair is None):
+            raise source.fail("single texts and pairs are mixed.", "Give every example a pair, or none.", row=row)
+    return _not_empty(examples, source)
+
+
+def _not_empty(examples: list[Example], source: _Source) -> list[Example]:
+    if not examples:
+        raise source.fail("holds no examples.", "Provide at least data.holdout + 1 examples.")
+    return examples
+
+
+def _call(path: str) -> Iterable[Any]:
+    module_name, function_name = path.split(":")
+    sys.path.append(os.getcwd())  # a console script does not look for modules where the user stands
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"data.path {path!r} cannot be imported: {error}.",
+            remedy="Write 'module:function'; the module must be importable from the working folder.",
+        ) from None
+    finally:
+        sys.path.remove(os.getcwd())
+    return _guarded(function, path)
+
+
+def _guarded(function: Callable[[], Iterable[Any]], name: str) -> Iterable[Any]:
+    """The examples of a user's callable; of its exceptions only the kind and the place are told."""
+    try:
+        return list(function())
+    except DataError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else ""
+        raise DataError(
+            f"{name} raised {type(error).__name__}{place}.",
+            remedy="It must take no arguments and return (text, label) or (text, text_pair, label) items.",
+        ) from None
