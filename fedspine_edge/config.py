@@ -127,9 +127,7 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     ranks: Annotated[tuple[int, ...], _doc("LoRA ranks the bandit may choose, each 1..256.")] = (4, 8, 16, 32)
     strategy: Annotated[
         str,
-        _doc(
-            "fedspine, fedlora, hetlora, fedapt, prune_then_tune, tune_then_prune, or 'module:attribute' of your own."
-        ),
+        _doc("fedspine, fixed, fedlora, hetlora, fedapt, prune_then_tune, tune_then_prune, or 'module:attribute'."),
     ] = "fedspine"
     layout: Annotated[
         Literal["consensus", "local"], _doc("`consensus`: one order for the fleet; `local`: every device ranks alone.")
