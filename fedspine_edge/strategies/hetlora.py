@@ -33,7 +33,8 @@ class HetLoRA(BaseStrategy):
     def observe(self, outcomes: Sequence[RoundOutcome], server_round: int) -> dict[str, RewardTerms | None]:
         times: dict[str, list[float]] = {}
         for o in sorted(outcomes, key=lambda o: o.device_id):
-            if o.status == "ok" and o.device_id in self._asked:
+            asked = self._asked.get(o.device_id, {})
+            if o.status == "ok" and asked.get("round") == server_round:
                 times.setdefault(self._class_of[o.device_id], []).append(o.completion_time_s)
         for name, measured in times.items():
             self._class_time_s.setdefault(name, fmean(measured))
