@@ -54,17 +54,12 @@ PYBIND11_MODULE(_C, m) {
         importance_accumulate_cpu(args, threads);
       });
 
-  using LowRank = void (*)(const Matrix&, const Matrix&, const Matrix&, float, int);
-  const auto low_rank = [&m](const char* name, LowRank run) {
-    m.def(name, [run](const py::tuple& out, const py::tuple& first, const py::tuple& second, float alpha, int threads) {
-      const Matrix o = matrix(out), a = matrix(first), b = matrix(second);
-      py::gil_scoped_release release;
-      run(o, a, b, alpha, threads);
-    });
-  };
-  low_rank("lowrank_expand_cpu", &lowrank_expand_cpu);
-  low_rank("lowrank_project_cpu", &lowrank_project_cpu);
-  low_rank("lowrank_gradient_cpu", &lowrank_gradient_cpu);
+  m.def("lowrank_project_cpu",
+        [](const py::tuple& out, const py::tuple& x, const py::tuple& small, float alpha, int threads) {
+          const Matrix o = matrix(out), i = matrix(x), s = matrix(small);
+          py::gil_scoped_release release;
+          lowrank_project_cpu(o, i, s, alpha, threads);
+        });
 
   m.def("gather_cpu",
         [](const py::tuple& out, const py::tuple& in, uintptr_t index, bool by_row, int item_bytes, int threads) {
@@ -77,7 +72,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = true;
   m.def("cuda_runtime_version", &cuda_runtime_version);
   m.def("importance_workspace_floats", &importance_workspace_floats);
-  m.def("gradient_workspace_floats", &gradient_workspace_floats);
+  m.def("lowrank_workspace_floats", &lowrank_workspace_floats);
   m.def("importance_accumulate_cuda", [](const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b,
                                          const py::tuple& grad_a, const py::tuple& grad_b, float scaling,
                                          uintptr_t group, bool by_row, int64_t num_groups, int metric, uintptr_t scores,
@@ -87,23 +82,23 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     importance_accumulate_cuda(args, reinterpret_cast<float*>(workspace), device, stream);
   });
-  using LowRankCuda = void (*)(const Matrix&, const Matrix&, const Matrix&, float, int, uintptr_t);
-  const auto low_rank_cuda = [&m](const char* name, LowRankCuda run) {
-    m.def(name, [run](const py::tuple& out, const py::tuple& first, const py::tuple& second, float alpha, int device,
-                      uintptr_t stream) {
+  m.def("lowrank_expand_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& right, float alpha,
+                                  int device, uintptr_t stream) {
+    const Matrix o = matrix(out), l = matrix(left), r = matrix(right);
+    py::gil_scoped_release release;
+    lowrank_expand_cuda(o, l, r, alpha, device, stream);
+  });
+  using Reduction = void (*)(const Matrix&, const Matrix&, const Matrix&, float, float*, int, uintptr_t);
+  const auto reduction = [&m](const char* name, Reduction run) {
+    m.def(name, [run](const py::tuple& out, const py::tuple& first, const py::tuple& second, float alpha,
+                      uintptr_t workspace, int device, uintptr_t stream) {
       const Matrix o = matrix(out), a = matrix(first), b = matrix(second);
       py::gil_scoped_release release;
-      run(o, a, b, alpha, device, stream);
+      run(o, a, b, alpha, reinterpret_cast<float*>(workspace), device, stream);
     });
   };
-  low_rank_cuda("lowrank_expand_cuda", &lowrank_expand_cuda);
-  low_rank_cuda("lowrank_project_cuda", &lowrank_project_cuda);
-  m.def("lowrank_gradient_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& x, float alpha,
-                                    uintptr_t workspace, int device, uintptr_t stream) {
-    const Matrix o = matrix(out), l = matrix(left), r = matrix(x);
-    py::gil_scoped_release release;
-    lowrank_gradient_cuda(o, l, r, alpha, reinterpret_cast<float*>(workspace), device, stream);
-  });
+  reduction("lowrank_project_cuda", &lowrank_project_cuda);
+  reduction("lowrank_gradient_cuda", &lowrank_gradient_cuda);
   m.def("gather_cuda", [](const py::tuple& out, const py::tuple& in, uintptr_t index, bool by_row, int item_bytes,
                           int device, uintptr_t stream) {
     const Matrix o = matrix(out), i = matrix(in);

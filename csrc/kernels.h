@@ -40,10 +40,9 @@ void importance_accumulate_cpu(const ImportanceArgs& args, int threads);
 //   expand    C (m, n)  += alpha * L (m, r) R (r, n)         y += s h Bᵀ,  dX += dh A
 //   project   H (m, r)   = alpha * X (m, k) S (k, r)         h = x Aᵀ,     dh = s dy B
 //   gradient  G (r, n)   = alpha * Lᵀ (r, m) X (m, n)        dA = dhᵀ x,   dBᵀ = s hᵀ dy
-// Each matrix has its own dtype; sums are fp32. expand and gradient name the small factor `left`.
-void lowrank_expand_cpu(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, int threads);
+// Each matrix has its own dtype; sums are fp32. On the CPU torch's BLAS is the faster one for expand and gradient, so
+// only project is there.
 void lowrank_project_cpu(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int threads);
-void lowrank_gradient_cpu(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, int threads);
 
 // out[i, :] = in[index[i], :] or out[:, i] = in[:, index[i]], any element of item_bytes 1, 2, 4 or 8.
 // `in` and `out` are described in elements of item_bytes; the dtype field is not read.
@@ -53,13 +52,15 @@ std::string cpu_isa();  // the instruction set chosen at run time: avx512, avx2,
 
 #ifdef FEDSPINE_WITH_CUDA
 // `stream` is a cudaStream_t as an integer, `device` the ordinal the pointers live on.
+// Workspaces are uninitialised device memory of at least the number of floats asked for.
 int64_t importance_workspace_floats(int64_t rows, int64_t cols, bool by_row);
 void importance_accumulate_cuda(const ImportanceArgs& args, float* workspace, int device, uintptr_t stream);
+int64_t lowrank_workspace_floats(int64_t rows, int64_t cols,
+                                 int64_t depth);  // of an (rows, depth) (depth, cols) product
 void lowrank_expand_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, int device,
                          uintptr_t stream);
-void lowrank_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int device,
-                          uintptr_t stream);
-int64_t gradient_workspace_floats(int64_t rank, int64_t tokens, int64_t cols);
+void lowrank_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, float* workspace,
+                          int device, uintptr_t stream);
 void lowrank_gradient_cuda(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, float* workspace,
                            int device, uintptr_t stream);
 void gather_cuda(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int device,

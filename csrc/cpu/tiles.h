@@ -20,14 +20,6 @@ struct ImportancePanels {
   double* sums;  // per row or per column of W
 };
 
-// alpha L R added to C, with L packed per tile (alpha folded in) and R per panel as above (one float each).
-struct ExpandPanels {
-  Matrix out;
-  const float* row_factors;
-  const float* col_factors;
-  int64_t rank;
-};
-
 // H = alpha X S: S packed transposed, (padded_rank, k) contiguous, zero beyond rank.
 struct ProjectPanels {
   Matrix out, x;
@@ -36,25 +28,15 @@ struct ProjectPanels {
   float alpha;
 };
 
-// G = Lᵀ X: L packed per tile of gemm_rows ranks: tokens x gemm_rows, alpha folded in.
-struct GradientPanels {
-  Matrix out, x;
-  const float* left;
-  int64_t rank;
-};
-
 struct Tiles {
   const char* name;
   int importance_rows;  // rows of W per register tile
+  int panel_cols;       // columns of W per register tile
   int project_rows;     // rows of X per register tile
   int project_ranks;    // ranks per register tile
-  int gemm_rows;        // rows of C per register tile
-  int panel_cols;       // columns per panel
   void (*importance_rows_sum)(const ImportancePanels&, int64_t first_tile, int64_t last_tile);
   void (*importance_cols_sum)(const ImportancePanels&, int64_t first_panel, int64_t last_panel);
-  void (*expand)(const ExpandPanels&, int64_t first_tile, int64_t last_tile);
   void (*project)(const ProjectPanels&, int64_t first_tile, int64_t last_tile);
-  void (*gradient)(const GradientPanels&, int64_t first_panel, int64_t last_panel);
 };
 
 extern const Tiles tiles_baseline;

@@ -60,9 +60,16 @@ def build_info() -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1)
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels: avx512, avx2, neon or baseline; empty without the extension."""
+    extension = _load()[0]
+    return str(extension.cpu_isa()) if extension is not None else ""
+
+
 def runs(tensor: Tensor) -> bool:
     """Whether the extension has kernels for the device and dtype of `tensor`."""
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES or type(tensor) not in (Tensor, torch.nn.Parameter):  # no fake or wrapped tensors
         return False
     return available() if tensor.device.type == "cpu" else tensor.is_cuda and cuda_available() and _known_sm(tensor)
 
@@ -134,7 +141,7 @@ def importance_accumulate(
 
 
 def expand_(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    """`out (m, n) += alpha left (m, r) right (r, n)` in place."""
+    """`out (m, n) += alpha left (m, r) right (r, n)` in place. CUDA only."""
     _call("lora_linear", "lowrank_expand", out, _matrix(out), _matrix(left), _matrix(right), alpha)
     return out
 
@@ -142,26 +149,22 @@ def expand_(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
 def project(x: Tensor, small: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """`alpha x (m, k) small (k, r)` → (m, r)."""
     out = torch.empty(x.shape[0], small.shape[1], dtype=dtype, device=x.device)
-    _call("lora_linear", "lowrank_project", x, _matrix(out), _matrix(x), _matrix(small), alpha)
+    _reduction("lowrank_project", out, x, small, alpha, depth=x.shape[1])
     return out
 
 
 def gradient(left: Tensor, x: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """`alpha leftᵀ (r, m) x (m, n)` → (r, n)."""
-    rank, cols = left.shape[1], x.shape[1]
-    out = torch.empty(rank, cols, dtype=dtype, device=x.device)
-    tokens = x.shape[0]
-    _call(
-        "lora_linear",
-        "lowrank_gradient",
-        x,
-        _matrix(out),
-        _matrix(left),
-        _matrix(x),
-        alpha,
-        workspace=lambda extension: extension.gradient_workspace_floats(rank, tokens, cols),
-    )
+    """`alpha leftᵀ (r, m) x (m, n)` → (r, n). CUDA only."""
+    out = torch.empty(left.shape[1], x.shape[1], dtype=dtype, device=x.device)
+    _reduction("lowrank_gradient", out, left, x, alpha, depth=x.shape[0])
     return out
+
+
+def _reduction(name: str, out: Tensor, first: Tensor, second: Tensor, alpha: float, depth: int) -> None:
+    def workspace(extension: ModuleType) -> int:
+        return int(extension.lowrank_workspace_floats(out.shape[0], out.shape[1], depth))
+
+    _call("lora_linear", name, out, _matrix(out), _matrix(first), _matrix(second), alpha, workspace=workspace)
 
 
 def gather(t: Tensor, index: Tensor, by_row: bool) -> Tensor:

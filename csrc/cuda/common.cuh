@@ -1,0 +1,95 @@
+// What the CUDA kernels share: storage as float, the device the caller named, launch errors as exceptions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../kernels.h"
+
+namespace fedspine {
+namespace {
+
+inline void check(const char* op, const char* what, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": " + what + " failed: " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
+}
+
+// A launch leaves its error behind instead of returning it; this takes and clears it.
+inline void check_launch(const char* op) {
+  check(op, "kernel launch", cudaGetLastError());
+}
+
+// Makes `device` current for a scope: the caller's tensors may live on another GPU than the thread's current one.
+class DeviceScope {
+ public:
+  DeviceScope(const char* op, int device) {
+    check(op, "cudaGetDevice", cudaGetDevice(&previous_));
+    if (previous_ != device) check(op, "cudaSetDevice", cudaSetDevice(device));
+    changed_ = previous_ != device;
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Grids are sized in 64 bits and checked, rather than wrapped into an int.
+inline unsigned grid_size(const char* op, int64_t blocks, int64_t limit) {
+  if (blocks > limit) throw std::invalid_argument(std::string(op) + ": the matrix needs more blocks than a grid holds");
+  return static_cast<unsigned>(blocks);
+}
+constexpr int64_t kGridX = 2147483647, kGridY = 65535;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+__device__ inline float to_float(float x) {
+  return x;
+}
+__device__ inline float to_float(__half x) {
+  return __half2float(x);
+}
+__device__ inline float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline void from_float(float x, float* out) {
+  *out = x;
+}
+__device__ inline void from_float(float x, __half* out) {
+  *out = __float2half_rn(x);
+}
+__device__ inline void from_float(float x, __nv_bfloat16* out) {
+  *out = __float2bfloat16_rn(x);
+}
+
+template <typename T>
+__device__ inline T* element(const Matrix& m, int64_t row, int64_t col) {
+  return static_cast<T*>(m.data) + row * m.row_stride + col * m.col_stride;
+}
+
+// The dtype is the same for a whole launch: the branch never diverges.
+__device__ inline float load(const Matrix& m, int64_t row, int64_t col) {
+  if (m.dtype == DType::f32) return *element<float>(m, row, col);
+  if (m.dtype == DType::f16) return to_float(*element<__half>(m, row, col));
+  return to_float(*element<__nv_bfloat16>(m, row, col));
+}
+
+__device__ inline void store(const Matrix& m, int64_t row, int64_t col, float value) {
+  if (m.dtype == DType::f32) return from_float(value, element<float>(m, row, col));
+  if (m.dtype == DType::f16) return from_float(value, element<__half>(m, row, col));
+  return from_float(value, element<__nv_bfloat16>(m, row, col));
+}
+
+}  // namespace
+}  // namespace fedspine
