@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedspine_edge.errors import BrokerUnreachable, TransportError
 from fedspine_edge.transport.base import Connected, Incoming, Will
-from fedspine_edge.transport.memory import MemoryBroker, MemoryTransport, topic_matches
+from fedspine_edge.transport.filters import topic_matches
+from fedspine_edge.transport.memory import MemoryBroker, MemoryTransport
 
 LEVELS = st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=4)
 
