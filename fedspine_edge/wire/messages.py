@@ -103,6 +103,8 @@ class Plan(Message, frozen=True, kw_only=True):
     action: Literal["round", "wait", "finished"]
     device_id: DeviceId
     server_round: Count = 0
+    attempt: Positive = 1
+    """Above 1 when the round is repeated because too few devices answered; makes the plan a new one."""
     num_rounds: Positive = 1
     pruning_ratio: Ratio = 0.0
     r: Annotated[int, Meta(ge=1, le=256)] = 8
