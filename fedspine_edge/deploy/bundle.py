@@ -1,0 +1,359 @@
+"""A finished model on disk: one folder that the runtime can check before it trusts it.
+
+    name.bundle/
+      model.onnx            always; runs on ONNX Runtime anywhere
+      model.onnx.data       weights of models too large for one protobuf file
+      engine.plan           a TensorRT or TensorRT-RTX plan, where one was built
+      tokenizer.json, …     the tokenizer files of the model folder
+      bundle.json           what the others are: names, shapes, widths, producers, hashes, verification
+
+A bundle is written beside its destination and renamed into place, so a failed or interrupted build leaves an
+existing bundle as it was. Every file is size- and hash-checked on load. The hashes find damage and mix-ups;
+they are not a signature. No torch, no transformers and no TensorRT here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Collection, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
+
+FORMAT_VERSION = 1
+MANIFEST, MODEL, PLAN = "bundle.json", "model.onnx", "engine.plan"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+MAX_MANIFEST_BYTES = 4 * 1024**2
+
+Precision = Literal["fp32", "fp16"]
+Task = Literal["classification", "causal_lm"]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything inside bundle.json."""
+
+
+class TensorInfo(_Record, frozen=True, kw_only=True):
+    """An input or output of the model. A string in `shape` is a dynamic axis ("batch", "sequence")."""
+
+    name: str
+    dtype: Literal["int64", "float32"]
+    shape: tuple[int | str, ...]
+    default: int | None = None
+    """An input that may be left out is filled with this; None means required."""
+    limit: int | None = None
+    """Integer inputs must lie in 0..limit-1 (the vocabulary, for instance)."""
+
+
+class Profile(_Record, frozen=True, kw_only=True):
+    """The shapes an engine is built for: (smallest, most common, largest) batch and tokens per sequence."""
+
+    batch: tuple[Positive, Positive, Positive] = (1, 1, 8)
+    tokens: tuple[Positive, Positive, Positive] = (1, 32, 128)
+
+    def __post_init__(self) -> None:
+        for axis, (low, common, high) in (("batch", self.batch), ("tokens", self.tokens)):
+            if not 1 <= low <= common <= high:
+                raise ConfigError(
+                    f"profile {axis}={low, common, high} is not in order.",
+                    remedy="Give (smallest, most common, largest), each at least 1.",
+                )
+
+    def covers(self, batch: int, tokens: int) -> bool:
+        """Whether an input of (batch, tokens) can run under this profile."""
+        return self.batch[0] <= batch <= self.batch[2] and self.tokens[0] <= tokens <= self.tokens[2]
+
+
+class Verification(_Record, frozen=True, kw_only=True):
+    """How far one implementation is from its reference over a number of inputs."""
+
+    subject: str
+    reference: str
+    shapes: tuple[tuple[int, int], ...]
+    """(batch, tokens) of each compared input."""
+    max_abs_diff: float
+    cosine: float
+    """Smallest cosine similarity of a row of outputs."""
+    argmax_agreement: float
+    """Share of rows with the same largest output."""
+    tolerance: float
+    """The largest `max_abs_diff` that would have been accepted."""
+
+
+class LayerWidths(_Record, frozen=True, kw_only=True):
+    """What one layer keeps: attention groups (KV heads) and FFN channels."""
+
+    heads: Positive
+    channels: Positive
+
+
+class EngineInfo(_Record, frozen=True, kw_only=True):
+    """What a serialized plan was made by and for; checked before TensorRT sees the plan."""
+
+    backend: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    """Exact version of the builder: a plan loads in no other."""
+    compute_capabilities: tuple[str, ...]
+    """SM numbers such as "87"."""
+    built_on: str = ""
+    """GPU name, empty when built without one."""
+    l4t: str = ""
+    """Jetson Linux release of the building machine."""
+    flags: tuple[str, ...] = ()
+    """Builder flags by name; their integers differ between releases."""
+    profiles: tuple[Profile, ...]
+    verification: Verification | None = None
+    not_verified: str = ""
+    """Why the plan was not run after building, when it was not."""
+
+
+class FileEntry(_Record, frozen=True, kw_only=True):
+    """Size and hash of one file of the bundle."""
+
+    size_bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+class Manifest(_Record, frozen=True, kw_only=True):
+    """The content of bundle.json."""
+
+    format_version: int = FORMAT_VERSION
+    producer: dict[str, str]
+    """Versions of what wrote the bundle: fedspine_edge, python, torch, onnx, ..."""
+    task: Task
+    family: str
+    precision: Precision
+    opset: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    max_tokens: Positive
+    """Longest sequence the model's positions allow."""
+    pad_token_id: int = 0
+    labels: tuple[str, ...] = ()
+    """Class names in the order of the logits (classification)."""
+    widths: tuple[LayerWidths, ...] = ()
+    sparsity: float = 0.0
+    """Measured share of the unpruned model's parameters that are absent."""
+    num_parameters: int = 0
+    verification: Verification
+    """The ONNX model against torch."""
+    engine: EngineInfo | None = None
+    engine_absent: str = ""
+    """Why there is no plan, when there is none."""
+    files: dict[FileName, FileEntry] = {}
+    digest: str = ""
+    """sha256 of this record with an empty digest."""
+
+
+class Bundle(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle on disk whose files have been checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / MODEL
+
+    @property
+    def plan_path(self) -> Path:
+        return self.folder / PLAN
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but bundle.json."""
+        return sum(entry.size_bytes for entry in self.manifest.files.values())
+
+
+def is_bundle(folder: str | Path) -> bool:
+    """Whether `folder` has a bundle.json; says nothing about its health."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_sidecar(folder: str | Path) -> dict[str, Any]:
+    """bundle.json as plain values, for JSON; the other files are not checked."""
+    values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(_read_manifest(Path(folder))))
+    return values
+
+
+def rebuild_command(folder: Path) -> str:
+    """What to type to make the plan of a bundle anew from its own model.onnx, on the machine that runs it."""
+    return f"fedspine-edge compile {folder} --out {folder}"
+
+
+def load_bundle(folder: str | Path, *, ignore: Collection[str] = ()) -> Bundle:
+    """Reads bundle.json and checks every file it lists but those in `ignore`.
+
+    Raises:
+        CheckpointError: No bundle there, or a file is missing, truncated or altered.
+        EngineIncompatible: The same for engine.plan, which can be made anew; the message names the command.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    for name, entry in manifest.files.items():
+        if name not in ignore:
+            _check_file(folder, name, entry)
+    if MODEL not in manifest.files or (manifest.engine is not None and PLAN not in manifest.files):
+        raise CheckpointError(
+            f"{folder / MANIFEST} does not list {MODEL if MODEL not in manifest.files else PLAN}.",
+            remedy=_FROM_SOURCE,
+        )
+    return Bundle(folder=folder, manifest=manifest)
+
+
+_FROM_SOURCE = "Make the bundle anew from its model: fedspine-edge compile MODEL_FOLDER --out BUNDLE"
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "is not a bundle: it has no bundle.json" if folder.is_dir() else "does not exist"
+        raise CheckpointError(f"{folder} {what}.", remedy="Make one with: fedspine-edge compile MODEL_FOLDER")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.", remedy=_FROM_SOURCE)
+    raw = path.read_bytes()
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version", msgspec.Raw(b"0"))
+        if bytes(version) != str(FORMAT_VERSION).encode():
+            raise CheckpointError(
+                f"{path} has format {bytes(version).decode()}; this release reads format {FORMAT_VERSION}.",
+                remedy=_FROM_SOURCE,
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, ConfigError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", remedy=_FROM_SOURCE) from error
+    if manifest.digest != _digest(manifest):
+        raise CheckpointError(f"{path} was altered after it was written (its own hash differs).", remedy=_FROM_SOURCE)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    if not path.is_file():
+        problem = "is missing"
+    elif path.stat().st_size != entry.size_bytes:
+        problem = f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+    elif hash_file(path) != entry.sha256:
+        problem = "was altered: its sha256 is not the one in bundle.json"
+    else:
+        return
+    if name == PLAN:
+        raise EngineIncompatible(f"{path} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
+    raise CheckpointError(f"{path} {problem}.", remedy=_FROM_SOURCE)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(manifest: Manifest) -> str:
+    bare = msgspec.structs.replace(manifest, digest="")
+    return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
+
+
+def producer_versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, Python and those of `packages` that are installed."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("fedspine-edge", *packages):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+@contextlib.contextmanager
+def staging(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well and is sealed.
+
+    When the block raises, the temporary folder goes and `out` stays as it was. An `out` that exists and is
+    neither a bundle nor empty is refused (`ConfigError`): it is not ours to replace.
+    """
+    out = Path(out).absolute()
+    check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp makes it private; a service user must be able to read the bundle
+        yield folder
+        if not is_bundle(folder):
+            raise RuntimeError("staging() ended without seal(): a bundle without bundle.json would be published.")
+        _publish(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_target(out: Path) -> None:
+    """Raises `ConfigError` unless `out` is free, an empty folder or a bundle."""
+    if out.is_dir() and not out.is_symlink() and (is_bundle(out) or not any(out.iterdir())):
+        return
+    if out.exists() or out.is_symlink():
+        raise ConfigError(
+            f"{out} exists and is not a bundle; it will not be replaced.", remedy="Choose another output folder."
+        )
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Hashes every file in `folder` and writes bundle.json, all of it flushed to the disk."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == MANIFEST:
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = FileEntry(size_bytes=path.stat().st_size, sha256=hash_file(path))
+    manifest = msgspec.structs.replace(manifest, files=files)
+    manifest = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    with (folder / MANIFEST).open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Renames `folder` to `out`. An older bundle is moved aside first and comes back if the rename fails."""
+    if not out.exists():
+        folder.rename(out)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        previous = aside / out.name
+        out.rename(previous)
+        try:
+            folder.rename(out)
+        except BaseException:
+            previous.rename(out)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

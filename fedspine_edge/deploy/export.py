@@ -1,0 +1,286 @@
+"""torch → ONNX: one graph with dynamic batch and sequence that TensorRT 10.3 and every later release can parse.
+
+Attention and norms are spelled out in basic operators (the fused ONNX operators of opset 23 have no parser in
+10.3). Widths may differ by layer. Classification models give (batch, labels), causal models give the logits of all
+positions, (batch, sequence, vocabulary), **without a KV cache**: generating with them costs a full pass a token.
+Why the TorchScript exporter: docs/decisions/0060-torchscript-exporter.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedspine_edge.deploy.bundle import Precision, Task, TensorInfo
+from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedspine_edge.model.prunable import PrunableModel
+
+OPSETS = range(17, 21)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+MAX_INLINE_BYTES = 1_500_000_000
+"""Above this, weights go to a second file: protobuf ends at 2 GiB."""
+
+_FUSED_OPS = frozenset({"Attention", "RotaryEmbedding", "RMSNormalization", "GroupQueryAttention"})
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file and what it computes."""
+
+    path: Path
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    task: Task
+    precision: Precision
+    opset: int
+    max_tokens: int
+
+
+def export_onnx(
+    model: PrunableModel | nn.Module | str | Path, path: str | Path, *, opset: int = 17, precision: Precision = "fp32"
+) -> Exported:
+    """Writes a model as ONNX.
+
+    Args:
+        model: A folder that `PrunableModel.save` or `save_pretrained` wrote, a `PrunableModel` (its adapters are
+            merged in a copy), or a transformers task model.
+        path: The file to write; weights above 1.5 GB go beside it.
+        opset: 17 to 20.
+        precision: "fp16" halves the weights and keeps norms, softmax and outputs in float32.
+
+    Raises:
+        ConfigError: An opset or precision outside the range.
+        DeployError: The model could not be traced or holds an operator that TensorRT 10.3 cannot parse.
+    """
+    if opset not in OPSETS:
+        raise ConfigError(f"opset is {opset}; it must be {OPSETS[0]} to {OPSETS[-1]}.", remedy="Leave it at 17.")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}.", remedy=f"Choose one of: {', '.join(PRECISIONS)}")
+    onnx = _import_onnx()
+    module = merged_module(model)
+    path = Path(path)
+    inputs = _inputs(module.config)
+    max_tokens = _max_tokens(module.config)
+    with tempfile.TemporaryDirectory(prefix="fedspine-export-") as scratch:
+        raw = Path(scratch) / "raw.onnx"
+        rank = _trace(module, inputs, raw, opset, max_tokens)
+        proto = onnx.load(raw)
+    task: Task = "classification" if rank == 2 else "causal_lm"
+    _tidy(proto.graph, _transposed_names(module))
+    _check_operators(proto.graph)
+    if precision == "fp16":
+        from fedspine_edge.deploy.half import to_half
+
+        to_half(proto)
+    _save(proto, path)
+    last = module.config.num_labels if task == "classification" else module.config.vocab_size
+    shape = ("batch", int(last)) if task == "classification" else ("batch", "sequence", int(last))
+    outputs = (TensorInfo(name="logits", dtype="float32", shape=shape),)
+    return Exported(path, inputs, outputs, task, precision, opset, max_tokens)
+
+
+def _import_onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependency.of("onnx", extra="export", purpose="Exporting a model") from error
+    return onnx
+
+
+def merged_module(model: PrunableModel | nn.Module | str | Path) -> nn.Module:
+    """The float32 transformers module to export: adapters folded in, eval mode. The given model is not changed."""
+    import copy
+
+    import torch
+
+    from fedspine_edge.model.prunable import PrunableModel
+
+    if isinstance(model, (str, Path)):
+        model = load_folder(Path(model))
+    module = model.merged() if isinstance(model, PrunableModel) else model
+    if module.training or any(p.dtype != torch.float32 for p in module.parameters()):
+        module = (module if isinstance(model, PrunableModel) else copy.deepcopy(module)).float().eval()
+    return module
+
+
+def load_folder(folder: Path) -> PrunableModel:
+    """A folder of ours (with layout.json) or one that `save_pretrained` wrote with its task head.
+
+    Raises `DeployError` for a bare backbone, whose task head would be random.
+    """
+    from fedspine_edge.model.base import LOAD_FAILURES, MANIFEST, load_base, require_transformers
+    from fedspine_edge.model.checkpoint import load_model
+
+    if not (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
+        return load_model(folder)  # also says what is missing where there is no model at all
+    transformers = require_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except LOAD_FAILURES as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    kinds = " ".join(config.architectures or ())
+    if "ForSequenceClassification" in kinds:
+        labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+        return load_base(folder, task="classification", num_labels=config.num_labels, labels=labels)
+    if "ForCausalLM" in kinds:
+        return load_base(folder, task="causal_lm")
+    raise DeployError(
+        f"{folder} holds {kinds or 'a model without a stated class'}, which has no trained task head.",
+        remedy="Fine-tune it first: EdgeTuner.from_pretrained(folder, task='classification', ...).fit(data).save(out)",
+    )
+
+
+def _inputs(config: Any) -> tuple[TensorInfo, ...]:
+    shape = ("batch", "sequence")
+    tensors = [
+        TensorInfo(name="input_ids", dtype="int64", shape=shape, limit=int(config.vocab_size)),
+        TensorInfo(name="attention_mask", dtype="int64", shape=shape, limit=2),
+    ]
+    types = int(getattr(config, "type_vocab_size", 0) or 0)
+    if types > 1:  # RoBERTa has one type: an input that can only be zero
+        tensors.append(TensorInfo(name="token_type_ids", dtype="int64", shape=shape, default=0, limit=types))
+    return tuple(tensors)
+
+
+def _max_tokens(config: Any) -> int:
+    positions = int(config.max_position_embeddings)
+    # RoBERTa counts positions from padding_idx + 1.
+    return positions - int(config.pad_token_id) - 1 if config.model_type == "roberta" else positions
+
+
+def _trace(module: nn.Module, inputs: tuple[TensorInfo, ...], path: Path, opset: int, max_tokens: int) -> int:
+    """Exports through TorchScript and returns the rank of the logits."""
+    import torch
+
+    names = [tensor.name for tensor in inputs]
+
+    class Logits(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(**dict(zip(names, tensors))).logits
+            return logits
+
+    device = next(module.parameters()).device
+    length = min(8, max_tokens)
+    pad = module.config.pad_token_id
+    ids = torch.full((2, length), 1 if pad == 0 else 0, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    if length > 1:
+        mask[1, length - 1] = 0  # a mask of ones alone could be optimised away while tracing
+    values = {"input_ids": ids, "attention_mask": mask}
+    example = tuple(values.get(name, torch.zeros_like(ids)).to(device) for name in names)
+    wrapper = Logits().eval()
+    with _traceable(module), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracer warnings about branches whose other arm is for caches
+        try:
+            rank = wrapper(*example).ndim
+            axes = {name: {0: "batch", 1: "sequence"} for name in names}
+            axes["logits"] = {0: "batch"} if rank == 2 else {0: "batch", 1: "sequence"}
+            torch.onnx.export(
+                wrapper,
+                example,
+                str(path),
+                input_names=names,
+                output_names=["logits"],
+                dynamic_axes=axes,
+                opset_version=opset,
+                dynamo=False,
+            )
+        except Exception as error:  # tracing runs the model's own code: anything can come out of it
+            raise DeployError(
+                f"{type(module).__name__} could not be exported with torch {torch.__version__}: {error}",
+                remedy="Check that it runs in torch on a batch of two sequences with padding.",
+            ) from error
+    return int(rank)
+
+
+@contextlib.contextmanager
+def _traceable(module: nn.Module) -> Iterator[None]:
+    """Eager attention and no cache while tracing; every config is put back as it was."""
+    configs = {id(c): c for c in (getattr(child, "config", None) for child in module.modules()) if c is not None}
+    before = [(c, c._attn_implementation, getattr(c, "use_cache", None)) for c in configs.values()]
+    try:
+        for config, _, cache in before:
+            config._attn_implementation = "eager"
+            if cache is not None:
+                config.use_cache = False
+        yield
+    finally:
+        for config, attention, cache in before:
+            config._attn_implementation = attention
+            if cache is not None:
+                config.use_cache = cache
+
+
+def _transposed_names(module: nn.Module) -> dict[str, str]:
+    """Hash of a weight's transpose → its name. The exporter transposes weights and calls them onnx::MatMul_123."""
+    names: dict[str, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2:
+            names.setdefault(_content(parameter.detach().cpu().numpy().T), f"{name}.T")
+    return names
+
+
+def _content(array: Any) -> str:
+    array = np.ascontiguousarray(array)
+    return hashlib.blake2b(array.data, digest_size=16, key=repr(array.shape).encode()).hexdigest()
+
+
+def _tidy(graph: Any, transposed: dict[str, str]) -> None:
+    """Stable initialiser names (those of the state dict) and no Identity nodes around shared initialisers."""
+    from onnx import numpy_helper
+
+    rename = {}
+    for tensor in graph.initializer:
+        name = tensor.name.removeprefix("model.")  # the tracing wrapper's attribute
+        if tensor.name.startswith("onnx::"):
+            name = transposed.pop(_content(numpy_helper.to_array(tensor)), tensor.name)
+        rename[tensor.name] = tensor.name = name
+    initializers = set(rename.values())
+    nodes = []
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = rename.get(name, name)
+        if node.op_type == "Identity" and node.input[0] in initializers:
+            rename[node.output[0]] = node.input[0]
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _check_operators(graph: Any) -> None:
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx") or node.op_type in _FUSED_OPS:
+            raise DeployError(
+                f"The export holds the operator {node.domain}{node.op_type}, which TensorRT 10.3 cannot parse.",
+                remedy="Export with opset 17 and the supported model families.",
+            )
+
+
+def _save(proto: Any, path: Path) -> None:
+    import onnx
+
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if size > MAX_INLINE_BYTES:
+        data = path.with_name(f"{path.name}.data")
+        data.unlink(missing_ok=True)  # onnx appends to an existing file
+        onnx.save(proto, path, save_as_external_data=True, location=data.name, all_tensors_to_one_file=True)
+    else:
+        onnx.save(proto, path)
+    onnx.checker.check_model(str(path))

@@ -1,0 +1,186 @@
+"""Turns a float32 ONNX graph into a mixed one: float16 weights and products, float32 norms and softmax.
+
+Strongly typed TensorRT takes precision from the graph, so it is decided here, node by node:
+
+- what does not descend from an embedding (masks, position angles) stays float32;
+- LayerNormalization, decomposed RMSNorm and softmax with the mask addition before it stay float32, because
+  float16 loses them (squares overflow at 256, a mask of -3e38 becomes -inf);
+- all else that computes in floats becomes float16; the outputs are cast back to float32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from fedspine_edge.errors import DeployError
+
+LARGEST_FP16 = 65504.0
+_FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Reciprocal", "Cos", "Sin"})
+_NORM_TAIL = frozenset({"Add", "Sqrt", "Div", "Reciprocal", "Mul"})
+
+
+def to_half(model: Any) -> None:
+    """Converts an `onnx.ModelProto` in place. Raises `DeployError` for a graph with nested graphs."""
+    _Converter(model).convert()
+
+
+class _Converter:
+    def __init__(self, model: Any) -> None:
+        import onnx
+
+        self.onnx = onnx
+        self.graph = model.graph
+        self.nodes = list(model.graph.node)
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producer = {name: index for index, node in enumerate(self.nodes) for name in node.output}
+        self.consumers: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(self.nodes):
+            if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+                raise DeployError(f"Node {node.name!r} ({node.op_type}) has a nested graph, which fp16 does not cover.")
+            for name in node.input:
+                self.consumers[name].append(index)
+        self.floats = self._float_tensors(model)
+        self.half_tensors: set[str] = set()
+        self.casts: dict[tuple[str, bool], str] = {}
+        self.result: list[Any] = []
+
+    def convert(self) -> None:
+        half = self._descendants_of_embeddings() - self._kept_in_fp32()
+        outputs = {output.name for output in self.graph.output}
+        for index, node in enumerate(self.nodes):
+            is_half = index in half and node.op_type not in ("Cast", "Constant")
+            self._convert_inputs(node, index, is_half)
+            self.result.append(node)
+            for position, name in enumerate(node.output):
+                if is_half and name in self.floats:
+                    if name in outputs:
+                        node.output[position] = f"{name}.fp16"
+                        self.result.append(self._cast(node.output[position], name, to_half=False))
+                    else:
+                        self.half_tensors.add(name)
+        self._tidy_initializers()
+        del self.graph.node[:]
+        self.graph.node.extend(self.result)
+        del self.graph.value_info[:]  # holds the float32 types
+
+    def _convert_inputs(self, node: Any, index: int, is_half: bool) -> None:
+        if node.op_type in ("Cast", "Shape"):
+            return  # take any type
+        for position, name in enumerate(node.input):
+            if name in self.floats and (name in self.half_tensors) != is_half:
+                node.input[position] = self._in_precision(name, is_half)
+
+    def _in_precision(self, name: str, half: bool) -> str:
+        """The name of `name` in the other precision; made once."""
+        key = (name, half)
+        if key in self.casts:
+            return self.casts[key]
+        other = self.casts[key] = f"{name}.fp16" if half else f"{name}.fp32"
+        value = self._constant(name)
+        if value is None:
+            self.result.append(self._cast(name, other, to_half=half))
+        else:
+            clipped = np.clip(value, -LARGEST_FP16, LARGEST_FP16).astype(np.float16)
+            self.graph.initializer.append(self.onnx.numpy_helper.from_array(clipped, other))
+        return other
+
+    def _constant(self, name: str) -> Any:
+        """The value of an initialiser or of a Constant node, else None."""
+        if name in self.initializers:
+            return self.onnx.numpy_helper.to_array(self.initializers[name])
+        index = self.producer.get(name)
+        if index is None or self.nodes[index].op_type != "Constant":
+            return None
+        attribute = self.nodes[index].attribute[0]
+        return self.onnx.numpy_helper.to_array(attribute.t) if attribute.name == "value" else None
+
+    def _cast(self, source: str, target: str, *, to_half: bool) -> Any:
+        kind = self.onnx.TensorProto.FLOAT16 if to_half else self.onnx.TensorProto.FLOAT
+        return self.onnx.helper.make_node("Cast", [source], [target], name=f"Cast.{target}", to=kind)
+
+    def _float_tensors(self, model: Any) -> set[str]:
+        """Names of all float32 tensors, found by shape inference on a copy without the weights."""
+        onnx = self.onnx
+        skeleton = onnx.ModelProto()
+        skeleton.ir_version = model.ir_version
+        skeleton.opset_import.extend(model.opset_import)
+        graph = skeleton.graph
+        graph.name = "skeleton"
+        graph.node.extend(self.nodes)
+        graph.input.extend(self.graph.input)
+        graph.output.extend(self.graph.output)
+        for tensor in self.initializers.values():
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            else:
+                graph.initializer.append(tensor)  # shapes: small, and needed to infer others
+        inferred = onnx.shape_inference.infer_shapes(skeleton).graph
+        every = (*inferred.input, *inferred.output, *inferred.value_info)
+        typed = {info.name: info.type.tensor_type.elem_type for info in every}
+        unknown = [name for name in self.producer if name and not typed.get(name)]
+        if unknown:
+            raise DeployError(f"The type of the tensor {unknown[0]!r} cannot be inferred, which fp16 needs.")
+        return {name for name, kind in typed.items() if kind == onnx.TensorProto.FLOAT}
+
+    def _descendants_of_embeddings(self) -> set[int]:
+        """Nodes that compute floats from an embedding table's rows."""
+        roots = [
+            index
+            for index, node in enumerate(self.nodes)
+            if node.op_type == "Gather" and node.input[0] in self.initializers and node.input[0] in self.floats
+        ]
+        found: set[int] = set()
+        pending = roots
+        while pending:
+            index = pending.pop()
+            if index not in found:
+                found.add(index)
+                floats = [name for name in self.nodes[index].output if name in self.floats]
+                pending.extend(consumer for name in floats for consumer in self.consumers[name])
+        # Comparisons and such yield no floats: their inputs stay in float32.
+        return {index for index in found if any(name in self.floats for name in self.nodes[index].output)}
+
+    def _kept_in_fp32(self) -> set[int]:
+        kept = {index for index, node in enumerate(self.nodes) if node.op_type in _FP32_OPS}
+        for index, node in enumerate(self.nodes):
+            if node.op_type == "Softmax":
+                kept.update(self._producers(node.input[:1], {"Add", "Where"}))
+            elif node.op_type == "ReduceMean":
+                kept.update(self._norm_tail(index))
+        return kept
+
+    def _producers(self, names: Iterable[str], ops: set[str]) -> set[int]:
+        indices = (self.producer[name] for name in names if name in self.producer)
+        return {index for index in indices if self.nodes[index].op_type in ops}
+
+    def _norm_tail(self, mean: int) -> set[int]:
+        """The rest of a decomposed RMSNorm after its mean: + eps, square root, 1/x, up to x · (1/rms)."""
+        tail: set[int] = set()
+        index = mean
+        while True:
+            following = [i for name in self.nodes[index].output for i in self.consumers[name]]
+            if len(following) != 1 or self.nodes[following[0]].op_type not in _NORM_TAIL:
+                return tail
+            index = following[0]
+            tail.add(index)
+            if self.nodes[index].op_type == "Mul":
+                return tail
+
+    def _tidy_initializers(self) -> None:
+        """Drops what nothing reads any more; a weight needed in float16 alone keeps its name."""
+        used = {name for node in self.result for name in node.input}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        rename = {}
+        for tensor in kept:
+            original = tensor.name.removesuffix(".fp16")
+            if original in self.initializers and original not in used:
+                rename[tensor.name] = tensor.name = original
+        for node in self.result:
+            for position, name in enumerate(node.input):
+                node.input[position] = rename.get(name, name)
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
