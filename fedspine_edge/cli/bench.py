@@ -33,10 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             with Session.load(arguments.bundles[1], backend=arguments.backend) as second:
                 figures = compare_latency(first, second, **shape).to_dict()
-        figures |= {"backend": first.backend, **shape}
     if arguments.json:
         print_json(figures)
-    else:
-        for name, value in figures.items():
-            print(f"{name:>14}  {value:.3f}" if isinstance(value, float) else f"{name:>14}  {value}")
+        return 0
+    columns = [figures] if len(arguments.bundles) == 1 else [figures["first"], figures["second"]]
+    for name in columns[0]:
+        values = (f"{c[name]:.3f}" if isinstance(c[name], float) else str(c[name]) for c in columns)
+        print(f"{name:>8}  " + "  ".join(f"{value:>12}" for value in values))
+    if len(columns) == 2:
+        print(f"{'ratio':>8}  {figures['ratio']:.3f}")
     return 0

@@ -7,6 +7,7 @@ finished model is compared with something measured in the same run.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedspine_edge.config import DataSettings
+from fedspine_edge.deploy.bundle import load_bundle
 from fedspine_edge.deploy.compile import compile_engine
 from fedspine_edge.deploy.session import Session, compare_latency
 from fedspine_edge.device.data import load_examples
@@ -36,12 +38,13 @@ _TAU = 8
 _RECOVERY_STEPS = 8
 _BATCH_SIZE = 8
 _MAX_LENGTH_TOKENS = 48
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE = 1e-3
 _RANKS = (4, 8, 16, 32)
 _REFERENCE_RANK = 16
 _TEST_EXAMPLES = 1200
 _LATENCY_TOKENS = 32
 _LATENCY_REPEATS = 60
+_ENGINE_FOR = ("86",)
 _TIME_LIMIT_S = 3600.0
 _POLL_S = 0.5
 _MARKER = "demo.json"
@@ -221,7 +224,7 @@ def _examine(setup: FleetSetup, reference: FleetSetup | None) -> dict[str, Any]:
     finished = build_finished_model(Path(setup.fleet.run_dir), setup.model, setup.folder / "model")
     unpruned_run = Path((reference or setup).fleet.run_dir)
     unpruned = build_finished_model(unpruned_run, setup.model, setup.folder / "reference" / "model", pruned=False)
-    bundle = compile_engine(finished.folder, setup.folder / "bundle")
+    bundle = compile_engine(finished.folder, setup.folder / "bundle", **_engine_request())
     before = compile_engine(unpruned.folder, setup.folder / "reference" / "bundle", backend="onnxruntime")
     test = load_examples(DataSettings(path=str(setup.test_csv), num_labels=setup.devices[0].data.num_labels))
     texts, labels = [example.text for example in test], np.array([example.label for example in test])
@@ -243,13 +246,36 @@ def _examine(setup: FleetSetup, reference: FleetSetup | None) -> dict[str, Any]:
         "latency_ms_before": latency.first_ms,
         "latency_ms_after": latency.second_ms,
         "latency_runtime": "onnxruntime, batch 1, 32 tokens, median",
-        "onnx_max_abs_diff": finished.verification(bundle),
+        "onnx_max_abs_diff": load_bundle(bundle).manifest.verification.max_abs_diff,
+        "engine": _engine(bundle),
         "bundle": str(bundle),
         "finished": {
             "pruning_ratio": finished.layout.pruning_ratio,
             "sparsity": finished.layout.sparsity,
             "widths": finished.widths,
         },
+    }
+
+
+def _engine_request() -> dict[str, Any]:
+    """Without a GPU, TensorRT-RTX builds for a named one; that engine is checked by the builder, not run."""
+    if importlib.util.find_spec("tensorrt_rtx") and not importlib.util.find_spec("tensorrt"):
+        return {"backend": "tensorrt_rtx", "compute_capabilities": _ENGINE_FOR}
+    return {}
+
+
+def _engine(bundle: Path) -> dict[str, Any]:
+    """What became of the engine: how it was built, or why there is none."""
+    manifest = load_bundle(bundle).manifest
+    if manifest.engine is None:
+        return {"built": False, "reason": manifest.engine_absent}
+    engine = manifest.engine
+    return {
+        "built": True,
+        "backend": engine.backend,
+        "version": engine.version,
+        "compute_capabilities": list(engine.compute_capabilities),
+        "not_verified": engine.not_verified,
     }
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.transport.base import Connected, Event, Incoming, Will
-from fedspine_edge.transport.memory import topic_matches
+from fedspine_edge.transport.filters import topic_matches
 
 
 class Participant(Protocol):
@@ -25,8 +25,8 @@ class Participant(Protocol):
 
     def tick(self) -> None: ...
 
-    def next_wakeup(self) -> float:
-        """Clock time in seconds at which `tick` wants to run; infinity for never."""
+    def next_wakeup(self) -> float | None:
+        """Clock time in seconds at which `tick` wants to run; None for never."""
         ...
 
 
@@ -151,7 +151,7 @@ class VirtualTransport:
             self._wakeup_s = math.inf
         self._participant.tick()
         wakeup_s = self._participant.next_wakeup()
-        if wakeup_s < self._wakeup_s:
+        if wakeup_s is not None and wakeup_s < self._wakeup_s:
             self._wakeup_s = wakeup_s
             self._network.deliver(max(wakeup_s, self._clock.now()), self._client_id, None)
 
