@@ -36,7 +36,8 @@ class Architecture:
     attention: str
     """The module whose forward reshapes into heads."""
     head: Mapping[Task, tuple[str, ...]]
-    """Per supported task the modules of the task model that form its trainable head."""
+    """Per supported task the modules of the task model that form its trainable head. Weights that a checkpoint
+    brings for one of them are kept, a module that it lacks starts fresh."""
     lora_targets: tuple[str, ...]
     """PEFT's `target_modules`: suffixes that match the linears and nothing else."""
     kv_heads: str = "num_attention_heads"
@@ -49,8 +50,6 @@ class Architecture:
     """Attributes of the attention module that hold heads × head_dim."""
     dropouts: tuple[str, ...] = ()
     """Float attributes of the attention module that are dropout rates (`nn.Dropout` needs no mention)."""
-    pooler: str = ""
-    """Path in the backbone of a pooler that a checkpoint may lack; it then joins the head."""
     last_token_pools: bool = False
     """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
     free_head_dim: bool = False
@@ -153,11 +152,10 @@ SUPPORTED: Mapping[str, Architecture] = {
             layers="encoder.layer",
             linears=_BERT_LINEARS,
             attention="attention.self",
-            head={"classification": ("classifier",)},
+            head={"classification": ("classifier", "bert.pooler")},  # docs/decisions/0021 has the measurement
             lora_targets=_BERT_TARGETS,
             head_counts=("num_attention_heads",),
             head_widths=("all_head_size",),
-            pooler="pooler",
         ),
         Architecture(
             family="roberta",

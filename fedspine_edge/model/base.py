@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -245,7 +246,8 @@ def quiet(transformers: Any) -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar of its own
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -293,25 +295,22 @@ def _prepare_head(
     """Initialise what the checkpoint lacks of the head; returns the names of the parameters to train."""
     absent = {str(key) for key in info["missing_keys"]}
     absent |= {key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"]}
-    prefixes = tuple(f"{name}." for name in head_modules)
-    pooler = f"{architecture.backbone}.{architecture.pooler}." if architecture.pooler else None
-    fresh = any(name.startswith(prefixes) for name in absent) if prefixes else False
-    if pooler is not None and any(name.startswith(pooler) for name in absent):
-        prefixes = (*prefixes, pooler)
-    stray = sorted(name for name in absent if not prefixes or not name.startswith(prefixes))
+    prefixes = [f"{name}." for name in head_modules]
+    stray = sorted(name for name in absent if not any(name.startswith(prefix) for prefix in prefixes))
     if stray:
         raise CheckpointError(
             f"the weights in {folder} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
             f"first {stray[0]!r}.",
             remedy="config.json and the weight files must belong together.",
         )
-    names = tuple(n for n, _ in module.named_parameters() if prefixes and n.startswith(prefixes))
+    fresh = tuple(prefix for prefix in prefixes if any(name.startswith(prefix) for name in absent))
+    names = tuple(name for name, _ in module.named_parameters() if name.startswith(tuple(prefixes)))
     bound = float(module.config.initializer_range) * 3.0**0.5  # the uniform law with the usual normal's variance
     with torch.no_grad():
         for name in names:
-            if not fresh and name not in absent:
-                continue
             parameter = module.get_parameter(name)
+            if not name.startswith(fresh):
+                continue
             if parameter.ndim < 2:
                 parameter.zero_()
             else:

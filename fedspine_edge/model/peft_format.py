@@ -33,10 +33,6 @@ def save_adapter(model: PrunableModel, folder: Path) -> None:
     r = model.r
     if r is None:
         raise CheckpointError("the model has no adapter to save.", remedy="Call attach_lora first.")
-    backbone = f"{model.architecture.backbone}."
-    heads = list(model.architecture.head_modules(model.task)) if model.head_names else []
-    if any(name.startswith(backbone) for name in model.head_names):
-        heads.append(model.architecture.pooler)
     config = {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[model.task],
@@ -48,7 +44,7 @@ def save_adapter(model: PrunableModel, folder: Path) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": list(model.architecture.lora_targets),
-        "modules_to_save": heads or None,
+        "modules_to_save": list(model.architecture.head_modules(model.task)) or None,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     tensors = {}
@@ -107,6 +103,8 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
             raise CheckpointError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
         ratio = _scaling(config, path) / scaling
         state.update(_at_rank(model, name, pair, largest, ratio, seed))
+    if any(name.startswith("head.") for name in state):  # PEFT saves the classifier, and not what else we train
+        state = {**{n: v for n, v in model.adapter_state().items() if n.startswith("head.")}, **state}
     model.load_adapter(state, scaling=scaling)
 
 
@@ -152,9 +150,10 @@ def _check_base(model: PrunableModel, folder: Path) -> None:
         base = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["base_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
-    if base != model.spec.base_sha256:
+    mine = model.spec.base_sha256
+    if base != mine:
         raise CheckpointError(
-            f"the adapter in {folder} was trained on base {str(base)[:12]}, this model is {model.spec.base_sha256[:12]}.",
+            f"the adapter in {folder} was trained on base {str(base)[:12]}, this model is {mine[:12]}.",
             remedy="Load the base model it was trained on.",
         )
 

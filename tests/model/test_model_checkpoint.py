@@ -113,12 +113,23 @@ def test_a_bert_without_pooler_trains_a_seeded_one(tmp_path):
     encoder.save_pretrained(tmp_path / "m")
     tensors = {k: v for k, v in load_file(tmp_path / "m/model.safetensors").items() if not k.startswith("pooler")}
     save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
-    model = load_base(tmp_path / "m")
+    torch.manual_seed(1)
+    model = load_base(tmp_path / "m", seed=4)
+    torch.manual_seed(2)
+    same = load_base(tmp_path / "m", seed=4)
+    for name, value in same.adapter_state().items():
+        np.testing.assert_array_equal(value, model.adapter_state()[name])
     assert "head.bert.pooler.dense.weight" in model.trainable_parameters()
     model.attach_lora(2, 1.0, 0)
     loaded = load_model(model.save(tmp_path / "out"))
     inputs = tiny.batch(model)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_bert_with_pooler_keeps_it_and_trains_it(base):
+    model = load_base(base)
+    expected = load_file(base / "model.safetensors")["pooler.dense.weight"]
+    np.testing.assert_array_equal(model.adapter_state()["head.bert.pooler.dense.weight"], expected.numpy())
 
 
 def test_the_digest_of_one_file_is_its_sha256_and_shards_count_together(tmp_path):
