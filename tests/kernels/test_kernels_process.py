@@ -1,0 +1,122 @@
+"""How the extension behaves in a process: the GIL, threads, fork, what it links."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import shutil
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import adapted, needs_extension
+
+from fedspine_edge.kernels import native, ops
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def score(size: int = 96) -> torch.Tensor:
+    case = adapted(size, 2 * size, 8)
+    group = torch.arange(size, dtype=torch.int32)
+    return ops.importance_accumulate(*case.tensors, 2.0, group_of_row=group, num_groups=size)
+
+
+@needs_extension
+def test_the_gil_is_released_while_a_kernel_runs() -> None:
+    case = adapted(2048, 2048, 256)
+    group = torch.zeros(2048, dtype=torch.int32)
+    done = threading.Event()
+
+    def work() -> None:
+        native.importance_accumulate(*case.tensors, 2.0, group, True, 1, "abs")
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ticks = 0
+    while not done.is_set():
+        ticks += 1
+        time.sleep(0.002)
+    worker.join()
+    assert ticks >= 3  # the call takes some 50 ms; holding the GIL would let this loop run once or twice
+
+
+def test_threads_get_the_same_bits() -> None:
+    expected = score()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(result, expected) for result in pool.map(lambda _: score(), range(16)))
+
+
+def _in_child(queue: Any) -> None:
+    queue.put(score().tolist())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_works_after_fork() -> None:
+    expected = score().tolist()  # the parent has used threads before it forks
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue,))
+    child.start()
+    result = queue.get(timeout=60)
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert result == expected
+
+
+@needs_extension
+def test_the_extension_is_not_linked_against_torch() -> None:
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    path = importlib.import_module("fedspine_edge._C").__file__
+    assert path is not None
+    output = subprocess.run([readelf, "-d", path], capture_output=True, text=True, check=True).stdout
+    needed = [line for line in output.splitlines() if "NEEDED" in line]
+    assert needed
+    assert not [line for line in needed if "torch" in line or "c10" in line or "libgomp" in line]
+
+
+def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A CMake configure run without building."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    make = shutil.which("make") or shutil.which("ninja")
+    if make is None:
+        pytest.skip("neither make nor ninja is installed")
+    generator = "Unix Makefiles" if make.endswith("make") else "Ninja"
+    command = [cmake, "-G", generator, f"-DCMAKE_MAKE_PROGRAM={make}", "-S", str(ROOT), "-B", str(folder)]
+    command += ["-DSKBUILD_PROJECT_VERSION=0.0.0", *options]
+    return subprocess.run(command, capture_output=True, text=True, env={"PATH": str(folder)})
+
+
+def test_without_a_compiler_the_build_names_the_package(tmp_path: Path) -> None:
+    result = configure(tmp_path, "-DFEDSPINE_CUDA=OFF")
+    assert result.returncode != 0
+    assert "sudo apt install g++" in result.stderr
+
+
+def test_an_unknown_cuda_option_is_named(tmp_path: Path) -> None:
+    result = configure(tmp_path, "-DFEDSPINE_CUDA=YES")
+    assert result.returncode != 0
+    assert "FEDSPINE_CUDA is 'YES'; it must be AUTO, ON or OFF" in result.stderr
+
+
+def test_compile_cuda_says_why_it_skips(tmp_path: Path) -> None:
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is in its standard folder")
+    result = subprocess.run(
+        [shutil.which("python3") or "python3", str(ROOT / "scripts/compile_cuda")],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "skipped, no nvcc" in result.stdout
