@@ -1,0 +1,221 @@
+"""doctor: what is there, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedspine_edge.cli import board, doctor, probes
+from fedspine_edge.cli.main import main
+from fedspine_edge.cli.probes import Check
+from fedspine_edge.transport.broker import EmbeddedBroker
+
+ROOT = Path(__file__).parents[2]
+
+
+def block(folder: Path, *packages: str) -> dict[str, str]:
+    """An environment in which importing `packages` fails as if they were not installed."""
+    for package in packages:
+        raising = f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
+        (folder / f"{package}.py").write_text(raising)
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def executable(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
+    """doctor with findings in place of probes; the list may be changed."""
+    found = [Check(name, "ok", "there") for _, names in probes.PROBES.values() for name in names if name != "broker"]
+
+    def probe(name: str, argument: str = "", **_: object) -> list[Check]:
+        return [check for check in found if check.name in probes.PROBES[name][1]]
+
+    monkeypatch.setattr(doctor, "probe", probe)
+    monkeypatch.setattr(board, "disk_check", lambda _: Check("disk", "ok", "room"))
+    monkeypatch.setattr(board, "memory_check", lambda: Check("memory", "ok", "room"))
+    return found
+
+
+def replace(found: list[Check], name: str, state: probes.State) -> None:
+    found[:] = [Check(name, state, "changed", "mend it") if check.name == name else check for check in found]
+
+
+def test_the_whole_report_is_one_json_object_that_names_every_check() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedspine_edge", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT
+    )
+    report = json.loads(done.stdout)
+    names = [check["name"] for check in report["checks"]]
+    assert {"python", "torch", "cuda", "native", "tensorrt", "onnxruntime", "disk", "memory", "clock"} <= set(names)
+    assert len(names) == len(set(names))
+    assert done.returncode == (0 if report["usable"] else 1)
+    for check in report["checks"]:
+        assert check["state"] in ("ok", "warn", "missing", "failed")
+        assert check["detail"]
+        assert check["state"] == "ok" or check["remedy"], check
+
+
+def test_a_server_without_torch_is_usable_and_told_how_to_become_a_device(tmp_path: Path) -> None:
+    """The interpreter of a server-only installation: nothing that trains, exports or runs models can be imported."""
+    environment = block(tmp_path, "torch", "transformers", "onnxruntime", "tokenizers", "tensorrt", "tensorrt_rtx")
+    command = [sys.executable, "-m", "fedspine_edge", "doctor", "--json"]
+    # From another folder: `-m` puts the current one before PYTHONPATH.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    report = json.loads(done.stdout)
+    by_name = {check["name"]: check for check in report["checks"]}
+    assert by_name["torch"]["state"] == "missing"
+    assert by_name["torch"]["remedy"] == "pip install 'fedspine-edge[device]'"
+    assert by_name["native"]["state"] == "missing"
+    assert by_name["onnxruntime"]["remedy"] == "pip install 'fedspine-edge[export]'"
+    assert report["roles"] == {"server": True, "device": False, "run": False}
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_package_that_is_there_but_does_not_load_is_failed_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnxruntime.so.1: cannot open')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "fedspine_edge.cli.probes", "onnxruntime"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    found = json.loads(done.stdout)
+    assert found["state"] == "failed"
+    assert "cannot open" in found["detail"]
+
+
+def test_each_role_has_its_own_needs(quick: list[Check], capsys: pytest.CaptureFixture[str]) -> None:
+    replace(quick, "transformers", "missing")
+    assert main(["doctor", "--role", "server"]) == 0
+    assert main(["doctor", "--role", "device"]) == 1
+    assert main(["doctor", "--role", "run"]) == 0
+    for engine in ("onnxruntime", "tensorrt", "tensorrt_rtx"):
+        replace(quick, engine, "missing")
+    assert main(["doctor", "--role", "run"]) == 1
+    shown = capsys.readouterr().out
+    assert "mend it" in shown
+    assert "not as: device, run" in shown
+
+
+def test_anything_broken_makes_the_answer_no_unless_the_role_does_without(quick: list[Check]) -> None:
+    assert main(["doctor"]) == 0
+    replace(quick, "tensorrt", "failed")
+    assert main(["doctor"]) == 1
+    assert main(["doctor", "--role", "device"]) == 0
+
+
+@pytest.mark.parametrize("address", ["broker", "host:", ":1883", "host:0", "host:70000", "host:mqtt"])
+def test_an_address_that_is_none_is_a_usage_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--broker", address]) == 2
+    assert "HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_broker_that_is_not_there_is_failed_with_the_command_that_starts_one() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, never listening: refused at once
+        port = taken.getsockname()[1]
+        (found,) = doctor.probe("broker", f"127.0.0.1:{port}")
+    assert found.state == "failed"
+    assert "does not answer" in found.detail
+    assert f"fedspine-edge broker --host 127.0.0.1 --port {port}" in found.remedy
+
+
+def test_something_that_listens_but_speaks_no_mqtt_is_told_apart() -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        (found,) = doctor.probe("broker", f"127.0.0.1:{mute.getsockname()[1]}")
+    assert found.state == "failed"
+    assert "accepts TCP" in found.detail
+
+
+@pytest.mark.broker
+def test_a_broker_that_answers_is_ok() -> None:
+    with EmbeddedBroker() as broker:
+        (found,) = doctor.probe("broker", f"127.0.0.1:{broker.port}")
+    assert (found.state, found.remedy) == ("ok", "")
+
+
+def test_a_probe_that_hangs_or_crashes_is_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = executable(tmp_path / "python", "echo 'noise from a library'; exec sleep 60")
+    monkeypatch.setattr(sys, "executable", script)
+    begun = time.monotonic()
+    found = doctor.probe("torch", timeout_s=0.5)
+    assert time.monotonic() - begun < 10
+    assert [(check.name, check.state) for check in found] == [(n, "failed") for n in ("torch", "cuda", "native")]
+    assert "within 0.5 s" in found[0].detail
+
+    first = json.dumps(Check("torch", "ok", "2.9").to_dict())
+    executable(tmp_path / "python", f"echo '{first}'; kill -SEGV $$")
+    torch, cuda, _ = doctor.probe("torch")
+    assert torch.state == "ok"  # what was found before the crash is kept
+    assert (cuda.state, cuda.detail) == ("failed", "crashed with SIGSEGV")
+
+
+def test_a_check_that_raises_is_a_finding(quick: list[Check], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Check:
+        raise RuntimeError("no such sensor")
+
+    monkeypatch.setattr(board, "clock_check", broken)
+    clock = next(check for check in doctor.examine() if check.name == "clock")
+    assert clock.state == "failed"
+    assert "no such sensor" in clock.detail
+
+
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", (36, 4)),
+        ("# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64", (38, 2)),
+        ("# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t186ref, EABI: aarch64", (32, 7)),
+        ("something else", None),
+    ],
+)
+def test_l4t_is_read_from_the_release_file(release: str, version: tuple[int, int] | None) -> None:
+    assert board.l4t_version(release) == version
+
+
+def test_a_board_is_described_with_its_power_mode_by_name(tmp_path: Path) -> None:
+    (tmp_path / "release").write_text("# R36 (release), REVISION: 5.0, GCID: 1")
+    (tmp_path / "model").write_text("NVIDIA Jetson Orin NX\0")
+    nvpmodel = executable(tmp_path / "nvpmodel", "printf 'NV Power Mode: MAXN_SUPER\\n2\\n'")
+    found = board.jetson_check(tmp_path / "release", tmp_path / "model", nvpmodel)
+    assert (found.state, found.detail) == ("ok", "NVIDIA Jetson Orin NX, L4T 36.5, power mode MAXN_SUPER")
+
+    (tmp_path / "release").write_text("# R32 (release), REVISION: 7.1, GCID: 1")
+    old = board.jetson_check(tmp_path / "release", tmp_path / "model", str(tmp_path / "absent"))
+    assert old.state == "failed"
+    assert "power mode unknown" in old.detail
+    assert "JetPack 6 or 7" in old.remedy
+
+
+def test_memory_is_what_can_be_had_within_the_container(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 4096000 kB\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert board.memory_check(tmp_path / "meminfo", tmp_path / "memory.max") == Check(
+        "memory", "ok", "4,000 MiB available"
+    )
+    (tmp_path / "memory.max").write_text(f"{1024 * board.MIB}\n")
+    (tmp_path / "memory.current").write_text(f"{724 * board.MIB}\n")
+    limited = board.memory_check(tmp_path / "meminfo", tmp_path / "memory.max")
+    assert limited.state == "failed"
+    assert limited.detail.startswith("300 MiB")
+
+
+def test_a_folder_that_is_not_there_and_a_clock_that_was_never_set(tmp_path: Path) -> None:
+    assert board.disk_check(tmp_path / "absent").remedy == f"mkdir -p {tmp_path / 'absent'}"
+    unset = board.clock_check(now_s=86400.0 * 30)
+    assert (unset.state, unset.remedy) == ("failed", "sudo timedatectl set-ntp true")
+    drifting = board.clock_check(timedatectl=executable(tmp_path / "timedatectl", "echo no"))
+    assert drifting.state == "warn"
+    assert board.clock_check(timedatectl=executable(tmp_path / "timedatectl", "echo yes")).state == "ok"
