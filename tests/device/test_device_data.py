@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedspine_edge.config import DataSettings
 from fedspine_edge.device import data
@@ -22,12 +23,11 @@ def from_text(tmp_path, content, name="data.csv", **options):
 
 def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     expected = [data.Example("a, b", 1, "c"), data.Example('say "x"\nagain', 0, "d")]
     options = {"text": "one", "text_pair": "two", "label": "y"}
     table = pyarrow.table({"y": [1, 0], "one": ["a, b", 'say "x"\nagain'], "two": ["c", "d"], "other": [1.5, 2.5]})
-    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    parquet.write_table(table, tmp_path / "d.parquet")
     lines = "\n".join(json.dumps(row) for row in table.to_pylist()) + "\n\n"
     assert data.load_examples(DataSettings(path=str(tmp_path / "d.parquet"), **options)) == expected
     assert from_text(tmp_path, lines, "d.jsonl", **options) == expected

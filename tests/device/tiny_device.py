@@ -40,18 +40,19 @@ def write_model(folder: Path) -> None:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
+        initializer_range=0.2,  # with the usual 0.02 a random frozen model hardly tells two texts apart
     )
     BertModel(config).save_pretrained(folder)
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, int]]:
-    """(text, label): one telling word among filler of varying length."""
+    """(text, label): two telling words among filler of varying length."""
     rng = random.Random(seed)
     found = []
     for _ in range(count):
         label = rng.randrange(2)
-        words = rng.choices(FILLER, k=rng.randrange(2, 16))
-        words.insert(rng.randrange(len(words)), rng.choice(GOOD if label else BAD))
+        words = rng.choices(FILLER, k=rng.randrange(1, 9)) + rng.choices(GOOD if label else BAD, k=2)
+        rng.shuffle(words)
         found.append((" ".join(words), label))
     return found
 

@@ -1,0 +1,448 @@
+"""The device's side of a fleet: waits for plans, fetches the adapter, trains, reports until heard.
+
+`FleetDevice` is a state machine driven by events and time: `start`, `handle(event)`, `tick()`. A real device runs
+`run()`; a simulation drives the same three calls itself. Training happens inside `handle`, as soon as a plan and
+its blob are complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from fedspine_edge import __version__
+from fedspine_edge.clock import Clock, RealClock
+from fedspine_edge.config import DeviceConfig
+from fedspine_edge.device.data import Encoded, encode, load_examples, split
+from fedspine_edge.device.fetch import Fetch
+from fedspine_edge.device.round import ROUND, LocalRound
+from fedspine_edge.device.source import ModelSource, choose_torch_device
+from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
+from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
+from fedspine_edge.device.telemetry import Meter, PeakMemory
+from fedspine_edge.errors import (
+    BlobError,
+    BrokerUnreachable,
+    FedspineError,
+    MessageError,
+    OutOfMemory,
+    TransportError,
+)
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.transport.base import Connected, Event, Incoming, Transport, Will
+from fedspine_edge.wire import codec
+from fedspine_edge.wire.messages import Ack, Plan, Report, Status
+from fedspine_edge.wire.topics import BlobTopic, DeviceTopic, Topics
+from fedspine_edge.wire.transfer import chunk
+
+log = logging.getLogger("fedspine_edge.device")
+
+RETRY_SHARE = 1 / 40
+"""Retry interval as a share of the plan's deadline, held within 1..15 s."""
+
+
+class _Superseded(Exception):
+    """A newer plan arrived while training."""
+
+
+class FleetDevice:
+    """One device of a fleet.
+
+    Args:
+        config: The device's settings.
+        transport: Not yet connected.
+        clock: Of timeouts and measured durations.
+        model: An unpruned base already in memory (a simulation's devices share one); None reads `config.model`.
+
+    Raises nothing itself; `start` checks data, model, state folder and broker, in this order.
+    """
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        transport: Transport,
+        clock: Clock | None = None,
+        *,
+        model: PrunableModel | None = None,
+    ) -> None:
+        self.config = config
+        self.finished = False
+        """Whether the server said that the run is over."""
+        self._transport = transport
+        self._clock: Clock = RealClock() if clock is None else clock
+        self._base = model
+        self._topics = Topics(config.fleet)
+        self._state: StateDir | None = None
+        self._plan: Plan | None = None
+        self._plan_sha256 = ""
+        self._meter: Meter | None = None
+        self._retry_s = 15.0
+        self._retry_at: float | None = None
+        self._watching = False
+        self._inbox: deque[Event] = deque()
+        self._encoded: dict[int, tuple[list[Encoded], list[Encoded]]] = {}
+
+    def start(self) -> None:
+        """Load data, model and state, connect, and say hello.
+
+        Raises `DataError`, `ModelError`, `ConfigError` (state folder in use), `BrokerUnreachable`.
+        """
+        config = self.config
+        if config.torch_threads > 0:
+            torch.set_num_threads(config.torch_threads)
+        torch_device = choose_torch_device(config.torch_device)
+        self._peak = None if config.time_kind == "simulated" else PeakMemory(torch_device)
+        examples = load_examples(config.data)
+        self._train, self._holdout = split(examples, config.data.holdout, config.seed, where=config.data.path)
+        self._state = StateDir(config.state_dir)
+        try:
+            self._source = ModelSource(
+                config.model, num_labels=config.data.num_labels, torch_device=torch_device, model=self._base
+            )
+            self._model: PrunableModel | None = self._source.fresh()
+            self._spec = self._model.spec
+            self._tokenizer = self._source.tokenizer()
+            self._record = Record.load(self._state, config, self._spec)
+            self._retry_at = None if self._record.acked else self._clock.now()
+            self._fetch = Fetch(self._transport, self._topics, self._state.download)
+            will = Will(self._topics.status(config.device_id), codec.encode(self._status("offline")))
+            self._transport.connect(timeout_s=config.reconnect_timeout_s, will=will)
+            self._transport.subscribe(*self._topics.device_filters(config.device_id))
+            self._say_hello()
+        except BaseException:
+            self._state.close()
+            raise
+
+    def run(self, until: float | None = None) -> int:
+        """Take part until the run is finished; returns 0, or 1 when the clock reached `until` (seconds) first.
+
+        Raises as `start` does, `CheckpointError` for a damaged state folder, and `BrokerUnreachable` after
+        `reconnect_timeout_s` without a broker. Can be interrupted at any moment and started again.
+        """
+        self.start()
+        self._watching = True
+        try:
+            while not self.finished:
+                now = self._clock.now()
+                if until is not None and now >= until:
+                    return 1
+                wake = self.next_wakeup()
+                event = self._inbox.popleft() if self._inbox else None
+                if event is None:
+                    timeout_s = min(1.0, max(0.0, (wake if wake is not None else now + 1.0) - now))
+                    event = self._transport.receive(timeout_s=timeout_s)
+                if event is not None:
+                    self.handle(event)
+                self.tick()
+            return 0
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Say goodbye, disconnect, release the state folder. Harmless when repeated."""
+        state, self._state = self._state, None
+        if state is None:
+            return
+        try:
+            self._transport.publish(
+                self._topics.status(self.config.device_id), codec.encode(self._status("offline")), retain=True
+            )
+            self._transport.close()
+        except TransportError as error:
+            log.warning("closing without a goodbye: %s", error.message)
+        finally:
+            state.close()
+
+    def handle(self, event: Event) -> None:
+        """React to one event of the transport; trains when a plan is complete."""
+        if isinstance(event, Connected):
+            self._say_hello()
+            self._resend()
+            return
+        try:
+            topic = self._topics.parse(event.topic)
+            if isinstance(topic, BlobTopic):
+                self._on_chunk(topic, event.payload)
+            elif isinstance(topic, DeviceTopic) and topic.device_id == self.config.device_id and event.payload:
+                if topic.kind == "plan":
+                    self._on_plan(event.payload)
+                elif topic.kind == "ack":
+                    self._on_ack(codec.decode(event.payload, Ack))
+        except MessageError as error:
+            log.warning("ignored a message on %s: %s", event.topic, error.message)
+
+    def tick(self) -> None:
+        """Do what time demands: ask again for chunks, send a report again."""
+        if self._retry_at is not None and self._clock.now() >= self._retry_at:
+            self._resend()
+
+    def next_wakeup(self) -> float | None:
+        """When `tick` has something to do, in the clock's seconds; None if only an event can change anything."""
+        return self._retry_at
+
+    # Plans and chunks
+
+    def _on_plan(self, payload: bytes) -> None:
+        sha256 = codec.digest(payload)
+        if self._plan is not None and sha256 == self._plan_sha256:
+            return
+        plan = codec.decode(payload, Plan)
+        if plan.device_id != self.config.device_id:
+            raise MessageError(f"the plan is for device {plan.device_id!r}.")
+        record, last = self._record, self._record.report
+        if last is not None and last.run_id == plan.run_id and last.plan_sha256 == sha256:
+            self._drop_plan()
+            record.acked = False
+            self._resend()
+            return
+        same_run = last is not None and last.run_id == plan.run_id
+        if last is not None and same_run and plan.action == "round" and plan.server_round < last.server_round:
+            raise MessageError(f"round {plan.server_round} is over; this device reported {last.server_round}.")
+        self._drop_plan()
+        record.acked, self._retry_at = True, None  # a newer plan ends the wait for an ack
+        if plan.action == "finished":
+            log.info("run %s is finished", plan.run_id)
+            self._state_dir.remove(ROUND)
+            self.finished = True
+        elif plan.action == "round":
+            self._accept(plan, sha256)
+
+    def _accept(self, plan: Plan, sha256: str) -> None:
+        config = self.config
+        if plan.run_id != self._record.run_id:
+            self._record = Record(Standing(Layout.full(self._spec)), run_id=plan.run_id)
+        self._plan, self._plan_sha256 = plan, sha256
+        self._retry_s = min(15.0, max(1.0, plan.deadline_s * RETRY_SHARE))
+        self._meter = Meter(
+            config.time_kind,
+            time_factor=config.time_factor,
+            up_mbit_s=config.up_mbit_s,
+            down_mbit_s=config.down_mbit_s,
+            clock=self._clock,
+        )
+        log.info("round %d of %d: p=%.3f, r=%d", plan.server_round, plan.num_rounds, plan.pruning_ratio, plan.r)
+        if plan.adapter is not None:
+            self._fetch.begin(plan.adapter)
+            self._ask()
+        self._proceed(plan)
+
+    def _on_chunk(self, topic: BlobTopic, payload: bytes) -> None:
+        if self._plan is not None and self._fetch.feed(topic.sha256, topic.index, payload):
+            self._retry_at = self._clock.now() + self._retry_s
+            self._proceed(self._plan)
+
+    def _proceed(self, plan: Plan) -> None:
+        """Train as soon as the blob is complete."""
+        if self._fetch.pending:
+            return
+        tensors: Tensors | None = {}
+        if plan.adapter is not None:
+            try:
+                tensors = self._fetch.take()
+            except BlobError as error:
+                self._fetch.discard()
+                self._conclude(self._failure(plan, error), None)
+                return
+        if tensors is not None:
+            self._retry_at = None
+            self._train_round(plan, tensors)
+
+    def _ask(self) -> None:
+        self._retry_at = self._clock.now() + self._retry_s
+        self._fetch.ask()
+
+    def _drop_plan(self) -> None:
+        self._fetch.stop()
+        self._plan, self._plan_sha256 = None, ""
+
+    # Training
+
+    def _train_round(self, plan: Plan, tensors: Tensors) -> None:
+        assert self._meter is not None  # set with the plan
+        job = None
+        try:
+            train, holdout = self._tokenised(plan.training.max_length_tokens)
+            job = LocalRound(
+                plan,
+                self._plan_sha256,
+                tensors,
+                config=self.config,
+                source=self._source,
+                standing=self._record.standing,
+                train=train,
+                holdout=holdout,
+                pad_id=int(self._tokenizer.pad_token_id),
+                state=self._state_dir,
+                meter=self._meter,
+                peak=self._peak,
+                model=self._model,
+                on_step=self._watch if self._watching else None,
+            )
+            self._model = None  # a round that failed may leave it half pruned
+            outcome = job.run()
+        except _Superseded:
+            log.info("round %d: a newer plan arrived, training abandoned", plan.server_round)
+            self._model = None if job is None else job.model
+            self._drop_plan()
+            return
+        except StateDamaged:
+            raise
+        except Exception as error:
+            self._conclude(self._failure(plan, error), None)
+            return
+        self._model = job.model
+        self._conclude(outcome.report, outcome)
+
+    def _tokenised(self, max_length_tokens: int) -> tuple[list[Encoded], list[Encoded]]:
+        if max_length_tokens not in self._encoded:
+            self._encoded = {
+                max_length_tokens: (
+                    encode(self._train, self._tokenizer, max_length_tokens),
+                    encode(self._holdout, self._tokenizer, max_length_tokens),
+                )
+            }
+        return self._encoded[max_length_tokens]
+
+    def _watch(self) -> None:
+        """Between two steps: abandon the round when a newer plan is there."""
+        while True:
+            try:
+                event = self._transport.receive(timeout_s=0.0)
+            except TransportError:
+                return  # training needs no broker; the loop meets the error after the round
+            if event is None:
+                return
+            self._inbox.append(event)
+            if (
+                isinstance(event, Incoming)
+                and event.topic == self._topics.plan(self.config.device_id)
+                and event.payload
+                and codec.digest(event.payload) != self._plan_sha256
+            ):
+                raise _Superseded
+
+    def _failure(self, plan: Plan, error: Exception) -> Report:
+        """The report of a round that failed; its reason names our own message or the kind and place, never data."""
+        if isinstance(error, FedspineError):
+            reason = error.message
+        else:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+        log.error("round %d failed: %s", plan.server_round, reason)
+        meter = self._meter
+        return Report(
+            run_id=plan.run_id,
+            device_id=plan.device_id,
+            server_round=plan.server_round,
+            plan_sha256=self._plan_sha256,
+            status="out_of_memory" if isinstance(error, OutOfMemory) else "failed",
+            reason=reason[:300],
+            num_examples=len(self._train),
+            pruning_ratio=self._record.standing.pruning_ratio,
+            r=plan.r,
+            completion_time_s=0.0 if meter is None else meter.completion_s(),
+            time_kind=self.config.time_kind,
+            bytes_down=0 if meter is None else meter.bytes_down,
+        )
+
+    # Reports
+
+    def _conclude(self, report: Report, outcome: Outcome | None) -> None:
+        """Make the report durable, then send it."""
+        state = self._state_dir
+        self._clock.spend(0.0 if report.time_kind == "measured" else report.completion_time_s)
+        if outcome is not None:
+            state.blobs.put(outcome.update)
+            self._record.standing = outcome.standing
+            log.info(
+                "round %d: loss %s → %s, p=%.3f, %.1f s %s",
+                *(report.server_round, report.loss_before, report.loss_after),
+                *(report.pruning_ratio, report.completion_time_s, report.time_kind),
+            )
+        self._record.report, self._record.acked = report, False
+        self._record.save(state, self.config)
+        state.remove(ROUND)
+        state.blobs.prune([] if report.update is None else [report.update.sha256])
+        self._fetch.discard()
+        self._drop_plan()
+        if outcome is not None:
+            self._say_hello()
+        self._send_report(report)
+        if report.update is not None:
+            self._send_chunks(report, range(report.update.num_chunks))
+
+    def _on_ack(self, ack: Ack) -> None:
+        report = self._record.report
+        if report is None or self._record.acked:
+            return
+        if (ack.run_id, ack.server_round) != (report.run_id, report.server_round):
+            return
+        if ack.status == "incomplete":
+            self._send_chunks(report, ack.missing)
+            return
+        log.info("round %d: report %s%s", ack.server_round, ack.status, f" ({ack.reason})" if ack.reason else "")
+        self._record.acked, self._retry_at = True, None
+        self._record.save(self._state_dir, self.config)
+
+    def _resend(self) -> None:
+        """Ask again for missing chunks, or restate the report until there is a final ack."""
+        self._retry_at = None
+        if self._plan is not None and self._fetch.pending:
+            self._ask()
+        elif self._record.report is not None and not self._record.acked:
+            self._send_report(self._record.report)
+
+    def _send_report(self, report: Report) -> None:
+        self._retry_at = self._clock.now() + self._retry_s
+        self._publish(self._topics.report(self.config.device_id), codec.encode(report))
+
+    def _send_chunks(self, report: Report, indices: range | tuple[int, ...]) -> None:
+        if report.update is None:
+            return
+        try:
+            data = self._state_dir.blobs.get(report.update.sha256)
+        except BlobError as error:
+            raise self._state_dir.damaged(DEVICE, f"the update it announces is gone: {error.message}") from error
+        for index in indices:
+            topic = self._topics.upload(self.config.device_id, report.update.sha256, index)
+            if index < report.update.num_chunks and not self._publish(topic, chunk(report.update, data, index)):
+                return
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        """Hand over one message; False when the broker is away (everything is restated when it returns)."""
+        try:
+            self._transport.publish(topic, payload, retain=retain)
+        except BrokerUnreachable:
+            raise
+        except TransportError as error:
+            log.warning("could not send: %s", error.message)
+            return False
+        return True
+
+    def _say_hello(self) -> None:
+        status = codec.encode(self._status("online"))
+        self._publish(self._topics.status(self.config.device_id), status, retain=True)
+
+    def _status(self, state: str) -> Status:
+        config = self.config
+        return Status(
+            device_id=config.device_id,
+            state="online" if state == "online" else "offline",
+            model=self._spec,
+            device_class=config.device_class,
+            num_examples=len(self._train),
+            num_labels=config.data.num_labels,
+            memory_bytes=config.memory_limit_mib * 1024 * 1024,
+            pruning_ratio=self._record.standing.pruning_ratio,
+            version=__version__,
+        )
+
+    @property
+    def _state_dir(self) -> StateDir:
+        assert self._state is not None  # only after start and before close
+        return self._state

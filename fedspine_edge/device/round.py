@@ -1,0 +1,373 @@
+"""One plan, carried out on a device: evaluate, score, prune, recover, evaluate, report.
+
+The phases run top to bottom in `LocalRound.run`. After each of them, and every few steps, everything needed to
+continue is on the disk, so a device that loses power goes on mid-round and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.config import DeviceConfig
+from fedspine_edge.device.data import Encoded
+from fedspine_edge.device.privacy import protect
+from fedspine_edge.device.source import ModelSource
+from fedspine_edge.device.standing import Outcome, Standing
+from fedspine_edge.device.state import Document, StateDir, Tensors, layout_from, layout_tensors, prefixed, unprefixed
+from fedspine_edge.device.telemetry import Meter, PeakMemory
+from fedspine_edge.device.trainer import Trainer
+from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
+from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.layout import Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.pruning import GroupScores, plan_local
+from fedspine_edge.model.seeded import kaiming_uniform
+from fedspine_edge.wire.codec import check_tensors, pack
+from fedspine_edge.wire.messages import ModelSpec, Plan, Report
+from fedspine_edge.wire.transfer import ref_of
+
+log = logging.getLogger("fedspine_edge.device")
+
+ROUND = "round"
+CHECKPOINT_STEPS = 5
+"""Steps between checkpoints, more where writing one takes a noticeable share of the time."""
+
+MAX_FRUITLESS_STARTS = 5
+"""Starts without reaching the next checkpoint after which a round is given up (a device killed for its memory)."""
+
+
+class LocalRound:
+    """One round of this device.
+
+    Args:
+        plan: What to do.
+        plan_sha256: Digest of the plan as it arrived.
+        blob: Tensors of the round's adapter blob; empty when the plan has none.
+        config: The device's settings.
+        source: Of unpruned models.
+        standing: What earlier rounds left.
+        train: Tokenised training examples.
+        holdout: Tokenised held-out examples.
+        pad_id: The tokenizer's padding token.
+        state: Where checkpoints go.
+        meter: Of this round; restored from a checkpoint.
+        peak: Peak memory, or None where devices share a process.
+        model: A model left by an earlier round, reused if its layout allows.
+        on_step: Called after every step; may raise to abandon the round.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        plan_sha256: str,
+        blob: Mapping[str, npt.NDArray[Any]],
+        *,
+        config: DeviceConfig,
+        source: ModelSource,
+        standing: Standing,
+        train: Sequence[Encoded],
+        holdout: Sequence[Encoded],
+        pad_id: int,
+        state: StateDir,
+        meter: Meter,
+        peak: PeakMemory | None = None,
+        model: PrunableModel | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.model = model
+        self._plan = plan
+        self._plan_sha256 = plan_sha256
+        self._config = config
+        self._source = source
+        self._standing = standing
+        self._train = train
+        self._holdout = holdout
+        self._pad_id = pad_id
+        self._state = state
+        self._meter = meter
+        self._peak = peak
+        self._on_step = on_step
+        spec = standing.layout.spec
+        self._global = global_adapter(plan, blob, spec, source)
+        self._order = order_of(blob, spec)
+        self._phase = "before"
+        self._info: dict[str, Any] = {}
+        self._scores: Tensors = {}
+        self._fruitless_starts = 0
+        self._written_at = time.monotonic()
+        self._write_took_s = 0.0
+        self._written_step = 0
+
+    def run(self) -> Outcome:
+        """Carry the plan out, from the start or from the last checkpoint.
+
+        Raises `FedspineError` for what cannot be done, and whatever `on_step` raises.
+        """
+        plan = self._plan
+        if self._peak is not None:
+            self._peak.reset()
+        with self._meter.working():
+            trainer = self._resume() or self._begin()
+            if self._phase == "before":
+                before = trainer.evaluate()
+                self._info |= {"loss_before": before.loss, "accuracy_before": before.accuracy}
+                self._finish(trainer, "score")
+            if self._phase == "score":
+                trainer.run(plan.tau, scored=True, on_step=lambda: self._stepped(trainer))
+                self._finish(trainer, "prune")
+            if self._phase == "prune":
+                self._prune(trainer)
+                self._finish(trainer, "recover")
+            if self._phase == "recover":
+                trainer.run(plan.tau + plan.recovery_steps, on_step=lambda: self._stepped(trainer))
+                self._finish(trainer, "after")
+            after = trainer.evaluate()
+            update = self._update(trainer.model)
+        ref = ref_of(update)
+        self._meter.transfer(up_bytes=ref.size_bytes)
+        tracker = _tracker_of(trainer)
+        report = Report(
+            run_id=plan.run_id,
+            device_id=plan.device_id,
+            server_round=plan.server_round,
+            plan_sha256=self._plan_sha256,
+            status="ok",
+            reason=self._remark(trainer),
+            update=ref,
+            num_examples=len(self._train),
+            loss_before=_finite(self._info["loss_before"]),
+            loss_after=_finite(after.loss),
+            accuracy_before=self._info["accuracy_before"],
+            accuracy_after=after.accuracy,
+            train_loss=_finite(trainer.train_loss),
+            lora_importance=_finite(tracker.lora_importance()),
+            pruning_ratio=self._info["pruning_ratio"],
+            r=plan.r,
+            completion_time_s=self._meter.completion_s(),
+            time_kind=self._config.time_kind,
+            steps=trainer.step,
+            skipped_steps=trainer.skipped,
+            peak_memory_bytes=0 if self._peak is None else self._peak.read(),
+            bytes_down=self._meter.bytes_down,
+            bytes_up=self._meter.bytes_up,
+        )
+        standing = Standing(trainer.model.layout, self._info["pruning_ratio"], tracker.state_dict())
+        return Outcome(report, update, standing)
+
+    def _begin(self) -> Trainer:
+        standing = self._standing
+        layout = standing.layout
+        if self._plan.layout == "consensus" and self._order is not None:
+            # The base is frozen and the adapter comes from the fleet, so a device whose earlier prune step the
+            # fleet never heard of can return to the common order; what it lacks is read from the base again.
+            layout = Layout.prefix(layout.spec, self._order, layout.counts)
+        self._info = {"pruning_ratio": standing.pruning_ratio}
+        if self._plan.adapter is not None:
+            self._meter.transfer(down_bytes=self._plan.adapter.size_bytes)
+        trainer = self._trainer(layout)
+        if standing.importance is not None and layout.to_dict() == standing.layout.to_dict():
+            _tracker_of(trainer).load_state_dict(standing.importance)
+        self._checkpoint(trainer)
+        return trainer
+
+    def _resume(self) -> Trainer | None:
+        saved = self._state.read(ROUND)
+        if saved is None or saved.info.get("plan_sha256") != self._plan_sha256:
+            return None
+        try:
+            layout = layout_from(self._standing.layout.spec, saved.tensors)
+            trainer = self._trainer(layout)
+            trainer.restore(Document(saved.info["trainer"], unprefixed("trainer.", saved.tensors)))
+            self._meter.restore(saved.info["meter"])
+            self._phase, self._info = saved.info["phase"], saved.info["info"]
+            self._scores = unprefixed("update.", saved.tensors)
+            self._fruitless_starts = int(saved.info["fruitless_starts"]) + 1
+        except (KeyError, TypeError, ValueError, LayoutError, CheckpointError) as error:
+            raise self._state.damaged(ROUND, f"it does not fit the model ({type(error).__name__})") from error
+        if self._fruitless_starts > MAX_FRUITLESS_STARTS:
+            raise ModelError(
+                f"the device stopped {self._fruitless_starts - 1} times after step {trainer.step} without getting on.",
+                remedy="It probably runs out of memory: lower batch_size or max_length_tokens.",
+            )
+        log.info("round %d: resumed in phase %s after step %d", self._plan.server_round, self._phase, trainer.step)
+        self._checkpoint(trainer)
+        return trainer
+
+    def _trainer(self, layout: Layout) -> Trainer:
+        """A trainer at the round's first step: the model at `layout` with the fleet's adapter."""
+        plan = self._plan
+        if self.model is None or not layout.is_within(self.model.layout):
+            self.model = self._source.fresh(plan.seed)
+        self.model.compact(layout)
+        self.model.load_adapter(self._global, r=plan.r, scaling=plan.scaling)
+        tracker = ImportanceTracker(
+            self.model, plan.criterion, plan.importance_metric, seed=plan.seed, scope=plan.scope
+        )
+        return Trainer(
+            self.model,
+            self._train,
+            self._holdout,
+            plan.training,
+            round_steps=plan.tau + plan.recovery_steps,
+            tracker=tracker,
+            seed=self._config.seed,
+            pad_id=self._pad_id,
+            meter=self._meter,
+        )
+
+    def _prune(self, trainer: Trainer) -> None:
+        plan, layout = self._plan, trainer.model.layout
+        tracker = _tracker_of(trainer)
+        scores: GroupScores | None = None
+        if plan.criterion != "lora" or tracker.steps > 0:
+            scores = tracker.scores()
+            self._scores = scores_tensors(scores, layout)
+        wanted = layout
+        if plan.layout == "local" and plan.pruning_ratio > self._standing.pruning_ratio:
+            if scores is None:
+                raise ModelError(
+                    "no step was scored, so nothing can be ranked.", remedy="Set training.tau to 1 or more."
+                )
+            wanted = plan_local(scores, layout, plan.pruning_ratio, scope=plan.scope, round_to=plan.round_to)
+        elif plan.layout == "consensus" and self._order is not None:
+            counts = [
+                target_counts(layout.spec, plan.pruning_ratio, round_to=plan.round_to, at_most=kept)
+                for kept in layout.counts
+            ]
+            wanted = Layout.prefix(layout.spec, self._order, counts)
+        if plan.layout == "local" or self._order is not None:
+            self._info["pruning_ratio"] = max(self._standing.pruning_ratio, plan.pruning_ratio)
+        trainer.compact(wanted)
+
+    def _update(self, model: PrunableModel) -> bytes:
+        """The update blob: allow-listed names only, in compact coordinates."""
+        config = self._config
+        adapter: dict[str, npt.NDArray[Any]] = dict(model.adapter_state())
+        if config.clip_update_norm > 0:
+            adapter = dict(
+                protect(
+                    adapter,
+                    gathered(self._global, model.layout, self._plan.r),
+                    clip_norm=config.clip_update_norm,
+                    noise_std=config.noise_std,
+                    seed=(config.seed, config.device_id, self._plan.run_id, self._plan.server_round),
+                )
+            )
+        with np.errstate(over="ignore"):  # told as an error of this device below
+            tensors: Tensors = {name: value.astype(config.upload_dtype) for name, value in adapter.items()}
+        broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+        if broken:
+            raise ModelError(f"the update's {broken[0]} is not finite in {config.upload_dtype}; training diverged.")
+        for name, value in layout_tensors(model.layout).items():
+            tensors[name.replace("layout.", "keep.", 1)] = value
+        tensors |= self._scores
+        check_tensors(tensors, "update")
+        return pack(tensors)
+
+    def _remark(self, trainer: Trainer) -> str:
+        if trainer.micro_batch < self._plan.training.batch_size:
+            return (
+                f"memory ran out; trained {trainer.micro_batch} instead of {self._plan.training.batch_size} "
+                "examples at a time, gradients accumulated"
+            )
+        return ""
+
+    def _stepped(self, trainer: Trainer) -> None:
+        now = time.monotonic()
+        due = trainer.step - self._written_step >= CHECKPOINT_STEPS
+        if due and self._write_took_s < 0.1 * (now - self._written_at):
+            self._fruitless_starts = 0
+            self._checkpoint(trainer)
+        if self._on_step is not None:
+            self._on_step()
+
+    def _finish(self, trainer: Trainer, next_phase: str) -> None:
+        self._phase = next_phase
+        self._fruitless_starts = 0
+        self._checkpoint(trainer)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        began = time.monotonic()
+        saved = trainer.state()
+        info = {
+            "plan_sha256": self._plan_sha256,
+            "phase": self._phase,
+            "info": self._info,
+            "meter": self._meter.to_dict(),
+            "trainer": saved.info,
+            "fruitless_starts": self._fruitless_starts,
+        }
+        tensors = {
+            **prefixed("trainer.", saved.tensors),
+            **prefixed("update.", self._scores),
+            **layout_tensors(trainer.model.layout),
+        }
+        self._state.write(ROUND, Document(info, tensors))
+        self._written_at = time.monotonic()
+        self._write_took_s = self._written_at - began
+        self._written_step = trainer.step
+
+
+def global_adapter(
+    plan: Plan, blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec, source: ModelSource
+) -> dict[str, npt.NDArray[Any]]:
+    """The adapter and head that every device of the fleet starts the round from, in full coordinates."""
+    state = {name: value for name, value in blob.items() if name.startswith(("layers.", "head."))}
+    if plan.adapter is None:
+        for name in module_names(spec):
+            out_features, in_features = full_shape(spec, split_name(name)[1])
+            state[f"{name}.lora_A"] = kaiming_uniform(plan.seed, name, plan.r, in_features)
+            state[f"{name}.lora_B"] = np.zeros((out_features, plan.r), dtype=np.float32)
+    if not any(name.startswith("head.") for name in state):
+        state.update(source.initial_head(plan.seed))
+    return state
+
+
+def gathered(state: Mapping[str, npt.NDArray[Any]], layout: Layout, r: int) -> dict[str, npt.NDArray[Any]]:
+    """`state` (full coordinates) as a device at `layout` and rank `r` holds it."""
+    found = {name: value for name, value in state.items() if name.startswith("head.")}
+    for name in module_names(layout.spec):
+        found[f"{name}.lora_A"] = state[f"{name}.lora_A"][:r, layout.cols(name)]
+        found[f"{name}.lora_B"] = state[f"{name}.lora_B"][layout.rows(name), :r]
+    return found
+
+
+def order_of(blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec) -> Order | None:
+    """The fleet's order, None until there is one. Raises `LayoutError` if it is incomplete."""
+    if "order.0.heads" not in blob:
+        return None
+
+    def all_layers(kind: str, size: int) -> tuple[npt.NDArray[np.int64], ...]:
+        found = []
+        for i in range(spec.num_layers):
+            index = np.asarray(blob.get(f"order.{i}.{kind}", ()), dtype=np.int64)
+            if not np.array_equal(np.sort(index), np.arange(size)):
+                raise LayoutError(f"the round's order of layer {i} {kind} is not a permutation of 0..{size - 1}.")
+            found.append(index)
+        return tuple(found)
+
+    return Order(all_layers("heads", spec.num_kv_heads), all_layers("channels", spec.intermediate_size))
+
+
+def scores_tensors(scores: GroupScores, layout: Layout) -> Tensors:
+    """`scores.*` with the original indices they belong to, `scored.*`."""
+    found = {name.replace("layout.", "scored.", 1): value for name, value in layout_tensors(layout).items()}
+    for i in range(layout.spec.num_layers):
+        found[f"scores.{i}.heads"] = np.asarray(scores.heads[i], dtype=np.float32)
+        found[f"scores.{i}.channels"] = np.asarray(scores.channels[i], dtype=np.float32)
+    return found
+
+
+def _tracker_of(trainer: Trainer) -> ImportanceTracker:
+    assert trainer.tracker is not None  # a round always tracks importance
+    return trainer.tracker
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None

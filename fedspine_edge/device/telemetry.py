@@ -1,0 +1,169 @@
+"""What a round cost this device: completion time of one of three labelled kinds, and peak memory.
+
+- measured: the wall clock from the plan's arrival to the report.
+- modelled: process CPU time of the work × `time_factor`, plus the blobs' bytes over the modelled links. For
+  emulated devices that share a machine, whose wall time would measure its scheduler.
+- simulated: a cost model of the same work in FLOPs at a reference rate × `time_factor`, plus the same transfer.
+  A function of plan, layout and batches alone, so a run repeats bit for bit on any machine.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from fedspine_edge.clock import Clock
+from fedspine_edge.model.layout import Layout, module_names, prunable_parameters
+
+TimeKind = Literal["measured", "modelled", "simulated"]
+
+REFERENCE_FLOPS_PER_S = 40e9
+"""Rate of the simulated reference device (`time_factor` 1): about what one x86 core sustains in float32."""
+
+REFERENCE_STEP_S = 0.02
+"""Time of a simulated training step or evaluation batch that does not shrink with the model (launches, optimizer)."""
+
+
+class Meter:
+    """Adds up what a round costs; survives a restart through `to_dict` and `restore`.
+
+    Args:
+        time_kind: Which of the three kinds `completion_s` returns.
+        time_factor: Slowness of the emulated class (modelled and simulated only).
+        up_mbit_s: Modelled uplink.
+        down_mbit_s: Modelled downlink.
+        clock: Source of wall time.
+    """
+
+    def __init__(
+        self, time_kind: TimeKind, *, time_factor: float, up_mbit_s: float, down_mbit_s: float, clock: Clock
+    ) -> None:
+        self.time_kind = time_kind
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._time_factor = time_factor
+        self._up_bytes_s = up_mbit_s * 1e6 / 8
+        self._down_bytes_s = down_mbit_s * 1e6 / 8
+        self._clock = clock
+        self._begun_s = clock.now()
+        self._wall_s = 0.0
+        self._cpu_s = 0.0
+        self._working_since: float | None = None
+        self._simulated_s = 0.0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count the process CPU time spent inside; not reentrant."""
+        self._working_since = time.process_time()
+        try:
+            yield
+        finally:
+            self._cpu_s = self.cpu_s
+            self._working_since = None
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of this process spent working so far, all threads."""
+        running = 0.0 if self._working_since is None else time.process_time() - self._working_since
+        return self._cpu_s + running
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the plan arrived, time without power excluded."""
+        return self._wall_s + self._clock.now() - self._begun_s
+
+    def work(self, flops: float) -> None:
+        """Account for one training step or evaluation batch of `flops` floating-point operations."""
+        self._simulated_s += flops / REFERENCE_FLOPS_PER_S + REFERENCE_STEP_S
+
+    def transfer(self, *, down_bytes: int = 0, up_bytes: int = 0) -> None:
+        """Account for payload bytes of blobs."""
+        self.bytes_down += down_bytes
+        self.bytes_up += up_bytes
+
+    def completion_s(self) -> float:
+        """The round's completion time so far, in seconds, of the meter's kind."""
+        if self.time_kind == "measured":
+            return max(0.0, self.wall_s)
+        work_s = self.cpu_s if self.time_kind == "modelled" else self._simulated_s
+        return work_s * self._time_factor + self.bytes_down / self._down_bytes_s + self.bytes_up / self._up_bytes_s
+
+    def to_dict(self) -> dict[str, float]:
+        """Everything accumulated, as plain numbers."""
+        return {
+            "wall_s": self.wall_s,
+            "cpu_s": self.cpu_s,
+            "simulated_s": self._simulated_s,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+        }
+
+    def restore(self, data: Mapping[str, Any]) -> None:
+        """Continue from what `to_dict` returned; the wall clock runs on from now."""
+        self._begun_s = self._clock.now()
+        self._wall_s = float(data["wall_s"])
+        self._cpu_s = float(data["cpu_s"])
+        self._simulated_s = float(data["simulated_s"])
+        self.bytes_up = int(data["bytes_up"])
+        self.bytes_down = int(data["bytes_down"])
+
+
+def pass_flops(layout: Layout, r: int, batch: int, length: int, *, backward: bool, scored: bool = False) -> float:
+    """FLOPs of one pass over a padded batch (batch, length), from the layout's widths.
+
+    Forward: 2 per kept weight and token, the attention products, and the adapters. Backward through frozen weights
+    computes no weight gradients: as much as forward, plus twice the adapters. Scoring: the rank-2r product of
+    every module's Ghat, 4·r per weight, once per step.
+    """
+    spec, tokens = layout.spec, batch * length
+    weights = prunable_parameters(spec) - layout.removed_parameters
+    query_width = spec.num_heads // spec.num_kv_heads * spec.head_dim
+    attention = sum(4.0 * tokens * length * heads * query_width for heads, _ in layout.counts)
+    factors = sum(layout.rows(name).size + layout.cols(name).size for name in module_names(spec)) * r
+    forward = 2.0 * tokens * weights + attention
+    adapters = 2.0 * tokens * factors
+    total = forward + adapters
+    if backward:
+        total += forward + 2 * adapters
+    if scored:
+        total += 4.0 * r * weights
+    return total
+
+
+class PeakMemory:
+    """Peak memory of a stretch of work: CUDA's allocator on a GPU, else the process's resident set.
+
+    Linux can restart the resident peak (`/proc/self/clear_refs`); where that is not permitted, the peak is the
+    one since the process began.
+    """
+
+    def __init__(self, torch_device: str) -> None:
+        self._cuda = torch_device.startswith("cuda")
+
+    def reset(self) -> None:
+        """Begin a new stretch."""
+        if self._cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        """Bytes at the highest point since `reset`."""
+        if self._cuda:
+            import torch
+
+            return int(torch.cuda.max_memory_allocated())
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,273 @@
+"""Local optimisation of adapters and head: AdamW, one step after the other, stoppable and repeatable at any step.
+
+Everything a step does is a function of (parameters, moments, step number, seed): batches come from `BatchOrder`,
+there is no dropout, and `state`/`restore` carry parameters and moments bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from fedspine_edge.device.data import BatchOrder, Encoded, Ints, collate, evaluation_batches
+from fedspine_edge.device.state import Document, prefixed, unprefixed
+from fedspine_edge.device.telemetry import Meter, pass_flops
+from fedspine_edge.errors import DataError, OutOfMemory
+from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.wire.messages import Training
+
+T = TypeVar("T")
+
+EVALUATION_BATCH = 32
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy over `num_examples` (classification) or predicted tokens (causal_lm)."""
+
+    loss: float
+    accuracy: float
+    num_examples: int
+
+
+def learning_rate(training: Training, step: int, round_steps: int) -> float:
+    """Learning rate of `step` (from 0) of a round of `round_steps`.
+
+    A cosine over all of the run's steps, and over it a linear rise during the first `warmup_share` of the round,
+    whose Adam moments start at zero. Source: docs/algorithms.md, "Aggregation".
+    """
+    progress = min(1.0, (training.first_step + step) / training.total_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    warmup = training.warmup_share * round_steps
+    return training.learning_rate * cosine * min(1.0, (step + 1) / warmup if warmup > 1 else 1.0)
+
+
+class Trainer:
+    """Trains the adapters and the head of `model` in place.
+
+    Args:
+        model: With adapters attached.
+        train: Tokenised training examples.
+        holdout: Tokenised held-out examples; may be empty if `evaluate` is not called without arguments.
+        training: Optimisation settings.
+        round_steps: Steps that this trainer will take, for the warm-up.
+        tracker: Importance of the model's groups, updated on scored steps.
+        seed: Of the data order.
+        pad_id: The tokenizer's padding token.
+        meter: Told the cost of every pass.
+    """
+
+    def __init__(
+        self,
+        model: PrunableModel,
+        train: Sequence[Encoded],
+        holdout: Sequence[Encoded],
+        training: Training,
+        *,
+        round_steps: int,
+        tracker: ImportanceTracker | None = None,
+        seed: int = 0,
+        pad_id: int = 0,
+        meter: Meter | None = None,
+    ) -> None:
+        if not train:
+            raise DataError("there are no training examples.", remedy="Provide at least one example.")
+        self.model = model
+        self.tracker = tracker
+        self.training = training
+        self.step = 0
+        self.skipped = 0
+        self.micro_batch = training.batch_size
+        """Examples per forward pass; below the batch size after memory ran out."""
+        self._train = train
+        self._holdout = holdout
+        self._round_steps = round_steps
+        self._pad_id = pad_id
+        self._meter = meter
+        self._order = BatchOrder([len(example.input_ids) for example in train], training.batch_size, seed)
+        self._evaluation_batch = EVALUATION_BATCH
+        self._losses: list[float] = []
+        self.optimizer = torch.optim.AdamW(
+            self._parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        model.module.eval()  # dropout stays off: a repeated step must give the same bits
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean loss of the steps taken, None before the first."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
+
+    def run(self, until: int, *, scored: bool = False, on_step: Callable[[], None] | None = None) -> None:
+        """Take steps until `self.step == until`; `on_step` is called after each.
+
+        Raises `OutOfMemory` if not even one example at a time fits.
+        """
+        while self.step < until:
+            examples = self._order.indices(self.training.first_step + self.step)
+            examples = examples[np.argsort([-len(self._train[i].input_ids) for i in examples], kind="stable")]
+            self._with_less_memory(lambda examples=examples: self._take_step(examples, scored))  # type: ignore[misc]
+            self.step += 1
+            if on_step is not None:
+                on_step()
+
+    def evaluate(self, examples: Sequence[Encoded] | None = None) -> Evaluation:
+        """Loss and accuracy on the held-out examples, or on `examples`. Raises `OutOfMemory`, `DataError`."""
+        chosen = self._holdout if examples is None else examples
+        if not chosen:
+            raise DataError("there are no examples to evaluate on.", remedy="Provide at least one example.")
+        return self._with_less_memory(lambda: self._evaluate(chosen), evaluation=True)
+
+    def compact(self, layout: Layout) -> None:
+        """Shrink model, moments and importance to `layout`. Raises `LayoutError`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.compact(layout, optimizer=self.optimizer, importance=self.tracker)
+
+    def state(self) -> Document:
+        """Everything needed to continue with the same bits, except the layout and the base weights."""
+        tensors = prefixed("adapter.", self.model.adapter_state())
+        opt_steps: dict[str, float] = {}
+        for name, parameter in self.model.trainable_parameters().items():
+            moments = self.optimizer.state.get(parameter)
+            if moments:
+                tensors[f"exp_avg.{name}"] = _numpy(moments["exp_avg"])
+                tensors[f"exp_avg_sq.{name}"] = _numpy(moments["exp_avg_sq"])
+                opt_steps[name] = float(moments["step"])
+        if self.tracker is not None:
+            tensors |= prefixed("tracker.", self.tracker.state_dict())
+        info = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "micro_batch": self.micro_batch,
+            "evaluation_batch": self._evaluation_batch,
+            "losses": self._losses,
+            "optimizer_steps": opt_steps,
+        }
+        return Document(info, tensors)
+
+    def restore(self, saved: Document) -> None:
+        """Continue from `state`; the model must already have the layout of that moment.
+
+        Raises `CheckpointError` when adapters do not fit the model, `KeyError` for an incomplete document.
+        """
+        info = saved.info
+        self.model.load_adapter(unprefixed("adapter.", saved.tensors))
+        self.step, self.skipped = int(info["step"]), int(info["skipped"])
+        self.micro_batch, self._evaluation_batch = int(info["micro_batch"]), int(info["evaluation_batch"])
+        self._losses = [float(loss) for loss in info["losses"]]
+        if self.tracker is not None:
+            self.tracker.load_state_dict(unprefixed("tracker.", saved.tensors))
+        self.optimizer.state.clear()
+        self.optimizer.param_groups[0]["params"] = self._parameters()
+        for name, parameter in self.model.trainable_parameters().items():
+            if name in info["optimizer_steps"]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(info["optimizer_steps"][name]), dtype=torch.float32),
+                    "exp_avg": torch.from_numpy(saved.tensors[f"exp_avg.{name}"]).to(parameter),
+                    "exp_avg_sq": torch.from_numpy(saved.tensors[f"exp_avg_sq.{name}"]).to(parameter),
+                }
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.model.trainable_parameters().values())
+
+    def _take_step(self, examples: Ints, scored: bool) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        pieces = [examples[i : i + self.micro_batch] for i in range(0, len(examples), self.micro_batch)]
+        batches = [collate(self._train, piece, self._pad_id) for piece in pieces]
+        count = sum(_num_targets(batch, self.model.task) for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            piece_sum, _ = self._forward(batch)
+            (piece_sum / count).backward()
+            loss += float(piece_sum.detach()) / count
+            self._account(batch, backward=True, scored=scored and batch is batches[0])
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+        if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
+            self.skipped += 1
+            return
+        if scored and self.tracker is not None:
+            self.tracker.update()
+        if norm > self.training.max_grad_norm:
+            shrink = self.training.max_grad_norm / norm
+            for gradient in gradients:
+                gradient.mul_(shrink.to(gradient.dtype))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, self.step, self._round_steps)
+        self.optimizer.step()
+        self._losses.append(loss)
+
+    def _evaluate(self, examples: Sequence[Encoded]) -> Evaluation:
+        loss, correct, count = 0.0, 0, 0
+        with torch.inference_mode():
+            for piece in evaluation_batches(examples, self._evaluation_batch):
+                batch = collate(examples, piece, self._pad_id)
+                batch_loss, batch_correct = self._forward(batch)
+                loss += float(batch_loss)
+                correct += batch_correct
+                count += _num_targets(batch, self.model.task)
+                self._account(batch, backward=False)
+        return Evaluation(loss / count, correct / count, count)
+
+    def _forward(self, batch: Mapping[str, Ints]) -> tuple[Any, int]:
+        """(sum of the losses, number of right answers) of one batch."""
+        device = next(iter(self.model.module.parameters())).device
+        inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
+        labels = inputs.pop("labels")
+        logits = self.model.module(**inputs).logits.float()
+        if self.model.task == "causal_lm":
+            labels = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100).reshape(-1)
+            logits = logits[:, :-1].reshape(-1, logits.shape[-1])
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        return loss, int((logits.detach().argmax(-1) == labels).sum())
+
+    def _account(self, batch: Mapping[str, Ints], *, backward: bool, scored: bool = False) -> None:
+        if self._meter is not None:
+            size, length = batch["input_ids"].shape
+            self._meter.work(
+                pass_flops(self.model.layout, self.model.r or 0, size, length, backward=backward, scored=scored)
+            )
+
+    def _with_less_memory(self, work: Callable[[], T], *, evaluation: bool = False) -> T:
+        """Do `work`; when memory runs out, again with half the examples at a time."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # Outside the handler, since its traceback holds the activations that must be freed.
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            at_once = self._evaluation_batch if evaluation else self.micro_batch
+            if at_once <= 1:
+                raise OutOfMemory(
+                    f"step {self.step + 1} does not fit into memory, even one example at a time.",
+                    remedy="Lower training.max_length_tokens, prune further or use a smaller base model.",
+                )
+            if evaluation:
+                self._evaluation_batch = at_once // 2
+            else:
+                self.micro_batch = at_once // 2
+
+
+def _num_targets(batch: Mapping[str, Ints], task: str) -> int:
+    return max(1, int(batch["attention_mask"][:, 1:].sum())) if task == "causal_lm" else len(batch["labels"])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+def _numpy(tensor: Any) -> npt.NDArray[np.float32]:
+    return tensor.detach().to("cpu", torch.float32, copy=True).numpy()  # type: ignore[no-any-return]
