@@ -1,4 +1,4 @@
-"""What only the in-process broker has; everything it shares with MQTT is in test_behaviour.py."""
+"""What only the in-process broker has; everything it shares with MQTT is in test_transport_behaviour.py."""
 
 from __future__ import annotations
 
