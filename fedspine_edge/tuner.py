@@ -1,0 +1,337 @@
+"""Fine-tune and prune a language model on one device, no fleet needed.
+
+tuner = EdgeTuner.from_pretrained("base-model", task="classification", num_labels=2, r=8)
+tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("out/")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fedspine_edge.config import DataSettings, TrainingSettings
+from fedspine_edge.device.data import Data, Encoded, encode, examples_of
+from fedspine_edge.device.source import choose_torch_device
+from fedspine_edge.device.trainer import Trainer
+from fedspine_edge.errors import ConfigError, DataError
+from fedspine_edge.model.architecture import Task
+from fedspine_edge.model.base import MANIFEST
+from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.pruning import Scope, plan_local
+from fedspine_edge.wire.messages import Training
+
+log = logging.getLogger("fedspine_edge.tuner")
+
+SCORED_STEPS = 40
+"""Steps at the end of a `fit` whose gradients are scored: with a decay of 0.9 the ones before hardly count."""
+
+
+class EdgeTuner:
+    """Adapters on one model, trained and pruned step by step. Make one with `from_pretrained`.
+
+    Data is, wherever it is asked for: a CSV, JSON lines or Parquet file; 'module:function'; a list of (text, label)
+    or (text, text_pair, label); or a callable that returns such a list. For causal_lm texts alone.
+
+    Args:
+        model: With or without adapters.
+        tokenizer: The model's transformers tokenizer.
+        settings: Learning rate, batch size, length, clipping.
+        columns: Names of the columns of files.
+        criterion: What ranks heads and channels: "lora", "magnitude" or "random".
+        scope: "layer" gives every layer the same width, "global" lets widths differ.
+        round_to: Kept channel counts are multiples of this.
+        seed: Of the adapters and the order of the data.
+    """
+
+    def __init__(
+        self,
+        model: PrunableModel,
+        tokenizer: Any,
+        *,
+        settings: TrainingSettings,
+        columns: DataSettings,
+        criterion: str = "lora",
+        scope: Scope = "layer",
+        round_to: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if criterion not in ("lora", "magnitude", "random"):
+            raise ConfigError(f"criterion {criterion!r} is unknown.", remedy="Use 'lora', 'magnitude' or 'random'.")
+        if scope not in ("layer", "global"):
+            raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.train_loss: float | None = None
+        """Mean loss of the steps of the last `fit`."""
+        self._settings = settings
+        self._columns = columns
+        self._scope: Scope = scope
+        self._round_to = round_to
+        self._seed = seed
+        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)  # type: ignore[arg-type]
+        self._last: list[Encoded] | None = None
+        self._steps_taken = 0
+        self._metrics: dict[str, float] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        task: Task = "classification",
+        num_labels: int | None = None,
+        r: int = 8,
+        lora_alpha: float | None = None,
+        learning_rate: float = 1e-3,
+        batch_size: int = 8,
+        max_length_tokens: int = 128,
+        text: str = "text",
+        text_pair: str = "",
+        label: str = "label",
+        criterion: str = "lora",
+        scope: Scope = "layer",
+        round_to: int = 8,
+        torch_device: str = "auto",
+        gguf_file: str | None = None,
+        seed: int = 0,
+    ) -> EdgeTuner:
+        """Load a base model, or a model that `save` wrote, with its adapter and its pruned widths.
+
+        Args:
+            path: Hugging Face folder, GGUF folder or hub id; or a saved folder.
+            task: "classification" or "causal_lm".
+            num_labels: Classes; default 2, or what a saved model has.
+            r: LoRA rank; a saved adapter keeps its own.
+            lora_alpha: scaling = lora_alpha / r; default 2·r.
+            learning_rate: Peak of each `fit`'s schedule.
+            batch_size: Examples per step.
+            max_length_tokens: Longer texts are cut.
+            text: Column of the text in files.
+            text_pair: Column of the second text; empty for single texts.
+            label: Column of the integer label.
+            criterion: What ranks heads and channels.
+            scope: "layer" or "global".
+            round_to: Kept channel counts are multiples of this.
+            torch_device: "auto", "cpu" or "cuda".
+            gguf_file: The file within a GGUF folder, if there are several.
+            seed: Of head, adapters and data order.
+
+        Raises `ModelError` for a folder that cannot be used, `ConfigError` for impossible settings.
+        """
+        if r < 1:
+            raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.")
+        if torch_device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
+        settings = _checked(
+            TrainingSettings,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_length_tokens=max_length_tokens,
+        )
+        if (Path(path).expanduser() / MANIFEST).exists():
+            model = load_model(path)
+            if model.task != task or (num_labels is not None and model.num_labels != num_labels):
+                raise ConfigError(
+                    f"{path} was saved for {model.task} with {model.num_labels} labels, not {task} with {num_labels}.",
+                    remedy="Pass the task and num_labels it was saved with, or the base model.",
+                )
+        else:
+            classes = 2 if num_labels is None else num_labels
+            model = load_base(path, task=task, num_labels=classes, gguf_file=gguf_file, seed=seed)
+        folder = model.folder if model.folder is not None else path
+        tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
+        model.module.to(choose_torch_device(torch_device))  # type: ignore[arg-type]
+        if model.r is None:
+            model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
+        columns = _checked(
+            DataSettings, path="", text=text, text_pair=text_pair, label=label, num_labels=max(2, model.num_labels)
+        )
+        return cls(
+            model,
+            tokenizer,
+            settings=settings,
+            columns=columns,
+            criterion=criterion,
+            scope=scope,
+            round_to=round_to,
+            seed=seed,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """Which heads and channels are left; `layout.pruning_ratio` and `layout.sparsity` say how much is gone."""
+        return self.model.layout
+
+    def fit(
+        self, data: Data, *, epochs: float | None = None, steps: int | None = None, progress: bool | None = None
+    ) -> EdgeTuner:
+        """Train adapters and head: AdamW, warm-up and cosine over this call's steps.
+
+        Args:
+            data: See the class.
+            epochs: Passes over the data, default 1.
+            steps: Training steps, instead of epochs.
+            progress: Show a progress bar; default only on a terminal.
+
+        Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`.
+        """
+        if epochs is not None and steps is not None:
+            raise ConfigError("fit takes epochs or steps, not both.")
+        train = self._encoded(data)
+        per_epoch = max(1, len(train) // self._settings.batch_size)
+        total = steps if steps is not None else round((1.0 if epochs is None else epochs) * per_epoch)
+        if total < 1:
+            raise ConfigError(f"fit would take {total} steps.", remedy="Pass steps or epochs above 0.")
+        self._last, self._metrics = train, {}
+        trainer = self._trainer(train, total)
+        with _bar("fit", total, progress) as advance:
+            trainer.run(max(0, total - SCORED_STEPS), on_step=advance)
+            trainer.run(total, scored=True, on_step=advance)
+        self._done(trainer)
+        return self
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """`loss`, `accuracy` and `num_examples` on `data` (causal_lm: per predicted token, `num_examples` tokens)."""
+        examples = self._encoded(data)
+        result = self._trainer(examples, 1).evaluate(examples)
+        self._metrics = {"loss": result.loss, "accuracy": result.accuracy, "num_examples": result.num_examples}
+        return dict(self._metrics)
+
+    def prune(
+        self,
+        pruning_ratio: float,
+        data: Data | None = None,
+        *,
+        stages: int = 3,
+        steps: int = 20,
+        progress: bool | None = None,
+    ) -> EdgeTuner:
+        """Physically remove the least important heads and channels, a part at a time with training in between.
+
+        The importance comes from the last steps of `fit`; if there were none, `steps` scoring steps are taken first.
+        Call `fit` afterwards to let the smaller model recover.
+
+        Args:
+            pruning_ratio: Share of prunable parameters gone afterwards, counted from the unpruned model.
+            data: To train on in between; default the last `fit`'s.
+            stages: Parts in which to remove; most goes in the first.
+            steps: Training steps, all scored, between two parts.
+            progress: Show a progress bar; default only on a terminal.
+
+        Returns the tuner itself. Raises `ConfigError` for a ratio outside [0, 1) or below the present one, and
+        `DataError` when there is no data to score with.
+        """
+        check_ratio(pruning_ratio)
+        if stages < 1 or steps < 1:
+            raise ConfigError(f"stages is {stages} and steps is {steps}; both must be at least 1.")
+        start = self.layout.pruning_ratio
+        unit = 1.0 / self.layout.spec.num_kv_heads  # rounding to whole groups may overshoot by less than this
+        if pruning_ratio < start - unit:
+            raise ConfigError(
+                f"the model is already pruned to {start:.3f}; it cannot go back to {pruning_ratio}.",
+                remedy="Load the base model again to prune less.",
+            )
+        train = self._last if data is None else self._encoded(data)
+        unscored = self._tracker.criterion == "lora" and self._tracker.steps == 0
+        if train is None and (unscored or stages > 1):
+            raise DataError(
+                "pruning needs data: importance comes from training steps.",
+                remedy="Call fit(data) first, or pass prune(ratio, data).",
+            )
+        total = steps * (stages - 1 + unscored)
+        self._metrics = {}
+        trainer = self._trainer(train or [], total) if total else None
+        with _bar("prune", total, progress) as advance:
+            if unscored and trainer is not None:
+                log.warning("no training step was scored yet: taking %d scoring steps before pruning", steps)
+                trainer.run(steps, scored=True, on_step=advance)
+            for stage in range(1, stages + 1):
+                share = 1.0 - (1.0 - stage / stages) ** 3
+                target = max(start, start + (pruning_ratio - start) * share)
+                layout = plan_local(
+                    self._tracker.scores(), self.layout, target, scope=self._scope, round_to=self._round_to
+                )
+                if trainer is None:
+                    self.model.compact(layout, importance=self._tracker)
+                else:
+                    trainer.compact(layout)
+                    if stage < stages:
+                        trainer.run(trainer.step + steps, scored=True, on_step=advance)
+        if trainer is not None:
+            self._done(trainer)
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back."""
+        return self.model.save(folder, metrics=self._metrics)
+
+    def save_merged(self, folder: str | Path) -> Path:
+        """Like `save`, with the adapter folded into the weights."""
+        return self.model.save_merged(folder, metrics=self._metrics)
+
+    def merge(self) -> Any:
+        """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
+        return self.model.merged()
+
+    def _encoded(self, data: Data) -> list[Encoded]:
+        examples = examples_of(data, self._columns, labelled=self.model.task == "classification")
+        return encode(examples, self.tokenizer, self._settings.max_length_tokens)
+
+    def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
+        settings = self._settings
+        training = Training(
+            learning_rate=settings.learning_rate,
+            batch_size=settings.batch_size,
+            max_length_tokens=settings.max_length_tokens,
+            warmup_share=settings.warmup_share,
+            max_grad_norm=settings.max_grad_norm,
+            weight_decay=settings.weight_decay,
+            total_steps=max(1, steps),
+        )
+        return Trainer(
+            self.model,
+            train,
+            [],
+            training,
+            round_steps=steps,
+            tracker=self._tracker,
+            seed=self._seed + self._steps_taken,  # a second fit sees the data in another order
+            pad_id=int(self.tokenizer.pad_token_id),
+        )
+
+    def _done(self, trainer: Trainer) -> None:
+        self._steps_taken += trainer.step
+        self.train_loss = trainer.train_loss
+        if trainer.micro_batch < self._settings.batch_size:
+            log.warning("memory ran out: trained %d examples at a time, gradients accumulated", trainer.micro_batch)
+        if trainer.skipped:
+            log.warning("%d of %d steps were not finite and were skipped", trainer.skipped, trainer.step)
+
+
+@contextmanager
+def _bar(what: str, total: int, wanted: bool | None) -> Iterator[Any]:
+    """Yields a function to call after each step."""
+    console = Console(stderr=True)
+    shown = console.is_terminal if wanted is None else wanted
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not shown or total == 0) as progress:
+        task: TaskID = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _checked(kind: Any, **values: Any) -> Any:
+    """Settings with the limits of their fields checked. Raises `ConfigError` naming the field."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{error}.") from None

@@ -1,0 +1,147 @@
+"""The SDK for one device: three lines, natural mistakes, and what is saved can be read back."""
+
+import numpy as np
+import pytest
+import tiny_device
+
+from fedspine_edge import EdgeTuner
+from fedspine_edge.errors import CheckpointError, ConfigError, DataError
+
+
+@pytest.fixture
+def tuner(tiny_folder):
+    return EdgeTuner.from_pretrained(tiny_folder, r=4, learning_rate=1e-2, torch_device="cpu")
+
+
+def test_fit_prune_fit_save_and_load_again(tuner, tmp_path):
+    data, test = tiny_device.sentences(240), tiny_device.sentences(60, seed=9)
+    before = tuner.evaluate(test)
+    assert tuner.fit(data, steps=60) is tuner
+    fitted = tuner.evaluate(test)
+    assert fitted["loss"] < 0.7 * before["loss"]
+    tuner.prune(0.5, steps=5).fit(lambda: data, steps=40)
+    assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.02)
+    assert len(set(tuner.layout.counts)) == 1
+    pruned = tuner.evaluate(test)
+    assert pruned["num_examples"] == 60
+    assert pruned["accuracy"] > 0.7
+    tuner.save(tmp_path / "out")
+    assert f"{pruned['accuracy']:.6g}" in (tmp_path / "out" / "README.md").read_text()
+    again = EdgeTuner.from_pretrained(tmp_path / "out", torch_device="cpu")
+    assert again.evaluate(test) == pruned
+    assert again.layout.to_dict() == tuner.layout.to_dict()
+    again.fit(data, steps=2)
+
+
+def test_pruning_without_a_fit_says_so_and_scores_first(tuner, caplog):
+    with pytest.raises(DataError, match="pruning needs data"):
+        tuner.prune(0.5)
+    tuner.prune(0.5, tiny_device.sentences(40), steps=3)
+    assert "taking 3 scoring steps" in caplog.text
+    assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.02)
+
+
+def test_pruning_is_absolute_and_never_goes_back(tuner):
+    tuner.fit(tiny_device.sentences(40), steps=3)
+    tuner.prune(0.5, stages=1)
+    counts = tuner.layout.counts
+    tuner.prune(0.5, stages=1)
+    assert tuner.layout.counts == counts
+    with pytest.raises(ConfigError, match="already pruned"):
+        tuner.prune(0.1)
+    with pytest.raises(ConfigError, match=r"1\.2"):
+        tuner.prune(1.2)
+
+
+def test_epochs_count_passes_over_the_data(tuner):
+    tuner.fit(tiny_device.sentences(40), epochs=2)
+    assert tuner._steps_taken == 10
+    with pytest.raises(ConfigError, match="not both"):
+        tuner.fit(tiny_device.sentences(40), epochs=1, steps=1)
+    with pytest.raises(ConfigError, match="0 steps"):
+        tuner.fit(tiny_device.sentences(40), steps=0)
+
+
+def test_the_same_seed_gives_the_same_adapter(tiny_folder):
+    def adapter(seed):
+        tuner = EdgeTuner.from_pretrained(tiny_folder, r=4, torch_device="cpu", seed=seed)
+        return tuner.fit(tiny_device.sentences(40), steps=5).model.adapter_state()
+
+    first, second, other = adapter(1), adapter(1), adapter(2)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    assert any((value != other[name]).any() for name, value in first.items())
+
+
+def test_merging_gives_a_plain_model_of_the_same_answers(tuner, tmp_path):
+    import torch
+
+    tuner.fit(tiny_device.sentences(40), steps=5)
+    inputs = dict(tuner.tokenizer("good film", return_tensors="pt"))
+    with torch.inference_mode():
+        expected = tuner.model(**inputs).logits
+        torch.testing.assert_close(tuner.merge()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    tuner.save_merged(tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
+    tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
+    assert tuner.evaluate(tiny_csv)["num_examples"] == 96
+    assert tuner.evaluate([("good", "bad", 1), ("a", "b", 0)])["num_examples"] == 2
+    with pytest.raises(DataError, match="no column 'sentence'; the columns present are: text, label"):
+        EdgeTuner.from_pretrained(tiny_folder, text="sentence", torch_device="cpu").fit(tiny_csv)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"r": 0}, "r is 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"num_labels": 1}, "num_labels is 1"),
+        ({"num_labels": 0}, "num_labels is 0"),
+        ({"criterion": "luck"}, "luck"),
+        ({"scope": "world"}, "world"),
+        ({"torch_device": "tpu"}, "tpu"),
+    ],
+)
+def test_impossible_settings_are_config_errors(tiny_folder, options, told):
+    with pytest.raises(ConfigError, match=told):
+        EdgeTuner.from_pretrained(tiny_folder, **{"torch_device": "cpu", **options})
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        EdgeTuner.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_language_model_learns_texts_without_labels(tmp_path, tiny_folder):
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=27,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, tmp_path / "llama" / name)
+    texts = [text for text, _ in tiny_device.sentences(40)]
+    tuner = EdgeTuner.from_pretrained(tmp_path / "llama", task="causal_lm", r=4, torch_device="cpu", learning_rate=1e-2)
+    before = tuner.evaluate(texts)
+    tuner.fit(texts, steps=20).prune(0.25, steps=3).fit(texts, steps=10)
+    after = tuner.evaluate(texts)
+    assert after["loss"] < before["loss"]
+    assert after["num_examples"] == sum(len(tuner.tokenizer(text)["input_ids"]) - 1 for text in texts)
