@@ -12,9 +12,7 @@ EXAMPLE = "fedspine-edge compile model/ --out bundle/ --precision fp16"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder written by `tune` or `export`")
     parser.add_argument("--out", type=Path, default=None, help="bundle folder (default: MODEL.bundle)")
-    parser.add_argument(
-        "--precision", choices=["fp32", "fp16"], default=None, help="weights and matmuls; default fp32"
-    )
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default=None, help="weights and matmuls; default fp32")
     parser.add_argument(
         "--backend",
         choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"],

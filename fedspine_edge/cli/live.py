@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from fedspine_edge.server.schema import DeviceView
     from fedspine_edge.simulation.demo import Progress
-    from fedspine_edge.simulation.runview import DeviceRound, RunView
+    from fedspine_edge.simulation.runview import RunView
 
 
 class LiveTable:
@@ -101,7 +102,7 @@ def _table(view: RunView) -> Table | None:
     return table
 
 
-def _cells(row: DeviceRound, previous: DeviceRound | None) -> list[str]:
+def _cells(row: DeviceView, previous: DeviceView | None) -> list[str]:
     def show(value: float | int | None, form: str) -> str:
         return "" if value is None else format(value, form)
 

@@ -19,5 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     view = read_run(arguments.run_dir)
     out = arguments.out or arguments.run_dir / "report.html"
-    print(write_report(out, title=f"Fleet {view.fleet}", rows=view.rows, summary=view.summary, widths=view.widths))
+    print(
+        write_report(
+            out, title=f"Fleet run {arguments.run_dir.name}", rows=view.rows, summary=view.result, widths=view.widths
+        )
+    )
     return 0

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedspine_edge.errors import MissingDependency
-from fedspine_edge.simulation.runview import DeviceRound, by_round, idle_by_device
+from fedspine_edge.server.schema import DeviceView
+from fedspine_edge.simulation.runview import by_round, idle_by_device
 
 _CLASS_COLOURS = ("#2a6f97", "#e07a1f", "#5b8c3e", "#8a4fa3", "#b5403c", "#4f5d75")
 _GREY = "#8b95a1"
 
 
-def accuracy(rows: Sequence[DeviceRound]) -> str:
+def accuracy(rows: Sequence[DeviceView]) -> str:
     """Held-out accuracy by round, a line a device and the mean."""
 
     def draw(axes: Any) -> None:
@@ -27,7 +28,7 @@ def accuracy(rows: Sequence[DeviceRound]) -> str:
     return _svg(draw)
 
 
-def loss(rows: Sequence[DeviceRound]) -> str:
+def loss(rows: Sequence[DeviceView]) -> str:
     """Mean held-out loss before and after each round."""
 
     def draw(axes: Any) -> None:
@@ -41,7 +42,7 @@ def loss(rows: Sequence[DeviceRound]) -> str:
     return _svg(draw)
 
 
-def completion_times(rows: Sequence[DeviceRound]) -> str:
+def completion_times(rows: Sequence[DeviceView]) -> str:
     """Completion time by round in seconds, a line a device."""
 
     def draw(axes: Any) -> None:
@@ -52,7 +53,7 @@ def completion_times(rows: Sequence[DeviceRound]) -> str:
     return _svg(draw)
 
 
-def rewards(rows: Sequence[DeviceRound]) -> str:
+def rewards(rows: Sequence[DeviceView]) -> str:
     """Total reward by round, a line a device."""
 
     def draw(axes: Any) -> None:
@@ -63,7 +64,7 @@ def rewards(rows: Sequence[DeviceRound]) -> str:
     return _svg(draw)
 
 
-def idle(rows: Sequence[DeviceRound]) -> str:
+def idle(rows: Sequence[DeviceView]) -> str:
     """Idle share by device in percent."""
 
     def draw(axes: Any) -> None:
@@ -79,7 +80,7 @@ def idle(rows: Sequence[DeviceRound]) -> str:
     return _svg(draw)
 
 
-def arms(rows: Sequence[DeviceRound]) -> str:
+def arms(rows: Sequence[DeviceView]) -> str:
     """A grid of devices by rounds: the shade is the pruning ratio, the text says ratio and LoRA rank."""
 
     def draw(axes: Any) -> None:
@@ -101,7 +102,7 @@ def arms(rows: Sequence[DeviceRound]) -> str:
     return _svg(draw)
 
 
-def _ratio(row: DeviceRound | None) -> float:
+def _ratio(row: DeviceView | None) -> float:
     return (row.pruning_ratio or 0.0) if row else 0.0
 
 
@@ -168,15 +169,15 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) ->
     return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
 
 
-def _colours(rows: Sequence[DeviceRound]) -> dict[str, str]:
+def _colours(rows: Sequence[DeviceView]) -> dict[str, str]:
     classes = sorted({row.device_class for row in rows})
     return {name: _CLASS_COLOURS[i % len(_CLASS_COLOURS)] for i, name in enumerate(classes)}
 
 
-def _device_lines(axes: Any, rows: Sequence[DeviceRound], value: str) -> None:
+def _device_lines(axes: Any, rows: Sequence[DeviceView], value: str) -> None:
     """One thin line a device, coloured by class."""
     colours = _colours(rows)
-    devices: dict[str, list[DeviceRound]] = defaultdict(list)
+    devices: dict[str, list[DeviceView]] = defaultdict(list)
     for row in rows:
         if getattr(row, value) is not None:
             devices[row.device_id].append(row)
@@ -199,7 +200,7 @@ def _device_lines(axes: Any, rows: Sequence[DeviceRound], value: str) -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _mean_by_round(rows: Sequence[DeviceRound], value: str) -> tuple[list[int], list[float]]:
+def _mean_by_round(rows: Sequence[DeviceView], value: str) -> tuple[list[int], list[float]]:
     rounds, means = [], []
     for number, group in by_round(rows).items():
         values = [getattr(row, value) for row in group if getattr(row, value) is not None]
@@ -209,6 +210,6 @@ def _mean_by_round(rows: Sequence[DeviceRound], value: str) -> tuple[list[int], 
     return rounds, means
 
 
-def _round_axis(axes: Any, rows: Sequence[DeviceRound]) -> None:
+def _round_axis(axes: Any, rows: Sequence[DeviceView]) -> None:
     axes.set_xticks(sorted({row.server_round for row in rows}))
     axes.set_xlabel("round")

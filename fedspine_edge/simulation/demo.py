@@ -30,7 +30,7 @@ from fedspine_edge.device.data import load_examples
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.simulation.finish import build_finished_model
 from fedspine_edge.simulation.report import write_report
-from fedspine_edge.simulation.runview import RunView, idle_share, read_run
+from fedspine_edge.simulation.runview import RunView, idle_share, peek_run, read_run
 from fedspine_edge.simulation.setup import FleetSetup, demo_model, lay_out, prepare_data
 from fedspine_edge.simulation.supervisor import Supervisor
 
@@ -208,7 +208,7 @@ def _run_processes(
         if time.monotonic() - started > _TIME_LIMIT_S:
             raise FedspineError(f"the demo did not finish within {_TIME_LIMIT_S:.0f} s.", remedy=f"See {logs}.")
         supervisor.check()
-        view = read_run(Path(setup.fleet.run_dir))
+        view = peek_run(Path(setup.fleet.run_dir))
         step = "training the unpruned reference" if server.returncode == 0 else "federating"
         on_progress(Progress(step, view, _restarts(supervisor)))
         time.sleep(_POLL_S)

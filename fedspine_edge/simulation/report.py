@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.errors import MissingDependency
+from fedspine_edge.server.schema import DeviceView
 from fedspine_edge.simulation import charts
-from fedspine_edge.simulation.runview import DeviceRound, by_round
+from fedspine_edge.simulation.runview import by_round
 
 
 def write_report(
     path: Path,
     *,
     title: str,
-    rows: Sequence[DeviceRound],
+    rows: Sequence[DeviceView],
     summary: Mapping[str, Any],
     widths: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -58,7 +59,7 @@ def write_report(
 
 
 def _charts(
-    rows: Sequence[DeviceRound], summary: Mapping[str, Any], widths: Mapping[str, Any] | None
+    rows: Sequence[DeviceView], summary: Mapping[str, Any], widths: Mapping[str, Any] | None
 ) -> list[tuple[str, str, str]]:
     kind = next((row.time_kind for row in rows if row.completion_time_s), "measured")
     made = [
@@ -113,7 +114,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(label, show(summary[key])) for key, label, show in known if summary.get(key) is not None]
 
 
-def _note(rows: Sequence[DeviceRound]) -> str:
+def _note(rows: Sequence[DeviceView]) -> str:
     kinds = {row.time_kind for row in rows}
     num_rounds = len(by_round(rows))
     note = f"{len({row.device_id for row in rows})} devices, {num_rounds} rounds. "

@@ -4,14 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from fedspine_edge.server.schema import DeviceView
 from fedspine_edge.simulation.report import write_report
-from fedspine_edge.simulation.runview import DeviceRound, idle_by_device, idle_share
+from fedspine_edge.simulation.runview import idle_by_device, idle_share
+
+
+def row(number: int, device_id: str, device_class: str, status: str = "ok", ratio: float = 0.0, r: int = 8, **figures):
+    return DeviceView(number, 1, device_id, device_class, status, "", 0.5, ratio, r, **figures)
+
 
 ROWS = [
-    DeviceRound(1, "agx-1", "agx", "ok", 0.0, 8, 2.0, "modelled", 0.7, 0.6, 0.5, 0.4, {"time": 0.4}, 10, 20),
-    DeviceRound(1, "tx2-2", "tx2", "ok", 0.0, 16, 4.0, "modelled", 0.7, 0.65, 0.6, 0.2, {"time": 0.2}, 10, 20),
-    DeviceRound(2, "agx-1", "agx", "ok", 0.2, 8, 3.0, "modelled", 0.6, 0.5, 0.7, 0.9, {"time": 0.9}, 10, 20),
-    DeviceRound(2, "tx2-2", "tx2", "late", 0.1, 16),
+    row(1, "agx-1", "agx", completion_time_s=2.0, time_kind="modelled", loss_before=0.7, loss_after=0.6, reward=0.4),
+    row(1, "tx2-2", "tx2", r=16, completion_time_s=4.0, time_kind="modelled", accuracy_after=0.6, reward=0.2),
+    row(2, "agx-1", "agx", ratio=0.2, completion_time_s=3.0, time_kind="modelled", reward_terms={"time": 0.9}),
+    row(2, "tx2-2", "tx2", status="late", ratio=0.1, r=16),
 ]
 
 
@@ -23,7 +29,7 @@ def test_idle_share_is_the_time_spent_waiting_for_the_slowest() -> None:
 
 
 def test_report_is_self_contained_escapes_names_and_prints_only_what_was_measured(tmp_path: Path) -> None:
-    rows = [*ROWS, DeviceRound(3, "x<script>", "nx", "ok", 0.3, 4, 1.0)]
+    rows = [*ROWS, row(3, "x<script>", "nx", ratio=0.3, r=4, completion_time_s=1.0)]
     path = write_report(
         tmp_path / "report.html",
         title="A & B",
