@@ -83,7 +83,7 @@ def open_cuda(index: int = 0) -> Cuda:
     for backend in (PyCuda, CudaPython):
         try:
             return backend(index)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # cuda-python raises the latter without a driver
             failures.append(f"{backend.name}: {error}")
     raise MissingDependency(
         f"Running an engine needs pycuda or cuda-python ({'; '.join(failures)}).",

@@ -173,6 +173,7 @@ class _Converter:
     def _tidy_initializers(self) -> None:
         """Drops what nothing reads any more; a weight needed in float16 alone keeps its name."""
         used = {name for node in self.result for name in node.input}
+        self.result = [node for node in self.result if node.op_type != "Constant" or node.output[0] in used]
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
         rename = {}
         for tensor in kept:

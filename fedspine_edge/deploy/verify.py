@@ -23,9 +23,13 @@ Inputs = dict[str, Array]
 SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 16), (3, 33))
 """(batch, tokens) compared unless others are given; lengths beyond the model's limit are cut to it."""
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
-"""Largest absolute difference, relative to the largest reference output where that exceeds 1. float32 sums in
-another order differ by about 1e-6 a layer; float16 has a resolution of 1e-3."""
+TOLERANCE: dict[Precision, float] = {"fp32": 3e-4, "fp16": 2e-2}
+"""Largest absolute difference, relative to the largest reference output where that exceeds 1. Measured: 4e-8 for
+MiniLM; for a 30-layer SmolLM2 with logits up to 35 the export differs from torch by 2e-4, as much as torch in
+float32 from torch in float64 (1e-4), and pruned without recovery both grow tenfold. float16 resolves 1e-3.
+
+ONNX Runtime's CPU provider computes float16 nodes in float32: there, fp16 shows the rounding of the weights but not
+all of a GPU's arithmetic. The engine is therefore compared again on the device that builds it (`verify_engine`)."""
 
 MIN_COSINE: dict[Precision, float] = {"fp32": 0.9999, "fp16": 0.999}
 
