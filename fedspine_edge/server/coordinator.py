@@ -1,0 +1,475 @@
+"""The server: runs the rounds of a fleet. `FleetServer._run_round` is the round, top to bottom.
+
+The server may be killed at any moment. Whatever it told anyone was journaled before, so a restart of the same
+command re-publishes the same plans, keeps the reports it has, and ends with the same adapter. It waits only inside
+`transport.receive` and measures with the clock it was given, so the same code runs in virtual time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from fedspine_edge.clock import Clock, RealClock
+from fedspine_edge.config import FleetConfig
+from fedspine_edge.errors import FedspineError, MessageError
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.server import ending
+from fedspine_edge.server.collector import Collector, answer_old
+from fedspine_edge.server.final import RunResult, write_final
+from fedspine_edge.server.fold import fold, initial_tensors, order_of
+from fedspine_edge.server.gate import Update, check_update
+from fedspine_edge.server.members import Members
+from fedspine_edge.server.plans import idle_plan, round_plan
+from fedspine_edge.server.post import Post
+from fedspine_edge.server.rejected import Rejected
+from fedspine_edge.server.run_dir import RunDir, settings
+from fedspine_edge.server.schema import PlanRow, RunState
+from fedspine_edge.strategies import Assignment, DeviceInfo, create
+from fedspine_edge.transport.base import Incoming, Transport
+from fedspine_edge.wire import codec
+from fedspine_edge.wire.messages import Ack, BlobRef, Plan, Report, Status
+from fedspine_edge.wire.topics import DeviceTopic, Topics, UploadTopic
+from fedspine_edge.wire.transfer import BlobStore, ref_of
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["FleetServer", "RunResult"]
+
+RETRY_SHARE = 1 / 40
+"""Retry interval as a share of deadline_s, held within 1..15 s; devices derive theirs alike."""
+
+
+class FleetServer:
+    """The coordinator of one run of one fleet.
+
+    Args:
+        config: The fleet's settings; `run_dir` holds everything the run needs to continue.
+        transport: Not yet connected; closed when `run` returns.
+        clock: Of waiting and deadlines.
+        on_event: Called with a name and plain data when something happens (round_opened, report, round_closed,
+            finished), for progress displays; must not block.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        transport: Transport,
+        clock: Clock | None = None,
+        *,
+        on_event: Callable[[str, Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self.config = config
+        self._clock: Clock = RealClock() if clock is None else clock
+        # Real deadlines go on while the server is down; virtual time has no other clock.
+        self._wall = time.time if isinstance(self._clock, RealClock) else self._clock.now
+        self._tell = on_event or (lambda name, data: None)
+        self._topics = Topics(config.fleet)
+        self._post = Post(transport, self._topics)
+        self._strategy = create(config)
+        self._retry_s = min(15.0, max(1.0, config.deadline_s * RETRY_SHARE))
+        self._members = Members(config.base_sha256)
+        self._state = RunState()
+        self._collector: Collector | None = None
+        self._heard: set[str] = set()
+        self._layouts: dict[str, tuple[Layout, float]] = {}
+
+    def run(self) -> RunResult:
+        """Run, or continue, until all rounds are done.
+
+        Raises:
+            ConfigError: `run_dir` belongs to something else, or too few devices came within `join_timeout_s`.
+            FedspineError: `max_failed_rounds` rounds failed in a row; starting again continues.
+            BrokerUnreachable: no broker.
+        """
+        self._dir = RunDir(self.config)
+        self._journal = self._dir.journal
+        try:
+            result = self._journal.meta("result")
+            if result is not None:
+                logger.info("the run in %s is already finished", self._dir.path)
+                return RunResult(**json.loads(result))
+            self._begin()
+            self._connect()
+            while self._state.server_round <= self.config.num_rounds:
+                self._run_round()
+            return self._finish()
+        finally:
+            self._post.close()
+            self._dir.close()
+
+    # The round
+
+    def _run_round(self) -> None:
+        resumed = self._state.open
+        if not resumed:
+            self._wait_for_devices()
+            self._open_round()
+        self._collector = collector = self._new_collector(resumed)
+        self._announce(collector)
+        self._collect(collector, resumed)
+        self._collector = None
+        updates = self._agreed_updates(collector)
+        if len(updates) < self.config.min_reports:
+            self._repeat_round(collector, updates)
+        else:
+            self._commit_round(collector, updates)
+        self._clear_blobs()
+
+    def _wait_for_devices(self) -> None:
+        """Until enough devices are online. Raises `ConfigError` at the join timeout."""
+        state, config = self._state, self.config
+        first = (state.server_round, state.attempt) == (1, 1)
+        needed = max(config.min_reports, config.min_devices if first else 1)
+        until = self._clock.now() + config.join_timeout_s
+        while len(self._members.online()) < needed:
+            remaining = until - self._clock.now()
+            if remaining <= 0:
+                raise self._members.too_few(needed, config.join_timeout_s)
+            self._wait(remaining)
+
+    def _open_round(self) -> None:
+        """Ask the strategy, journal its plans."""
+        config, members = self.config, self._members
+        spec = members.spec
+        assert spec is not None  # set by the first device that is online
+        self._layouts = self._journal.layouts(spec)
+        infos = [self._device_info(device_id) for device_id in members.online()]
+        assignments = self._strategy.assign(infos, self._state.server_round)
+        blob = self._round_blob()
+        plans = [self._plan(i, assignment, blob) for i, assignment in sorted(assignments.items())]
+        self._state = replace(self._state, strategy=self._strategy.to_dict(), blob=_json(blob), open=True)
+        self._journal.open_round(
+            self._state, plans, blob=blob, wall_s=self._wall(), spec=_json(spec), num_labels=str(members.num_labels)
+        )
+        logger.info("round %d of %d: %d devices", self._state.server_round, config.num_rounds, len(plans))
+        self._tell("round_opened", {"server_round": self._state.server_round, "devices": sorted(assignments)})
+
+    def _collect(self, collector: Collector, resumed: bool) -> None:
+        """Take reports and uploads until all have answered or the deadline has passed."""
+        config = self.config
+        started = self._journal.started_wall_s(collector.server_round, collector.attempt)
+        remaining = config.deadline_s - max(0.0, self._wall() - started)
+        if resumed:
+            # Devices may have finished while the server was down; they repeat their report within one interval.
+            remaining = max(remaining, min(config.deadline_s, 2 * self._retry_s))
+        until = self._clock.now() + remaining
+        while not collector.complete and (left := until - self._clock.now()) > 0:
+            self._wait(left)
+        if not collector.complete:
+            logger.warning(
+                "round %d: deadline passed without %s", collector.server_round, ", ".join(collector.waiting_for[:10])
+            )
+
+    def _commit_round(self, collector: Collector, updates: dict[str, Report]) -> None:
+        """Aggregate, reward, journal, go on to the next round."""
+        assert self._members.spec is not None
+        spec, number = self._members.spec, collector.server_round
+        kept = {i: self._load(i, updates[i], collector).layout for i in updates}
+        known = {i: layout for i, (layout, _) in self._layouts.items()} | kept
+        folded = fold(
+            [(report, lambda i=i, report=report: self._load(i, report, collector)) for i, report in updates.items()],  # type: ignore[misc]
+            rule=self._strategy.aggregation,
+            config=self.config,
+            spec=spec,
+            order=self._order,
+            layouts=known,
+        )
+        for device_id, share in sorted(folded.aggregate.clipped.items()):
+            logger.warning("round %d: update of %s scaled down to %.3f", number, device_id, share)
+        outcomes = ending.outcomes(self._journal, collector, set(self._members.online()))
+        terms = self._strategy.observe([outcome for _, outcome in outcomes], number)
+        data = codec.pack(folded.tensors)
+        self._blobs.put(data)
+        meta = {}
+        if number == self.config.num_rounds:
+            meta["layout"] = json.dumps(
+                ending.final_layout(self.config, kept, updates, folded.scores).to_dict(), separators=(",", ":")
+            )
+        following = RunState(number + 1, strategy=self._strategy.to_dict(), blob=_json(ref_of(data)))
+        self._journal.close_round(
+            following,
+            server_round=number,
+            attempt=collector.attempt,
+            done=True,
+            outcomes=ending.rows(outcomes, terms),
+            layouts={i: (layout, updates[i].pruning_ratio) for i, layout in kept.items()},
+            energy={name: list(kept_share) for name, kept_share in folded.aggregate.energy.items()},
+            wall_s=self._wall(),
+            means=ending.means(updates.values()),
+            traffic=ending.traffic(self._journal, collector),
+            **meta,
+        )
+        self._state = following
+        self._tell("round_closed", {"server_round": number, "done": True, "accepted": sorted(updates)})
+
+    def _repeat_round(self, collector: Collector, updates: dict[str, Report]) -> None:
+        """Too few reports: learn what there is to learn, and try the same round again."""
+        config, state = self.config, self._state
+        outcomes = ending.outcomes(self._journal, collector, set(self._members.online()))
+        terms = self._strategy.observe([outcome for _, outcome in outcomes], collector.server_round)
+        failures = state.failures + 1
+        following = replace(
+            state, attempt=state.attempt + 1, failures=failures, strategy=self._strategy.to_dict(), open=False
+        )
+        self._journal.close_round(
+            following,
+            server_round=collector.server_round,
+            attempt=collector.attempt,
+            done=False,
+            outcomes=ending.rows(outcomes, terms),
+            layouts={},
+            energy={},
+            wall_s=self._wall(),
+            means=ending.means(updates.values()),
+            traffic=ending.traffic(self._journal, collector),
+        )
+        self._state = following
+        self._tell("round_closed", {"server_round": collector.server_round, "done": False, "accepted": sorted(updates)})
+        text = f"round {collector.server_round}: {len(updates)} of {len(collector.plans)} reports were accepted"
+        logger.warning("%s, %d are needed", text, config.min_reports)
+        if failures >= config.max_failed_rounds:
+            why = [f"{row.device_id} {row.status}{f' ({row.reason})' if row.reason else ''}" for row, _ in outcomes]
+            raise FedspineError(
+                f"{text}, {config.min_reports} are needed; {failures} attempts failed in a row: {'; '.join(why[:5])}.",
+                remedy="Look into the devices' logs, or raise deadline_s; start the server again to continue.",
+            )
+
+    def _finish(self) -> RunResult:
+        """Write the final files, tell the devices, then call the run finished."""
+        journal = self._journal
+        assert self._members.spec is not None
+        spec, last = self._members.spec, self.config.num_rounds
+        text = journal.meta("layout")
+        assert text is not None  # journaled with the last round
+        attempt = max(view.attempt for view in journal.rounds() if view.server_round == last)
+        accepted = {row.device_id for row in journal.reports(last, attempt) if row.status == "accepted"}
+        result = write_final(
+            self._dir.path,
+            run_id=self._run_id,
+            config=self.config,
+            tensors=codec.unpack(self._blobs.get(self._blob_ref().sha256)),
+            layout=Layout.from_dict(spec, json.loads(text)),
+            layouts={i: kept for i, kept in journal.layouts(spec).items() if i in accepted},
+            rounds=journal.rounds(),
+            num_labels=self._members.num_labels,
+        )
+        self._clear_blobs()
+        self._post.announce(
+            {i: idle_plan(self.config, self._run_id, last, i, "finished") for i in self._members.everyone()}
+        )
+        until = self._clock.now() + self.config.deadline_s
+        while self._post.behind and (left := until - self._clock.now()) > 0:
+            self._wait(left)
+        # Devices stop when they hear it, so the run is called finished only after it was said.
+        self._post.close()
+        journal.set_meta(result=json.dumps(result.to_dict()))
+        logger.info("run %s is finished: %s", self._run_id, result.final_dir)
+        self._tell("finished", result.to_dict())
+        return result
+
+    # Parts of a round
+
+    def _device_info(self, device_id: str) -> DeviceInfo:
+        status = self._members[device_id].status
+        ratio = 0.0
+        if device_id in self._reported:
+            ratio = status.pruning_ratio
+            if device_id in self._layouts and ratio < self._layouts[device_id][1] - 1e-6:
+                logger.warning("%s lost what it had pruned; it starts from %.3f", device_id, ratio)
+                self._journal.forget_layout(device_id)
+                del self._layouts[device_id]
+        return DeviceInfo(device_id, status.device_class, status.num_examples, status.memory_bytes, ratio)
+
+    def _plan(self, device_id: str, assignment: Assignment, blob: BlobRef) -> PlanRow:
+        payload = round_plan(self.config, self._run_id, self._state, device_id, assignment, blob)
+        return PlanRow(device_id, payload, codec.digest(payload), assignment.u, self._strategy.explain(device_id))
+
+    def _announce(self, collector: Collector) -> None:
+        """Publish the round: chunks, plans, and `wait` for whoever is away, else it would take up an older plan."""
+        number, ref = collector.server_round, self._blob_ref()
+        plans = {row.device_id: row.payload for row in self._journal.plans(number, collector.attempt)}
+        away = [device_id for device_id in self._members.offline() if device_id not in plans]
+        waiting = {i: idle_plan(self.config, self._run_id, number, i, "wait") for i in away}
+        self._post.announce({**plans, **waiting}, (ref, self._blobs.get(ref.sha256)))
+
+    def _clear_blobs(self) -> None:
+        """Remove chunks from the broker that the next round does not need."""
+        needed = "" if self._state.server_round > self.config.num_rounds else self._blob_ref().sha256
+        for ref in self._journal.published():
+            if ref.sha256 != needed and self._post.clear(ref):
+                self._journal.forget_published(ref.sha256)
+
+    def _round_blob(self) -> BlobRef:
+        """What the round starts from; older blobs are deleted."""
+        if not self._state.blob:
+            assert self._members.spec is not None
+            data = codec.pack(initial_tensors(self.config, self._members.spec))
+            self._blobs.put(data)
+            self._state = replace(self._state, blob=_json(ref_of(data)))
+        ref = self._blob_ref()
+        self._blobs.prune([ref.sha256])
+        return ref
+
+    def _new_collector(self, resumed: bool) -> Collector:
+        state, members = self._state, self._members
+        assert members.spec is not None
+        tensors = codec.unpack(self._blobs.get(self._blob_ref().sha256))
+        self._layouts = self._journal.layouts(members.spec)
+        self._order = order_of(tensors, members.spec)
+        heads = {name: value.shape for name, value in tensors.items() if name.startswith("head.")}
+        # Before there is a global adapter nobody knows the head; `_agreed_updates` then lets the majority decide.
+        self._head_shapes = heads if state.server_round > 1 else None
+        return Collector(
+            state.server_round,
+            state.attempt,
+            run_id=self._run_id,
+            spec=members.spec,
+            num_labels=members.num_labels,
+            plans=self._journal.plans(state.server_round, state.attempt),
+            journal=self._journal,
+            blobs=self._blobs,
+            uploads=self._dir.path / "uploads",
+            gate=self._check,
+            rejected=Rejected(self._dir.path / "rejected", self.config.gate.keep_rejected),
+            wall=self._wall,
+            resumed=resumed,
+        )
+
+    def _check(self, report: Report, plan: Plan, tensors: Mapping[str, codec.Tensor]) -> Update:
+        assert self._members.spec is not None
+        known = self._layouts.get(report.device_id)
+        return check_update(
+            tensors,
+            report,
+            plan,
+            spec=self._members.spec,
+            config=self.config,
+            previous=Layout.full(self._members.spec) if known is None else known[0],
+            order=self._order,
+            head_shapes=self._head_shapes,
+        )
+
+    def _load(self, device_id: str, report: Report, collector: Collector) -> Update:
+        """An accepted update, from the disk."""
+        assert report.update is not None  # the collector refuses others
+        return self._check(report, collector.plans[device_id], codec.unpack(self._blobs.get(report.update.sha256)))
+
+    def _agreed_updates(self, collector: Collector) -> dict[str, Report]:
+        """Accepted reports by device id; in the first round without those whose task head the majority lacks."""
+        reports = {
+            row.device_id: msgspec.json.decode(row.report, type=Report)
+            for row in self._journal.reports(collector.server_round, collector.attempt)
+            if row.status == "accepted"
+        }
+        if self._head_shapes is None and reports:
+            heads = {i: str(self._load(i, report, collector).head_shapes) for i, report in reports.items()}
+            usual = ending.majority(heads)
+            for device_id in [i for i, head in heads.items() if head != usual]:
+                reason = "its task head differs from most devices'."
+                logger.warning("round %d: refused %s: %s", collector.server_round, device_id, reason)
+                self._journal.refuse_report(collector.server_round, collector.attempt, device_id, reason)
+                del reports[device_id]
+        return reports
+
+    # Messages
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for one event, at most until the next retry, and react to it."""
+        event = self._post.receive(min(timeout_s, self._retry_s))
+        if not isinstance(event, Incoming) or not event.payload:
+            return
+        try:
+            topic = self._topics.parse(event.topic)
+            if isinstance(topic, UploadTopic):
+                if self._collector is not None:
+                    self._answer(self._collector.chunk(topic.device_id, topic.sha256, topic.index, event.payload))
+            elif isinstance(topic, DeviceTopic) and topic.kind == "status":
+                self._on_status(topic, codec.decode(event.payload, Status))
+            elif isinstance(topic, DeviceTopic) and topic.kind == "report":
+                self._on_report(topic, codec.decode(event.payload, Report))
+        except MessageError as error:
+            logger.warning("ignored a message on %s: %s", event.topic, error.message)
+
+    def _on_status(self, topic: DeviceTopic, status: Status) -> None:
+        if status.device_id != topic.device_id:
+            raise MessageError(f"the status is of {status.device_id!r}.")
+        collector, device_id = self._collector, status.device_id
+        was_online = self._members.is_online(device_id)
+        member = self._members.see(status)
+        if member.refused:
+            logger.warning("refused device %s: %s", device_id, member.refused)
+        self._heard.add(device_id)
+        self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=self._wall())
+        if was_online and not member.online and collector is not None and device_id in collector.waiting_for:
+            logger.warning("round %d: %s went offline", collector.server_round, device_id)
+            self._journal.note_disconnect(collector.server_round, collector.attempt, device_id)
+
+    def _on_report(self, topic: DeviceTopic, report: Report) -> None:
+        if report.device_id != topic.device_id:
+            raise MessageError(f"the report is of {report.device_id!r}.")
+        self._members.heard(report.device_id)
+        if report.run_id == self._run_id and report.device_id not in self._reported:
+            self._reported.add(report.device_id)
+            self._journal.set_meta(reported=json.dumps(sorted(self._reported)))
+        if self._collector is not None:
+            self._answer(self._collector.report(report))
+        else:
+            self._answer(answer_old(self._journal, self._run_id, report))
+
+    def _answer(self, ack: Ack | None) -> None:
+        if ack is not None:
+            self._post.acknowledge(ack)
+            if ack.status != "incomplete":
+                self._tell("report", {"device_id": ack.device_id, "status": ack.status, "reason": ack.reason})
+
+    # Start and end
+
+    def _begin(self) -> None:
+        """Load what the journal knows, or begin a new run."""
+        journal, config = self._journal, self.config
+        self._blobs = BlobStore(self._dir.path / "blobs")
+        self._expected: set[str] = set()
+        self._reported: set[str] = set(json.loads(journal.meta("reported") or "[]"))
+        run_id = journal.meta("run_id")
+        if run_id is None:
+            run_id = secrets.token_hex(8) if isinstance(self._clock, RealClock) else _virtual_run_id(config)
+            journal.set_meta(run_id=run_id, config=_json(config))
+        self._run_id = run_id
+        # The operator who starts again after failed rounds gets the full number of attempts.
+        self._state = replace(journal.state(), failures=0)
+        if self._state.strategy is not None:
+            self._strategy.load_dict(self._state.strategy)
+            logger.info("run %s continues with round %d", run_id, self._state.server_round)
+        num_labels = int(journal.meta("num_labels") or 0)
+        self._members = Members(config.base_sha256, spec=journal.spec, num_labels=num_labels)
+        for status, online, _ in journal.devices():
+            self._members.recall(status)
+            if online and not self._members[status.device_id].refused:
+                self._expected.add(status.device_id)
+
+    def _connect(self) -> None:
+        """Connect and, in a resumed run, give the devices that were online a moment to be heard again."""
+        self._post.open(min(self.config.join_timeout_s, self.config.deadline_s))
+        until = self._clock.now() + self._retry_s
+        while not (self._post.connected and self._heard >= self._expected) and (left := until - self._clock.now()) > 0:
+            self._wait(left)
+
+    def _blob_ref(self) -> BlobRef:
+        return msgspec.json.decode(self._state.blob, type=BlobRef)
+
+
+def _json(value: msgspec.Struct) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _virtual_run_id(config: FleetConfig) -> str:
+    """The same for the same settings: devices derive seeds from it."""
+    return codec.digest(json.dumps(settings(msgspec.to_builtins(config)), sort_keys=True).encode())[:16]

@@ -1,0 +1,71 @@
+"""The plans that the server sends: a strategy's assignment as a message, and the two that ask for nothing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedspine_edge.config import FleetConfig
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.server.schema import RunState
+from fedspine_edge.strategies import Assignment
+from fedspine_edge.wire import codec
+from fedspine_edge.wire.messages import BlobRef, Plan, Training
+
+
+def round_plan(
+    config: FleetConfig, run_id: str, state: RunState, device_id: str, assignment: Assignment, blob: BlobRef
+) -> bytes:
+    """The encoded plan of one device for the round of `state`.
+
+    The learning rate's cosine runs over all rounds as configured, so a round's place on it depends on its number
+    alone. Raises `ConfigError` for a rank that the round's blob does not hold.
+    """
+    training = config.training
+    if assignment.r > max(config.ranks):
+        raise ConfigError(f"the strategy assigned rank {assignment.r}; the largest of ranks is {max(config.ranks)}.")
+    steps = training.tau + training.recovery_steps
+    plan = Plan(
+        run_id=run_id,
+        action="round",
+        device_id=device_id,
+        server_round=state.server_round,
+        attempt=state.attempt,
+        num_rounds=config.num_rounds,
+        pruning_ratio=assignment.pruning_ratio,
+        r=assignment.r,
+        scaling=training.lora_alpha_per_r,
+        tau=assignment.tau,
+        recovery_steps=assignment.recovery_steps,
+        layout=config.layout,
+        criterion=config.criterion,
+        round_to=config.round_to,
+        deadline_s=config.deadline_s,
+        seed=config.seed,
+        adapter=blob,
+        training=Training(
+            learning_rate=training.learning_rate,
+            batch_size=training.batch_size,
+            max_length_tokens=training.max_length_tokens,
+            warmup_share=training.warmup_share,
+            max_grad_norm=training.max_grad_norm,
+            weight_decay=training.weight_decay,
+            first_step=(state.server_round - 1) * steps,
+            total_steps=config.num_rounds * steps,
+        ),
+    )
+    return codec.encode(plan)
+
+
+def idle_plan(
+    config: FleetConfig, run_id: str, server_round: int, device_id: str, action: Literal["wait", "finished"]
+) -> bytes:
+    """The encoded plan of a device that has nothing to do now, or nothing any more."""
+    return codec.encode(
+        Plan(
+            run_id=run_id,
+            action=action,
+            device_id=device_id,
+            server_round=min(server_round, config.num_rounds),
+            num_rounds=config.num_rounds,
+        )
+    )

@@ -1,0 +1,109 @@
+"""The folder of a run: one server at a time, one configuration for its whole life."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from fedspine_edge.config import FleetConfig
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.server.journal import Journal
+from fedspine_edge.server.reader import FILE
+
+LOCK = "lock"
+OURS = frozenset(
+    {
+        LOCK,
+        FILE,
+        f"{FILE}-wal",
+        f"{FILE}-shm",
+        f"{FILE}-journal",
+        "blobs",
+        "uploads",
+        "rejected",
+        "final",
+        "final.writing",
+    }
+)
+
+OPERATIONAL = (
+    *("broker", "run_dir", "deadline_s", "join_timeout_s", "min_devices", "min_reports", "max_failed_rounds"),
+    "gate.keep_rejected",
+)
+"""Settings that may change between two starts of a run: they do not enter its result."""
+
+
+class RunDir:
+    """Holds the folder's lock from construction to `close`.
+
+    Args:
+        config: Its `run_dir` is created if absent.
+
+    Raises `ConfigError` when another server uses the folder, when it holds something else than a run, or a run with
+    other settings (naming them).
+    """
+
+    def __init__(self, config: FleetConfig) -> None:
+        self.path = Path(config.run_dir)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = sorted(set(os.listdir(self.path)) - OURS)
+            if foreign and not (self.path / FILE).exists():
+                raise ConfigError(
+                    f"run_dir {self.path} is not empty and holds no run (there is {foreign[0]!r}).",
+                    remedy="Use an empty or new folder as run_dir.",
+                )
+            self._lock = self._acquire()
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path} cannot be used: {error}.") from error
+        try:
+            self.journal = Journal.open(self.path / FILE)
+            self._check_settings(config)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def close(self) -> None:
+        """Release journal and lock. Harmless when repeated."""
+        self.journal.close()
+        self._lock.close()
+
+    def _acquire(self) -> IO[str]:
+        lock = (self.path / LOCK).open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ConfigError(
+                f"another server is using run_dir {self.path}.", remedy="Stop it, or use another run_dir."
+            ) from None
+        return lock
+
+    def _check_settings(self, config: FleetConfig) -> None:
+        stored = self.journal.meta("config")
+        if stored is None:
+            return
+        before, now = settings(json.loads(stored)), settings(msgspec.to_builtins(config))
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if changed:
+            listed = ", ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in changed[:3])
+            raise ConfigError(
+                f"run_dir {self.path} holds a run with other settings: {listed}.",
+                remedy="Restore them to continue that run, or use another run_dir for a new one.",
+            )
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Flat `section.key` → value of what a run's result depends on, without `OPERATIONAL`."""
+    plain = json.loads(json.dumps(config))
+    flat = {
+        f"{name}.{key}" if key else name: value
+        for name, section in plain.items()
+        for key, value in (section.items() if isinstance(section, dict) else (("", section),))
+    }
+    return {name: v for name, v in flat.items() if name not in OPERATIONAL and name.split(".")[0] not in OPERATIONAL}

@@ -1,0 +1,364 @@
+"""Whole runs of the server against devices that speak the real protocol, in virtual time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from fleet_fakes import SPEC, Fleet, make_config, make_spec
+
+from fedspine_edge.errors import ConfigError, FedspineError
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.server.journal import Journal
+from fedspine_edge.wire import codec
+from fedspine_edge.wire.messages import Report
+
+
+def views(config, number=None):
+    with Journal.open_readonly(config.run_dir) as journal:
+        return journal.device_rounds(number)
+
+
+def statuses(config, number):
+    return {view.device_id: view.status for view in views(config, number)}
+
+
+def test_a_run_ends_with_nested_layouts_and_a_complete_final_folder(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    result = fleet.serve(config)
+    assert result.num_rounds == 5
+    final = Path(result.final_dir)
+    data = (final / "adapter.safetensors").read_bytes()
+    assert codec.digest(data) == result.adapter_sha256
+    tensors = codec.unpack(data)
+    assert tensors["layers.0.q.lora_A"].shape == (4, 8)
+    assert tensors["layers.1.down.lora_B"].shape == (8, 4)
+    assert tensors["head.out.weight"].shape == (2, 8)
+    assert not any(name.startswith("order") for name in tensors)
+    described = json.loads((final / "layout.json").read_text())
+    layout = Layout.from_dict(SPEC, described)
+    assert described["scaling"] == 2.0
+    assert described["r"] == 4
+    assert msgspec.convert(described["spec"], type(SPEC)) == SPEC
+    assert result.pruning_ratio == pytest.approx(layout.pruning_ratio)
+    assert abs(layout.pruning_ratio - 0.5) < 0.1
+    # Consensus: all devices keep prefixes of one order, so each holds the fleet's layout.
+    for device in fleet.devices.values():
+        assert layout.is_within(device.layout)
+    kept = sorted((d.layout for d in fleet.devices.values()), key=lambda x: x.pruning_ratio)
+    assert all(small.is_within(large) for large, small in itertools.pairwise(kept))
+    # Rows that nobody holds any more are dropped.
+    gone = np.setdiff1d(np.arange(32), np.concatenate([d.layout.channels[0] for d in fleet.devices.values()]))
+    assert gone.size > 0
+    assert not tensors["layers.0.up.lora_B"][gone].any()
+
+
+def test_devices_that_rank_alone_end_with_the_layout_most_examples_speak_for(fleet, tmp_path):
+    config = make_config(tmp_path / "run", layout="local")
+    fleet.add_three()
+    result = fleet.serve(config)
+    described = json.loads((Path(result.final_dir) / "layout.json").read_text())
+    run = json.loads((Path(result.final_dir) / "run.json").read_text())
+    for device in fleet.devices.values():
+        assert Layout.from_dict(SPEC, run["devices"][device.device_id]["layout"]).to_dict() == device.layout.to_dict()
+    held = np.zeros(32)
+    for device in fleet.devices.values():
+        held[device.layout.channels[0]] += device.num_examples
+    chosen = described["channels"][0]
+    others = np.setdiff1d(np.arange(32), chosen)
+    assert held[chosen].min() >= held[others].max()
+    assert abs(result.pruning_ratio - 0.5) < 0.1
+
+
+def test_the_same_run_twice_gives_the_same_adapter(tmp_path):
+    results = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        (folder / "devices").mkdir(parents=True)
+        fleet = Fleet(folder / "devices")
+        fleet.add_three()
+        results.append(fleet.serve(make_config(folder / "run")))
+    assert results[0].adapter_sha256 == results[1].adapter_sha256
+    assert results[0].run_id == results[1].run_id
+    (tmp_path / "other").mkdir()
+    fleet = Fleet(tmp_path / "other")
+    fleet.add_three()
+    assert fleet.serve(make_config(tmp_path / "run", seed=1)).adapter_sha256 != results[0].adapter_sha256
+
+
+def test_a_silent_device_is_late_and_one_cut_off_is_lost(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=1)
+    fleet.add_three()
+    fleet.devices["d1"].silent = lambda plan: plan.server_round == 2
+
+    def vanish(plan):
+        if plan.server_round == 2:
+            fleet.devices["d2"].hello("offline")
+        return plan.server_round == 2
+
+    fleet.devices["d2"].silent = vanish
+    fleet.serve(config)
+    rows = {view.device_id: view for view in views(config, 2)}
+    assert (rows["d0"].status, rows["d1"].status, rows["d2"].status) == ("ok", "late", "lost")
+    assert rows["d1"].reward == 0.0
+    assert rows["d2"].reward is None
+    assert rows["d2"].restarts == 1
+    with Journal.open_readonly(config.run_dir) as journal:
+        second = journal.rounds()[1]
+    assert second.ended_wall_s - second.started_wall_s == pytest.approx(config.deadline_s, abs=1.0)
+    # d2 never came back, so it is given no more plans; d1 goes on.
+    assert statuses(config, 3) == {"d0": "ok", "d1": "ok"}
+
+
+def test_a_device_that_was_cut_off_and_returns_in_time_is_counted(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+
+    def blink(plan, tensors, report):
+        if plan.server_round == 2:
+            fleet.devices["d1"].hello("offline")
+        return tensors, report
+
+    fleet.devices["d1"].mutate = blink
+    fleet.serve(config)
+    row = next(view for view in views(config, 2) if view.device_id == "d1")
+    assert (row.status, row.restarts) == ("ok", 1)
+    assert statuses(config, 3)["d1"] == "ok"
+
+
+def test_a_device_that_joins_late_takes_part_from_the_next_round(fleet, tmp_path):
+    config = make_config(tmp_path / "run", num_rounds=6, bandit={"max_step": 0.5})
+    fleet.add_three()
+    late = fleet.add("late", start=False)
+
+    def opened(name, data):
+        if name == "round_opened" and data["server_round"] == 2:
+            late.clock.advance_to(fleet.clock.now() + 1.0)
+            late.start()
+
+    result = fleet.serve(config, on_event=opened)
+    assert "late" not in statuses(config, 2)
+    assert {n: statuses(config, n)["late"] for n in (3, 4, 5, 6)} == dict.fromkeys((3, 4, 5, 6), "ok")
+    assert result.num_devices == 4
+
+
+def test_a_device_away_at_the_start_of_a_round_is_told_to_wait(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    away = fleet.devices["d2"]
+    away.silent = lambda plan: plan.server_round == 2
+
+    def go(name, data):
+        if name == "round_opened" and data["server_round"] == 2:
+            away.hello("offline")
+
+    fleet.serve(config, on_event=go)
+    actions = [(plan.server_round, plan.action) for plan in away.plans]
+    assert (3, "wait") in actions
+    assert (3, "round") not in actions
+
+
+def test_replayed_duplicate_and_foreign_reports_are_answered_and_ignored(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    old: dict[int, Report] = {}
+    device = fleet.devices["d0"]
+
+    def remember(plan, tensors, report):
+        old[plan.server_round] = report
+        return tensors, report
+
+    device.mutate = remember
+
+    def replay(name, data):
+        if name == "round_opened" and data["server_round"] == 3:
+            device.clock.advance_to(fleet.clock.now())
+            for changes in ({}, {"run_id": "another"}, {"plan_sha256": "0" * 64}, {"loss_after": 0.0}):
+                report = msgspec.structs.replace(old[2], **changes)
+                device.transport.publish(device.topics.report("d0"), codec.encode(report))
+            stolen = msgspec.structs.replace(old[2], device_id="d1")
+            device.transport.publish(device.topics.report("d0"), codec.encode(stolen))
+
+    fleet.serve(config, on_event=replay)
+    answers = [(ack.run_id == "another", ack.status) for ack in device.acks if ack.server_round == 2]
+    # The original and its repetitions (changed or not) get the recorded answer; the others are refused.
+    assert sorted(answers) == [(False, "accepted"), (False, "accepted"), (False, "accepted"), (False, "refused"),
+                               (True, "refused")]  # fmt: skip
+    assert [view.loss_after for view in views(config, 2) if view.device_id == "d0"] == [pytest.approx(0.6)]
+    assert not [ack for ack in fleet.devices["d1"].acks if ack.status == "refused"]
+
+
+def test_a_report_after_its_round_is_late(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=1)
+    fleet.add_three()
+    slow = fleet.devices["d2"]
+    slow.mutate = lambda plan, tensors, report: (
+        slow.clock.spend(200.0 if plan.server_round == 2 else 0.0) or (tensors, report)
+    )
+    fleet.serve(config)
+    assert statuses(config, 2)["d2"] == "late"
+    assert [ack.status for ack in slow.acks if ack.server_round == 2] == ["late"]
+
+
+def test_a_corrupt_upload_is_asked_for_again_and_refused_when_it_stays_corrupt(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=1)
+    fleet.add_three()
+    fleet.devices["d0"].corrupt_chunks = 1
+    fleet.devices["d1"].corrupt_chunks = 3
+    fleet.serve(config)
+    assert statuses(config, 1) == {"d0": "ok", "d1": "refused", "d2": "ok"}
+    assert [ack.status for ack in fleet.devices["d0"].acks[:2]] == ["incomplete", "accepted"]
+    reason = next(view.reason for view in views(config, 1) if view.device_id == "d1")
+    assert "corrupt 3 times" in reason
+
+
+def test_lost_chunks_are_asked_for_when_the_report_is_repeated(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    device = fleet.devices["d0"]
+    send, dropped = device.send_chunks, []
+
+    def lossy(indices):
+        if not dropped:
+            dropped.extend(indices)
+            return
+        send(indices)
+
+    device.send_chunks = lossy
+    fleet.serve(config)
+    assert len(dropped) > 1
+    assert statuses(config, 1)["d0"] == "ok"
+    assert [ack.status for ack in device.acks[:2]] == ["incomplete", "accepted"]
+
+
+def test_a_refused_update_is_kept_with_its_reason_and_changes_nothing(tmp_path):
+    def run(folder, poison):
+        (folder / "devices").mkdir(parents=True)
+        fleet = Fleet(folder / "devices")
+        fleet.add_three()
+        config = make_config(folder / "run", min_reports=1, gate={"keep_rejected": 2}, strategy="fixed")
+
+        def mutate(plan, tensors, report):
+            if poison:
+                tensors["layers.0.q.lora_A"] = np.full_like(tensors["layers.0.q.lora_A"], np.nan)
+                return tensors, report
+            return tensors, msgspec.structs.replace(report, status="failed", reason="no", update=None)
+
+        fleet.devices["d1"].mutate = mutate
+        return fleet, config, fleet.serve(config)
+
+    fleet, config, poisoned = run(tmp_path / "one", poison=True)
+    _, _, clean = run(tmp_path / "two", poison=False)
+    assert poisoned.adapter_sha256 == clean.adapter_sha256
+    assert {statuses(config, n)["d1"] for n in range(1, 6)} == {"refused"}
+    kept = sorted((Path(config.run_dir) / "rejected").iterdir())
+    assert [path.suffix for path in kept] == [".json", ".safetensors"] * 2
+    assert kept[-1].name.startswith("00005-01-d1-")
+    assert "NaN" in json.loads(kept[-2].read_text())["reason"]
+    assert "NaN" in fleet.devices["d1"].acks[0].reason
+
+
+def test_the_odd_head_of_the_first_round_is_refused_whoever_comes_first(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    fleet.devices["d0"].duration_s = 1.0
+    fleet.devices["d0"].mutate = lambda plan, tensors, report: (
+        {**tensors, "head.out.weight": np.zeros((3, 8), np.float32)},
+        report,
+    )
+    fleet.serve(config)
+    assert statuses(config, 1) == {"d0": "refused", "d1": "ok", "d2": "ok"}
+    assert "task head" in next(view.reason for view in views(config, 1) if view.device_id == "d0")
+    assert "(3, 8)" in next(view.reason for view in views(config, 2) if view.device_id == "d0")
+
+
+def test_too_few_reports_repeat_the_round_with_new_plans(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=2)
+    fleet.add_three()
+    for name in ("d1", "d2"):
+        fleet.devices[name].silent = lambda plan: (plan.server_round, plan.attempt) == (2, 1)
+    fleet.serve(config)
+    with Journal.open_readonly(config.run_dir) as journal:
+        rounds = [(view.server_round, view.attempt, view.state, view.accepted) for view in journal.rounds()]
+    assert rounds[:4] == [(1, 1, "done", 3), (2, 1, "failed", 1), (2, 2, "done", 3), (3, 1, "done", 3)]
+
+
+def test_rounds_that_keep_failing_stop_the_run_and_a_restart_continues_it(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=2, max_failed_rounds=2)
+    fleet.add_three()
+    out = msgspec.structs.replace
+
+    def fail(plan, tensors, report):
+        if plan.server_round == 3 and plan.attempt < 3:
+            return tensors, out(report, status="out_of_memory", reason="4 GiB short")
+        return tensors, report
+
+    for name in ("d1", "d2"):
+        fleet.devices[name].mutate = fail
+    with pytest.raises(FedspineError, match="round 3: 1 of 3 reports were accepted, 2 are needed; 2 attempts failed"):
+        fleet.serve(config)
+    assert not (tmp_path / "run" / "final").exists()
+    result = fleet.serve(config)
+    assert result.num_rounds == 5
+    assert [v.status for v in views(config, 3) if v.device_id == "d1"] == ["out_of_memory", "out_of_memory", "ok"]
+
+
+def test_too_few_devices_is_an_error_at_the_join_timeout(fleet, tmp_path):
+    fleet.add("only")
+    with pytest.raises(ConfigError, match=r"1 of 3 devices were online after 50 s \(only\)"):
+        fleet.serve(make_config(tmp_path / "run"))
+    assert fleet.clock.now() == pytest.approx(50.0, abs=1.0)
+
+
+def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):
+    fleet.add("d0", spec=make_spec("b" * 64))
+    fleet.add("d1", spec=make_spec("b" * 64))
+    with pytest.raises(ConfigError) as caught:
+        fleet.serve(make_config(tmp_path / "run", base_sha256="c" * 64, min_devices=1))
+    assert "b" * 64 in str(caught.value)
+    assert "c" * 64 in str(caught.value)
+    assert not fleet.devices["d0"].plans
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"spec": make_spec("b" * 64)}, "its base model has digest b"),
+        ({"num_labels": 5}, "num_labels = 5"),
+        ({"spec": make_spec(intermediate_size=16)}, "intermediate_size 16 instead of 32"),
+    ],
+)
+def test_a_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, options, reason):
+    config = make_config(tmp_path / "run", min_devices=2)
+    fleet.add("d0")
+    fleet.add("d1")
+    fleet.add("odd", **options)
+    fleet.serve(config)
+    assert statuses(config, 1) == {"d0": "ok", "d1": "ok"}
+    with Journal.open_readonly(config.run_dir) as journal:
+        devices = {entry["device_id"]: entry["refused"] for entry in journal.summary()["devices"]}
+    assert devices["d0"] == ""
+    assert reason in devices["odd"]
+
+
+def test_the_brokers_retained_chunks_are_cleared(fleet, tmp_path):
+    fleet.add_three()
+    fleet.serve(make_config(tmp_path / "run"))
+    while fleet.network.run_next(fleet.clock.now() + 10.0) is not None:
+        pass
+    assert fleet.network.retained("fedspine/v1/fleet/blob/#") == []
+    assert all(device.finished for device in fleet.devices.values())
+
+
+def test_a_finished_run_started_again_returns_its_result(fleet, tmp_path):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    result = fleet.serve(config)
+    before = fleet.clock.now()
+    assert fleet.serve(config) == result
+    assert fleet.clock.now() == before
