@@ -55,10 +55,10 @@ def round_tensors(spec: Any, r: int = 8, *, order: bool = False, seed: int = 3) 
 class Fleet:
     """A broker and a server that does what the test says."""
 
-    def __init__(self, *, broker: MemoryBroker | None = None) -> None:
-        self.broker = broker or MemoryBroker()
-        self.transport = MemoryTransport(self.broker, "server")
-        self.transport.connect(timeout_s=1.0)
+    def __init__(self, transport: Any = None) -> None:
+        self.broker = MemoryBroker()
+        self.transport = transport or MemoryTransport(self.broker, "server")
+        self.transport.connect(timeout_s=10.0)
         self.transport.subscribe(*TOPICS.server_filters)
         self.reports: list[Report] = []
         self.statuses: list[Status] = []
@@ -95,8 +95,8 @@ class Fleet:
         message = Ack(run_id="run", device_id="d1", server_round=server_round, status=status, **options)
         self.transport.publish(TOPICS.ack("d1"), codec.encode(message))
 
-    def listen(self) -> None:
-        while (event := self.transport.receive(timeout_s=0.0)) is not None:
+    def listen(self, timeout_s: float = 0.0) -> None:
+        while (event := self.transport.receive(timeout_s=timeout_s)) is not None:
             if not isinstance(event, Incoming):
                 continue
             self.published += [event.topic.encode(), event.payload]
