@@ -18,5 +18,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.transport.mqtt import MqttTransport
 
     config = load(arguments.config, DeviceConfig)
-    transport = MqttTransport(config.broker, client_id=f"fedspine-{config.fleet}-{config.device_id}")
+    transport = MqttTransport(
+        config.broker,
+        client_id=f"fedspine-{config.fleet}-{config.device_id}",
+        reconnect_timeout_s=config.reconnect_timeout_s,
+    )
     return FleetDevice(config, transport).run()

@@ -12,6 +12,8 @@ import msgspec
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, FleetConfig
 from fedspine_edge.device.agent import FleetDevice
+from fedspine_edge.model.checkpoint import load_base
+from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.server.coordinator import FleetServer, RunResult
 from fedspine_edge.simulation.network import VirtualNetwork
 
@@ -27,10 +29,15 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
         What the server returns; `adapter_sha256` is the same for the same inputs.
     """
     network = VirtualNetwork()
+    bases: dict[tuple[str, int], PrunableModel] = {}
     for config in sorted(devices, key=lambda one: one.device_id):
+        kind = (config.model, config.data.num_labels)
+        if kind not in bases:  # read once; the devices share its frozen weights
+            bases[kind] = load_base(config.model, num_labels=config.data.num_labels, seed=fleet.seed)
         clock = VirtualClock()
         transport = network.join(config.device_id, clock)
-        device = FleetDevice(msgspec.structs.replace(config, time_kind="simulated"), transport, clock)
+        config = msgspec.structs.replace(config, time_kind="simulated")
+        device = FleetDevice(config, transport, clock, model=bases[kind])
         transport.attach(device)
         device.start()
     clock = VirtualClock()

@@ -102,11 +102,13 @@ def lay_out(
     num_labels: int,
     time_kind: Literal["modelled", "simulated"],
     port: int,
+    holdout: int = 64,
     **fleet_settings: Any,
 ) -> FleetSetup:
     """Write `fleet.toml` and `devices/*.toml` for one device per share, classes in equal parts.
 
-    `fleet_settings` are fields of `FleetConfig`. Raises `ConfigError` when one is impossible.
+    `holdout` is the number of examples each device keeps for measuring its loss; `fleet_settings` are fields of
+    `FleetConfig`. Raises `ConfigError` when one is impossible.
     """
     broker = {"host": "127.0.0.1", "port": port}
     fleet = convert(
@@ -122,7 +124,7 @@ def lay_out(
                     "device_id": f"{device_class}-{index + 1}",
                     "fleet": fleet.fleet,
                     "model": str(model),
-                    "data": {"path": str(share), "num_labels": num_labels},
+                    "data": {"path": str(share), "num_labels": num_labels, "holdout": holdout},
                     "state_dir": str(folder / "devices" / f"{device_class}-{index + 1}"),
                     "device_class": device_class,
                     "time_kind": time_kind,
