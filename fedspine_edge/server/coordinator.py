@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,19 +24,19 @@ from fedspine_edge.errors import FedspineError, MessageError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.server import ending
 from fedspine_edge.server.collector import Collector, answer_old
+from fedspine_edge.server.context import RoundContext
 from fedspine_edge.server.final import RunResult, write_final
-from fedspine_edge.server.fold import fold, initial_tensors, order_of
-from fedspine_edge.server.gate import Update, check_update
+from fedspine_edge.server.fold import fold, initial_tensors
 from fedspine_edge.server.members import Members
 from fedspine_edge.server.plans import idle_plan, round_plan
 from fedspine_edge.server.post import Post
 from fedspine_edge.server.rejected import Rejected
 from fedspine_edge.server.run_dir import RunDir, settings
-from fedspine_edge.server.schema import PlanRow, RunState
+from fedspine_edge.server.schema import OutcomeRow, PlanRow, RunState
 from fedspine_edge.strategies import Assignment, DeviceInfo, create
 from fedspine_edge.transport.base import Incoming, Transport
 from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import Ack, BlobRef, Plan, Report, Status
+from fedspine_edge.wire.messages import Ack, BlobRef, Report, Status
 from fedspine_edge.wire.topics import DeviceTopic, Topics, UploadTopic
 from fedspine_edge.wire.transfer import BlobStore, ref_of
 
@@ -78,8 +79,8 @@ class FleetServer:
         self._members = Members(config.base_sha256)
         self._state = RunState()
         self._collector: Collector | None = None
+        self._context: RoundContext | None = None
         self._heard: set[str] = set()
-        self._layouts: dict[str, tuple[Layout, float]] = {}
 
     def run(self) -> RunResult:
         """Run, or continue, until all rounds are done.
@@ -112,15 +113,16 @@ class FleetServer:
         if not resumed:
             self._wait_for_devices()
             self._open_round()
-        self._collector = collector = self._new_collector(resumed)
+        self._context = context = self._new_context()
+        self._collector = collector = self._new_collector(context, resumed)
         self._announce(collector)
         self._collect(collector, resumed)
-        self._collector = None
-        updates = self._agreed_updates(collector)
-        if len(updates) < self.config.min_reports:
-            self._repeat_round(collector, updates)
+        self._collector = self._context = None
+        reports = context.agreed(self._journal, collector)
+        if len(reports) < self.config.min_reports:
+            self._repeat_round(collector, reports)
         else:
-            self._commit_round(collector, updates)
+            self._commit_round(context, collector, reports)
         self._clear_blobs()
 
     def _wait_for_devices(self) -> None:
@@ -140,7 +142,6 @@ class FleetServer:
         config, members = self.config, self._members
         spec = members.spec
         assert spec is not None  # set by the first device that is online
-        self._layouts = self._journal.layouts(spec)
         infos = [self._device_info(device_id) for device_id in members.online()]
         assignments = self._strategy.assign(infos, self._state.server_round)
         blob = self._round_blob()
@@ -168,79 +169,81 @@ class FleetServer:
                 "round %d: deadline passed without %s", collector.server_round, ", ".join(collector.waiting_for[:10])
             )
 
-    def _commit_round(self, collector: Collector, updates: dict[str, Report]) -> None:
-        """Aggregate, reward, journal, go on to the next round."""
-        assert self._members.spec is not None
-        spec, number = self._members.spec, collector.server_round
-        kept = {i: self._load(i, updates[i], collector).layout for i in updates}
-        known = {i: layout for i, (layout, _) in self._layouts.items()} | kept
+    def _commit_round(self, context: RoundContext, collector: Collector, reports: dict[str, Report]) -> None:
+        """Aggregate, and make the result what the next round starts from."""
         folded = fold(
-            [(report, lambda i=i, report=report: self._load(i, report, collector)) for i, report in updates.items()],  # type: ignore[misc]
+            [(report, partial(context.load, report, collector.plans[i])) for i, report in reports.items()],
             rule=self._strategy.aggregation,
             config=self.config,
-            spec=spec,
-            order=self._order,
-            layouts=known,
+            spec=context.spec,
+            order=context.order,
+            layouts=context.layouts,
         )
         for device_id, share in sorted(folded.aggregate.clipped.items()):
-            logger.warning("round %d: update of %s scaled down to %.3f", number, device_id, share)
-        outcomes = ending.outcomes(self._journal, collector, set(self._members.online()))
-        terms = self._strategy.observe([outcome for _, outcome in outcomes], number)
+            logger.warning("round %d: update of %s scaled to %.3f", collector.server_round, device_id, share)
         data = codec.pack(folded.tensors)
         self._blobs.put(data)
+        following = RunState(collector.server_round + 1, blob=_json(ref_of(data)))
         meta = {}
-        if number == self.config.num_rounds:
-            meta["layout"] = json.dumps(
-                ending.final_layout(self.config, kept, updates, folded.scores).to_dict(), separators=(",", ":")
+        if following.server_round > self.config.num_rounds:
+            layout = ending.final_layout(self.config, folded.kept, reports, folded.scores)
+            meta["layout"] = json.dumps(layout.to_dict(), separators=(",", ":"))
+        self._close_round(
+            collector,
+            reports,
+            following,
+            layouts={i: (kept, reports[i].pruning_ratio) for i, kept in folded.kept.items()},
+            energy={name: list(share) for name, share in folded.aggregate.energy.items()},
+            **meta,
+        )
+
+    def _repeat_round(self, collector: Collector, reports: dict[str, Report]) -> None:
+        """Too few reports: learn what there is to learn, and try the same round again."""
+        state, needed = self._state, self.config.min_reports
+        following = replace(state, attempt=state.attempt + 1, failures=state.failures + 1)
+        ended = self._close_round(collector, reports, following, layouts={}, energy={})
+        text = f"round {collector.server_round}: {len(reports)} of {len(collector.plans)} reports were accepted"
+        logger.warning("%s, %d are needed", text, needed)
+        if following.failures >= self.config.max_failed_rounds:
+            why = [f"{row.device_id} {row.status}{f' ({row.reason})' if row.reason else ''}" for row in ended]
+            raise FedspineError(
+                f"{text}, {needed} are needed; {following.failures} attempts failed in a row: {'; '.join(why[:5])}.",
+                remedy="Look into the devices' logs, or raise deadline_s; start the server again to continue.",
             )
-        following = RunState(number + 1, strategy=self._strategy.to_dict(), blob=_json(ref_of(data)))
+
+    def _close_round(
+        self,
+        collector: Collector,
+        reports: dict[str, Report],
+        following: RunState,
+        *,
+        layouts: Mapping[str, tuple[Layout, float]],
+        energy: Mapping[str, list[float]],
+        **meta: str,
+    ) -> list[OutcomeRow]:
+        """Let the strategy learn, then journal the end of the round, all in one transaction."""
+        number, attempt = collector.server_round, collector.attempt
+        outcomes = ending.outcomes(self._journal, collector, set(self._members.online()))
+        terms = self._strategy.observe([outcome for _, outcome in outcomes], number)
+        rows = ending.rows(outcomes, terms)
+        done = following.server_round > number
+        following = replace(following, strategy=self._strategy.to_dict(), open=False)
         self._journal.close_round(
             following,
             server_round=number,
-            attempt=collector.attempt,
-            done=True,
-            outcomes=ending.rows(outcomes, terms),
-            layouts={i: (layout, updates[i].pruning_ratio) for i, layout in kept.items()},
-            energy={name: list(kept_share) for name, kept_share in folded.aggregate.energy.items()},
+            attempt=attempt,
+            done=done,
+            outcomes=rows,
+            layouts=layouts,
+            energy=energy,
             wall_s=self._wall(),
-            means=ending.means(updates.values()),
+            means=ending.means(reports.values()),
             traffic=ending.traffic(self._journal, collector),
             **meta,
         )
         self._state = following
-        self._tell("round_closed", {"server_round": number, "done": True, "accepted": sorted(updates)})
-
-    def _repeat_round(self, collector: Collector, updates: dict[str, Report]) -> None:
-        """Too few reports: learn what there is to learn, and try the same round again."""
-        config, state = self.config, self._state
-        outcomes = ending.outcomes(self._journal, collector, set(self._members.online()))
-        terms = self._strategy.observe([outcome for _, outcome in outcomes], collector.server_round)
-        failures = state.failures + 1
-        following = replace(
-            state, attempt=state.attempt + 1, failures=failures, strategy=self._strategy.to_dict(), open=False
-        )
-        self._journal.close_round(
-            following,
-            server_round=collector.server_round,
-            attempt=collector.attempt,
-            done=False,
-            outcomes=ending.rows(outcomes, terms),
-            layouts={},
-            energy={},
-            wall_s=self._wall(),
-            means=ending.means(updates.values()),
-            traffic=ending.traffic(self._journal, collector),
-        )
-        self._state = following
-        self._tell("round_closed", {"server_round": collector.server_round, "done": False, "accepted": sorted(updates)})
-        text = f"round {collector.server_round}: {len(updates)} of {len(collector.plans)} reports were accepted"
-        logger.warning("%s, %d are needed", text, config.min_reports)
-        if failures >= config.max_failed_rounds:
-            why = [f"{row.device_id} {row.status}{f' ({row.reason})' if row.reason else ''}" for row, _ in outcomes]
-            raise FedspineError(
-                f"{text}, {config.min_reports} are needed; {failures} attempts failed in a row: {'; '.join(why[:5])}.",
-                remedy="Look into the devices' logs, or raise deadline_s; start the server again to continue.",
-            )
+        self._tell("round_closed", {"server_round": number, "done": done, "accepted": sorted(reports)})
+        return rows
 
     def _finish(self) -> RunResult:
         """Write the final files, tell the devices, then call the run finished."""
@@ -279,13 +282,8 @@ class FleetServer:
 
     def _device_info(self, device_id: str) -> DeviceInfo:
         status = self._members[device_id].status
-        ratio = 0.0
-        if device_id in self._reported:
-            ratio = status.pruning_ratio
-            if device_id in self._layouts and ratio < self._layouts[device_id][1] - 1e-6:
-                logger.warning("%s lost what it had pruned; it starts from %.3f", device_id, ratio)
-                self._journal.forget_layout(device_id)
-                del self._layouts[device_id]
+        # Before its first report in this run, a device may still speak of an earlier run.
+        ratio = status.pruning_ratio if device_id in self._reported else 0.0
         return DeviceInfo(device_id, status.device_class, status.num_examples, status.memory_bytes, ratio)
 
     def _plan(self, device_id: str, assignment: Assignment, blob: BlobRef) -> PlanRow:
@@ -318,66 +316,34 @@ class FleetServer:
         self._blobs.prune([ref.sha256])
         return ref
 
-    def _new_collector(self, resumed: bool) -> Collector:
-        state, members = self._state, self._members
-        assert members.spec is not None
-        tensors = codec.unpack(self._blobs.get(self._blob_ref().sha256))
-        self._layouts = self._journal.layouts(members.spec)
-        self._order = order_of(tensors, members.spec)
-        heads = {name: value.shape for name, value in tensors.items() if name.startswith("head.")}
-        # Before there is a global adapter nobody knows the head; `_agreed_updates` then lets the majority decide.
-        self._head_shapes = heads if state.server_round > 1 else None
+    def _new_context(self) -> RoundContext:
+        assert self._members.spec is not None  # journaled with the first round
+        return RoundContext(
+            self.config,
+            self._members.spec,
+            self._blobs,
+            tensors=codec.unpack(self._blobs.get(self._blob_ref().sha256)),
+            layouts=self._journal.layouts(self._members.spec),
+            first=self._state.server_round == 1,
+        )
+
+    def _new_collector(self, context: RoundContext, resumed: bool) -> Collector:
+        state = self._state
         return Collector(
             state.server_round,
             state.attempt,
             run_id=self._run_id,
-            spec=members.spec,
-            num_labels=members.num_labels,
+            spec=context.spec,
+            num_labels=self._members.num_labels,
             plans=self._journal.plans(state.server_round, state.attempt),
             journal=self._journal,
             blobs=self._blobs,
             uploads=self._dir.path / "uploads",
-            gate=self._check,
+            gate=context.check,
             rejected=Rejected(self._dir.path / "rejected", self.config.gate.keep_rejected),
             wall=self._wall,
             resumed=resumed,
         )
-
-    def _check(self, report: Report, plan: Plan, tensors: Mapping[str, codec.Tensor]) -> Update:
-        assert self._members.spec is not None
-        known = self._layouts.get(report.device_id)
-        return check_update(
-            tensors,
-            report,
-            plan,
-            spec=self._members.spec,
-            config=self.config,
-            previous=Layout.full(self._members.spec) if known is None else known[0],
-            order=self._order,
-            head_shapes=self._head_shapes,
-        )
-
-    def _load(self, device_id: str, report: Report, collector: Collector) -> Update:
-        """An accepted update, from the disk."""
-        assert report.update is not None  # the collector refuses others
-        return self._check(report, collector.plans[device_id], codec.unpack(self._blobs.get(report.update.sha256)))
-
-    def _agreed_updates(self, collector: Collector) -> dict[str, Report]:
-        """Accepted reports by device id; in the first round without those whose task head the majority lacks."""
-        reports = {
-            row.device_id: msgspec.json.decode(row.report, type=Report)
-            for row in self._journal.reports(collector.server_round, collector.attempt)
-            if row.status == "accepted"
-        }
-        if self._head_shapes is None and reports:
-            heads = {i: str(self._load(i, report, collector).head_shapes) for i, report in reports.items()}
-            usual = ending.majority(heads)
-            for device_id in [i for i, head in heads.items() if head != usual]:
-                reason = "its task head differs from most devices'."
-                logger.warning("round %d: refused %s: %s", collector.server_round, device_id, reason)
-                self._journal.refuse_report(collector.server_round, collector.attempt, device_id, reason)
-                del reports[device_id]
-        return reports
 
     # Messages
 
@@ -408,6 +374,10 @@ class FleetServer:
             logger.warning("refused device %s: %s", device_id, member.refused)
         self._heard.add(device_id)
         self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=self._wall())
+        if status.state == "online" and self._journal.forget_layout_above(device_id, status.pruning_ratio):
+            logger.warning("%s lost what it had pruned; it starts from %.3f", device_id, status.pruning_ratio)
+            if self._context is not None:
+                self._context.layouts.pop(device_id, None)
         if was_online and not member.online and collector is not None and device_id in collector.waiting_for:
             logger.warning("round %d: %s went offline", collector.server_round, device_id)
             self._journal.note_disconnect(collector.server_round, collector.attempt, device_id)

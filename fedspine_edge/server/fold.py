@@ -30,11 +30,13 @@ class Folded:
     Attributes:
         tensors: The next round's blob: adapter in full coordinates at the largest rank, head, order.
         aggregate: What the adapter was made of.
+        kept: By device what its update says it keeps now.
         scores: Per kind and layer the averaged score of every group, NaN where nobody scored.
     """
 
     tensors: Tensors
     aggregate: Aggregate
+    kept: dict[str, Layout]
     scores: dict[str, tuple[npt.NDArray[np.float64], ...]]
 
 
@@ -61,7 +63,7 @@ def fold(
         config: The fleet's settings.
         spec: The fleet's model.
         order: The order sent with the round's plans.
-        layouts: What each device of the fleet keeps now, those that did not take part included: what any of them
+        layouts: What each device of the fleet kept before, those that did not take part included: what any of them
             has removed keeps its place in the order.
     """
     if rule not in get_args(Rule):
@@ -78,8 +80,10 @@ def fold(
     )
     heads: list[tuple[float, Mapping[str, Tensor]]] = []
     ballots: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    kept: dict[str, Layout] = {}
     for (report, load), weight in zip(devices, weights):
         update = load()
+        kept[report.device_id] = update.layout
         rows = {name: update.layout.rows(name) for name in update.factors}
         cols = {name: update.layout.cols(name) for name in update.factors}
         aggregator.add(report.device_id, weight, update.factors, rows, cols)
@@ -92,8 +96,8 @@ def fold(
     sizes = _sizes(spec)
     scores = {kind: average_scores(ballots[kind], sizes[kind]) for kind in KINDS}
     if config.layout == "consensus" and (order is not None or ballots["heads"]):
-        tensors.update(_order_tensors(_next_order(order, scores, layouts, spec)))
-    return Folded(tensors, aggregate, scores)
+        tensors.update(_order_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
+    return Folded(tensors, aggregate, kept, scores)
 
 
 def order_of(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Order | None:

@@ -55,17 +55,23 @@ class Journal(JournalReader):
             self._set_meta(values)
 
     def put_device(self, status: Status, *, online: bool, refused: str, wall_s: float) -> None:
-        """Note what a device said of itself."""
+        """Note what a device said of itself. Not synced: a device says hello again, and a fleet has thousands."""
+        self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
             "INSERT INTO devices (device_id, status, online, refused, updated_wall_s) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (device_id) DO UPDATE SET status = excluded.status, online = excluded.online, "
             "refused = excluded.refused, updated_wall_s = excluded.updated_wall_s",
             (status.device_id, _text(status), int(online), refused, wall_s),
         )
+        self._db.execute("PRAGMA synchronous = FULL")
 
-    def forget_layout(self, device_id: str) -> None:
-        """A device came back with less removed than it had reported: it starts from the full model again."""
-        self._db.execute("UPDATE devices SET layout = NULL, reported = NULL WHERE device_id = ?", (device_id,))
+    def forget_layout_above(self, device_id: str, ratio: float) -> bool:
+        """A device says it has removed only `ratio`: if it had reported more, it starts from the full model again."""
+        cursor = self._db.execute(
+            "UPDATE devices SET layout = NULL, reported = NULL WHERE device_id = ? AND reported > ?",
+            (device_id, ratio + 1e-6),
+        )
+        return cursor.rowcount > 0
 
     def note_disconnect(self, server_round: int, attempt: int, device_id: str) -> None:
         """A participant of the round was cut off."""

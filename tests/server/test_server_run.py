@@ -362,3 +362,41 @@ def test_a_finished_run_started_again_returns_its_result(fleet, tmp_path):
     before = fleet.clock.now()
     assert fleet.serve(config) == result
     assert fleet.clock.now() == before
+
+
+def test_a_device_that_lost_its_disk_may_start_again_from_the_full_model(fleet, tmp_path):
+    config = make_config(tmp_path / "run", num_rounds=6)
+    fleet.add_three()
+    device = fleet.devices["d1"]
+
+    def new_disk(name, data):
+        if name == "round_closed" and data["server_round"] == 3:
+            assert device.ratio > 0
+            device.layout, device.ratio = Layout.full(SPEC), 0.0
+            device.clock.advance_to(fleet.clock.now())
+            device.hello()
+            fleet.clock.spend(1.0)
+
+    fleet.serve(config, on_event=new_disk)
+    rows = [view for view in views(config) if view.device_id == "d1"]
+    assert [row.status for row in rows] == ["ok"] * 6
+    assert rows[3].achieved_ratio == pytest.approx(rows[3].pruning_ratio, abs=0.1)
+
+
+def test_what_an_earlier_run_pruned_does_not_count(fleet, tmp_path):
+    config = make_config(tmp_path / "run", strategy="fixed")
+    fleet.add_three()
+    device = fleet.devices["d0"]
+    device.ratio = 0.5  # its hello still speaks of the run before
+    device.hello()
+    trained = device._train_if_complete
+
+    def new_run():
+        if len(device.plans) == 1:
+            device.ratio = 0.0
+        trained()
+
+    device._train_if_complete = new_run
+    fleet.serve(config)
+    ratios = {view.pruning_ratio for view in views(config, 2)}
+    assert len(ratios) == 1, "all three start alike"
