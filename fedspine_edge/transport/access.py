@@ -99,7 +99,7 @@ def explain(error: Exception, tls: bool) -> NotConnected:
     if isinstance(error, ConnectionRefusedError):
         return NotConnected(
             "connection refused: nothing listens there",
-            "Correct broker.host and broker.port, or start one: python -m fedspine_edge.transport.broker",
+            "Correct broker.host and broker.port, or start a broker: fedspine-edge broker",
         )
     if isinstance(error, TimeoutError):
         return NotConnected("no answer in time", "Check broker.host, the network and firewalls between here and there.")

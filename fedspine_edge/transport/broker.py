@@ -27,7 +27,12 @@ MAX_PAYLOAD_BYTES = 2 * 1024 * 1024
 """Twice the largest chunk the wire allows; the broker's own default of 20 KB would cut clients off."""
 
 _SEGMENT_BYTES, _SEGMENTS = 16 * 1024 * 1024, 8
-"""The router keeps one log per topic filter; a subscriber that falls behind by all segments loses messages."""
+"""The router keeps one log per topic filter; a subscriber that falls behind by all segments loses messages.
+
+It never frees a log. Those of the server's chunks, one per topic, hold one message only (the custom segment below):
+what matters there is retained, and kept elsewhere. Measured over rounds of 6.3 MB in 64 chunks: 0.6 MB a round
+stays behind instead of 2.9.
+"""
 
 _CONFIG = """
 id = 0
@@ -37,6 +42,9 @@ max_connections = 10000
 max_outgoing_packet_count = 200
 max_segment_size = {segment_bytes}
 max_segment_count = {segments}
+[router.custom_segment."fedspine/v1/+/blob/+/+"]
+max_segment_size = 1024
+max_segment_count = 1
 [v5.1]
 name = "v5"
 listen = "{listen}"

@@ -1,13 +1,12 @@
-"""MQTT 5 over paho-mqtt: bounded in both directions, reconnecting, never blocking in a callback.
+"""MQTT 5: bounded in both directions, reconnecting, never blocking in a callback.
 
-paho's network thread only files what arrives under a lock. One thread of ours, the link, sends and reconnects:
-
-    publish() → outbox (bounded by bytes) → link → at most `window` unacknowledged → broker
+    publish() → outbox (bounded by bytes) → link thread → at most `window` unacknowledged → broker
     broker → paho's thread → inbox → receive()
 
-Back-pressure inward is MQTT's own (see `Inbox`): a broker stops at the announced Receive Maximum of unacknowledged
-messages (rumqttd: at 100), so neither callbacks block nor this process grows. Every connection is a fresh paho
-client: unacknowledged messages go back to the front of the outbox, and nothing depends on a session at the broker.
+The link thread sends and reconnects. Each connection is a new one: what the broker has not acknowledged goes back to
+the front of the outbox, and every filter is subscribed again before `Connected` is told. Back-pressure inward is
+MQTT's own (see `Inbox`): a broker stops at a number of unacknowledged messages, so that neither a callback blocks nor
+this process grows.
 """
 
 from __future__ import annotations
@@ -17,67 +16,23 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
-
-import paho.mqtt.client as paho
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.errors import BrokerUnreachable, FedspineError, TransportError
-from fedspine_edge.transport.access import NotConnected, explain, no_answer, password, refusal, tls_context
+from fedspine_edge.transport.access import NotConnected, password, tls_context
 from fedspine_edge.transport.base import Connected, Event, Incoming, Will
+from fedspine_edge.transport.connection import Connection, Outgoing
 from fedspine_edge.transport.filters import check_filter, check_topic
 from fedspine_edge.transport.inbox import Inbox
 
 log = logging.getLogger(__name__)
 
-WINDOW = 16
-"""Most unacknowledged publications; below the Receive Maximum of Mosquitto (20), EMQX (32) and AWS IoT (100)."""
-
-RECEIVE_MAXIMUM = 32
-MAX_PACKET_BYTES = 4 * 1024 * 1024
-"""Largest packet accepted from the broker."""
-
-FILTERS_PER_SUBSCRIBE = 16
 _CONNECT_TIMEOUT_S = 5.0
-_HEADER_BYTES = 16
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S, _STABLE_AFTER_S = 0.2, 30.0, 5.0
-_SHORT_LIVED_IS_ODD = 3
-_SESSION_TAKEN_OVER = 0x8E
-
-
-@dataclass
-class _Outgoing:
-    topic: str
-    payload: bytes
-    retain: bool
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.topic.encode()) + len(self.payload) + _HEADER_BYTES
-
-
-@dataclass
-class _Link:
-    """One connection and what is known of it; guarded by the transport's lock."""
-
-    client: paho.Client
-    answered: bool = False
-    reason_code: Any = None
-    lost: str = ""
-    """Why the connection ended; empty while it stands."""
-    window: int = WINDOW
-    max_packet_bytes: int = 0
-    opened_s: float = field(default_factory=time.monotonic)
-    inflight: dict[int, _Outgoing] = field(default_factory=dict)
-    acknowledged: int = 0
-    early_acks: set[int] = field(default_factory=set)
-    """Acknowledgements that overtook the return of paho's publish()."""
-    subacks: dict[int, list[Any]] = field(default_factory=dict)
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 30.0
+_STABLE_AFTER_S, _SHORT_LIVED_IS_ODD = 5.0, 3
+_SESSION_TAKEN_OVER, _NOT_AUTHORIZED, _TOPIC_NAME_INVALID = 0x8E, 0x87, 0x90
 
 
 class MqttTransport:
@@ -88,12 +43,14 @@ class MqttTransport:
         client_id: Unique at the broker.
         publish_timeout_s: How long `publish` may wait for room in the outbox, and `subscribe` for the broker's answer.
         reconnect_timeout_s: After so long without a broker `receive` and `publish` raise `BrokerUnreachable`.
-        flush_timeout_s: Bound on `close`.
+        flush_timeout_s: Bound on the flush in `close`.
         outbox_bytes: Room for messages the broker has not acknowledged.
         inbox_bytes: Arrived and not yet received messages beyond which acknowledgements are held back.
 
     Attributes:
         reconnects: Connections made after the first.
+
+    Raises `ConfigError` for settings that cannot work: missing files, a password without a user name.
     """
 
     def __init__(
@@ -116,13 +73,14 @@ class MqttTransport:
         self._tls = tls_context(settings)
         self._password = password(settings)
         self.reconnects = 0
-        self._changed = threading.Condition()
-        self._outbox: deque[_Outgoing] = deque()
+        self.changed = threading.Condition()
+        self._outbox: deque[Outgoing] = deque()
         self._outbox_bytes = 0
+        """Bytes in the outbox and in flight."""
         self._inbox = Inbox(inbox_bytes)
         self._filters: dict[str, None] = {}
         self._will: Will | None = None
-        self._link: _Link | None = None
+        self._connection: Connection | None = None
         self._max_packet_bytes = 0
         self._failure: FedspineError | None = None
         self._flush_until: float | None = None
@@ -135,16 +93,17 @@ class MqttTransport:
         if self._thread is not None:
             raise TransportError(f"{self.client_id} is already connected.")
         self._will = will
-        link = self._establish(time.monotonic() + timeout_s)
-        assert link is not None
-        self._thread = threading.Thread(target=self._run, args=(link,), name=f"mqtt-{self.client_id}", daemon=True)
+        first = self._establish(time.monotonic() + timeout_s)
+        if first is None:
+            raise TransportError(f"{self.client_id} was closed while it connected.")
+        self._thread = threading.Thread(target=self._run, args=(first,), name=f"mqtt-{self.client_id}", daemon=True)
         self._thread.start()
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """See `Transport.publish`; also raises `TransportError` for a message above the broker's packet limit."""
         check_topic(topic)
-        message = _Outgoing(topic, bytes(payload), retain)
-        with self._changed:
+        message = Outgoing(topic, bytes(payload), retain)
+        with self.changed:
             self._require_open()
             if self._max_packet_bytes and message.size_bytes > self._max_packet_bytes:
                 raise TransportError(
@@ -152,52 +111,51 @@ class MqttTransport:
                     f"{self._max_packet_bytes:,} bytes.",
                     remedy="Raise the broker's limit (Mosquitto: max_packet_size) or use smaller chunks.",
                 )
-            if not self._changed.wait_for(
-                lambda: self._closed() or not self._outbox_bytes or self._fits(message), self._publish_timeout_s
-            ):
+            if not self.changed.wait_for(lambda: self._closed() or self._fits(message), self._publish_timeout_s):
                 raise TransportError(
                     f"the outbox to the broker at {self._address} stayed full for {self._publish_timeout_s:g} s "
-                    f"({'connected' if self._link else 'disconnected'})."
+                    f"({'connected' if self._connection else 'disconnected'})."
                 )
             self._require_open()
             self._outbox.append(message)
             self._outbox_bytes += message.size_bytes
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def subscribe(self, *topic_filters: str) -> None:
-        """See `Transport.subscribe`; without a connection the filters are sent once there is one."""
+        """See `Transport.subscribe`; without a connection the filters are sent once there is one.
+
+        Raises `TransportError` when the broker refuses one of them; then none is kept.
+        """
         for topic_filter in topic_filters:
             check_filter(topic_filter)
-        with self._changed:
+        with self.changed:
             self._require_open()
             again = [topic_filter for topic_filter in topic_filters if topic_filter in self._filters]
             self._filters.update(dict.fromkeys(topic_filters))
-            link = self._link
-        if link is None:
+            connection = self._connection
+        if connection is None:
             return
         if again:  # rumqttd sends retained messages only for a new subscription
-            link.client.unsubscribe(again)
+            connection.unsubscribe(again)
         try:
-            self._subscribe_on(link, topic_filters)
+            connection.subscribe(topic_filters, self._publish_timeout_s)
         except TransportError:
-            with self._changed:
-                for topic_filter in topic_filters:
-                    self._filters.pop(topic_filter, None)
+            self.unsubscribe(*topic_filters)
             raise
 
     def unsubscribe(self, *topic_filters: str) -> None:
         """See `Transport.unsubscribe`."""
-        with self._changed:
+        with self.changed:
             self._require_open()
             known = [topic_filter for topic_filter in topic_filters if self._filters.pop(topic_filter, 0) is None]
-            link = self._link
-        if link is not None and known:
-            link.client.unsubscribe(known)
+            connection = self._connection
+        if connection is not None and known:
+            connection.unsubscribe(known)
 
     def receive(self, *, timeout_s: float) -> Event | None:
         """See `Transport.receive`; raises what ended the connection for good once everything received is taken."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._closed(), timeout_s)
+        with self.changed:
+            self.changed.wait_for(lambda: self._inbox or self._closed(), timeout_s)
             if not self._inbox:
                 self._require_open()
                 return None
@@ -206,84 +164,102 @@ class MqttTransport:
             acknowledge()
         return event
 
+    def close(self) -> None:
+        """See `Transport.close`; returns within `flush_timeout_s` and a moment. Safe to call twice."""
+        with self.changed:
+            if self._flush_until is None:
+                self._flush_until = time.monotonic() + self._flush_timeout_s
+            self.changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(self._flush_timeout_s + 2 * _CONNECT_TIMEOUT_S)
+        with self.changed:
+            if self._outbox_bytes:
+                log.warning("%s closed with %d bytes unsent to %s", self.client_id, self._outbox_bytes, self._address)
+            self._outbox.clear()
+            self._inbox.clear()
+            self._outbox_bytes = 0
+
     @property
     def dropped(self) -> int:
         """QoS 0 messages of other publishers lost to a full inbox."""
         return self._inbox.dropped
 
-    def close(self) -> None:
-        """See `Transport.close`; returns within `flush_timeout_s` and a moment. Safe to call twice."""
-        with self._changed:
-            if self._flush_until is None:
-                self._flush_until = time.monotonic() + self._flush_timeout_s
-            self._changed.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(self._flush_timeout_s + 2 * _CONNECT_TIMEOUT_S)
-        with self._changed:
-            if self._outbox_bytes:
-                log.warning("%s closed with unsent messages to %s", self.client_id, self._address)
-            self._outbox.clear()
-            self._inbox.clear()
-            self._outbox_bytes = 0
+    # ---- what a connection brings (see `Owner`), under the lock
+
+    def arrived(self, message: Incoming, acknowledge: Callable[[], None] | None) -> None:
+        self._inbox.put(message, acknowledge)
+
+    def acknowledged(self, message: Outgoing, reason_code: Any) -> None:
+        self._outbox_bytes -= message.size_bytes
+        if not reason_code.is_failure:
+            return
+        said = (
+            f"the broker at {self._address} refused {self.client_id} a publication to {message.topic!r}: {reason_code}."
+        )
+        if reason_code.value in (_NOT_AUTHORIZED, _TOPIC_NAME_INVALID):
+            self._failure = TransportError(said, remedy="Let the broker's access list allow it for this user.")
+        else:  # a quota may have room again, and the protocol repeats what is missing
+            log.warning("%s", said)
+
+    def cut_off(self, reason_code: Any) -> None:
+        if reason_code.value == _SESSION_TAKEN_OVER:
+            self._failure = TransportError(
+                f"another client connected to {self._address} as {self.client_id!r}, which cut this one off.",
+                remedy="Give every device its own device_id, and stop the second process.",
+            )
 
     # ---- the link thread
 
-    def _run(self, first: _Link) -> None:
-        link: _Link | None = first
+    def _run(self, first: Connection) -> None:
+        connection: Connection | None = first
         short_lived = 0
-        while link is not None:
-            self._pump(link)
-            with self._changed:
-                self._link = None
-                self._outbox.extendleft(reversed(link.inflight.values()))
-                finished = self._closed() and not (link.lost and self._flushing())
-            if not link.lost:
-                link.client.disconnect()
-            link.client.loop_stop()
+        while connection is not None:
+            try:
+                self._send_while_standing(connection)
+            except ValueError as error:
+                self._fail(TransportError(f"a message cannot be sent: {error}."))
+            with self.changed:
+                self._connection = None
+                finished = self._closed() and not (connection.lost and self._flushing())
+            connection.end(with_will=self._failure is not None)
             if finished:
                 return
-            short_lived = 0 if time.monotonic() - link.opened_s > _STABLE_AFTER_S else short_lived + 1
-            hint = self._hint(link) if short_lived >= _SHORT_LIVED_IS_ODD else ""
-            log.warning("%s lost the broker at %s (%s)%s", self.client_id, self._address, link.lost, hint)
+            with self.changed:
+                self._outbox.extendleft(reversed(connection.inflight.values()))
+            short_lived = 0 if time.monotonic() - connection.opened_s > _STABLE_AFTER_S else short_lived + 1
+            hint = self._hint(connection) if short_lived >= _SHORT_LIVED_IS_ODD else ""
+            log.warning("%s lost the broker at %s (%s)%s", self.client_id, self._address, connection.lost, hint)
             try:
-                link = self._establish(time.monotonic() + self._reconnect_timeout_s, short_lived)
+                connection = self._establish(time.monotonic() + self._reconnect_timeout_s, short_lived)
             except FedspineError as error:
                 self._fail(error)
                 return
             self.reconnects += 1
 
-    def _pump(self, link: _Link) -> None:
-        """Send while the connection stands; return when it is lost or everything is flushed after `close`."""
+    def _send_while_standing(self, connection: Connection) -> None:
+        """Return when the connection is lost, or when everything is flushed after `close`."""
 
-        def ready() -> bool:
-            sendable = bool(self._outbox) and len(link.inflight) < link.window
-            return bool(link.lost) or sendable or (self._closed() and not self._flushing())
+        def finished() -> bool:
+            return bool(connection.lost) or (self._closed() and not self._flushing())
+
+        def sendable() -> bool:
+            return bool(self._outbox) and len(connection.inflight) < connection.window
 
         while True:
-            with self._changed:
-                while not ready():
-                    self._changed.wait(None if self._flush_until is None else 0.05)
-                if link.lost or (self._closed() and not self._flushing()):
+            with self.changed:
+                while not (finished() or sendable()):
+                    self.changed.wait(None if self._flush_until is None else 0.05)
+                if finished():
                     return
                 message = self._outbox.popleft()
-            try:
-                sent = link.client.publish(message.topic, message.payload, qos=1, retain=message.retain)
-            except ValueError as error:
-                self._fail(TransportError(f"a message to {message.topic!r} cannot be sent: {error}."))
-                return
-            with self._changed:
-                if sent.mid in link.early_acks:
-                    link.early_acks.remove(sent.mid)
-                    self._acknowledged(message)
-                else:
-                    link.inflight[sent.mid] = message
+            connection.send(message)
 
-    def _establish(self, deadline: float, short_lived: int = 0) -> _Link | None:
+    def _establish(self, deadline: float, short_lived: int = 0) -> Connection | None:
         """Connect and subscribe, with growing pauses, until `deadline`; None when `close` makes it pointless.
 
         The first attempt is made at once, unless the last connections were `short_lived`.
         """
-        pause_s = min(_FIRST_BACKOFF_S * 2**short_lived, _LAST_BACKOFF_S)
+        pause_s = min(_FIRST_BACKOFF_S * 2 ** min(short_lived, 10), _LAST_BACKOFF_S)
         if short_lived and not self._pause(random.uniform(0.5, 1.0) * pause_s):
             return None
         while True:
@@ -291,9 +267,8 @@ class MqttTransport:
                 return self._attempt(min(_CONNECT_TIMEOUT_S, max(0.1, deadline - time.monotonic())))
             except NotConnected as failed:
                 wait_s = random.uniform(0.5, 1.0) * pause_s
-                hopeless = (
-                    failed.final and self._thread is None
-                )  # later it may pass, when a broker is being reconfigured
+                # After the first connection even a refusal may pass: a broker is being restarted or reconfigured.
+                hopeless = failed.final and self._thread is None
                 if hopeless or time.monotonic() + wait_s > deadline:
                     raise BrokerUnreachable(
                         f"no connection to the MQTT broker at {self._address}: {failed.reason}.", remedy=failed.remedy
@@ -305,155 +280,42 @@ class MqttTransport:
 
     def _pause(self, duration_s: float) -> bool:
         """Wait before another attempt, shorter when `close` has work to flush; False when it is pointless."""
-        with self._changed:
-            self._changed.wait_for(self._closed, duration_s)
+        with self.changed:
+            self.changed.wait_for(self._closed, duration_s)
             if self._flushing():
-                self._changed.wait(_FIRST_BACKOFF_S)
+                self.changed.wait(_FIRST_BACKOFF_S)
             return self._flushing() or not self._closed()
 
-    def _attempt(self, timeout_s: float) -> _Link:
-        link = self._new_link(timeout_s)
-        connect_properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        connect_properties.ReceiveMaximum = RECEIVE_MAXIMUM
-        connect_properties.MaximumPacketSize = MAX_PACKET_BYTES
-        settings = self._settings
+    def _attempt(self, timeout_s: float) -> Connection:
+        connection = Connection(
+            self, self._settings, self.client_id, will=self._will, tls=self._tls, password=self._password
+        )
+        connection.open(timeout_s)
         try:
-            link.client.connect(
-                settings.host, settings.port, settings.keepalive_s, clean_start=True, properties=connect_properties
-            )
-        except (OSError, ValueError) as error:
-            raise explain(error, self._tls is not None) from error
-        link.client.loop_start()
-        try:
-            with self._changed:
-                self._changed.wait_for(lambda: link.answered or link.lost, timeout_s)
-                if not link.answered:
-                    raise no_answer(link.lost, self._tls is not None)
-                if link.reason_code.is_failure:
-                    raise refusal(link.reason_code)
-            self._restore(link)
+            self._restore(connection)
         except BaseException:
-            link.client.loop_stop()
+            connection.end(with_will=True)
             raise
-        return link
+        return connection
 
-    def _restore(self, link: _Link) -> None:
+    def _restore(self, connection: Connection) -> None:
         """Subscribe to everything on a new connection, then let it be used."""
         done: set[str] = set()
         while True:
-            with self._changed:
+            with self.changed:
                 missing = [topic_filter for topic_filter in self._filters if topic_filter not in done]
                 if not missing:
-                    if link.lost:
-                        raise no_answer(link.lost, self._tls is not None)
-                    self._link = link
-                    self._max_packet_bytes = link.max_packet_bytes
+                    connection.require_standing()
+                    self._connection = connection
+                    self._max_packet_bytes = connection.max_packet_bytes
                     self._inbox.put(Connected())
-                    self._changed.notify_all()
+                    self.changed.notify_all()
                     return
             try:
-                self._subscribe_on(link, missing)
+                connection.subscribe(missing, _CONNECT_TIMEOUT_S)
             except TransportError as error:
                 raise NotConnected(f"a subscription was not restored: {error.message}", error.remedy) from error
             done.update(missing)
-
-    def _subscribe_on(self, link: _Link, topic_filters: Iterable[str]) -> None:
-        waiting: dict[int, list[str]] = {}
-        names = list(dict.fromkeys(topic_filters))
-        for start in range(0, len(names), FILTERS_PER_SUBSCRIBE):
-            batch = names[start : start + FILTERS_PER_SUBSCRIBE]
-            _, mid = link.client.subscribe([(name, SubscribeOptions(qos=1)) for name in batch])
-            if mid is not None:
-                waiting[mid] = batch
-        with self._changed:
-            self._changed.wait_for(
-                lambda: link.lost or all(mid in link.subacks for mid in waiting), self._publish_timeout_s
-            )
-            if link.lost:
-                return  # the next connection restores them
-            for mid, batch in waiting.items():
-                answers = link.subacks.pop(mid, None)
-                if answers is None:
-                    raise TransportError(f"the broker at {self._address} did not answer a subscription to {batch}.")
-                for name, answer in zip(batch, answers):
-                    if answer.is_failure:
-                        raise TransportError(
-                            f"the broker at {self._address} refused {self.client_id} a subscription "
-                            f"to {name!r}: {answer}.",
-                            remedy="Let the broker's access list allow it for this user.",
-                        )
-
-    # ---- paho's callbacks: file it and return
-
-    def _new_link(self, timeout_s: float) -> _Link:
-        client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2,  # type: ignore[attr-defined]
-            client_id=self.client_id,
-            protocol=paho.MQTTv5,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
-        link = _Link(client)
-        client.connect_timeout = timeout_s
-        client.max_inflight_messages_set(0)  # the window is ours
-        client.on_connect = self._callback(link, self._on_connect)
-        client.on_disconnect = self._callback(link, self._on_disconnect)
-        client.on_message = self._callback(link, self._on_message)
-        client.on_publish = self._callback(link, self._on_publish)
-        client.on_subscribe = self._callback(link, self._on_subscribe)
-        if self._settings.username:
-            client.username_pw_set(self._settings.username, self._password)
-        if self._tls is not None:
-            client.tls_set_context(self._tls)
-        if self._will is not None:
-            client.will_set(self._will.topic, self._will.payload, qos=1, retain=self._will.retain)
-        return link
-
-    def _callback(self, link: _Link, handler: Callable[..., None]) -> Callable[..., None]:
-        def locked(client: paho.Client, userdata: Any, *arguments: Any) -> None:
-            with self._changed:
-                handler(link, *arguments)
-                self._changed.notify_all()
-
-        return locked
-
-    def _on_connect(self, link: _Link, flags: Any, reason_code: Any, properties: Any) -> None:
-        link.answered, link.reason_code = True, reason_code
-        link.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
-        link.max_packet_bytes = getattr(properties, "MaximumPacketSize", 0)
-
-    def _on_disconnect(self, link: _Link, flags: Any, reason_code: Any, properties: Any) -> None:
-        link.lost = str(reason_code) or "connection closed"
-        if reason_code.value == _SESSION_TAKEN_OVER:
-            self._failure = TransportError(
-                f"another client connected to {self._address} as {self.client_id!r}, which cut this one off.",
-                remedy="Give every device its own device_id, and stop the second process.",
-            )
-
-    def _on_subscribe(self, link: _Link, mid: int, reason_codes: list[Any], properties: Any) -> None:
-        link.subacks[mid] = reason_codes
-
-    def _on_publish(self, link: _Link, mid: int, reason_code: Any, properties: Any) -> None:
-        message = link.inflight.pop(mid, None)
-        link.acknowledged += 1
-        if reason_code.is_failure:
-            name = f" to {message.topic!r}" if message else ""
-            self._failure = TransportError(
-                f"the broker at {self._address} refused {self.client_id} a publication{name}: {reason_code}.",
-                remedy="Let the broker's access list and quotas allow it for this user.",
-            )
-        if message is not None:
-            self._acknowledged(message)
-        else:
-            link.early_acks.add(mid)
-
-    def _on_message(self, link: _Link, message: paho.MQTTMessage) -> None:
-        def acknowledge() -> None:
-            if not link.lost:
-                link.client.ack(message.mid, message.qos)
-
-        event = Incoming(message.topic, bytes(message.payload), bool(message.retain))
-        self._inbox.put(event, acknowledge if message.qos else None)
 
     # ---- small things, under the lock
 
@@ -461,11 +323,8 @@ class MqttTransport:
     def _address(self) -> str:
         return f"{self._settings.host}:{self._settings.port}"
 
-    def _acknowledged(self, message: _Outgoing) -> None:
-        self._outbox_bytes -= message.size_bytes
-
-    def _fits(self, message: _Outgoing) -> bool:
-        return self._outbox_bytes + message.size_bytes <= self._outbox_limit
+    def _fits(self, message: Outgoing) -> bool:
+        return not self._outbox_bytes or self._outbox_bytes + message.size_bytes <= self._outbox_limit
 
     def _closed(self) -> bool:
         return self._failure is not None or self._flush_until is not None
@@ -483,14 +342,14 @@ class MqttTransport:
             raise TransportError(f"{self.client_id} is not connected.", remedy="Call connect() first.")
 
     def _fail(self, error: FedspineError) -> None:
-        with self._changed:
+        with self.changed:
             self._failure = error
-            self._changed.notify_all()
+            self.changed.notify_all()
 
-    def _hint(self, link: _Link) -> str:
+    def _hint(self, connection: Connection) -> str:
         """What could end one connection after the other: brokers seldom say it."""
         hint = f"; does another client use the id {self.client_id!r}?"
-        if link.inflight and not link.acknowledged:
-            largest = max(link.inflight.values(), key=lambda message: message.size_bytes)
+        if connection.inflight and not connection.acknowledgements:
+            largest = max(connection.inflight.values(), key=lambda message: message.size_bytes)
             hint += f" Or do {largest.size_bytes:,} bytes to {largest.topic!r} exceed the broker's packet limit?"
         return hint

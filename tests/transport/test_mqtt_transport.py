@@ -19,6 +19,7 @@ from transport_support import Mosquitto, MqttSetup, collect, needs_mosquitto, qu
 
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.errors import BrokerUnreachable, ConfigError, TransportError
+from fedspine_edge.transport.base import Will
 from fedspine_edge.transport.broker import free_port
 from fedspine_edge.transport.mqtt import MqttTransport
 
@@ -270,13 +271,17 @@ def test_access_lists_that_forbid_are_an_error_and_not_silence(mosquitto: StartM
     rules = tmp_path / "acl"
     rules.write_text("topic readwrite mine/#\n")
     broker = mosquitto(f"allow_anonymous true\nacl_file {rules}\n")
-    transport = MqttTransport(BrokerSettings(port=broker.port), "limited")
-    transport.connect(timeout_s=10)
+    transport, watcher = (MqttTransport(BrokerSettings(port=broker.port), name) for name in ("limited", "watcher"))
+    transport.connect(timeout_s=10, will=Will("mine/status", b"offline"))
+    watcher.connect(timeout_s=10)
+    watcher.subscribe("mine/#")
     until_connected(transport)
     transport.publish("theirs/a", b"1")
     with pytest.raises(TransportError, match=r"publication to 'theirs/a'.*Not authorized"):
         transport.receive(timeout_s=10)
-    transport.close()
+    assert [message.payload for message in collect(watcher, 1)] == [b"offline"]
+    for client in (transport, watcher):
+        client.close()
 
 
 def _certificates(folder: Path) -> None:

@@ -68,7 +68,8 @@ def test_subscribing_again_delivers_retained_messages_again(setup: Setup) -> Non
     transport.unsubscribe("plan/a")
     transport.subscribe("plan/a")
     assert [message.payload for message in collect(transport, 1)] == [b"1"]
-    assert quiet(transport)
+    # rumqttd may repeat it for a filter it knew before: at least once, never something else
+    assert {message.payload for message in collect(transport, 3, timeout_s=0.3)} <= {b"1"}
 
 
 def test_unsubscribing_ends_delivery(setup: Setup) -> None:
@@ -85,7 +86,7 @@ def test_a_window_of_exact_retained_topics_delivers_each_chunk_once(setup: Setup
     server, device = setup.transport(), setup.transport()
     server.connect(timeout_s=5)
     device.connect(timeout_s=5)
-    topics = [f"f/v1/blob/{'ab' * 32}/{index}" for index in range(40)]
+    topics = [f"fedspine/v1/f/blob/{'ab' * 32}/{index}" for index in range(40)]
     for index, topic in enumerate(topics):
         server.publish(topic, bytes([index]) + CHUNK[1:], retain=True)
     server.subscribe("flush")
@@ -97,11 +98,27 @@ def test_a_window_of_exact_retained_topics_delivers_each_chunk_once(setup: Setup
         device.subscribe(*window)
         arrived = collect(device, len(window))
         device.unsubscribe(*window)
+        assert quiet(device, for_s=0.05)
         assert sorted(message.topic for message in arrived) == sorted(window)
         assert all(message.payload[1:] == CHUNK[1:] for message in arrived)
         fetched.update((message.topic, message.payload[0]) for message in arrived)
     assert fetched == {topic: index for index, topic in enumerate(topics)}
     assert quiet(device)
+
+
+def test_a_chunk_published_after_its_subscription_arrives_too(setup: Setup) -> None:
+    server, device = setup.transport(), setup.transport()
+    server.connect(timeout_s=5)
+    device.connect(timeout_s=5)
+    topics = [f"fedspine/v1/f/blob/{'cd' * 32}/{index}" for index in range(16)]
+    device.subscribe(*topics)
+    assert quiet(device, for_s=0.1)
+    for topic in topics:
+        server.publish(topic, CHUNK, retain=True)
+    assert sorted(message.topic for message in collect(device, 16)) == sorted(topics)
+    for topic in topics:
+        server.publish(topic, b"", retain=True)
+    assert {message.payload for message in collect(device, 16)} == {b""}
 
 
 def test_twenty_megabytes_from_six_devices_at_once(setup: Setup) -> None:
