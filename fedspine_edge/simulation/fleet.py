@@ -6,6 +6,7 @@ Training is real, time is modelled, nothing is random but the seed: the same con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import msgspec
 
@@ -30,15 +31,17 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
     """
     network = VirtualNetwork()
     bases: dict[tuple[str, int], PrunableModel] = {}
-    for config in sorted(devices, key=lambda one: one.device_id):
-        kind = (config.model, config.data.num_labels)
-        if kind not in bases:  # read once; the devices share its frozen weights
-            bases[kind] = load_base(config.model, num_labels=config.data.num_labels, seed=fleet.seed)
+    with ExitStack() as running:
+        for config in sorted(devices, key=lambda one: one.device_id):
+            kind = (config.model, config.data.num_labels)
+            if kind not in bases:  # read once; the devices share its frozen weights
+                bases[kind] = load_base(config.model, num_labels=config.data.num_labels, seed=fleet.seed)
+            clock = VirtualClock()
+            transport = network.join(config.device_id, clock)
+            config = msgspec.structs.replace(config, time_kind="simulated")
+            device = FleetDevice(config, transport, clock, model=bases[kind])
+            transport.attach(device)
+            device.start()
+            running.callback(device.close)
         clock = VirtualClock()
-        transport = network.join(config.device_id, clock)
-        config = msgspec.structs.replace(config, time_kind="simulated")
-        device = FleetDevice(config, transport, clock, model=bases[kind])
-        transport.attach(device)
-        device.start()
-    clock = VirtualClock()
-    return FleetServer(fleet, network.join("server", clock), clock).run()
+        return FleetServer(fleet, network.join("server", clock), clock).run()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import tiny_device
+import tiny_bert
 import torch
 
 
@@ -18,13 +18,13 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-bert")
-    tiny_device.write_model(folder)
+    tiny_bert.write_model(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_device.write_csv(tmp_path_factory.mktemp("data") / "train.csv", tiny_device.sentences(96))
+    return tiny_bert.write_csv(tmp_path_factory.mktemp("data") / "train.csv", tiny_bert.sentences(96))
 
 
 @pytest.fixture(scope="session")

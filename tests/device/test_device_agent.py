@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import tiny_device
+import tiny_bert
 import tiny_fleet
 from tiny_fleet import Fleet, config, round_tensors
 
@@ -117,8 +117,8 @@ def test_with_local_layouts_it_keeps_what_it_scored_highest(fleet, driven, tiny_
 
 def test_nothing_but_the_allow_list_leaves_and_no_sentence(fleet, tiny_folder, tmp_path, tiny_base, caplog):
     caplog.set_level("DEBUG")
-    rows = tiny_device.sentences(60)
-    settings = config(tiny_folder, tiny_device.write_csv(tmp_path / "d.csv", rows), tmp_path / "s")
+    rows = tiny_bert.sentences(60)
+    settings = config(tiny_folder, tiny_bert.write_csv(tmp_path / "d.csv", rows), tmp_path / "s")
     driven = fleet.device(settings, model=tiny_base).start()
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec, order=True)), pruning_ratio=0.25)
     driven.settle()
@@ -136,7 +136,7 @@ def test_nothing_but_the_allow_list_leaves_and_no_sentence(fleet, tiny_folder, t
     assert b"keep.0.heads" in sent, "the search sees what is sent"
     for text, _ in rows:
         assert text.encode() not in sent
-    for word in (*tiny_device.FILLER[9:10], *tiny_device.GOOD, *tiny_device.BAD):
+    for word in (*tiny_bert.FILLER[9:10], *tiny_bert.GOOD, *tiny_bert.BAD):
         assert f" {word} ".encode() not in sent
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import tiny_device
+import tiny_bert
 import torch
 
 from fedspine_edge.device import data
@@ -21,7 +21,7 @@ TRAINING = Training(learning_rate=1e-2, batch_size=8, max_length_tokens=24, tota
 
 @pytest.fixture(scope="session")
 def encoded(tiny_folder):
-    examples = [data.Example(text, label) for text, label in tiny_device.sentences(330)]
+    examples = [data.Example(text, label) for text, label in tiny_bert.sentences(330)]
     return data.encode(examples, load_tokenizer(tiny_folder), 24)
 
 

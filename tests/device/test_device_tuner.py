@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import tiny_device
+import tiny_bert
 
 from fedspine_edge import EdgeTuner
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
@@ -14,7 +14,7 @@ def tuner(tiny_folder):
 
 
 def test_fit_prune_fit_save_and_load_again(tuner, tmp_path):
-    data, test = tiny_device.sentences(240), tiny_device.sentences(60, seed=9)
+    data, test = tiny_bert.sentences(240), tiny_bert.sentences(60, seed=9)
     before = tuner.evaluate(test)
     assert tuner.fit(data, steps=60) is tuner
     fitted = tuner.evaluate(test)
@@ -36,13 +36,13 @@ def test_fit_prune_fit_save_and_load_again(tuner, tmp_path):
 def test_pruning_without_a_fit_says_so_and_scores_first(tuner, caplog):
     with pytest.raises(DataError, match="pruning needs data"):
         tuner.prune(0.5)
-    tuner.prune(0.5, tiny_device.sentences(40), steps=3)
+    tuner.prune(0.5, tiny_bert.sentences(40), steps=3)
     assert "taking 3 scoring steps" in caplog.text
     assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.02)
 
 
 def test_pruning_is_absolute_and_never_goes_back(tuner):
-    tuner.fit(tiny_device.sentences(40), steps=3)
+    tuner.fit(tiny_bert.sentences(40), steps=3)
     tuner.prune(0.5, stages=1)
     counts = tuner.layout.counts
     tuner.prune(0.5, stages=1)
@@ -54,18 +54,18 @@ def test_pruning_is_absolute_and_never_goes_back(tuner):
 
 
 def test_epochs_count_passes_over_the_data(tuner):
-    tuner.fit(tiny_device.sentences(40), epochs=2)
+    tuner.fit(tiny_bert.sentences(40), epochs=2)
     assert tuner._steps_taken == 10
     with pytest.raises(ConfigError, match="not both"):
-        tuner.fit(tiny_device.sentences(40), epochs=1, steps=1)
+        tuner.fit(tiny_bert.sentences(40), epochs=1, steps=1)
     with pytest.raises(ConfigError, match="0 steps"):
-        tuner.fit(tiny_device.sentences(40), steps=0)
+        tuner.fit(tiny_bert.sentences(40), steps=0)
 
 
 def test_the_same_seed_gives_the_same_adapter(tiny_folder):
     def adapter(seed):
         tuner = EdgeTuner.from_pretrained(tiny_folder, r=4, torch_device="cpu", seed=seed)
-        return tuner.fit(tiny_device.sentences(40), steps=5).model.adapter_state()
+        return tuner.fit(tiny_bert.sentences(40), steps=5).model.adapter_state()
 
     first, second, other = adapter(1), adapter(1), adapter(2)
     for name, value in first.items():
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_adapter(tiny_folder):
 def test_merging_gives_a_plain_model_of_the_same_answers(tuner, tmp_path):
     import torch
 
-    tuner.fit(tiny_device.sentences(40), steps=5)
+    tuner.fit(tiny_bert.sentences(40), steps=5)
     inputs = dict(tuner.tokenizer("good film", return_tensors="pt"))
     with torch.inference_mode():
         expected = tuner.model(**inputs).logits
@@ -138,7 +138,7 @@ def test_a_language_model_learns_texts_without_labels(tmp_path, tiny_folder):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_folder / name, tmp_path / "llama" / name)
-    texts = [text for text, _ in tiny_device.sentences(40)]
+    texts = [text for text, _ in tiny_bert.sentences(40)]
     tuner = EdgeTuner.from_pretrained(tmp_path / "llama", task="causal_lm", r=4, torch_device="cpu", learning_rate=1e-2)
     before = tuner.evaluate(texts)
     tuner.fit(texts, steps=20).prune(0.25, steps=3).fit(texts, steps=10)

@@ -11,7 +11,7 @@ BAD = ["bad", "poor", "sad", "awful", "dire"]
 FILLER = ["the", "film", "was", "and", "plot", "a", "quite", "with", "story", "zanzibar", "actor", "scene"]
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, seed: int = 0) -> None:
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ def write_model(folder: Path) -> None:
         sep_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(words),
         hidden_size=32,

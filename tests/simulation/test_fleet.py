@@ -1,0 +1,94 @@
+"""A whole fleet in virtual time: it prunes to the target and repeats bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.server.coordinator import RunResult
+from fedspine_edge.simulation.finish import build_finished_model
+from fedspine_edge.simulation.fleet import simulate
+from fedspine_edge.simulation.runview import by_round, read_run
+from fedspine_edge.simulation.setup import FleetSetup, lay_out, prepare_data
+
+
+def laid_out(folder: Path, model: Path, data: Path, **settings: object) -> FleetSetup:
+    shares, test_csv = prepare_data(folder / "data", num_devices=3, data=data, test_examples=40)
+    return lay_out(
+        folder,
+        model=model,
+        shares=shares,
+        test_csv=test_csv,
+        num_labels=2,
+        time_kind="simulated",
+        port=1,
+        holdout=16,
+        num_rounds=5,
+        min_devices=3,
+        round_to=4,
+        ranks=[2, 4],
+        training={"tau": 3, "recovery_steps": 2, "batch_size": 4, "max_length_tokens": 16},
+        **settings,
+    )
+
+
+def run(setup: FleetSetup) -> RunResult:
+    return simulate(setup.fleet, setup.devices)
+
+
+@pytest.mark.parametrize("layout", ["consensus", "local"])
+def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, tiny_model: Path, tiny_csv: Path, layout: str) -> None:
+    results = [
+        run(laid_out(tmp_path / name, tiny_model, tiny_csv, layout=layout, seed=seed))
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    assert results[0].adapter_sha256 == results[1].adapter_sha256
+    assert results[0].adapter_sha256 != results[2].adapter_sha256
+
+
+def test_a_run_prunes_to_the_target_and_its_model_is_built_from_it(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path
+) -> None:
+    setup = laid_out(tmp_path, tiny_model, tiny_csv, pruning_ratio=0.5)
+    result = run(setup)
+    view = read_run(Path(setup.fleet.run_dir))
+    assert view.state == "finished"
+    assert [len(rows) for rows in by_round(view.rows).values()] == [3] * 5
+    assert {row.time_kind for row in view.rows} == {"simulated"}
+    assert result.pruning_ratio == pytest.approx(0.5, abs=0.1)
+
+    finished = build_finished_model(Path(setup.fleet.run_dir), tiny_model, tmp_path / "model")
+    assert finished.layout.pruning_ratio == result.pruning_ratio
+    assert view.widths == finished.widths
+    dense = build_finished_model(Path(setup.fleet.run_dir), tiny_model, tmp_path / "dense", pruned=False)
+    assert dense.layout.counts == Layout.full(dense.layout.spec).counts
+    assert finished.num_parameters < dense.num_parameters
+
+
+def test_the_slow_class_takes_longer_in_round_one(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    setup = laid_out(tmp_path, tiny_model, tiny_csv)
+    run(setup)
+    first = by_round(read_run(Path(setup.fleet.run_dir)).rows)[1]
+    times = {row.device_class: (row.completion_time_s, row.r) for row in first}
+    assert times["tx2"][0] > times["agx"][0]
+
+
+def test_a_damaged_or_foreign_run_is_named(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        build_finished_model(tmp_path, tiny_model, tmp_path / "model")
+    setup = laid_out(tmp_path, tiny_model, tiny_csv)
+    run(setup)
+    adapter = Path(setup.fleet.run_dir) / "final" / "adapter.safetensors"
+    content = adapter.read_bytes()
+    adapter.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="hash differs"):
+        build_finished_model(Path(setup.fleet.run_dir), tiny_model, tmp_path / "model")
+    adapter.write_bytes(content)
+    import tiny_bert
+
+    other = tmp_path / "other"
+    tiny_bert.write_model(other, seed=1)
+    with pytest.raises(CheckpointError, match="is not the model that the fleet trained"):
+        build_finished_model(Path(setup.fleet.run_dir), other, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
