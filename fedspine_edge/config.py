@@ -198,7 +198,9 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     noise_std: Annotated[float, _doc("Gaussian noise per element, as a multiple of the clip norm; 0 = off.", ge=0)] = (
         0.0
     )
-    reconnect_timeout_s: Annotated[float, _doc("Give up after so long without a broker.", gt=0)] = 3600.0
+    reconnect_timeout_s: Annotated[
+        float, _doc("Give up after so long without the broker; the first connection is given 10 s.", gt=0)
+    ] = 3600.0
     seed: Annotated[int, _doc("Seed of the local data order.", ge=0)] = 0
     broker: BrokerSettings = field(default_factory=BrokerSettings)
 
@@ -222,7 +224,10 @@ def load(path: str | Path, kind: type[T]) -> T:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}.") from error
+        raise ConfigError(
+            f"config file {path} is not valid TOML: {error}.",
+            remedy="Texts need quotes, sections [brackets]; see examples/.",
+        ) from error
     return convert(data, kind, where=str(path))
 
 

@@ -129,7 +129,7 @@ class EdgeTuner:
         Raises `ModelError` for a folder that cannot be used, `ConfigError` for impossible settings.
         """
         if r < 1:
-            raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.")
+            raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
         settings = _checked(

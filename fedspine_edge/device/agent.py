@@ -34,7 +34,7 @@ from fedspine_edge.errors import (
 )
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.transport.base import Connected, Event, Incoming, Transport, Will
+from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Incoming, Transport, Will
 from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import Ack, Plan, Report, Status
 from fedspine_edge.wire.topics import BlobTopic, DeviceTopic, Topics
@@ -111,7 +111,7 @@ class FleetDevice:
             self._retry_at = None if self._record.acked else self._clock.now()
             self._fetch = Fetch(self._transport, self._topics, self._state.download)
             will = Will(self._topics.status(config.device_id), codec.encode(self._status("offline")))
-            self._transport.connect(timeout_s=config.reconnect_timeout_s, will=will)
+            self._transport.connect(timeout_s=min(FIRST_CONNECT_TIMEOUT_S, config.reconnect_timeout_s), will=will)
             self._transport.subscribe(*self._topics.device_filters(config.device_id))
             self._say_hello()
         except BaseException:

@@ -122,7 +122,10 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> A
             source = {"gguf_file": gguf_file} if gguf_file else {}
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
         except LOAD_FAILURES as error:
-            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}.") from error
+            raise CheckpointError(
+                f"the tokenizer in {folder} cannot be read: {_first_line(error)}.",
+                remedy="The folder needs tokenizer.json and tokenizer_config.json as Hugging Face writes them.",
+            ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise CheckpointError(
@@ -162,7 +165,10 @@ def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
             raise CheckpointError(f"{index} is damaged: {error!r}.") from error
         missing = [file.name for file in files if not file.exists()]
         if missing or not files:
-            raise CheckpointError(f"{folder} lacks the weight shard {missing[0] if missing else '(none listed)'}.")
+            raise CheckpointError(
+                f"{folder} lacks the weight shard {missing[0] if missing else '(none listed)'}.",
+                remedy="Copy the model folder again, with all its files.",
+            )
         return files
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise CheckpointError(
@@ -221,7 +227,9 @@ def file_sha256(path: Path) -> str:
             while piece := file.read(1 << 20):
                 digest.update(piece)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}.", remedy="Copy the model folder again, with all its files."
+        ) from error
     return digest.hexdigest()
 
 
@@ -281,7 +289,10 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             source = {"gguf_file": gguf_file} if gguf_file else {}
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
         except LOAD_FAILURES as error:
-            raise CheckpointError(f"the config in {folder} cannot be read: {_first_line(error)}.") from error
+            raise CheckpointError(
+                f"the config in {folder} cannot be read: {_first_line(error)}.",
+                remedy="The folder needs config.json as Hugging Face writes it.",
+            ) from error
 
 
 def _prepare_head(

@@ -34,7 +34,7 @@ from fedspine_edge.server.rejected import Rejected
 from fedspine_edge.server.run_dir import RunDir, settings
 from fedspine_edge.server.schema import OutcomeRow, PlanRow, RunState
 from fedspine_edge.strategies import Assignment, DeviceInfo, create
-from fedspine_edge.transport.base import Incoming, Transport
+from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Incoming, Transport
 from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import Ack, BlobRef, Report, Status
 from fedspine_edge.wire.topics import DeviceTopic, Topics, UploadTopic
@@ -427,7 +427,7 @@ class FleetServer:
 
     def _connect(self) -> None:
         """Connect and, in a resumed run, give the devices that were online a moment to be heard again."""
-        self._post.open(min(self.config.join_timeout_s, self.config.deadline_s))
+        self._post.open(min(FIRST_CONNECT_TIMEOUT_S, self.config.join_timeout_s, self.config.deadline_s))
         until = self._clock.now() + self._retry_s
         while not (self._post.connected and self._heard >= self._expected) and (left := until - self._clock.now()) > 0:
             self._wait(left)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, Union
 
+FIRST_CONNECT_TIMEOUT_S = 10.0
+"""A broker that is not there when a program starts is a mistake told at once; later its absence is waited for."""
+
 
 @dataclass(frozen=True)
 class Incoming:
