@@ -1,0 +1,298 @@
+"""The command line: help with an example everywhere, and for every bad input one clear error and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedspine_edge import __version__
+from fedspine_edge.cli import main as cli
+from fedspine_edge.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = list(cli._COMMANDS)
+Fingerprint = Callable[[Path], dict[str, str]]
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *told: str) -> str:
+    """Runs the command, which must end with code 2 and one error that says all of `told`."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    return one_error(capsys.readouterr().err, *told)
+
+
+def one_error(stderr: str, *told: str) -> str:
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert "Traceback" not in stderr
+    message = stderr[stderr.index("error: ") :]
+    for part in told:
+        assert part in message, message
+    remedy = message.splitlines()[1:]
+    assert remedy, f"no remedy: {message}"
+    assert remedy[0].strip()
+    return message
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port that refuses: bound, and nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "example:\n" in shown
+    example = shown.split("example:\n")[1].strip().splitlines()[0]
+    assert shlex.split(example)[:2] == ["fedspine-edge", command]
+    parsed = cli.parser().parse_args(shlex.split(example, comments=True)[1:])
+    assert parsed.command == command
+
+
+def test_the_top_names_every_command_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in COMMANDS)
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fedspine-edge {__version__}\n"
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    """Every command's module is loaded for the help; none may load the heavy libraries for it."""
+    code = (
+        "import sys; from fedspine_edge.cli.main import parser; parser().format_help(); "
+        "print([name for name in ('torch', 'transformers', 'onnxruntime', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["prune"], "'prune'"),
+        ([], "COMMAND"),
+        (["server", "--config", "fleet.toml", "--fast"], "--fast"),
+        (["server"], "--config"),
+        (["tune", "--model", "m", "--data", "d", "--out", "o", "--rank", "eight"], "--rank"),
+        (["compile", "m", "--precision", "int3"], "int3"),
+    ],
+)
+def test_a_wrong_command_line_is_one_error(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, arguments, told, "--help")
+
+
+def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedspine_edge", "server", "--config", str(tmp_path / "absent.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    one_error(done.stderr, "absent.toml", "does not exist", "examples/fleet.toml")
+
+
+# Settings
+
+
+@pytest.mark.parametrize("command", ["server", "device"])
+def test_a_config_file_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, [command, "--config", str(tmp_path / "absent.toml")], "absent.toml", "does not exist")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "told"),
+    [
+        ("server", "num_round = 5", ["num_round", "Did you mean 'num_rounds'?"]),
+        ("server", "[training]\ntua = 5", ["tua", "Did you mean 'tau'?"]),
+        ("server", "pruning_ratio = 1.2", ["pruning_ratio", "< 1"]),
+        ("server", "ranks = [0, 8]", ["ranks is [0, 8]", "1..256"]),
+        ("server", "deadline_s = 'soon'", ["deadline_s"]),
+        ("server", "deadline_s = ", ["not valid TOML"]),
+        ("server", "strategy = 'fedspin'", ["fedspin"]),
+        ("device", "device_id = 'a'\nmodel = 'm'", ["data"]),
+        ("device", "device_id = 'a b'\nmodel = 'm'\n[data]\npath = 'd.csv'", ["device_id"]),
+    ],
+)
+def test_an_impossible_setting_names_file_key_and_remedy(
+    command: str,
+    text: str,
+    told: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.toml").write_text(text)
+    message = refused(capsys, [command, "--config", "it.toml"], *told)
+    assert "it.toml" in message or "strategy" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.toml"]  # nothing was begun
+
+
+# The broker
+
+
+def test_a_server_without_a_broker_ends_within_seconds(
+    tmp_path: Path, dead_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "fleet.toml"
+    config.write_text(f"run_dir = '{tmp_path / 'run'}'\n[broker]\nport = {dead_port}\n")
+    begun = time.monotonic()
+    refused(capsys, ["server", "--config", str(config)], f"127.0.0.1:{dead_port}")
+    assert time.monotonic() - begun < 20
+
+
+def test_a_device_without_a_broker_ends_within_seconds(
+    tmp_path: Path, dead_port: int, base_folder: Path, train_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_device(tmp_path, model=base_folder, data=train_csv, port=dead_port)
+    begun = time.monotonic()
+    refused(capsys, ["device", "--config", str(config)], f"127.0.0.1:{dead_port}")
+    assert time.monotonic() - begun < 30
+
+
+def write_device(folder: Path, *, model: Path, data: Path, port: int = 1) -> Path:
+    path = folder / "device.toml"
+    path.write_text(
+        f"device_id = 'one'\nmodel = '{model}'\nstate_dir = '{folder / 'state'}'\n"
+        f"[data]\npath = '{data}'\nholdout = 8\n[broker]\nport = {port}\n"
+    )
+    return path
+
+
+# Models and data, by `tune` and by `device`
+
+
+def tune(model: Path | str, data: Path | str, out: Path, *more: str) -> list[str]:
+    return ["tune", "--model", str(model), "--data", str(data), "--out", str(out), "--steps", "1", *more]
+
+
+@pytest.fixture
+def earlier(tmp_path: Path, tuned: Path, fingerprint: Fingerprint) -> Iterator[Path]:
+    """A result at the place where the command would write; it must be the same afterwards."""
+    out = tmp_path / "model"
+    shutil.copytree(tuned, out)
+    before = fingerprint(out)
+    yield out
+    assert fingerprint(out) == before
+    assert not list(tmp_path.glob(".model*"))  # no half-written folder beside it either
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--pruning-ratio", "1.2"), ("--pruning-ratio", "-0.1"), ("--rank", "0"), ("--steps", "0")]
+)
+def test_impossible_numbers(
+    option: str, value: str, earlier: Path, base_folder: Path, train_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, [*tune(base_folder, train_csv, earlier), option, value], value)
+
+
+def test_a_model_folder_that_is_not_there(
+    tmp_path: Path, earlier: Path, train_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, tune(tmp_path / "absent-model", train_csv, earlier), "absent-model")
+    config = write_device(tmp_path, model=tmp_path / "absent-model", data=train_csv)
+    refused(capsys, ["device", "--config", str(config)], "absent-model")
+    refused(capsys, ["compile", str(tmp_path / "absent-model")], "absent-model")
+
+
+def test_a_family_that_is_not_supported(
+    tmp_path: Path, earlier: Path, train_csv: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "gpt2"
+    shutil.copytree(base_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    message = refused(capsys, tune(other, train_csv, earlier), "gpt2")
+    assert all(family in message for family in ("bert", "roberta", "llama"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", ["empty"]),
+        ("text,label\n", ["no"]),
+        ("text,label\nthe film,0\nthe film,7\n", ["row 3", "7", "from 0 to 1"]),
+        ("text,label\nthe film,-1\n", ["row 2", "-1"]),
+        ("text,label\nthe film,secret words\n", ["row 2"]),
+        ("sentence,label\nthe film,0\n", ["text"]),
+    ],
+    ids=["empty", "header only", "label too large", "label negative", "label no number", "column missing"],
+)
+def test_data_that_cannot_be_used(
+    text: str, told: list[str], tmp_path: Path, earlier: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bad.csv"
+    data.write_text(text)
+    for arguments in (
+        tune(base_folder, data, earlier),
+        ["device", "--config", str(write_device(tmp_path, model=base_folder, data=data))],
+    ):
+        message = refused(capsys, arguments, "bad.csv", *told)
+        assert "secret" not in message
+        assert "the film" not in message
+
+
+def test_a_data_file_that_is_not_there(
+    tmp_path: Path, earlier: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, tune(base_folder, tmp_path / "absent.csv", earlier), "absent.csv", "does not exist")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "tampered"])
+def test_a_corrupt_checkpoint(
+    damage: str,
+    tmp_path: Path,
+    tuned: Path,
+    compiled: Path,
+    fingerprint: Fingerprint,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out = tmp_path / "broken", tmp_path / "bundle"
+    shutil.copytree(tuned, model)
+    shutil.copytree(compiled, out)  # an earlier result
+    weights = model / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "removed":
+        weights.unlink()
+    else:
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(bytes(data))
+    before = fingerprint(tmp_path)
+    refused(capsys, ["compile", str(model), "--out", str(out), "--backend", "onnxruntime"], "broken")
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_a_bundle_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--text", "the film"] if command == "run" else []
+    refused(capsys, [command, str(tmp_path / "absent-bundle"), *more], "absent-bundle")
+
+
+@pytest.mark.parametrize("command", ["export", "report"])
+def test_a_run_that_is_not_there(
+    command: str, tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--model", str(base_folder), "--out", str(tmp_path / "model")] if command == "export" else []
+    refused(capsys, [command, str(tmp_path / "absent-run"), *more], "absent-run")
+    assert not list(tmp_path.iterdir())
