@@ -60,21 +60,20 @@ def cache_dir() -> Path:
 
 
 def load(*, test_share: float = 0.15) -> Split:
-    """All sentences, split by a hash of their text, so the split never depends on order or seed.
+    """All sentences in the order of a hash of their text; the first `test_share` of them are the test part.
 
     Raises `DataError` when the data is not cached and cannot be fetched.
     """
-    train: list[Sentence] = []
-    test: list[Sentence] = []
-    seen: set[str] = set()
+    found: dict[str, Sentence] = {}
     for domain, text, valence in _read(fetch()):
         key = re.sub(r"\W+", " ", text.lower()).strip()
-        if abs(valence) <= _NEUTRAL or not key or key in seen:
-            continue
-        seen.add(key)
-        bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
-        (test if bucket < test_share else train).append(Sentence(domain, text, int(valence > 0)))
-    return Split(tuple(train), tuple(test))
+        if abs(valence) > _NEUTRAL and key:
+            found.setdefault(hashlib.sha256(key.encode()).hexdigest(), Sentence(domain, text, int(valence > 0)))
+    # in the order of their hashes: the files are sorted by label, and any prefix should be a fair sample
+    ordered = sorted(found.items())
+    first_train = int(test_share * len(ordered))
+    sentences = tuple(sentence for _, sentence in ordered)
+    return Split(train=sentences[first_train:], test=sentences[:first_train])
 
 
 def fetch() -> Path:

@@ -19,6 +19,13 @@ def test_every_domain_has_both_labels_in_both_parts(split: sentiment.Split) -> N
         assert all(counts[domain, label] > 100 for domain in sentiment.DOMAINS for label in (0, 1))
 
 
+def test_any_prefix_is_a_fair_sample(split: sentiment.Split) -> None:
+    sample = sentiment.balanced(split.test, 300)
+    assert Counter(s.domain for s in sample) == dict.fromkeys(sentiment.DOMAINS, 300)
+    movies = [s.label for s in sample if s.domain == "movies"]
+    assert 120 < sum(movies) < 180
+
+
 def test_no_text_is_in_both_parts(split: sentiment.Split) -> None:
     assert not {s.text.lower() for s in split.train} & {s.text.lower() for s in split.test}
 
