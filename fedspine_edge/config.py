@@ -86,6 +86,10 @@ class AggregationSettings(_Section, frozen=True, kw_only=True):
         ),
     ] = "reconstruct"
     weight_by_importance: Annotated[bool, _doc("Multiply num_examples by I(B_total) in the device weights.")] = False
+    complete_ranks: Annotated[
+        bool,
+        _doc("Complete a low-rank update with the components that the device was not given, so averaging keeps them."),
+    ] = True
     clip_norm: Annotated[
         float, _doc("Scale a device's update down to this multiple of the median norm; 0 = off.", ge=0)
     ] = 0.0
