@@ -13,14 +13,37 @@ from torch import Tensor
 from torch.nn import functional
 
 Metric = Literal["abs", "square", "signed"]
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # weight, bias, lora_A, lora_B
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep_out: Tensor | None = None,
+    keep_in: Tensor | None = None,
 ) -> Tensor:
-    """`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ`: (..., in_features) → (..., out_features)."""
+    """`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ`: (..., in_features) → (..., out_features).
+
+    With keep_out the rows of lora_B, with keep_in the columns of lora_A are selected first.
+    """
+    lora_B = lora_B if keep_out is None else lora_B[keep_out.long()]
+    lora_A = lora_A if keep_in is None else lora_A[:, keep_in.long()]
     low_rank = functional.linear(functional.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
     return functional.linear(x, weight, bias) + scaling * low_rank
+
+
+def lora_qkv(x: Tensor, q: Weights, k: Weights, v: Weights, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Three `lora_linear` of one input; each of q, k, v is (weight, bias, lora_A, lora_B)."""
+    return lora_linear(x, *q, scaling), lora_linear(x, *k, scaling), lora_linear(x, *v, scaling)
+
+
+def lora_gate_up(x: Tensor, gate: Weights, up: Weights, scaling: float) -> tuple[Tensor, Tensor]:
+    """Two `lora_linear` of one input."""
+    return lora_linear(x, *gate, scaling), lora_linear(x, *up, scaling)
 
 
 def importance_accumulate(

@@ -6,6 +6,9 @@ comparable step by step.
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +40,8 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         self.lora_A = nn.Parameter(lora_A.to(device=like.device, dtype=like.dtype))
         self.lora_B = nn.Parameter(lora_B.to(device=like.device, dtype=like.dtype))
         self.scaling = scaling
+        self.shares_input: SharesInput | None = None
+        """The linears beside this one that are called with the same tensor, if any."""
 
     @property
     def weight(self) -> Tensor:
@@ -54,6 +59,8 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
+        if self.shares_input is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            return self.shares_input.forward(self, x)
         return ops.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def merged_weight(self) -> Tensor:
@@ -70,6 +77,76 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
             raise ModelError("merging gave non-finite weights: the adapter diverged or overflows the base's dtype.")
         bias = None if self.bias is None else self.bias.detach().clone()
         return plain_linear(weight, bias)
+
+
+class SharesInput:
+    """q, k and v, or gate and up: whichever is called first computes all of them, the others take their result.
+
+    transformers calls the linears one by one, each with the same tensor. A result is handed out once, and only to a
+    call that would compute it anew from the same tensors: same input object, nothing written to input, weights or
+    adapters since, same gradient mode and autocast dtype. Any other call computes.
+
+    Args:
+        linears: Two (gate, up) or three (q, k, v) linears of one layer.
+    """
+
+    def __init__(self, *linears: LoraLinear) -> None:
+        self.linears = linears
+        self._pending: tuple[Tensor, list[Any], dict[int, Tensor]] | None = None
+        for linear in linears:
+            linear.shares_input = self
+
+    def forward(self, linear: LoraLinear, x: Tensor) -> Tensor:
+        """The result of one of `linears` for x (..., in)."""
+        state = self._state(x)
+        if state is None or any(other.scaling != linear.scaling for other in self.linears):
+            return ops.lora_linear(x, linear.weight, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
+        pending = self._pending  # read once: another thread may run the same model
+        if pending is not None and pending[0] is x and _same(pending[1], state):
+            result = pending[2].pop(id(linear), None)
+            if not pending[2]:
+                self._pending = None
+            if result is not None:
+                return result
+        results = {id(other): y for other, y in zip(self.linears, self._compute(x, linear.scaling))}
+        mine = results.pop(id(linear))
+        self._pending = (x, state, results)
+        return mine
+
+    def _compute(self, x: Tensor, scaling: float) -> tuple[Tensor, ...]:
+        parts = [ops.Projection(one.weight, one.bias, one.lora_A, one.lora_B) for one in self.linears]
+        if len(parts) == 3:
+            return ops.lora_qkv(x, parts[0], parts[1], parts[2], scaling)
+        return ops.lora_gate_up(x, parts[0], parts[1], scaling)
+
+    def _state(self, x: Tensor) -> list[Any] | None:
+        """What the results depend on besides x's identity: the tensors, how often each was written, the modes.
+
+        None where writes are not counted: tensors of torch's inference mode.
+        """
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        state: list[Any] = [torch.is_grad_enabled(), autocast]
+        for t in (x, *(t for one in self.linears for t in (one.weight, one.bias, one.lora_A, one.lora_B))):
+            if t is not None:
+                if t.is_inference():
+                    return None
+                state += (t, t._version)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharesInput:
+        # By hand, since a result that was never fetched is part of a graph and cannot be copied.
+        twin = SharesInput()
+        memo[id(self)] = twin
+        twin.linears = tuple(copy.deepcopy(linear, memo) for linear in self.linears)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"linears": self.linears, "_pending": None}
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second))
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -16,7 +16,7 @@ from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
-from fedspine_edge.model.lora import LoraLinear, plain_linear
+from fedspine_edge.model.lora import LoraLinear, SharesInput, plain_linear
 from fedspine_edge.model.seeded import kaiming_uniform
 from fedspine_edge.wire.messages import ModelSpec
 
@@ -111,6 +111,7 @@ class PrunableModel:
             _, in_features = full_shape(self.spec, split_name(name)[1])
             lora_A = kaiming_uniform(seed, name, r, in_features)[:, self.layout.cols(name)]
             self._adapt(name, lora_A, np.zeros((self.layout.rows(name).size, r), dtype=np.float32))
+        self._share_inputs()
         self.r = r
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -163,6 +164,7 @@ class PrunableModel:
             self.scaling = float(scaling)
         for name, (lora_A, lora_B) in adapters.items():
             self._adapt(name, lora_A, lora_B)
+        self._share_inputs()
         self.r = ranks.pop()
         with torch.no_grad():
             for name, value in head.items():
@@ -215,6 +217,14 @@ class PrunableModel:
         base = getattr(linear, "base_layer", linear)
         first, second = (torch.from_numpy(np.array(x, dtype=np.float32, order="C")) for x in (lora_A, lora_B))
         self._replace(name, LoraLinear(base, first, second, self.scaling))
+
+    def _share_inputs(self) -> None:
+        """Let the linears of a layer that read one tensor compute together."""
+        parts = self.architecture.linears
+        for layer in range(self.spec.num_layers):
+            for group in (("q", "k", "v"), ("gate", "up")):
+                if all(part in parts for part in group):
+                    SharesInput(*(self.linear(f"layers.{layer}.{part}") for part in group))
 
     def _replace(self, name: str, linear: nn.Module) -> None:
         parent, _, attribute = self.architecture.path(name).rpartition(".")

@@ -268,3 +268,62 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
     good = {k: v.float() if isinstance(v, Tensor) else v for k, v in inputs((3,), 8, 6, 2).items()}
     with pytest.raises(KernelError, match=f"lora_linear: .*{message}"):
         ops.lora_linear(**{**good, **change})
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), full_out=st.integers(1, 40), full_in=st.integers(1, 40), int32=st.booleans())
+def test_kept_rows_and_columns_of_the_full_adapter(
+    data: st.DataObject, full_out: int, full_in: int, int32: bool
+) -> None:
+    """Compact W with the full model's adapter equals the compacted adapter, and masked-full equals compact."""
+
+    def kept(size: int) -> Tensor:
+        chosen = data.draw(st.sets(st.integers(0, size - 1), min_size=1))
+        return torch.tensor(sorted(chosen), dtype=torch.int32 if int32 else torch.int64)
+
+    keep_out, keep_in = kept(full_out), kept(full_in)
+    full = cast(inputs((5,), full_in, full_out, 3), torch.float64)
+    rows, cols = keep_out.long(), keep_in.long()
+    x = full["x"].detach()[:, cols].requires_grad_()
+    weight, bias = full["weight"][rows][:, cols], full["bias"][rows]
+    y = ops.lora_linear(x, weight, bias, full["lora_A"], full["lora_B"], 2.0, keep_out, keep_in)
+    masked_x = torch.zeros(5, full_in, dtype=torch.float64).index_copy(1, cols, x.detach())
+    masked = reference.lora_linear(masked_x, *(full[k] for k in ("weight", "bias", "lora_A", "lora_B")), 2.0)
+    torch.testing.assert_close(y, masked[:, rows])
+    ours = torch.autograd.grad(y.square().sum(), [full["lora_A"], full["lora_B"]])
+    theirs = torch.autograd.grad(masked[:, rows].square().sum(), [full["lora_A"], full["lora_B"]])
+    for mine, expected in zip(ours, theirs):
+        torch.testing.assert_close(mine, expected)
+    twin = reference.lora_linear(x, weight, bias, full["lora_A"], full["lora_B"], 2.0, keep_out, keep_in)
+    torch.testing.assert_close(y, twin)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"keep_out": torch.tensor([0, 6])}, r"keep_out holds 6, outside 0\.\.5 of lora_B"),
+        ({"keep_in": torch.tensor([-1])}, r"keep_in holds -1, outside 0\.\.7 of lora_A"),
+        ({"keep_in": torch.tensor([0.0])}, "keep_in must be a vector of int32 or int64"),
+        ({"keep_out": torch.tensor([0, 1])}, r"lora_B must have shape \(6, 2\), it has \(2, 2\)"),
+    ],
+)
+def test_bad_kept_indices_are_named(keep: dict[str, Tensor], message: str) -> None:
+    good = {k: v.float() if isinstance(v, Tensor) else v for k, v in inputs((3,), 8, 6, 2).items()}
+    with pytest.raises(KernelError, match=f"lora_linear: {message}"):
+        ops.lora_linear(**good, **keep)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer = Layer()
+    gradients = []
+    for recompute in (False, True):
+        layer.zero_grad()
+        x = torch.linspace(-1, 1, 70 * 16).reshape(70, 16).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=use_reentrant) if recompute else layer(x)
+        y.square().sum().backward()
+        gradients.append([x.grad, *(p.grad.clone() for p in layer.parameters())])
+    for plain, recomputed in zip(*gradients):
+        assert torch.equal(plain, recomputed)

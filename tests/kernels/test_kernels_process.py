@@ -53,14 +53,32 @@ def test_threads_get_the_same_bits() -> None:
         assert all(torch.equal(result, expected) for result in pool.map(lambda _: score(), range(16)))
 
 
+def trained(tokens: int = 96) -> list[Any]:
+    """Outputs and adapter gradients of lora_linear and lora_gate_up, forward and backward."""
+    generator = torch.Generator().manual_seed(5)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((4, 64), (48, 4))]
+    weight, x = torch.randn(48, 64, generator=generator), torch.randn(tokens, 64, generator=generator)
+    y = ops.lora_linear(x, weight, None, *leaves, 2.0)
+    gate, up = ops.lora_gate_up(x, *[ops.Projection(weight, None, *leaves)] * 2, 2.0)
+    gradients = torch.autograd.grad((y * gate + up).sum(), leaves)
+    return [t.tolist() for t in (y, gate, up, *gradients)]
+
+
+def test_lora_ops_in_threads_get_the_same_bits() -> None:
+    expected = trained()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(result == expected for result in pool.map(lambda _: trained(), range(16)))
+
+
 def _in_child(queue: Any) -> None:
-    queue.put(score().tolist())
+    queue.put((score().tolist(), trained()))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_works_after_fork() -> None:
-    expected = score().tolist()  # the parent has used threads before it forks
-    context = multiprocessing.get_context("fork")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_works_in_a_child_process(method: str) -> None:
+    expected = (score().tolist(), trained())  # the parent has used threads before it forks
+    context = multiprocessing.get_context(method)
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
     child.start()

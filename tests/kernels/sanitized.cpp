@@ -1,0 +1,159 @@
+// Runs every CPU kernel over awkward shapes on buffers of exactly the needed size, for a build with sanitizers:
+// test_kernels_sanitizers.py. Results are compared with plain loops in double, so that the program also fails without.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace fedspine;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what, int64_t rows, int64_t cols, int64_t rank) {
+  if (condition) return;
+  std::printf("%s is wrong at %lld x %lld, rank %lld\n", what, static_cast<long long>(rows),
+              static_cast<long long>(cols), static_cast<long long>(rank));
+  ++failures;
+}
+
+uint32_t seed = 1;
+float draw() {
+  seed = seed * 1664525u + 1013904223u;
+  return static_cast<float>(seed >> 8) / 8388608.0f - 1.0f;
+}
+
+// A matrix that owns exactly rows * cols elements; transposed storage gives it a column stride.
+struct Owned {
+  std::unique_ptr<unsigned char[]> data;
+  std::vector<double> values;  // what the storage holds, row by row
+  Matrix view;
+};
+
+Owned make(int64_t rows, int64_t cols, DType dtype, bool transposed) {
+  const size_t size = static_cast<size_t>(rows * cols);
+  const size_t item = dtype == DType::f32 ? 4 : 2;
+  Owned m{std::unique_ptr<unsigned char[]>(new unsigned char[size * item]), std::vector<double>(size), {}};
+  m.view = {m.data.get(), rows, cols, transposed ? 1 : cols, transposed ? rows : 1, dtype};
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const int64_t at = i * m.view.row_stride + j * m.view.col_stride;
+      if (dtype == DType::f32) {
+        const float x = draw();
+        reinterpret_cast<float*>(m.data.get())[at] = x;
+        m.values[i * cols + j] = x;
+      } else {
+        // Multiples of 1/8 below 2 are exact in both half formats: bits are made by hand, without the code under test.
+        const int eighths = static_cast<int>(draw() * 15.0f);
+        const float x = static_cast<float>(eighths) / 8.0f;
+        uint32_t bits;
+        static_assert(sizeof bits == sizeof x, "");
+        __builtin_memcpy(&bits, &x, 4);
+        uint16_t half = static_cast<uint16_t>(bits >> 16);
+        if (dtype == DType::f16) {
+          const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+          half = static_cast<uint16_t>(sign | (magnitude == 0 ? 0u : (magnitude - 0x38000000u) >> 13));
+        }
+        reinterpret_cast<uint16_t*>(m.data.get())[at] = half;
+        m.values[i * cols + j] = x;
+      }
+    }
+  }
+  return m;
+}
+
+void importance(int64_t rows, int64_t cols, int64_t rank, DType dtype, bool transposed, bool by_row, int threads) {
+  const Owned w = make(rows, cols, dtype, transposed), a = make(rank, cols, dtype, transposed);
+  const Owned b = make(rows, rank, dtype, !transposed), ga = make(rank, cols, dtype, false);
+  const Owned gb = make(rows, rank, dtype, false);
+  const int64_t length = by_row ? rows : cols, groups = (length + 2) / 3 + 1;
+  std::unique_ptr<int32_t[]> group(new int32_t[length]);
+  for (int64_t i = 0; i < length; ++i) group[i] = static_cast<int32_t>((i * 7) % groups);
+  std::unique_ptr<float[]> scores(new float[groups]);
+  importance_accumulate_cpu(
+      {w.view, a.view, b.view, ga.view, gb.view, 0.5f, group.get(), by_row, groups, Metric::abs, scores.get()},
+      threads);
+  std::vector<double> sums(groups, 0.0);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      double ghat = 0.0, delta = 0.0;
+      for (int64_t k = 0; k < rank; ++k) {
+        const double bk = b.values[i * rank + k], gbk = gb.values[i * rank + k];
+        const double ak = a.values[k * cols + j], gak = ga.values[k * cols + j];
+        ghat += gbk * ak + bk * gak - gbk * gak;
+        delta += bk * ak;
+      }
+      sums[group[by_row ? i : j]] += std::fabs(ghat * (w.values[i * cols + j] + 0.5 * delta));
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    expect(std::fabs(scores[g] - sums[g]) <= 1e-3 + 1e-4 * sums[g], "importance", rows, cols, rank);
+  }
+}
+
+void project(int64_t rows, int64_t cols, int64_t rank, DType dtype, bool transposed, int threads) {
+  const Owned x = make(rows, cols, dtype, transposed), s = make(cols, rank, dtype, !transposed);
+  Owned out = make(rows, rank, DType::f32, transposed);
+  lowrank_project_cpu(out.view, x.view, s.view, 0.5f, threads);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < rank; ++j) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < cols; ++k) sum += x.values[i * cols + k] * s.values[k * rank + j];
+      const float got = *(reinterpret_cast<float*>(out.data.get()) + i * out.view.row_stride + j * out.view.col_stride);
+      expect(std::fabs(got - 0.5 * sum) <= 1e-3 + 1e-4 * std::fabs(sum), "project", rows, cols, rank);
+    }
+  }
+}
+
+void gather(int64_t rows, int64_t cols, bool by_row, bool transposed, int threads) {
+  Owned in = make(rows, cols, DType::f32, transposed);
+  const int64_t limit = by_row ? rows : cols, count = (limit + 1) / 2;
+  std::unique_ptr<int64_t[]> index(new int64_t[count]);
+  for (int64_t i = 0; i < count; ++i) index[i] = limit - 1 - 2 * i;
+  const int64_t out_rows = by_row ? count : rows, out_cols = by_row ? cols : count;
+  Owned out = make(out_rows, out_cols, DType::f32, false);
+  gather_cpu(out.view, in.view, index.get(), by_row, 4, threads);
+  for (int64_t i = 0; i < out_rows; ++i) {
+    for (int64_t j = 0; j < out_cols; ++j) {
+      const double expected = in.values[(by_row ? index[i] : i) * cols + (by_row ? j : index[j])];
+      const float got = reinterpret_cast<float*>(out.data.get())[i * out_cols + j];
+      expect(got == static_cast<float>(expected), "gather", rows, cols, 0);
+    }
+  }
+  index[0] = limit;
+  bool refused = false;
+  try {
+    gather_cpu(out.view, in.view, index.get(), by_row, 4, threads);
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  expect(refused, "gather's check of an index", rows, cols, 0);
+}
+
+}  // namespace
+
+int main() {
+  const int64_t sizes[][3] = {{1, 1, 1},    {1, 300, 2},  {300, 1, 3},   {5, 33, 1},
+                              {31, 97, 17}, {97, 65, 13}, {193, 131, 8}, {40, 37, 256}};
+  const DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
+  for (const auto& size : sizes) {
+    for (const DType dtype : dtypes) {
+      for (const bool transposed : {false, true}) {
+        for (const bool by_row : {false, true}) {
+          importance(size[0], size[1], size[2], dtype, transposed, by_row, by_row ? 1 : 3);
+        }
+        project(size[0], size[1], size[2], dtype, transposed, transposed ? 2 : 1);
+      }
+    }
+    for (const bool by_row : {false, true}) gather(size[0], size[1], by_row, by_row, 2);
+  }
+  importance(640, 768, 16, DType::f32, false, true, 3);  // enough work for threads
+  project(1200, 700, 12, DType::f32, false, 3);
+  std::printf("%s: %d failures\n", cpu_isa().c_str(), failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
