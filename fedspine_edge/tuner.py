@@ -40,7 +40,8 @@ class EdgeTuner:
     """Adapters on one model, trained and pruned step by step. Make one with `from_pretrained`.
 
     Data is, wherever it is asked for: a CSV, JSON lines or Parquet file; 'module:function'; a list of (text, label)
-    or (text, text_pair, label); or a callable that returns such a list. For causal_lm texts alone.
+    or (text, text_pair, label); or a callable that returns such a list. For causal_lm texts alone, or (prompt, answer)
+    of which only the answer is learned; for token_classification (list of words, list of labels).
 
     Args:
         model: With or without adapters.
@@ -109,7 +110,7 @@ class EdgeTuner:
 
         Args:
             path: Hugging Face folder, GGUF folder or hub id; or a saved folder.
-            task: "classification" or "causal_lm".
+            task: "classification", "token_classification" or "causal_lm".
             num_labels: Classes; default 2, or what a saved model has.
             r: LoRA rank; a saved adapter keeps its own.
             lora_alpha: scaling = lora_alpha / r; default 2·r.
@@ -284,8 +285,9 @@ class EdgeTuner:
         return self.model.merged()
 
     def _encoded(self, data: Data) -> list[Encoded]:
-        examples = examples_of(data, self._columns, labelled=self.model.task == "classification")
-        return encode(examples, self.tokenizer, self._settings.max_length_tokens)
+        task = self.model.task
+        examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
+        return encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings

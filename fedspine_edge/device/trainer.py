@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from fedspine_edge.device.data import BatchOrder, Encoded, Ints, collate, evaluation_batches
+from fedspine_edge.device.data import IGNORED, BatchOrder, Encoded, Ints, collate, evaluation_batches
 from fedspine_edge.device.state import Document, prefixed, unprefixed
 from fedspine_edge.device.telemetry import Meter, pass_flops
 from fedspine_edge.errors import DataError, OutOfMemory
@@ -222,11 +222,12 @@ class Trainer:
         """(sum of the losses, number of right answers) of one batch."""
         device = next(iter(self.model.module.parameters())).device
         inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
-        labels = inputs.pop("labels")
+        del inputs["labels"]
+        labels = torch.from_numpy(_targets(batch, self.model.task).reshape(-1)).to(device)
         logits = self.model.module(**inputs).logits.float()
         if self.model.task == "causal_lm":
-            labels = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100).reshape(-1)
-            logits = logits[:, :-1].reshape(-1, logits.shape[-1])
+            logits = logits[:, :-1]
+        logits = logits.reshape(-1, logits.shape[-1])
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         return loss, int((logits.detach().argmax(-1) == labels).sum())
 
@@ -261,8 +262,18 @@ class Trainer:
                 self.micro_batch = at_once // 2
 
 
+def _targets(batch: Mapping[str, Ints], task: str) -> Ints:
+    """What is to be predicted, IGNORED where nothing is; for causal_lm the token that follows each but the last."""
+    labels = batch["labels"]
+    if task != "causal_lm":
+        return labels
+    if labels.ndim == 1:  # plain text: every token
+        labels = np.where(batch["attention_mask"] == 0, IGNORED, batch["input_ids"])
+    return labels[:, 1:]
+
+
 def _num_targets(batch: Mapping[str, Ints], task: str) -> int:
-    return max(1, int(batch["attention_mask"][:, 1:].sum())) if task == "causal_lm" else len(batch["labels"])
+    return max(1, int((_targets(batch, task) != IGNORED).sum()))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import tiny_models as tiny
 import torch
 
 from fedspine_edge.errors import CheckpointError, ModelError
+from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.pruning import order_from_scores, plan_local
@@ -36,7 +37,9 @@ def plant(model, layer, head, channels):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("metric", ["abs", "square"])
 @pytest.mark.parametrize(
-    ("kind", "kv_heads"), [("bert", 4), ("roberta", 4), ("llama", 4), ("llama", 2), ("llama_lm", 1)]
+    ("kind", "kv_heads"),
+    [(kind, 2 if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim else 4) for kind in tiny.FAMILIES]
+    + [("llama", 4), ("llama_lm", 1), ("bert_tokens", 4)],
 )
 def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
     """With GQA the survivor is the right KV group."""
