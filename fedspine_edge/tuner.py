@@ -24,7 +24,7 @@ from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
-from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
 from fedspine_edge.model.layout import Layout, check_ratio
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.pruning import Scope, plan_local
@@ -48,7 +48,7 @@ class EdgeTuner:
         tokenizer: The model's transformers tokenizer.
         settings: Learning rate, batch size, length, clipping.
         columns: Names of the columns of files.
-        criterion: What ranks heads and channels: "lora", "magnitude" or "random".
+        criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
         scope: "layer" gives every layer the same width, "global" lets widths differ.
         round_to: Kept channel counts are multiples of this.
         seed: Of the adapters and the order of the data.
@@ -66,8 +66,8 @@ class EdgeTuner:
         round_to: int = 8,
         seed: int = 0,
     ) -> None:
-        if criterion not in ("lora", "magnitude", "random"):
-            raise ConfigError(f"criterion {criterion!r} is unknown.", remedy="Use 'lora', 'magnitude' or 'random'.")
+        if criterion not in CRITERIA:
+            raise ConfigError(f"criterion {criterion!r} is unknown.", remedy=f"Use one of {', '.join(CRITERIA)}.")
         if scope not in ("layer", "global"):
             raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
         self.model = model
@@ -79,7 +79,7 @@ class EdgeTuner:
         self._scope: Scope = scope
         self._round_to = round_to
         self._seed = seed
-        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)  # type: ignore[arg-type]
+        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
@@ -243,7 +243,7 @@ class EdgeTuner:
                 remedy="Load the base model again to prune less.",
             )
         train = self._last if data is None else self._encoded(data)
-        unscored = self._tracker.criterion == "lora" and self._tracker.steps == 0
+        unscored = not self._tracker.ready
         if train is None and (unscored or stages > 1):
             raise DataError(
                 "pruning needs data: importance comes from training steps.",

@@ -181,6 +181,8 @@ class Trainer:
 
     def _take_step(self, examples: Ints, scored: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.tracker is not None:
+            self.tracker.begin(scored)
         pieces = [examples[i : i + self.micro_batch] for i in range(0, len(examples), self.micro_batch)]
         batches = [collate(self._train, piece, self._pad_id) for piece in pieces]
         count = sum(_num_targets(batch, self.model.task) for batch in batches)

@@ -35,7 +35,7 @@ def plant(model, layer, head, channels):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("metric", ["abs", "square"])
+@pytest.mark.parametrize("metric", ["abs", "square", "apt"])
 @pytest.mark.parametrize(
     ("kind", "kv_heads"),
     [(kind, 2 if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim else 4) for kind in tiny.FAMILIES]
@@ -47,7 +47,8 @@ def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
     head, channels = kv_heads - 1, [1, 5, 9, 13, 17, 18, 19, 23]
     for layer in range(model.spec.num_layers):
         plant(model, layer, head, channels)
-    tracker = ImportanceTracker(model, metric=metric, scope=scope)
+    criterion = {"criterion": "apt"} if metric == "apt" else {"metric": metric}
+    tracker = ImportanceTracker(model, **criterion, scope=scope)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-3)
     for seed in range(3):
         backward(model, seed)
