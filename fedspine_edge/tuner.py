@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedspine_edge.config import DataSettings, TrainingSettings
 from fedspine_edge.device.data import Data, Encoded, encode, examples_of
 from fedspine_edge.device.source import choose_torch_device
+from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
@@ -26,6 +27,7 @@ from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
 from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
 from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.pruning import Scope, plan_local
 from fedspine_edge.wire.messages import Training
@@ -102,6 +104,7 @@ class EdgeTuner:
         criterion: str = "lora",
         scope: Scope = "layer",
         round_to: int = 8,
+        gradient_checkpointing: bool = False,
         torch_device: str = "auto",
         gguf_file: str | None = None,
         seed: int = 0,
@@ -123,6 +126,8 @@ class EdgeTuner:
             criterion: What ranks heads and channels.
             scope: "layer" or "global".
             round_to: Kept channel counts are multiples of this.
+            gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
+                much less memory, about a third more time, the same results.
             torch_device: "auto", "cpu" or "cuda".
             gguf_file: The file within a GGUF folder, if there are several.
             seed: Of head, adapters and data order.
@@ -152,6 +157,7 @@ class EdgeTuner:
         folder = model.folder if model.folder is not None else path
         tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
         model.module.to(choose_torch_device(torch_device))  # type: ignore[arg-type]
+        model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
         columns = _checked(
@@ -270,6 +276,33 @@ class EdgeTuner:
                         trainer.run(trainer.step + steps, scored=True, on_step=advance)
         if trainer is not None:
             self._done(trainer)
+        return self
+
+    def plan(self, pruning_ratio: float) -> PruningPlan:
+        """What `apply` would remove to reach `pruning_ratio`, with scores, parameters and operations saved.
+
+        Changes nothing. Raises `ConfigError` for a ratio outside [0, 1), `DataError` before any step was scored.
+        """
+        check_ratio(pruning_ratio)
+        if not self._tracker.ready:
+            raise DataError(
+                "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
+            )
+        scores = self._tracker.scores()
+        after = plan_local(scores, self.layout, pruning_ratio, scope=self._scope, round_to=self._round_to)
+        flops = [
+            pass_flops(layout, 0, 1, self._settings.max_length_tokens, backward=False)
+            for layout in (self.layout, after)
+        ]
+        return PruningPlan(self.layout, after, scores, *flops)
+
+    def apply(self, plan: PruningPlan) -> EdgeTuner:
+        """Prune to a plan at once; `fit` afterwards lets the smaller model recover.
+
+        Raises `LayoutError`, changing nothing, if the model was pruned otherwise since the plan was made.
+        """
+        self.model.compact(plan.after, importance=self._tracker)
+        self._metrics = {}
         return self
 
     def save(self, folder: str | Path) -> Path:

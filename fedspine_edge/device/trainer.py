@@ -180,6 +180,8 @@ class Trainer:
         return list(self.model.trainable_parameters().values())
 
     def _take_step(self, examples: Ints, scored: bool) -> None:
+        # transformers recomputes layers in train mode only; with every dropout at 0 the mode changes nothing else
+        self.model.module.train(self.model.recomputes)
         self.optimizer.zero_grad(set_to_none=True)
         if self.tracker is not None:
             self.tracker.begin(scored)
@@ -210,6 +212,7 @@ class Trainer:
 
     def _evaluate(self, examples: Sequence[Encoded]) -> Evaluation:
         loss, correct, count = 0.0, 0, 0
+        self.model.module.eval()
         with torch.inference_mode():
             for piece in evaluation_batches(examples, self._evaluation_batch):
                 batch = collate(examples, piece, self._pad_id)

@@ -66,6 +66,7 @@ class PrunableModel:
         self.gguf_file = gguf_file
         self.r: int | None = None
         self.scaling = 1.0
+        self.recomputes = False
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
@@ -97,6 +98,21 @@ class PrunableModel:
     def num_parameters(self) -> int:
         """Parameters of base and head, adapters excluded."""
         return sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+
+    def recompute_layers(self, on: bool) -> None:
+        """Gradient checkpointing: keep the layers' inputs alone and compute the rest again in the backward pass.
+
+        Raises `ModelError` where the transformers model cannot.
+        """
+        if on == self.recomputes:
+            return
+        if on:
+            if not self.module.supports_gradient_checkpointing:
+                raise ModelError(f"{self.spec.family} models cannot recompute their layers.")
+            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.module.gradient_checkpointing_disable()
+        self.recomputes = on
 
     # Adapters
 

@@ -227,3 +227,18 @@ def test_only_adapters_and_head_are_trainable_and_dropout_is_off():
         model.module.train()
         inputs = tiny.batch(model)
         assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_recomputing_layers_changes_no_gradient_before_and_after_a_prune(kind):
+    plain, saving = tiny.prunable(kind), tiny.prunable(kind)
+    saving.recompute_layers(True)
+    saving.module.train()
+    for layout in (plain.layout, tiny.random_layout(plain, 3)):
+        for model in (plain, saving):
+            model.compact(layout)
+        logits, expected = gradients(plain, tiny.batch(plain))
+        actual, found = gradients(saving, tiny.batch(saving))
+        assert torch.equal(actual, logits)
+        for name, gradient in found.items():
+            assert torch.equal(gradient, expected[name]), name
