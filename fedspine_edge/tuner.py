@@ -6,9 +6,10 @@ tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("ou
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedspine_edge.config import DataSettings, TrainingSettings
 from fedspine_edge.device.data import Data, Encoded, encode, examples_of
 from fedspine_edge.device.source import choose_torch_device
+from fedspine_edge.device.state import Document, StateDir
 from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
@@ -36,6 +38,10 @@ log = logging.getLogger("fedspine_edge.tuner")
 
 SCORED_STEPS = 40
 """Steps at the end of a `fit` whose gradients are scored: with a decay of 0.9 the ones before hardly count."""
+
+CHECKPOINT_STEPS = 10
+FIT = "fit"
+"""Name of the state file in a fit's checkpoint folder."""
 
 
 class EdgeTuner:
@@ -180,7 +186,14 @@ class EdgeTuner:
         return self.model.layout
 
     def fit(
-        self, data: Data, *, epochs: float | None = None, steps: int | None = None, progress: bool | None = None
+        self,
+        data: Data,
+        *,
+        epochs: float | None = None,
+        steps: int | None = None,
+        progress: bool | None = None,
+        checkpoint: str | Path | None = None,
+        on_step: Callable[[int, float | None], None] | None = None,
     ) -> EdgeTuner:
         """Train adapters and head: AdamW, warm-up and cosine over this call's steps.
 
@@ -189,8 +202,12 @@ class EdgeTuner:
             epochs: Passes over the data, default 1.
             steps: Training steps, instead of epochs.
             progress: Show a progress bar; default only on a terminal.
+            checkpoint: Folder, one for each `fit`, from which the same call goes on after the process was killed, and
+                ends with the same bits. When the call has finished, repeating it restores its result at once.
+            on_step: Called after each step with its number, from 1, and the last loss; what it raises ends the fit.
 
-        Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`.
+        Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`, and
+        `CheckpointError` for a damaged checkpoint.
         """
         if epochs is not None and steps is not None:
             raise ConfigError("fit takes epochs or steps, not both.")
@@ -201,9 +218,23 @@ class EdgeTuner:
             raise ConfigError(f"fit would take {total} steps.", remedy="Pass steps or epochs above 0.")
         self._last, self._metrics = train, {}
         trainer = self._trainer(train, total)
-        with _bar("fit", total, progress) as advance:
-            trainer.run(max(0, total - SCORED_STEPS), on_step=advance)
-            trainer.run(total, scored=True, on_step=advance)
+        with ExitStack() as stack:
+            advance = stack.enter_context(_bar("fit", total, progress))
+            saver = None if checkpoint is None else stack.enter_context(StateDir(checkpoint))
+            key = self._fit_key(train, total)
+            if saver is not None and self._resume(saver, trainer, key):
+                advance(trainer.step)
+
+            def stepped() -> None:
+                advance(1)
+                if saver is not None and (trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == total):
+                    saved = trainer.state()
+                    saver.write(FIT, Document({"key": key, "trainer": saved.info}, saved.tensors))
+                if on_step is not None:
+                    on_step(trainer.step, trainer.last_loss)
+
+            trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
+            trainer.run(total, scored=True, on_step=stepped)
         self._done(trainer)
         return self
 
@@ -317,6 +348,34 @@ class EdgeTuner:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
         return self.model.merged()
 
+    def _fit_key(self, train: list[Encoded], total: int) -> str:
+        """Digest of everything that a fit's result depends on besides the weights it starts from."""
+        model = self.model
+        parts = (
+            [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train],
+            [total, self._seed, self._steps_taken, model.r, model.scaling, model.task],
+            [model.spec.base_sha256, model.layout.to_dict()],
+            msgspec.to_builtins(self._settings),
+            [self._tracker.criterion, self._scope],
+        )
+        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+    def _resume(self, saver: StateDir, trainer: Trainer, key: str) -> bool:
+        saved = saver.read(FIT)
+        if saved is None:
+            return False
+        if saved.info.get("key") != key:
+            raise ConfigError(
+                f"{saver.folder} holds the checkpoint of another fit: other data, settings, steps or widths.",
+                remedy="Give every fit a folder of its own, or delete this one.",
+            )
+        try:
+            trainer.restore(Document(saved.info["trainer"], saved.tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise saver.damaged(FIT, f"it is incomplete ({type(error).__name__})") from error
+        log.info("resumed after step %d", trainer.step)
+        return True
+
     def _encoded(self, data: Data) -> list[Encoded]:
         task = self.model.task
         examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
@@ -361,7 +420,7 @@ def _bar(what: str, total: int, wanted: bool | None) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not shown or total == 0) as progress:
         task: TaskID = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda steps=1: progress.advance(task, steps)
 
 
 def _checked(kind: Any, **values: Any) -> Any:

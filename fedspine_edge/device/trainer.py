@@ -107,6 +107,11 @@ class Trainer:
         """Mean loss of the steps taken, None before the first."""
         return sum(self._losses) / len(self._losses) if self._losses else None
 
+    @property
+    def last_loss(self) -> float | None:
+        """Loss of the last step that was not skipped, None before the first."""
+        return self._losses[-1] if self._losses else None
+
     def run(self, until: int, *, scored: bool = False, on_step: Callable[[], None] | None = None) -> None:
         """Take steps until `self.step == until`; `on_step` is called after each.
 
