@@ -140,7 +140,11 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     layout: Annotated[
         Literal["consensus", "local"], _doc("`consensus`: one order for the fleet; `local`: every device ranks alone.")
     ] = "consensus"
-    criterion: Annotated[Literal["lora", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
+    criterion: Annotated[Literal["lora", "apt", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
+    scope: Annotated[
+        Literal["layer", "global"],
+        _doc("`layer`: equal widths; `global`: layers compete, which needs layout `local`."),
+    ] = "layer"
     round_to: Annotated[int, _doc("Kept channel counts are multiples of this.", ge=1)] = 8
     min_devices: Annotated[int, _doc("Devices that must be online before round 1 starts.", ge=1)] = 1
     join_timeout_s: Annotated[float, _doc("How long to wait for min_devices.", gt=0)] = 600.0
@@ -161,6 +165,8 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.ranks or any(not 1 <= r <= 256 for r in self.ranks) or sorted(set(self.ranks)) != list(self.ranks):
             raise ValueError(f"ranks is {list(self.ranks)}; it must be ascending, unique and each within 1..256")
+        if self.scope == "global" and self.layout == "consensus":
+            raise ValueError('scope "global" needs layout "local": the consensus order gives every layer one width')
 
 
 class DataSettings(_Section, frozen=True, kw_only=True):

@@ -225,7 +225,7 @@ class LocalRound:
         plan, layout = self._plan, trainer.model.layout
         tracker = _tracker_of(trainer)
         scores: GroupScores | None = None
-        if plan.criterion != "lora" or tracker.steps > 0:
+        if tracker.ready:
             scores = tracker.scores()
             self._scores = scores_tensors(scores, layout)
         wanted = layout

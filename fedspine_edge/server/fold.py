@@ -16,6 +16,7 @@ from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Indices, Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.model.pruning import Scope
 from fedspine_edge.server.gate import KINDS, Update
 from fedspine_edge.wire.codec import Tensor
 from fedspine_edge.wire.messages import ModelSpec, Report
@@ -144,11 +145,13 @@ def coverage_layout(
     *,
     pruning_ratio: float,
     round_to: int,
+    scope: Scope = "layer",
 ) -> Layout:
     """One layout for a fleet whose devices ranked alone, at `pruning_ratio`.
 
     In each layer the groups held by most training examples stay, since those are the ones the global adapter was
-    trained on; among equals the better averaged score decides, then the index.
+    trained on; among equals the better averaged score decides, then the index. With scope "global" a layer is as
+    wide as it is on the devices in the mean.
     """
     spec = next(iter(layouts.values())).spec
     sizes = _sizes(spec)
@@ -162,8 +165,17 @@ def coverage_layout(
             score = np.nan_to_num(scores[kind][layer], nan=-math.inf)
             orders.append(np.lexsort((np.arange(held.size), -score, -held)).astype(np.int64))
         ranked[kind] = tuple(orders)
-    counts = target_counts(spec, pruning_ratio, round_to=round_to)
-    return Layout.prefix(spec, Order(ranked["heads"], ranked["channels"]), [counts] * spec.num_layers)
+    counts = [target_counts(spec, pruning_ratio, round_to=round_to)] * spec.num_layers
+    if scope == "global":
+        devices = sorted(layouts)
+        mean = np.average([layouts[i].counts for i in devices], axis=0, weights=[weights[i] for i in devices])
+        counts = [(_whole(h, 1, spec.num_kv_heads), _whole(c, round_to, spec.intermediate_size)) for h, c in mean]
+    return Layout.prefix(spec, Order(ranked["heads"], ranked["channels"]), counts)
+
+
+def _whole(width: float, unit: int, full: int) -> int:
+    """`width` to the nearest multiple of `unit`, at least one and at most `full`."""
+    return min(full, max(unit, round(width / unit) * unit))
 
 
 def _next_order(

@@ -38,6 +38,7 @@ def round_plan(
         recovery_steps=assignment.recovery_steps,
         layout=config.layout,
         criterion=config.criterion,
+        scope=config.scope,
         round_to=config.round_to,
         deadline_s=config.deadline_s,
         seed=config.seed,

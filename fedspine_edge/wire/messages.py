@@ -117,7 +117,7 @@ class Plan(Message, frozen=True, kw_only=True):
     """Local iterations before pruning, every one of them scored."""
     recovery_steps: Count = 20
     layout: Literal["consensus", "local"] = "consensus"
-    criterion: Literal["lora", "magnitude", "random"] = "lora"
+    criterion: Literal["lora", "apt", "magnitude", "random"] = "lora"
     importance_metric: Literal["abs", "square", "signed"] = "abs"
     scope: Literal["layer", "global"] = "layer"
     round_to: Positive = 8
