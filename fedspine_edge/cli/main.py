@@ -28,6 +28,7 @@ _COMMANDS = {
     "compile": "turn a model folder into a verified engine bundle",
     "run": "classify texts with a compiled bundle",
     "bench": "measure the latency of compiled bundles",
+    "explain": "say why a device got its pruning ratio and rank, from the server's journal",
     "report": "write the HTML report of a fleet run",
     "doctor": "say what this machine has, what is missing and how to mend it",
 }
