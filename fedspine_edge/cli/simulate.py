@@ -62,9 +62,10 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import FleetConfig, load
     from fedspine_edge.simulation import profiles as classes
+    from fedspine_edge.simulation.costs import spec_of
     from fedspine_edge.simulation.fleet import simulate, simulate_recorded
     from fedspine_edge.simulation.measures import measure
-    from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared, spec_of
+    from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared
     from fedspine_edge.simulation.setup import demo_model, lay_out_mix, prepare_data
 
     known = classes.load_profiles(arguments.profiles or classes.BUILT_IN)

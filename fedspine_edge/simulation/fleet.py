@@ -6,9 +6,9 @@ same configs give the same adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,6 +21,8 @@ from fedspine_edge.server.coordinator import FleetServer, RunResult
 from fedspine_edge.simulation.dropout import Unreliable
 from fedspine_edge.simulation.network import Participant, VirtualNetwork, VirtualTransport
 from fedspine_edge.simulation.recorded import RecordedDevice, Shared
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 
 def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
@@ -45,13 +47,18 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
     return _run(fleet, devices, network, device)
 
 
-def simulate_recorded(fleet: FleetConfig, devices: Sequence[DeviceConfig], shared: Shared) -> RunResult:
-    """Run `fleet` as `simulate` does, with `RecordedDevice` in the place of training; data and model are not read."""
+def simulate_recorded(
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], shared: Shared, *, on_event: OnEvent | None = None
+) -> RunResult:
+    """Run `fleet` as `simulate` does, with `RecordedDevice` in the place of training; data and model are not read.
+
+    `on_event` is the server's.
+    """
 
     def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> RecordedDevice:
         return RecordedDevice(config, transport, clock, shared)
 
-    return _run(fleet, devices, VirtualNetwork(), device)
+    return _run(fleet, devices, VirtualNetwork(), device, on_event)
 
 
 class _Device(Participant, Protocol):
@@ -64,7 +71,13 @@ class _Maker(Protocol):
     def __call__(self, config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock, /) -> _Device: ...
 
 
-def _run(fleet: FleetConfig, devices: Sequence[DeviceConfig], network: VirtualNetwork, make: _Maker) -> RunResult:
+def _run(
+    fleet: FleetConfig,
+    devices: Sequence[DeviceConfig],
+    network: VirtualNetwork,
+    make: _Maker,
+    on_event: OnEvent | None = None,
+) -> RunResult:
     with ExitStack() as running:
         for config in sorted(devices, key=lambda one: one.device_id):
             clock = VirtualClock()
@@ -76,4 +89,4 @@ def _run(fleet: FleetConfig, devices: Sequence[DeviceConfig], network: VirtualNe
             device.start()
             running.callback(device.close)
         clock = VirtualClock()
-        return FleetServer(fleet, network.join("server", clock), clock).run()
+        return FleetServer(fleet, network.join("server", clock), clock, on_event=on_event).run()

@@ -22,9 +22,10 @@ import numpy as np
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.device.round import order_of
-from fedspine_edge.device.telemetry import Meter, conditions, pass_flops
+from fedspine_edge.device.telemetry import Meter, conditions
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, module_names, target_counts
+from fedspine_edge.simulation.costs import MINILM, SMALL, factor_elements, work
 from fedspine_edge.simulation.network import VirtualTransport
 from fedspine_edge.simulation.runview import read_run
 from fedspine_edge.transport.base import Connected, Event, Will
@@ -37,39 +38,6 @@ REASON = "training replaced by recorded losses"
 _NEAREST = 6
 """Recorded device-rounds among which one is drawn."""
 _RETRY_SHARE = 1 / 40
-_EVALUATION_BATCH = 32
-
-SMALL = ModelSpec(
-    family="bert",
-    num_layers=2,
-    hidden_size=16,
-    num_heads=12,
-    num_kv_heads=12,
-    head_dim=2,
-    intermediate_size=192,
-    gated_ffn=False,
-    attention_bias=True,
-    ffn_bias=True,
-    num_parameters=40_000,
-    base_sha256="5" * 64,
-)
-"""A stand-in for the model on the wire where its size is not the question; as many heads as MiniLM."""
-
-MINILM = ModelSpec(
-    family="bert",
-    num_layers=6,
-    hidden_size=384,
-    num_heads=12,
-    num_kv_heads=12,
-    head_dim=32,
-    intermediate_size=1536,
-    gated_ffn=False,
-    attention_bias=True,
-    ffn_bias=True,
-    num_parameters=22_713_600,
-    base_sha256="6" * 64,
-)
-"""The shapes of all-MiniLM-L6-v2, for the cost of a step and for wire sizes."""
 
 
 @dataclass(frozen=True)
@@ -342,23 +310,21 @@ class RecordedDevice:
             simulated=config.simulated,
             conditions=conditions(config, plan.server_round),
         )
-        before = _costed(shared.cost_spec, ratio_before, plan.round_to)
-        after = _costed(shared.cost_spec, self._ratio, plan.round_to)
-        batches = math.ceil(config.data.holdout / _EVALUATION_BATCH)
-        size = min(_EVALUATION_BATCH, config.data.holdout)
-        for layout in (before, after):
-            evaluation = pass_flops(layout, plan.r, size, shared.tokens, backward=False)
-            for _ in range(batches):
-                meter.work(evaluation)
-        training = plan.training.batch_size
-        scored = pass_flops(before, plan.r, training, shared.tokens, backward=True, scored=True)
-        recovery = pass_flops(after, plan.r, training, shared.tokens, backward=True)
-        for flops in (scored,) * plan.tau + (recovery,) * plan.recovery_steps:
-            meter.work(flops)
+        after = work(
+            meter,
+            shared.cost_spec,
+            shared.tokens,
+            ratios=(ratio_before, self._ratio),
+            r=plan.r,
+            steps=(plan.tau, plan.recovery_steps),
+            batch_size=plan.training.batch_size,
+            round_to=plan.round_to,
+            holdout=config.data.holdout,
+        )
         down = plan.adapter.size_bytes if plan.adapter else 0
         if shared.cost_spec != shared.spec:
-            share = _factor_elements(Layout.full(shared.cost_spec)) / _factor_elements(Layout.full(shared.spec))
-            down, size_bytes = int(down * share), 2 * plan.r * _factor_elements(after)
+            share = factor_elements(Layout.full(shared.cost_spec)) / factor_elements(Layout.full(shared.spec))
+            down, size_bytes = int(down * share), 2 * plan.r * factor_elements(after)
         meter.transfer(down_bytes=down, up_bytes=size_bytes)
         return meter
 
@@ -399,32 +365,3 @@ class RecordedDevice:
             memory_bytes=config.memory_limit_mib * 1024 * 1024,
             pruning_ratio=self._ratio,
         )
-
-
-def spec_of(name: str) -> ModelSpec:
-    """`small` or `minilm`. Raises `ConfigError`."""
-    known = {"small": SMALL, "minilm": MINILM}
-    if name not in known:
-        raise ConfigError(f"model shapes {name!r} are not known.", remedy=f"One of: {', '.join(known)}.")
-    return known[name]
-
-
-def _costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
-    """A layout of `spec` at `ratio`; which groups it keeps costs the same."""
-    heads, channels = target_counts(spec, ratio, round_to=round_to)
-    key = (spec.hidden_size, spec.num_layers, heads, channels)
-    if key not in _LAYOUTS:
-        layers = range(spec.num_layers)
-        _LAYOUTS[key] = Layout(
-            spec, tuple(np.arange(heads) for _ in layers), tuple(np.arange(channels) for _ in layers)
-        )
-    return _LAYOUTS[key]
-
-
-_LAYOUTS: dict[tuple[int, ...], Layout] = {}
-"""There are few, and pass_flops asks for them in every round of every device."""
-
-
-def _factor_elements(layout: Layout) -> int:
-    """Elements of A and B at rank 1."""
-    return sum(layout.rows(name).size + layout.cols(name).size for name in module_names(layout.spec))

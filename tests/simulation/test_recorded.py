@@ -6,9 +6,10 @@ import pytest
 from recorded_fleet import RECORD, lay_out, run_recorded
 
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.simulation.costs import MINILM
 from fedspine_edge.simulation.fleet import simulate_recorded
 from fedspine_edge.simulation.measures import measure
-from fedspine_edge.simulation.recorded import MINILM, REASON, Record, Shared
+from fedspine_edge.simulation.recorded import REASON, Record, Shared
 from fedspine_edge.simulation.runview import read_run
 
 MIX = {"tx2": 3, "nx": 4, "agx": 1}
