@@ -98,7 +98,7 @@ class Record:
                 if row.reason == REASON:
                     raise ConfigError(f"{run_dir} was made of recorded losses; a record is taken from real training.")
                 measured = (row.loss_before, row.loss_after, row.accuracy_before, row.accuracy_after)
-                figures = [round(v, 5) for v in (*measured, row.lora_importance) if v is not None]
+                figures = [float(f"{v:.5g}") for v in (*measured, row.lora_importance) if v is not None]
                 if row.status == "ok" and len(figures) == 5:
                     progress = (row.server_round - 1) / view.num_rounds
                     points.append(Point(progress, round(row.pruning_ratio, 4), row.r, *figures))
