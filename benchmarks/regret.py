@@ -3,7 +3,7 @@
 
     benchmarks/regret.py --out benchmarks/results/regret.json     # about a minute
 
-Reward of an arm: 0.9 − 0.6 |u − u*| − 0.12 |rank steps from r*| + noise 0.05, held within 0..1, with its peak at a random
+Reward of an arm: 0.9 − 0.6 |u − u*| − 0.12 |rank steps from r*| + noise 0.05, held within 0..1; the peak is a random
 arm; `drift` moves the peak to another random arm half-way. Regret is the mean distance from the best arm's reward up
 to each pull. UCB1's grid is 4 places of u × 4 ranks, its exploration tuned to its best of four values for each case,
 S-UCB's at its defaults.
