@@ -182,6 +182,21 @@ class DataSettings(_Section, frozen=True, kw_only=True):
     ] = 64
 
 
+class SimulatedSettings(_Section, frozen=True, kw_only=True):
+    """The device that simulated time stands for; `fedspine-edge simulate --mix` fills this from a profile."""
+
+    flops_per_s: Annotated[float, _doc("Sustained rate of training, in float operations a second.", gt=0)] = 40e9
+    step_s: Annotated[
+        float, _doc("Time of a step or evaluation batch that does not shrink with the model (launches).", ge=0)
+    ] = 0.02
+    jitter: Annotated[float, _doc("Spread of a round's computing time around its mean (log-normal σ).", ge=0)] = 0.0
+    link_jitter: Annotated[float, _doc("Spread of a round's transfer time around its mean (log-normal σ).", ge=0)] = 0.0
+    drift: Annotated[
+        float, _doc("How far speed wanders from round to round (σ of a random walk of its logarithm).", ge=0)
+    ] = 0.0
+    drop_out: Annotated[float, _doc("Probability that the device is cut off during a round.", ge=0, lt=1)] = 0.0
+
+
 class DeviceConfig(_Section, frozen=True, kw_only=True):
     """Settings of `fedspine-edge device`."""
 
@@ -217,6 +232,7 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     ] = 3600.0
     seed: Annotated[int, _doc("Seed of the local data order.", ge=0)] = 0
     broker: BrokerSettings = field(default_factory=BrokerSettings)
+    simulated: SimulatedSettings = field(default_factory=SimulatedSettings)
 
     def __post_init__(self) -> None:
         if self.noise_std > 0 and self.clip_update_norm == 0:

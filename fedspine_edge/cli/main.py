@@ -23,11 +23,13 @@ _COMMANDS = {
     "device": "take part in a fleet as one device",
     "broker": "run the embedded MQTT broker",
     "simulate": "run the same fleet in virtual time in one process, bit for bit repeatable",
+    "experiment": "repeat a named experiment and write its page: figures with seeds and intervals",
     "tune": "fine-tune and prune a model on this machine's data, without a fleet",
     "export": "build the finished model folder from a fleet run and the base model",
     "compile": "turn a model folder into a verified engine bundle",
     "run": "classify texts with a compiled bundle",
     "bench": "measure the latency of compiled bundles",
+    "explain": "say why a device got its pruning ratio and rank, from the server's journal",
     "report": "write the HTML report of a fleet run",
     "doctor": "say what this machine has, what is missing and how to mend it",
 }
