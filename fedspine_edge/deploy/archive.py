@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedspine_edge.deploy.bundle import MANIFEST, load_bundle
@@ -65,6 +67,16 @@ def _members(path: Path) -> list[zipfile.ZipInfo]:
     except (OSError, zipfile.BadZipFile):
         return []
     return members if any(member.filename == MANIFEST for member in members) else []
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Path]:
+    """The folder of a bundle, for reading: itself, or where a packed one was unpacked to meanwhile."""
+    if not is_archive(path):
+        yield Path(path)
+        return
+    with unpack(path) as folder:
+        yield Path(folder)
 
 
 def unpack(path: str | Path) -> tempfile.TemporaryDirectory[str]:

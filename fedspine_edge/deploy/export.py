@@ -163,6 +163,11 @@ def load_folder(folder: Path) -> PrunableModel:
     )
 
 
+def task_of(module: nn.Module) -> Task:
+    """What a transformers task model is for, by its class."""
+    return "causal_lm" if "ForCausalLM" in type(module).__name__ else "classification"
+
+
 def max_tokens_of(config: Any) -> int:
     """Longest sequence, cache included, that the position embeddings allow."""
     positions = int(config.max_position_embeddings)

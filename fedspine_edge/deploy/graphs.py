@@ -17,7 +17,7 @@ The factors lie transposed so that the graph multiplies them as they come.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspine_edge.deploy.bundle import AdapterSpec, LoraModule, Task, TensorInfo
+from fedspine_edge.deploy.export import task_of
 from fedspine_edge.model.architecture import architecture_of
 from fedspine_edge.model.layout import module_names
 from fedspine_edge.model.lora import LoraLinear
@@ -87,9 +88,15 @@ class _Traced(nn.Module):  # type: ignore[misc]
         return self._call(tokens, head).logits
 
     def _call(self, arguments: dict[str, Any], head: dict[str, Tensor]) -> Any:
-        if head:
-            return torch.func.functional_call(self.model, head, (), arguments)
-        return self.model(**arguments)
+        # torch.func.functional_call does not trace; these are plain attributes since `with_runtime_lora`.
+        before = {name: get_attribute(self.model, name) for name in head}
+        try:
+            for name, value in head.items():
+                _set_attribute(self.model, name, value)
+            return self.model(**arguments)
+        finally:
+            for name, value in before.items():
+                _set_attribute(self.model, name, value)
 
     def _decode(self, ids: Tensor, mask: Tensor, past: list[Tensor], head: dict[str, Tensor]) -> tuple[Tensor, ...]:
         length, total = ids.shape[1], mask.shape[1]
@@ -118,9 +125,15 @@ def _filled_cache(past: Sequence[Tensor]) -> Any:
     return cache
 
 
-def task_of(module: nn.Module) -> Task:
-    """What a transformers task model is for, by its class."""
-    return "causal_lm" if "ForCausalLM" in type(module).__name__ else "classification"
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """A possibly nested attribute such as classifier.weight."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
+
+
+def _set_attribute(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, value)
 
 
 def kv_heads(module: nn.Module) -> tuple[tuple[int, ...], int]:
@@ -215,9 +228,13 @@ def with_runtime_lora(model: PrunableModel) -> tuple[nn.Module, AdapterSpec, dic
         else:
             values[f"lora.{path}.A"] = torch.zeros(in_features, 0)
             values[f"lora.{path}.B"] = torch.zeros(0, out_features)
-    parameters: Mapping[str, Tensor] = dict(module.named_parameters())
-    head = {name: tuple(int(size) for size in parameters[name].shape) for name in model.head_names}
-    values |= {f"head.{name}": parameters[name].detach().float() for name in model.head_names}
+    head = {}
+    for name in model.head_names:
+        value = module.get_parameter(name).detach().float()
+        head[name], values[f"head.{name}"] = tuple(int(size) for size in value.shape), value
+        owner, _, attribute = name.rpartition(".")
+        delattr(module.get_submodule(owner), attribute)
+        _set_attribute(module, name, value)
     spec = AdapterSpec(
         modules=tuple(modules),
         head=head,

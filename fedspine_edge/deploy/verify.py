@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedspine_edge.deploy.bundle import AdapterSpec, TensorInfo, Verification
+from fedspine_edge.deploy.adapters import bundled_adapter
+from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo, Verification
 from fedspine_edge.deploy.compare import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
-from fedspine_edge.deploy.export import Exported
+from fedspine_edge.deploy.export import Exported, merged_module, task_of
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
+from fedspine_edge.errors import ExportMismatch
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["SHAPES", "TOLERANCE", "compare", "random_inputs", "verify_adapters", "verify_cache", "verify_onnx"]
+__all__ = [
+    "SHAPES",
+    "TOLERANCE",
+    "compare",
+    "random_inputs",
+    "verify_adapters",
+    "verify_bundle",
+    "verify_cache",
+    "verify_onnx",
+]
 
 SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 16), (3, 33))
 """(batch, tokens) compared unless others are given; lengths beyond the model's limit are cut to it."""
@@ -101,11 +113,11 @@ def verify_adapters(
     """
     import torch
 
-    from fedspine_edge.deploy.graphs import RuntimeLora
+    from fedspine_edge.deploy.graphs import RuntimeLora, get_attribute
 
     rng = np.random.default_rng(seed)
     linears = {path: child for path, child in module.named_modules() if isinstance(child, RuntimeLora)}
-    head = {f"head.{name}": module.get_parameter(name).detach().numpy() for name in adapter.head}
+    head = {f"head.{name}": get_attribute(module, name).numpy() for name in adapter.head}
     inputs = []
     for rank in ranks:
         values = dict(head)
@@ -136,6 +148,31 @@ def verify_adapters(
         )
     finally:
         runner.close()
+
+
+def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
+    """Compares a bundle's model.onnx with the model folder it was made from, decoders step by step too.
+
+    Raises `ExportMismatch`: the bundle was made from another model, or computes something else.
+    """
+    manifest = bundle.manifest
+    module = merged_module(model)
+    exported = Exported(
+        bundle.model_path,
+        manifest.inputs,
+        manifest.outputs,
+        manifest.task,
+        manifest.precision,
+        manifest.opset,
+        manifest.max_tokens,
+    )
+    adapter = bundled_adapter(bundle.folder, manifest)
+    if task_of(module) != manifest.task or module.config.vocab_size != manifest.inputs[0].limit:
+        raise ExportMismatch(f"{model} is another kind of model than the one in {bundle.folder}.")
+    found = [verify_onnx(exported, module, adapter=adapter)]
+    if manifest.cache_verification is not None:
+        found.append(verify_cache(exported, module, adapter=adapter))
+    return found
 
 
 class _StepByStep:
