@@ -86,6 +86,10 @@ class AggregationSettings(_Section, frozen=True, kw_only=True):
         ),
     ] = "reconstruct"
     weight_by_importance: Annotated[bool, _doc("Multiply num_examples by I(B_total) in the device weights.")] = False
+    complete_ranks: Annotated[
+        bool,
+        _doc("Complete a low-rank update with the components that the device was not given, so averaging keeps them."),
+    ] = True
     clip_norm: Annotated[
         float, _doc("Scale a device's update down to this multiple of the median norm; 0 = off.", ge=0)
     ] = 0.0
@@ -108,6 +112,10 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     learning_rate: Annotated[float, _doc("Peak learning rate of AdamW.", gt=0)] = 1e-3
     batch_size: Annotated[int, _doc("Examples per step.", ge=1)] = 8
     max_length_tokens: Annotated[int, _doc("Longest text in tokens; longer ones are cut.", ge=4)] = 128
+    schedule: Annotated[
+        Literal["hold", "cosine"],
+        _doc("`hold`: the peak learning rate until pruning is over, then a cosine; `cosine`: over the whole run."),
+    ] = "hold"
     warmup_share: Annotated[float, _doc("Share of a round's steps with rising learning rate.", ge=0, le=1)] = 0.1
     max_grad_norm: Annotated[float, _doc("Gradient clipping by global norm.", gt=0)] = 1.0
     weight_decay: Annotated[float, _doc("AdamW weight decay on adapters and head.", ge=0)] = 0.0

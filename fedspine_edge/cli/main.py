@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fedspine_edge import __version__
-from fedspine_edge.errors import FedspineError
+from fedspine_edge.errors import FedspineError, MissingDependency
 
 _COMMANDS = {
     "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        code = arguments.handler(arguments)
+        try:
+            code = arguments.handler(arguments)
+        except ModuleNotFoundError as error:
+            raise MissingDependency.from_import(error, purpose=f"fedspine-edge {arguments.command}") from None
     except FedspineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -43,10 +43,11 @@ class Evaluation:
 def learning_rate(training: Training, step: int, round_steps: int) -> float:
     """Learning rate of `step` (from 0) of a round of `round_steps`.
 
-    A cosine over all of the run's steps, and over it a linear rise during the first `warmup_share` of the round,
-    whose Adam moments start at zero. Source: docs/algorithms.md, "Aggregation".
+    The peak until `decay_from_step` of the run, then a cosine to its end; over both a linear rise during the first
+    `warmup_share` of the round, whose Adam moments start at zero. Source: docs/algorithms.md, "The round".
     """
-    progress = min(1.0, (training.first_step + step) / training.total_steps)
+    done = training.first_step + step - training.decay_from_step
+    progress = min(1.0, max(0.0, done / max(1, training.total_steps - training.decay_from_step)))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     warmup = training.warmup_share * round_steps
     return training.learning_rate * cosine * min(1.0, (step + 1) / warmup if warmup > 1 else 1.0)

@@ -178,6 +178,7 @@ class FleetServer:
             spec=context.spec,
             order=context.order,
             layouts=context.layouts,
+            sent=context.sent,
         )
         for device_id, share in sorted(folded.aggregate.clipped.items()):
             logger.warning("round %d: update of %s scaled to %.3f", collector.server_round, device_id, share)
