@@ -35,10 +35,10 @@ from fedspine_edge.simulation.setup import FleetSetup, demo_model, lay_out, prep
 from fedspine_edge.simulation.supervisor import Supervisor
 
 _TAU = 8
-_RECOVERY_STEPS = 8
+_RECOVERY_STEPS = 12
 _BATCH_SIZE = 8
 _MAX_LENGTH_TOKENS = 48
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE = 1e-3
 _RANKS = (4, 8, 16, 32)
 _REFERENCE_HOLDOUT = 8
 """No decision hangs on the reference's local losses, so it spends little on measuring them."""
