@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -106,32 +107,50 @@ def work(
     """Tell `meter` the passes of a round, as a real device would; returns the layout after pruning."""
     before, after = (_costed(spec, ratio, round_to) for ratio in ratios)
     for layout in (before, after):
-        evaluation = pass_flops(layout, r, min(_EVALUATION_BATCH, holdout), tokens, backward=False)
+        evaluation = _flops(spec, layout.counts[0], r, min(_EVALUATION_BATCH, holdout), tokens)
         for _ in range(math.ceil(holdout / _EVALUATION_BATCH)):
             meter.work(evaluation)
-    scored = pass_flops(before, r, batch_size, tokens, backward=True, scored=True)
-    recovery = pass_flops(after, r, batch_size, tokens, backward=True)
+    scored = _flops(spec, before.counts[0], r, batch_size, tokens, backward=True, scored=True)
+    recovery = _flops(spec, after.counts[0], r, batch_size, tokens, backward=True)
     for flops in (scored,) * steps[0] + (recovery,) * steps[1]:
         meter.work(flops)
     return after
 
 
-def _costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
-    """A layout of `spec` at `ratio`; which groups it keeps costs the same."""
-    heads, channels = target_counts(spec, ratio, round_to=round_to)
-    key = (spec.hidden_size, spec.num_layers, heads, channels)
-    if key not in _LAYOUTS:
-        layers = range(spec.num_layers)
-        _LAYOUTS[key] = Layout(
-            spec, tuple(np.arange(heads) for _ in layers), tuple(np.arange(channels) for _ in layers)
-        )
-    return _LAYOUTS[key]
-
-
-_LAYOUTS: dict[tuple[int, ...], Layout] = {}
-"""There are few, and pass_flops asks for them in every round of every device."""
-
-
 def factor_elements(layout: Layout) -> int:
     """Elements of A and B at rank 1."""
-    return sum(layout.rows(name).size + layout.cols(name).size for name in module_names(layout.spec))
+    return _factor_elements(layout.spec, *layout.counts[0])
+
+
+def _costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
+    """A layout of `spec` at `ratio`; which groups it keeps costs the same."""
+    return _layout(spec, *target_counts(spec, ratio, round_to=round_to))
+
+
+# There are few layouts and ranks, and thousands of devices ask for their costs in every round.
+
+
+@lru_cache(maxsize=4096)
+def _layout(spec: ModelSpec, heads: int, channels: int) -> Layout:
+    layers = range(spec.num_layers)
+    return Layout(spec, tuple(np.arange(heads) for _ in layers), tuple(np.arange(channels) for _ in layers))
+
+
+@lru_cache(maxsize=4096)
+def _factor_elements(spec: ModelSpec, heads: int, channels: int) -> int:
+    layout = _layout(spec, heads, channels)
+    return sum(layout.rows(name).size + layout.cols(name).size for name in module_names(spec))
+
+
+@lru_cache(maxsize=65536)
+def _flops(
+    spec: ModelSpec,
+    counts: tuple[int, int],
+    r: int,
+    batch: int,
+    tokens: int,
+    *,
+    backward: bool = False,
+    scored: bool = False,
+) -> float:
+    return pass_flops(_layout(spec, *counts), r, batch, tokens, backward=backward, scored=scored)
