@@ -63,6 +63,8 @@ class Architecture:
     """Float attributes of the attention module that are dropout rates (`nn.Dropout` needs no mention)."""
     last_token_pools: bool = False
     """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
+    shared_attention_input: bool = True
+    """Whether q, k and v are called with one tensor only; DeBERTa also projects its relative positions."""
     free_head_dim: bool = False
     """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
 
@@ -249,6 +251,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="deberta-v2",
+            shared_attention_input=False,
             backbone="deberta",
             layers="encoder.layer",
             linears={

@@ -238,8 +238,9 @@ class PrunableModel:
     def _share_inputs(self) -> None:
         """Let the linears of a layer that read one tensor compute together."""
         parts = self.architecture.linears
+        attention = [("q", "k", "v")] if self.architecture.shared_attention_input else []
         for layer in range(self.spec.num_layers):
-            for group in (("q", "k", "v"), ("gate", "up")):
+            for group in (*attention, ("gate", "up")):
                 if all(part in parts for part in group):
                     SharesInput(*(self.linear(f"layers.{layer}.{part}") for part in group))
 

@@ -215,13 +215,13 @@ def test_a_model_folder_that_is_not_there(
 def test_a_family_that_is_not_supported(
     tmp_path: Path, earlier: Path, train_csv: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "gpt2"
+    other = tmp_path / "t5"
     shutil.copytree(base_folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(
-        json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+        json.dumps({**config, "model_type": "t5", "architectures": ["T5ForConditionalGeneration"]})
     )
-    message = refused(capsys, tune(other, train_csv, earlier), "gpt2")
+    message = refused(capsys, tune(other, train_csv, earlier), "t5")
     assert all(family in message for family in ("bert", "roberta", "llama"))
 
 

@@ -46,7 +46,8 @@ def test_outputs_and_gradients_equal_linears_on_their_own(model):
 
 
 def test_every_layer_shares_and_nothing_is_left_behind(model):
-    expected = {"bert": 1, "roberta": 1}.get(model.spec.family, 2) * model.spec.num_layers
+    per_layer = int(model.architecture.shared_attention_input) + int(model.spec.gated_ffn)
+    expected = per_layer * model.spec.num_layers
     model(**tiny.batch(model))
     assert len(groups(model)) == expected
     assert all(group._pending is None for group in groups(model))
