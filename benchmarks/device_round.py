@@ -45,7 +45,8 @@ def build(name: str) -> nn.Module:
     shared = {**CONFIGS[name], "vocab_size": 2000, "num_labels": LABELS, "pad_token_id": 0}
     if "num_key_value_heads" in shared:
         return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shared, head_dim=64))
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**shared, hidden_dropout_prob=0.0))
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the package has none either
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**shared, **no_dropout))
 
 
 def batch(rows: int, tokens: int) -> dict[str, Tensor]:
