@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedspine_edge.errors import MissingDependency
+
 if TYPE_CHECKING:
     from fedspine_edge.deploy.compile import compile_engine as compile_engine
     from fedspine_edge.deploy.session import Session as Session
@@ -32,7 +34,11 @@ __all__ = ["EdgeTuner", "FleetDevice", "FleetServer", "Session", "__version__", 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            module = importlib.import_module(_LAZY[name])
+        except ModuleNotFoundError as error:
+            raise MissingDependency.from_import(error, purpose=name) from None
+        return getattr(module, name)
     raise AttributeError(f"module 'fedspine_edge' has no attribute {name!r}")
 
 

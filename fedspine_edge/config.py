@@ -86,6 +86,10 @@ class AggregationSettings(_Section, frozen=True, kw_only=True):
         ),
     ] = "reconstruct"
     weight_by_importance: Annotated[bool, _doc("Multiply num_examples by I(B_total) in the device weights.")] = False
+    complete_ranks: Annotated[
+        bool,
+        _doc("Complete a low-rank update with the components that the device was not given, so averaging keeps them."),
+    ] = True
     clip_norm: Annotated[
         float, _doc("Scale a device's update down to this multiple of the median norm; 0 = off.", ge=0)
     ] = 0.0
@@ -108,6 +112,10 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     learning_rate: Annotated[float, _doc("Peak learning rate of AdamW.", gt=0)] = 1e-3
     batch_size: Annotated[int, _doc("Examples per step.", ge=1)] = 8
     max_length_tokens: Annotated[int, _doc("Longest text in tokens; longer ones are cut.", ge=4)] = 128
+    schedule: Annotated[
+        Literal["hold", "cosine"],
+        _doc("`hold`: the peak learning rate until pruning is over, then a cosine; `cosine`: over the whole run."),
+    ] = "hold"
     warmup_share: Annotated[float, _doc("Share of a round's steps with rising learning rate.", ge=0, le=1)] = 0.1
     max_grad_norm: Annotated[float, _doc("Gradient clipping by global norm.", gt=0)] = 1.0
     weight_decay: Annotated[float, _doc("AdamW weight decay on adapters and head.", ge=0)] = 0.0
@@ -132,7 +140,11 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     layout: Annotated[
         Literal["consensus", "local"], _doc("`consensus`: one order for the fleet; `local`: every device ranks alone.")
     ] = "consensus"
-    criterion: Annotated[Literal["lora", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
+    criterion: Annotated[Literal["lora", "apt", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
+    scope: Annotated[
+        Literal["layer", "global"],
+        _doc("`layer`: equal widths; `global`: layers compete, which needs layout `local`."),
+    ] = "layer"
     round_to: Annotated[int, _doc("Kept channel counts are multiples of this.", ge=1)] = 8
     min_devices: Annotated[int, _doc("Devices that must be online before round 1 starts.", ge=1)] = 1
     join_timeout_s: Annotated[float, _doc("How long to wait for min_devices.", gt=0)] = 600.0
@@ -153,6 +165,8 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.ranks or any(not 1 <= r <= 256 for r in self.ranks) or sorted(set(self.ranks)) != list(self.ranks):
             raise ValueError(f"ranks is {list(self.ranks)}; it must be ascending, unique and each within 1..256")
+        if self.scope == "global" and self.layout == "consensus":
+            raise ValueError('scope "global" needs layout "local": the consensus order gives every layer one width')
 
 
 class DataSettings(_Section, frozen=True, kw_only=True):
@@ -166,6 +180,21 @@ class DataSettings(_Section, frozen=True, kw_only=True):
     holdout: Annotated[
         int, _doc("Examples kept out of training to measure loss before and after each round.", ge=1)
     ] = 64
+
+
+class SimulatedSettings(_Section, frozen=True, kw_only=True):
+    """The device that simulated time stands for; `fedspine-edge simulate --mix` fills this from a profile."""
+
+    flops_per_s: Annotated[float, _doc("Sustained rate of training, in float operations a second.", gt=0)] = 40e9
+    step_s: Annotated[
+        float, _doc("Time of a step or evaluation batch that does not shrink with the model (launches).", ge=0)
+    ] = 0.02
+    jitter: Annotated[float, _doc("Spread of a round's computing time around its mean (log-normal σ).", ge=0)] = 0.0
+    link_jitter: Annotated[float, _doc("Spread of a round's transfer time around its mean (log-normal σ).", ge=0)] = 0.0
+    drift: Annotated[
+        float, _doc("How far speed wanders from round to round (σ of a random walk of its logarithm).", ge=0)
+    ] = 0.0
+    drop_out: Annotated[float, _doc("Probability that the device is cut off during a round.", ge=0, lt=1)] = 0.0
 
 
 class DeviceConfig(_Section, frozen=True, kw_only=True):
@@ -203,6 +232,7 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     ] = 3600.0
     seed: Annotated[int, _doc("Seed of the local data order.", ge=0)] = 0
     broker: BrokerSettings = field(default_factory=BrokerSettings)
+    simulated: SimulatedSettings = field(default_factory=SimulatedSettings)
 
     def __post_init__(self) -> None:
         if self.noise_std > 0 and self.clip_update_norm == 0:

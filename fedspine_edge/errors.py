@@ -60,6 +60,23 @@ class MissingDependency(FedspineError):
             remedy=f"Install it with: pip install 'fedspine-edge[{extra}]'",
         )
 
+    @classmethod
+    def from_import(cls, error: ModuleNotFoundError, *, purpose: str) -> MissingDependency:
+        """The error for a failed import; re-raises `error` if the module is none of our optional ones."""
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise error
+        return cls.of(package, extra=_EXTRAS[package], purpose=purpose)
+
+
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "accelerate", "psutil"), "device"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "tokenizers"), "export"),
+    **dict.fromkeys(("matplotlib", "jinja2", "tomli_w", "gguf"), "demo"),
+    "iotcore": "broker",
+    "pyarrow": "data",
+}
+
 
 class DataError(FedspineError):
     """The user's data cannot be used: missing file, missing column, label out of range, empty."""

@@ -6,9 +6,10 @@ tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("ou
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedspine_edge.config import DataSettings, TrainingSettings
 from fedspine_edge.device.data import Data, Encoded, encode, examples_of
 from fedspine_edge.device.source import choose_torch_device
+from fedspine_edge.device.state import Document, StateDir
+from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
-from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
 from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.pruning import Scope, plan_local
 from fedspine_edge.wire.messages import Training
@@ -35,19 +39,24 @@ log = logging.getLogger("fedspine_edge.tuner")
 SCORED_STEPS = 40
 """Steps at the end of a `fit` whose gradients are scored: with a decay of 0.9 the ones before hardly count."""
 
+CHECKPOINT_STEPS = 10
+FIT = "fit"
+"""Name of the state file in a fit's checkpoint folder."""
+
 
 class EdgeTuner:
     """Adapters on one model, trained and pruned step by step. Make one with `from_pretrained`.
 
     Data is, wherever it is asked for: a CSV, JSON lines or Parquet file; 'module:function'; a list of (text, label)
-    or (text, text_pair, label); or a callable that returns such a list. For causal_lm texts alone.
+    or (text, text_pair, label); or a callable that returns such a list. For causal_lm texts alone, or (prompt, answer)
+    of which only the answer is learned; for token_classification (list of words, list of labels).
 
     Args:
         model: With or without adapters.
         tokenizer: The model's transformers tokenizer.
         settings: Learning rate, batch size, length, clipping.
         columns: Names of the columns of files.
-        criterion: What ranks heads and channels: "lora", "magnitude" or "random".
+        criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
         scope: "layer" gives every layer the same width, "global" lets widths differ.
         round_to: Kept channel counts are multiples of this.
         seed: Of the adapters and the order of the data.
@@ -65,8 +74,8 @@ class EdgeTuner:
         round_to: int = 8,
         seed: int = 0,
     ) -> None:
-        if criterion not in ("lora", "magnitude", "random"):
-            raise ConfigError(f"criterion {criterion!r} is unknown.", remedy="Use 'lora', 'magnitude' or 'random'.")
+        if criterion not in CRITERIA:
+            raise ConfigError(f"criterion {criterion!r} is unknown.", remedy=f"Use one of {', '.join(CRITERIA)}.")
         if scope not in ("layer", "global"):
             raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
         self.model = model
@@ -78,7 +87,7 @@ class EdgeTuner:
         self._scope: Scope = scope
         self._round_to = round_to
         self._seed = seed
-        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)  # type: ignore[arg-type]
+        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
@@ -101,6 +110,7 @@ class EdgeTuner:
         criterion: str = "lora",
         scope: Scope = "layer",
         round_to: int = 8,
+        gradient_checkpointing: bool = False,
         torch_device: str = "auto",
         gguf_file: str | None = None,
         seed: int = 0,
@@ -109,7 +119,7 @@ class EdgeTuner:
 
         Args:
             path: Hugging Face folder, GGUF folder or hub id; or a saved folder.
-            task: "classification" or "causal_lm".
+            task: "classification", "token_classification" or "causal_lm".
             num_labels: Classes; default 2, or what a saved model has.
             r: LoRA rank; a saved adapter keeps its own.
             lora_alpha: scaling = lora_alpha / r; default 2·r.
@@ -122,6 +132,8 @@ class EdgeTuner:
             criterion: What ranks heads and channels.
             scope: "layer" or "global".
             round_to: Kept channel counts are multiples of this.
+            gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
+                much less memory, about a third more time, the same results.
             torch_device: "auto", "cpu" or "cuda".
             gguf_file: The file within a GGUF folder, if there are several.
             seed: Of head, adapters and data order.
@@ -151,6 +163,7 @@ class EdgeTuner:
         folder = model.folder if model.folder is not None else path
         tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
         model.module.to(choose_torch_device(torch_device))  # type: ignore[arg-type]
+        model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
         columns = _checked(
@@ -173,7 +186,14 @@ class EdgeTuner:
         return self.model.layout
 
     def fit(
-        self, data: Data, *, epochs: float | None = None, steps: int | None = None, progress: bool | None = None
+        self,
+        data: Data,
+        *,
+        epochs: float | None = None,
+        steps: int | None = None,
+        progress: bool | None = None,
+        checkpoint: str | Path | None = None,
+        on_step: Callable[[int, float | None], None] | None = None,
     ) -> EdgeTuner:
         """Train adapters and head: AdamW, warm-up and cosine over this call's steps.
 
@@ -182,8 +202,12 @@ class EdgeTuner:
             epochs: Passes over the data, default 1.
             steps: Training steps, instead of epochs.
             progress: Show a progress bar; default only on a terminal.
+            checkpoint: Folder, one for each `fit`, from which the same call goes on after the process was killed, and
+                ends with the same bits. When the call has finished, repeating it restores its result at once.
+            on_step: Called after each step with its number, from 1, and the last loss; what it raises ends the fit.
 
-        Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`.
+        Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`, and
+        `CheckpointError` for a damaged checkpoint.
         """
         if epochs is not None and steps is not None:
             raise ConfigError("fit takes epochs or steps, not both.")
@@ -194,9 +218,23 @@ class EdgeTuner:
             raise ConfigError(f"fit would take {total} steps.", remedy="Pass steps or epochs above 0.")
         self._last, self._metrics = train, {}
         trainer = self._trainer(train, total)
-        with _bar("fit", total, progress) as advance:
-            trainer.run(max(0, total - SCORED_STEPS), on_step=advance)
-            trainer.run(total, scored=True, on_step=advance)
+        with ExitStack() as stack:
+            advance = stack.enter_context(_bar("fit", total, progress))
+            saver = None if checkpoint is None else stack.enter_context(StateDir(checkpoint))
+            key = self._fit_key(train, total)
+            if saver is not None and self._resume(saver, trainer, key):
+                advance(trainer.step)
+
+            def stepped() -> None:
+                advance(1)
+                if saver is not None and (trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == total):
+                    saved = trainer.state()
+                    saver.write(FIT, Document({"key": key, "trainer": saved.info}, saved.tensors))
+                if on_step is not None:
+                    on_step(trainer.step, trainer.last_loss)
+
+            trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
+            trainer.run(total, scored=True, on_step=stepped)
         self._done(trainer)
         return self
 
@@ -242,7 +280,7 @@ class EdgeTuner:
                 remedy="Load the base model again to prune less.",
             )
         train = self._last if data is None else self._encoded(data)
-        unscored = self._tracker.criterion == "lora" and self._tracker.steps == 0
+        unscored = not self._tracker.ready
         if train is None and (unscored or stages > 1):
             raise DataError(
                 "pruning needs data: importance comes from training steps.",
@@ -271,6 +309,33 @@ class EdgeTuner:
             self._done(trainer)
         return self
 
+    def plan(self, pruning_ratio: float) -> PruningPlan:
+        """What `apply` would remove to reach `pruning_ratio`, with scores, parameters and operations saved.
+
+        Changes nothing. Raises `ConfigError` for a ratio outside [0, 1), `DataError` before any step was scored.
+        """
+        check_ratio(pruning_ratio)
+        if not self._tracker.ready:
+            raise DataError(
+                "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
+            )
+        scores = self._tracker.scores()
+        after = plan_local(scores, self.layout, pruning_ratio, scope=self._scope, round_to=self._round_to)
+        flops = [
+            pass_flops(layout, 0, 1, self._settings.max_length_tokens, backward=False)
+            for layout in (self.layout, after)
+        ]
+        return PruningPlan(self.layout, after, scores, *flops)
+
+    def apply(self, plan: PruningPlan) -> EdgeTuner:
+        """Prune to a plan at once; `fit` afterwards lets the smaller model recover.
+
+        Raises `LayoutError`, changing nothing, if the model was pruned otherwise since the plan was made.
+        """
+        self.model.compact(plan.after, importance=self._tracker)
+        self._metrics = {}
+        return self
+
     def save(self, folder: str | Path) -> Path:
         """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back."""
         return self.model.save(folder, metrics=self._metrics)
@@ -283,9 +348,38 @@ class EdgeTuner:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
         return self.model.merged()
 
+    def _fit_key(self, train: list[Encoded], total: int) -> str:
+        """Digest of everything that a fit's result depends on besides the weights it starts from."""
+        model = self.model
+        parts = (
+            [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train],
+            [total, self._seed, self._steps_taken, model.r, model.scaling, model.task],
+            [model.spec.base_sha256, model.layout.to_dict()],
+            msgspec.to_builtins(self._settings),
+            [self._tracker.criterion, self._scope],
+        )
+        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+    def _resume(self, saver: StateDir, trainer: Trainer, key: str) -> bool:
+        saved = saver.read(FIT)
+        if saved is None:
+            return False
+        if saved.info.get("key") != key:
+            raise ConfigError(
+                f"{saver.folder} holds the checkpoint of another fit: other data, settings, steps or widths.",
+                remedy="Give every fit a folder of its own, or delete this one.",
+            )
+        try:
+            trainer.restore(Document(saved.info["trainer"], saved.tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise saver.damaged(FIT, f"it is incomplete ({type(error).__name__})") from error
+        log.info("resumed after step %d", trainer.step)
+        return True
+
     def _encoded(self, data: Data) -> list[Encoded]:
-        examples = examples_of(data, self._columns, labelled=self.model.task == "classification")
-        return encode(examples, self.tokenizer, self._settings.max_length_tokens)
+        task = self.model.task
+        examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
+        return encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings
@@ -326,7 +420,7 @@ def _bar(what: str, total: int, wanted: bool | None) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not shown or total == 0) as progress:
         task: TaskID = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda steps=1: progress.advance(task, steps)
 
 
 def _checked(kind: Any, **values: Any) -> Any:

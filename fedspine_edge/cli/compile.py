@@ -11,8 +11,14 @@ EXAMPLE = "fedspine-edge compile model/ --out bundle/ --precision fp16"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder written by `tune` or `export`")
-    parser.add_argument("--out", type=Path, default=None, help="bundle folder (default: MODEL.bundle)")
+    parser.add_argument("--out", type=Path, default=None, help="bundle folder, or a .zip file (default: MODEL.bundle)")
     parser.add_argument("--precision", choices=["fp32", "fp16"], default=None, help="weights and matmuls; default fp32")
+    parser.add_argument(
+        "--lora",
+        choices=["merge", "inputs"],
+        default=None,
+        help="fold the adapter into the weights (default), or keep it exchangeable at run time",
+    )
     parser.add_argument(
         "--backend",
         choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"],
@@ -42,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         precision=arguments.precision,
         backend=arguments.backend,
+        lora=arguments.lora,
         compute_capabilities=arguments.sm,
         progress=_progress,
     )

@@ -87,12 +87,12 @@ def _table(view: RunView) -> Table | None:
         "status",
         "ratio",
         "rank",
-        "time [s]",
+        "time, s",
         "loss",
         "accuracy",
         "reward",
-        "up [kB]",
-        "down [kB]",
+        "up, kB",
+        "down, kB",
     ):
         table.add_column(name, justify="left" if name in ("device", "class", "status") else "right")
     previous = {row.device_id: row for row in view.rows if row.server_round == newest - 1}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fedspine_edge import __version__
-from fedspine_edge.errors import FedspineError
+from fedspine_edge.errors import FedspineError, MissingDependency
 
 _COMMANDS = {
     "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
@@ -23,11 +23,15 @@ _COMMANDS = {
     "device": "take part in a fleet as one device",
     "broker": "run the embedded MQTT broker",
     "simulate": "run the same fleet in virtual time in one process, bit for bit repeatable",
+    "experiment": "repeat a named experiment and write its page: figures with seeds and intervals",
     "tune": "fine-tune and prune a model on this machine's data, without a fleet",
     "export": "build the finished model folder from a fleet run and the base model",
     "compile": "turn a model folder into a verified engine bundle",
-    "run": "classify texts with a compiled bundle",
+    "run": "classify or continue texts with a compiled bundle",
+    "inspect": "say what is in a compiled bundle",
+    "verify": "check a bundle's files and, given its model, compare it with torch again",
     "bench": "measure the latency of compiled bundles",
+    "explain": "say why a device got its pruning ratio and rank, from the server's journal",
     "report": "write the HTML report of a fleet run",
     "doctor": "say what this machine has, what is missing and how to mend it",
 }
@@ -71,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        code = arguments.handler(arguments)
+        try:
+            code = arguments.handler(arguments)
+        except ModuleNotFoundError as error:
+            raise MissingDependency.from_import(error, purpose=f"fedspine-edge {arguments.command}") from None
     except FedspineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedspine_edge.deploy.session import Session
 
 EXAMPLE = "fedspine-edge run bundle/ --text 'what a lovely board'"
 
@@ -12,11 +16,18 @@ EXAMPLE = "fedspine-edge run bundle/ --text 'what a lovely board'"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder written by `compile`")
     parser.add_argument(
-        "--text", action="append", help="text to classify, may repeat; default: lines of standard input"
+        "--text", action="append", help="text to classify or to continue, may repeat; default: lines of standard input"
     )
     parser.add_argument(
         "--backend", choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"], default="auto", help="default: auto"
     )
+    parser.add_argument("--adapter", type=Path, help="folder of another adapter; needs a bundle with --lora inputs")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of a decoder; default 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest up to this; default 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
+    parser.add_argument("--stop", action="append", default=[], help="end the text before this string, may repeat")
+    parser.add_argument("--rebuild", action="store_true", help="build the engine anew where it does not fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -27,8 +38,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     texts = arguments.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
-        raise ConfigError("no text to classify.", remedy="Give --text or lines on standard input.")
-    with Session.load(arguments.bundle, backend=arguments.backend) as session:
+        raise ConfigError("no text was given.", remedy="Give --text or lines on standard input.")
+    with Session.load(arguments.bundle, backend=arguments.backend, rebuild=arguments.rebuild) as session:
+        if arguments.adapter is not None:
+            session.set_adapter(arguments.adapter)
+        if session.manifest.task == "causal_lm":
+            return _generate(session, texts, arguments)
         results = session.classify(texts)
         backend, why = session.backend, session.why
     if arguments.json:
@@ -36,4 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for result in results:
             print(f"{result.label}\t{result.probability:.3f}")
+    return 0
+
+
+def _generate(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
+    from fedspine_edge.cli.main import print_json
+
+    settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "stop")}
+    if arguments.json:
+        results = [session.generate(text, **settings).to_dict() for text in texts]
+        print_json({"backend": session.backend, "why": session.why, "results": results})
+        return 0
+    for text in texts:
+        for piece in session.stream(text, **settings):
+            print(piece, end="", flush=True)
+        print()
     return 0

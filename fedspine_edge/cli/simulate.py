@@ -5,20 +5,47 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge simulate --config fleet/fleet.toml fleet/devices/*.toml"
+EXAMPLE = """fedspine-edge simulate --config fleet/fleet.toml fleet/devices/*.toml
+  fedspine-edge simulate --num-devices 8 --mix tx2=30,nx=40,agx=10 --out runs/sim
+  fedspine-edge simulate --num-devices 10000 --mix tx2=3,nx=4,agx=1 --recorded --rounds 5 --out runs/many"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="fleet settings (TOML); the broker is not used")
-    parser.add_argument("devices", type=Path, nargs="+", help="device settings (TOML), one file a device")
+    parser.add_argument("--config", type=Path, default=None, help="fleet settings (TOML); the broker is not used")
+    parser.add_argument("devices", type=Path, nargs="*", help="device settings (TOML), one file a device")
+    mix = parser.add_argument_group("instead of device files: a fleet of device classes")
+    mix.add_argument("--mix", default=None, help="classes and their shares, such as tx2=30,nx=40,agx=10")
+    mix.add_argument("--num-devices", type=int, default=None, help="devices in all (default: the sum of --mix)")
+    mix.add_argument("--out", type=Path, default=Path("runs/simulated"), help="folder (default: runs/simulated)")
+    mix.add_argument("--profiles", type=Path, default=None, help="file of device classes (default: the built-in one)")
+    mix.add_argument("--model", type=Path, default=None, help="base model folder (default: all-MiniLM-L6-v2)")
+    mix.add_argument("--data", type=Path, default=None, help="CSV of text,label (default: four-domain sentences)")
+    mix.add_argument("--num-labels", type=int, default=2, help="classes in --data (default: 2)")
+    mix.add_argument("--dirichlet", type=float, default=None, metavar="ALPHA", help="non-IID by label, not by domain")
+    mix.add_argument("--drop-out", type=float, default=None, help="probability of being cut off in a round")
+    mix.add_argument(
+        "--recorded", action="store_true", help="replace training by recorded losses: for thousands of devices"
+    )
+    mix.add_argument("--wire", choices=["small", "minilm"], default="small", help="with --recorded: shapes that travel")
+    mix.add_argument("--rounds", type=int, default=None, help="server rounds")
+    mix.add_argument("--pruning-ratio", type=float, default=None, help="share of prunable parameters to remove")
+    mix.add_argument("--strategy", default=None, help="see docs/algorithms.md")
+    mix.add_argument("--seed", type=int, default=None, help="seed of everything")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import DeviceConfig, FleetConfig, load
+    from fedspine_edge.errors import ConfigError
     from fedspine_edge.simulation.fleet import simulate
 
+    if arguments.mix:
+        if arguments.devices:
+            raise ConfigError("device files and --mix exclude each other.", remedy="Give one of the two.")
+        return _run_mix(arguments)
+    if arguments.config is None or not arguments.devices:
+        raise ConfigError("no fleet to simulate.", remedy="Give --config and device files, or --mix.")
     fleet = load(arguments.config, FleetConfig)
     result = simulate(fleet, [load(path, DeviceConfig) for path in arguments.devices])
     if arguments.json:
@@ -27,3 +54,66 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"finished after {result.num_rounds} rounds, simulated time: {result.final_dir}")
         print(f"adapter sha256 {result.adapter_sha256}")
     return 0
+
+
+def _run_mix(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from fedspine_edge.cli.main import print_json
+    from fedspine_edge.config import FleetConfig, load
+    from fedspine_edge.simulation import profiles as classes
+    from fedspine_edge.simulation.costs import spec_of
+    from fedspine_edge.simulation.fleet import simulate, simulate_recorded
+    from fedspine_edge.simulation.measures import measure
+    from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared
+    from fedspine_edge.simulation.setup import demo_model, lay_out_mix, prepare_data
+
+    known = classes.load_profiles(arguments.profiles or classes.BUILT_IN)
+    mix = classes.parse_mix(arguments.mix, known)
+    if arguments.num_devices is not None:
+        mix = classes.scaled(mix, arguments.num_devices)
+    settings = {
+        "num_rounds": arguments.rounds,
+        "pruning_ratio": arguments.pruning_ratio,
+        "strategy": arguments.strategy,
+        "seed": arguments.seed,
+    }
+    fleet_settings = {name: value for name, value in settings.items() if value is not None}
+    if arguments.config is not None:
+        base = msgspec.to_builtins(load(arguments.config, FleetConfig))
+        fleet_settings = {**{k: v for k, v in base.items() if k not in ("run_dir", "min_devices")}, **fleet_settings}
+    out = arguments.out.resolve()
+    common = {"mix": mix, "profiles": known, "num_labels": arguments.num_labels, "drop_out": arguments.drop_out}
+    if arguments.recorded:
+        spec = spec_of(arguments.wire)
+        shared = Shared(Record.load(BUILT_IN), spec=spec)
+        fleet, devices = lay_out_mix(out, model="none", shares=[Path("none.csv")], **common, **fleet_settings)
+        result = simulate_recorded(fleet, devices, shared)
+    else:
+        shares, _ = prepare_data(
+            out / "data",
+            num_devices=sum(mix.values()),
+            data=arguments.data,
+            num_labels=arguments.num_labels,
+            dirichlet=arguments.dirichlet,
+            seed=arguments.seed or 0,
+        )
+        model = str((arguments.model or demo_model()).resolve())
+        fleet, devices = lay_out_mix(
+            out, model=model, shares=shares, holdout=min(64, _smallest(shares) // 2), **common, **fleet_settings
+        )
+        result = simulate(fleet, devices)
+    figures = measure(Path(fleet.run_dir))
+    if arguments.json:
+        print_json({**result.to_dict(), "measures": figures, "training": "recorded" if arguments.recorded else "real"})
+        return 0
+    print(f"finished after {result.num_rounds} rounds: {result.final_dir}")
+    if arguments.recorded:
+        print("training was replaced by recorded losses: losses and accuracies say nothing about a model")
+    print(f"simulated time {figures['total_time_s']:.0f} s, idle share {100 * figures['idle_share']:.1f} %")
+    return 0
+
+
+def _smallest(shares: list[Path]) -> int:
+    """Rows of the smallest share."""
+    return min(path.read_text(encoding="utf-8").count("\n") - 1 for path in shares)

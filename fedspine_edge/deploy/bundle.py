@@ -4,6 +4,7 @@
       model.onnx            always; runs on ONNX Runtime anywhere
       model.onnx.data       weights of models too large for one protobuf file
       engine.plan           a TensorRT or TensorRT-RTX plan, where one was built
+      adapter.safetensors   the adapter it starts with, where adapters are inputs
       tokenizer.json, …     the tokenizer files of the model folder
       bundle.json           what the others are: names, shapes, widths, producers, hashes, verification
 
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +34,7 @@ from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatibl
 
 FORMAT_VERSION = 1
 MANIFEST, MODEL, PLAN = "bundle.json", "model.onnx", "engine.plan"
+ADAPTER = "adapter.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER,
@@ -57,15 +60,51 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TensorInfo(_Record, frozen=True, kw_only=True):
-    """An input or output of the model. A string in `shape` is a dynamic axis ("batch", "sequence")."""
+    """An input or output of the model. A string in `shape` is a dynamic axis: batch, sequence, past, total, rank."""
 
     name: str
-    dtype: Literal["int64", "float32"]
+    dtype: Literal["int64", "float32", "float16"]
     shape: tuple[int | str, ...]
     default: int | None = None
     """An input that may be left out is filled with this; None means required."""
     limit: int | None = None
     """Integer inputs must lie in 0..limit-1 (the vocabulary, for instance)."""
+
+    @property
+    def kind(self) -> Literal["tokens", "past", "adapter"]:
+        """Who fills an input: the caller, the KV cache, or the adapter that is set."""
+        if self.name.startswith("past_key_values."):
+            return "past"
+        return "adapter" if self.name.startswith(("lora.", "head.")) else "tokens"
+
+    def sized(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The shape with every dynamic axis replaced by its size."""
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.shape)
+
+
+class LoraModule(_Record, frozen=True, kw_only=True):
+    """A linear whose low-rank factors are inputs; `path` is its name in the model and in PEFT's files."""
+
+    path: str
+    in_features: int
+    out_features: int
+
+
+class AdapterSpec(_Record, frozen=True, kw_only=True):
+    """What an adapter for this bundle must look like."""
+
+    modules: tuple[LoraModule, ...]
+    head: dict[str, tuple[int, ...]]
+    """Shapes of the task head's parameters, which travel with the adapter."""
+    base_sha256: str
+    layout_sha256: str
+    """Of the kept heads and channels: two models can have the same widths and other channels."""
+    max_rank: int = 64
+
+    @staticmethod
+    def layout_digest(heads: Sequence[Sequence[int]], channels: Sequence[Sequence[int]]) -> str:
+        """sha256 over kept heads and channels, per layer, in the unpruned model's numbering."""
+        return hashlib.sha256(json.dumps([heads, channels], separators=(",", ":")).encode()).hexdigest()
 
 
 class Profile(_Record, frozen=True, kw_only=True):
@@ -73,18 +112,35 @@ class Profile(_Record, frozen=True, kw_only=True):
 
     batch: tuple[Positive, Positive, Positive] = (1, 1, 8)
     tokens: tuple[Positive, Positive, Positive] = (1, 32, 128)
+    past: tuple[int, int, int] = (0, 0, 0)
+    """Tokens already in the KV cache (decoders)."""
+    rank: tuple[int, int, int] = (0, 8, 64)
+    """Rank of the adapter, where adapters are inputs."""
 
     def __post_init__(self) -> None:
-        for axis, (low, common, high) in (("batch", self.batch), ("tokens", self.tokens)):
-            if not 1 <= low <= common <= high:
+        axes = (("batch", self.batch, 1), ("tokens", self.tokens, 1), ("past", self.past, 0), ("rank", self.rank, 0))
+        for axis, (low, common, high), least in axes:
+            if not least <= low <= common <= high:
                 raise ConfigError(
                     f"profile {axis}={low, common, high} is not in order.",
-                    remedy="Give (smallest, most common, largest), each at least 1.",
+                    remedy=f"Give (smallest, most common, largest), each at least {least}.",
                 )
 
-    def covers(self, batch: int, tokens: int) -> bool:
-        """Whether an input of (batch, tokens) can run under this profile."""
-        return self.batch[0] <= batch <= self.batch[2] and self.tokens[0] <= tokens <= self.tokens[2]
+    def covers(self, batch: int, tokens: int, past: int = 0) -> bool:
+        """Whether an input of (batch, tokens) after `past` cached tokens can run under this profile."""
+        given = ((self.batch, batch), (self.tokens, tokens), (self.past, past))
+        return all(low <= value <= high for (low, _, high), value in given)
+
+    def sizes(self, corner: int) -> dict[str, int]:
+        """Size of every dynamic axis at the smallest (0), most common (1) or largest (2) shape."""
+        tokens, past = self.tokens[corner], self.past[corner]
+        return {
+            "batch": self.batch[corner],
+            "sequence": tokens,
+            "past": past,
+            "total": tokens + past,
+            "rank": self.rank[corner],
+        }
 
 
 class Verification(_Record, frozen=True, kw_only=True):
@@ -154,12 +210,18 @@ class Manifest(_Record, frozen=True, kw_only=True):
     pad_token_id: int = 0
     labels: tuple[str, ...] = ()
     """Class names in the order of the logits (classification)."""
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text (causal models)."""
+    adapter: AdapterSpec | None = None
+    """What adapters must look like, where they are inputs of the model."""
     widths: tuple[LayerWidths, ...] = ()
     sparsity: float = 0.0
     """Measured share of the unpruned model's parameters that are absent."""
     num_parameters: int = 0
     verification: Verification
     """The ONNX model against torch."""
+    cache_verification: Verification | None = None
+    """A decoder token by token with its KV cache against torch without one."""
     engine: EngineInfo | None = None
     engine_absent: str = ""
     """Why there is no plan, when there is none."""

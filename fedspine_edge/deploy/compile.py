@@ -8,39 +8,45 @@ compile_engine("out.bundle", "out.bundle")                 # on the device: a ne
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-
-from fedspine_edge.deploy import cuda, trt
+from fedspine_edge.deploy.archive import check_archive_target, is_archive, pack
+from fedspine_edge.deploy.build import (
+    BACKENDS,
+    BackendChoice,
+    EngineRequest,
+    Report,
+    add_engine,
+    choose_backend,
+    copy_bundle,
+)
 from fedspine_edge.deploy.bundle import (
+    ADAPTER,
     MODEL,
-    PLAN,
     TOKENIZER,
     TOKENIZER_FILES,
-    EngineInfo,
     LayerWidths,
     Manifest,
     Precision,
     Profile,
     check_target,
     is_bundle,
-    load_bundle,
     producer_versions,
     rebuild_command,
     seal,
     staging,
 )
-from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
+from fedspine_edge.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedspine_edge.model.prunable import PrunableModel
 
-BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
-BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
-Report = Callable[[str], None]
+Lora = Literal["merge", "inputs"]
 
 
 def compile_engine(
@@ -50,6 +56,7 @@ def compile_engine(
     precision: Precision | None = None,
     profiles: Sequence[Profile] | None = None,
     backend: BackendChoice = "auto",
+    lora: Lora | None = None,
     labels: Sequence[str] | None = None,
     progress: Report | None = None,
     opset: int = 17,
@@ -62,13 +69,16 @@ def compile_engine(
     Args:
         folder: What `PrunableModel.save`, `EdgeTuner.save` or `save_pretrained` wrote; or a bundle, whose plan
             is then built anew from its own model.onnx.
-        out: Where the bundle goes; default `<folder>.bundle`, and a bundle itself when it is rebuilt. An existing
+        out: Where the bundle goes, a folder or a .zip file; default `<folder>.bundle`, and a bundle itself when it
+            is rebuilt. An existing
             bundle is replaced only when everything succeeded.
         precision: "fp32" (default) or "fp16"; a bundle that is rebuilt keeps its own.
         profiles: Shapes to build the engine for; default batch 1–8 and up to 128 tokens.
         backend: "auto" builds for TensorRT, else TensorRT-RTX, where that is installed and there is a GPU (or
             `compute_capabilities` are given, which TensorRT-RTX can build for without one), else no engine.
             "onnxruntime" never builds one; the other two build or fail.
+        lora: "merge" (default) folds the adapter into the weights; "inputs" keeps adapters apart, so that
+            `Session.set_adapter` exchanges them at run time, at any rank up to 64, without a rebuild.
         labels: Class names in the order of the logits; default the model's own.
         progress: Called with one line per step.
         opset: ONNX opset, 17 to 20.
@@ -76,7 +86,7 @@ def compile_engine(
         workspace_bytes: Scratch memory for the builder; None leaves its default.
         flags: Builder flags by name, such as ("TF32",).
 
-    Returns the bundle's folder.
+    Returns the bundle's folder or file.
 
     Raises:
         ConfigError: An argument is wrong, or `out` holds something that is not a bundle.
@@ -90,75 +100,81 @@ def compile_engine(
         raise ConfigError(f"backend is {backend!r}.", remedy=f"Choose one of: {', '.join(BACKENDS)}")
     if precision not in (None, "fp32", "fp16"):
         raise ConfigError(f"precision is {precision!r}.", remedy="Choose fp32 or fp16.")
+    if lora not in (None, "merge", "inputs"):
+        raise ConfigError(f"lora is {lora!r}.", remedy="Choose merge or inputs.")
     from_bundle = is_bundle(folder)
+    if from_bundle and lora is not None:
+        raise ConfigError(f"{folder} is a bundle; lora= is for model folders.", remedy="Compile the model folder.")
     if out is None:
         out = folder if from_bundle else folder.absolute().with_name(f"{folder.absolute().name}.bundle")
     out = Path(out)
+    if is_archive(out):
+        check_archive_target(out.absolute())
+        with tempfile.TemporaryDirectory(prefix="fedspine-compile-") as scratch:
+            settings: dict[str, Any] = {"precision": precision, "profiles": profiles, "backend": backend, "lora": lora}
+            settings |= {"labels": labels, "progress": progress, "opset": opset, "flags": flags}
+            settings |= {"compute_capabilities": compute_capabilities, "workspace_bytes": workspace_bytes}
+            return pack(compile_engine(folder, Path(scratch) / "bundle", **settings), out)
     check_target(out)
     report = progress or (lambda line: None)
-    request = _EngineRequest(
+    request = EngineRequest(
         backend=backend,
         profiles=tuple(profiles) if profiles is not None else None,
         compute_capabilities=tuple(compute_capabilities),
         workspace_bytes=workspace_bytes,
         flags=tuple(flags),
     )
-    chosen = _choose_backend(request)  # before the export, so that a missing package is said at once
+    chosen = choose_backend(request)  # before the export, so that a missing package is said at once
     with staging(out) as draft:
         if from_bundle:
-            manifest = _copy_bundle(folder, draft, precision, labels)
+            manifest = copy_bundle(folder, draft, precision, labels)
         else:
-            manifest = _export(folder, draft, precision or "fp32", opset, labels, report)
-        manifest = _add_engine(draft, manifest, request, chosen, rebuild_command(out), report)
+            manifest = _export(folder, draft, precision or "fp32", opset, lora or "merge", labels, report)
+        manifest = add_engine(draft, manifest, request, chosen, rebuild_command(out), report)
         seal(draft, manifest)
         report(f"writing {out}")
     return out
 
 
-class _EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    backend: BackendChoice
-    profiles: tuple[Profile, ...] | None
-    compute_capabilities: tuple[str, ...]
-    workspace_bytes: int | None
-    flags: tuple[str, ...]
-
-
-def _choose_backend(request: _EngineRequest) -> trt.Backend | str:
-    """The TensorRT to build with, or the reason why there is none."""
-    if request.backend == "onnxruntime":
-        return "only ONNX Runtime was asked for"
-    if request.backend != "auto":
-        return trt.find_backend(request.backend)
-    if cuda.device_info() is None and not request.compute_capabilities:
-        return "this machine has no GPU that CUDA can see, and no compute capability was named"
-    reasons = []
-    # TensorRT proper builds for the GPU of this machine alone.
-    names: tuple[trt.BackendName, ...] = (
-        ("tensorrt_rtx",) if request.compute_capabilities else ("tensorrt", "tensorrt_rtx")
-    )
-    for name in names:
-        try:
-            return trt.find_backend(name)
-        except (MissingDependency, EngineIncompatible) as error:
-            reasons.append(error.message)
-    return "; ".join(reasons)
-
-
 def _export(
-    folder: Path, draft: Path, precision: Precision, opset: int, labels: Sequence[str] | None, report: Report
+    folder: Path,
+    draft: Path,
+    precision: Precision,
+    opset: int,
+    lora: Lora,
+    labels: Sequence[str] | None,
+    report: Report,
 ) -> Manifest:
     from fedspine_edge.deploy.export import export_onnx, load_folder, merged_module
-    from fedspine_edge.deploy.verify import verify_onnx
+    from fedspine_edge.deploy.verify import verify_adapters, verify_cache, verify_onnx
 
     report(f"loading {folder}")
     model = load_folder(folder)
     names = _label_names(model, labels)
     module = merged_module(model)
     report(f"exporting to ONNX ({precision}, opset {opset})")
-    exported = export_onnx(module, draft / MODEL, opset=opset, precision=precision)
+    adapter, values = None, None
+    if lora == "inputs":
+        from safetensors.torch import save_file
+
+        from fedspine_edge.deploy.graphs import with_runtime_lora
+
+        runtime, adapter, factors = with_runtime_lora(model)
+        save_file(factors, draft / ADAPTER)
+        values = {name: tensor.numpy() for name, tensor in factors.items()}
+        exported = export_onnx(runtime, draft / MODEL, opset=opset, precision=precision, adapter=adapter)
+    else:
+        exported = export_onnx(module, draft / MODEL, opset=opset, precision=precision)
     report("comparing ONNX Runtime with torch")
-    verification = verify_onnx(exported, module)
+    verification = verify_onnx(exported, module, adapter=values)
     report(f"largest difference {verification.max_abs_diff:.2g} (tolerance {verification.tolerance:.2g})")
+    steps = None
+    if exported.task == "causal_lm" and exported.max_tokens >= 11:
+        steps = verify_cache(exported, module, adapter=values)
+        report(f"token by token: largest difference {steps.max_abs_diff:.2g} (tolerance {steps.tolerance:.2g})")
+    if adapter is not None:
+        ranks = verify_adapters(exported, runtime, adapter)
+        report(f"other adapters: largest difference {ranks.max_abs_diff:.2g} (tolerance {ranks.tolerance:.2g})")
     _copy_tokenizer(folder, draft)
     pad = module.config.pad_token_id
     return Manifest(
@@ -172,11 +188,23 @@ def _export(
         max_tokens=exported.max_tokens,
         pad_token_id=int(pad) if pad is not None else 0,
         labels=names,
+        end_token_ids=_end_tokens(module),
+        adapter=adapter,
         widths=tuple(LayerWidths(heads=heads, channels=channels) for heads, channels in model.layout.counts),
         sparsity=model.layout.sparsity,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         verification=verification,
+        cache_verification=steps,
     )
+
+
+def _end_tokens(module: nn.Module) -> tuple[int, ...]:
+    """What the generation settings, else the config, call the end of a text."""
+    for source in (getattr(module, "generation_config", None), module.config):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return tuple(int(token) for token in (found if isinstance(found, (list, tuple)) else (found,)))
+    return ()
 
 
 def _label_names(model: PrunableModel, labels: Sequence[str] | None) -> tuple[str, ...]:
@@ -202,96 +230,3 @@ def _copy_tokenizer(folder: Path, draft: Path) -> None:
     from fedspine_edge.model.checkpoint import load_tokenizer
 
     load_tokenizer(folder).backend_tokenizer.save(str(draft / TOKENIZER))
-
-
-def _copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: Sequence[str] | None) -> Manifest:
-    """The bundle without its plan. A damaged plan does not matter: it is what will be replaced."""
-    bundle = load_bundle(folder, ignore=(PLAN,))
-    manifest = bundle.manifest
-    if precision not in (None, manifest.precision):
-        raise ConfigError(
-            f"{folder} is a bundle in {manifest.precision}; it cannot become {precision}.",
-            remedy="Compile the model folder it was made from.",
-        )
-    if labels is not None and len(labels) != len(manifest.labels):
-        raise ConfigError(f"{len(labels)} labels were given for a model with {len(manifest.labels)} classes.")
-    for name in manifest.files:
-        if name != PLAN:
-            shutil.copyfile(folder / name, draft / name)
-    return msgspec.structs.replace(
-        manifest, engine=None, engine_absent="", labels=tuple(labels) if labels is not None else manifest.labels
-    )
-
-
-def _add_engine(
-    draft: Path, manifest: Manifest, request: _EngineRequest, chosen: trt.Backend | str, rebuild: str, report: Report
-) -> Manifest:
-    if isinstance(chosen, str):
-        report(f"no engine: {chosen}")
-        return msgspec.structs.replace(manifest, engine_absent=chosen)
-    device = cuda.device_info()
-    plan, info = trt.build_plan(
-        chosen,
-        draft / MODEL,
-        manifest.inputs,
-        _profiles(request.profiles, manifest.max_tokens),
-        device=device,
-        compute_capabilities=request.compute_capabilities,
-        workspace_bytes=request.workspace_bytes,
-        flags=request.flags,
-        progress=report,
-    )
-    (draft / PLAN).write_bytes(plan)
-    info = _verify_plan(draft, plan, manifest, info, chosen, device, rebuild, report)
-    producer = manifest.producer | {chosen.name: chosen.version}
-    return msgspec.structs.replace(manifest, engine=info, producer=producer)
-
-
-def _profiles(wanted: tuple[Profile, ...] | None, max_tokens: int) -> tuple[Profile, ...]:
-    if wanted is None:
-        low, common, high = (min(tokens, max_tokens) for tokens in Profile().tokens)
-        return (Profile(tokens=(low, common, high)),)
-    if not wanted:
-        raise ConfigError("profiles is empty.", remedy="Leave it out for the default.")
-    for profile in wanted:
-        if profile.tokens[2] > max_tokens:
-            raise ConfigError(f"A profile asks for {profile.tokens[2]} tokens; the model allows {max_tokens}.")
-    return wanted
-
-
-def _verify_plan(
-    draft: Path,
-    plan: bytes,
-    manifest: Manifest,
-    info: EngineInfo,
-    backend: trt.Backend,
-    device: cuda.DeviceInfo | None,
-    rebuild: str,
-    report: Report,
-) -> EngineInfo:
-    """Runs the plan where this machine can, and writes down why where it cannot."""
-    from fedspine_edge.deploy.runner import EngineRunner
-    from fedspine_edge.deploy.verify import verify_engine
-
-    if device is None or device.sm not in info.compute_capabilities:
-        here = f"this machine's GPU is SM {device.sm}" if device is not None else "built on a machine without a GPU"
-        return msgspec.structs.replace(
-            info, not_verified=f"{here}; it is for SM {', '.join(info.compute_capabilities)}"
-        )
-    try:
-        driver = cuda.open_cuda()
-    except MissingDependency as error:
-        report(f"the engine was not run: {error.message}")
-        return msgspec.structs.replace(info, not_verified=error.message)
-    report("comparing the engine with ONNX Runtime")
-    try:
-        runner = EngineRunner(
-            plan, info, manifest.inputs, manifest.outputs, backend=backend, cuda=driver, rebuild=rebuild
-        )
-    except EngineIncompatible as error:
-        raise DeployError(f"The engine that was just built does not load: {error.message}") from error
-    try:
-        verification = verify_engine(runner, draft / MODEL, manifest, info)
-    finally:
-        runner.close()
-    return msgspec.structs.replace(info, verification=verification, not_verified="")

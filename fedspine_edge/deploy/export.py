@@ -1,8 +1,8 @@
 """torch → ONNX: one graph with dynamic batch and sequence that TensorRT 10.3 and every later release can parse.
 
 Attention and norms are spelled out in basic operators (the fused ONNX operators of opset 23 have no parser in
-10.3). Widths may differ by layer. Classification models give (batch, labels), causal models give the logits of all
-positions, (batch, sequence, vocabulary), **without a KV cache**: generating with them costs a full pass a token.
+10.3). Widths may differ by layer. Classification models give (batch, labels), causal models the logits of all
+positions, (batch, sequence, vocabulary), and their KV cache; `deploy/graphs.py` lists inputs and outputs.
 Why the TorchScript exporter: docs/decisions/0060-torchscript-exporter.md.
 """
 
@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
-from fedspine_edge.deploy.bundle import Precision, Task, TensorInfo
+from fedspine_edge.deploy.bundle import AdapterSpec, Precision, Task, TensorInfo
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedspine_edge.deploy.graphs import Graph
     from fedspine_edge.model.prunable import PrunableModel
 
 OPSETS = range(17, 21)
@@ -49,7 +51,12 @@ class Exported:
 
 
 def export_onnx(
-    model: PrunableModel | nn.Module | str | Path, path: str | Path, *, opset: int = 17, precision: Precision = "fp32"
+    model: PrunableModel | nn.Module | str | Path,
+    path: str | Path,
+    *,
+    opset: int = 17,
+    precision: Precision = "fp32",
+    adapter: AdapterSpec | None = None,
 ) -> Exported:
     """Writes a model as ONNX.
 
@@ -58,7 +65,8 @@ def export_onnx(
             merged in a copy), or a transformers task model.
         path: The file to write; weights above 1.5 GB go beside it.
         opset: 17 to 20.
-        precision: "fp16" halves the weights and keeps norms, softmax and outputs in float32.
+        precision: "fp16" halves the weights and the KV cache and keeps norms, softmax and logits in float32.
+        adapter: The adapters that become inputs; `model` is then what `graphs.with_runtime_lora` returned.
 
     Raises:
         ConfigError: An opset or precision outside the range.
@@ -69,26 +77,39 @@ def export_onnx(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", remedy=f"Choose one of: {', '.join(PRECISIONS)}")
     onnx = _import_onnx()
-    module = merged_module(model)
+    from fedspine_edge.deploy.graphs import task_graph
+
+    module = merged_module(model) if adapter is None else _as_module(model)
     path = Path(path)
-    inputs = _inputs(module.config)
-    max_tokens = _max_tokens(module.config)
+    max_tokens = max_tokens_of(module.config)
+    graph = task_graph(module, max_tokens=max_tokens, adapter=adapter)
     with tempfile.TemporaryDirectory(prefix="fedspine-export-") as scratch:
         raw = Path(scratch) / "raw.onnx"
-        rank = _trace(module, inputs, raw, opset, max_tokens)
+        _trace(module, graph, raw, opset)
         proto = onnx.load(raw)
-    task: Task = "classification" if rank == 2 else "causal_lm"
     _tidy(proto.graph, _transposed_names(module))
     _check_operators(proto.graph)
+    inputs, outputs = graph.inputs, graph.outputs
     if precision == "fp16":
         from fedspine_edge.deploy.half import to_half
 
         to_half(proto)
+        inputs, outputs = (tuple(_cache_in_half(tensor) for tensor in each) for each in (inputs, outputs))
     _save(proto, path)
-    last = module.config.num_labels if task == "classification" else module.config.vocab_size
-    shape = ("batch", int(last)) if task == "classification" else ("batch", "sequence", int(last))
-    outputs = (TensorInfo(name="logits", dtype="float32", shape=shape),)
-    return Exported(path, inputs, outputs, task, precision, opset, max_tokens)
+    return Exported(path, inputs, outputs, graph.task, precision, opset, max_tokens)
+
+
+def _cache_in_half(tensor: TensorInfo) -> TensorInfo:
+    cached = tensor.name.startswith(("past_key_values.", "present."))
+    return msgspec.structs.replace(tensor, dtype="float16") if cached else tensor
+
+
+def _as_module(model: object) -> nn.Module:
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise ConfigError("adapter= goes with the module that with_runtime_lora returned.")
+    return model
 
 
 def _import_onnx() -> Any:
@@ -142,62 +163,33 @@ def load_folder(folder: Path) -> PrunableModel:
     )
 
 
-def _inputs(config: Any) -> tuple[TensorInfo, ...]:
-    shape = ("batch", "sequence")
-    tensors = [
-        TensorInfo(name="input_ids", dtype="int64", shape=shape, limit=int(config.vocab_size)),
-        TensorInfo(name="attention_mask", dtype="int64", shape=shape, limit=2),
-    ]
-    types = int(getattr(config, "type_vocab_size", 0) or 0)
-    if types > 1:  # RoBERTa has one type: an input that can only be zero
-        tensors.append(TensorInfo(name="token_type_ids", dtype="int64", shape=shape, default=0, limit=types))
-    return tuple(tensors)
+def task_of(module: nn.Module) -> Task:
+    """What a transformers task model is for, by its class."""
+    return "causal_lm" if "ForCausalLM" in type(module).__name__ else "classification"
 
 
-def _max_tokens(config: Any) -> int:
+def max_tokens_of(config: Any) -> int:
+    """Longest sequence, cache included, that the position embeddings allow."""
     positions = int(config.max_position_embeddings)
     # RoBERTa counts positions from padding_idx + 1.
     return positions - int(config.pad_token_id) - 1 if config.model_type == "roberta" else positions
 
 
-def _trace(module: nn.Module, inputs: tuple[TensorInfo, ...], path: Path, opset: int, max_tokens: int) -> int:
-    """Exports through TorchScript and returns the rank of the logits."""
+def _trace(module: nn.Module, graph: Graph, path: Path, opset: int) -> None:
+    """Exports through TorchScript."""
     import torch
 
-    names = [tensor.name for tensor in inputs]
-
-    class Logits(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = module
-
-        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(**dict(zip(names, tensors))).logits
-            return logits
-
-    device = next(module.parameters()).device
-    length = min(8, max_tokens)
-    pad = module.config.pad_token_id
-    ids = torch.full((2, length), 1 if pad == 0 else 0, dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    if length > 1:
-        mask[1, length - 1] = 0  # a mask of ones alone could be optimised away while tracing
-    values = {"input_ids": ids, "attention_mask": mask}
-    example = tuple(values.get(name, torch.zeros_like(ids)).to(device) for name in names)
-    wrapper = Logits().eval()
     with _traceable(module), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer warnings about branches whose other arm is for caches
         try:
-            rank = wrapper(*example).ndim
-            axes = {name: {0: "batch", 1: "sequence"} for name in names}
-            axes["logits"] = {0: "batch"} if rank == 2 else {0: "batch", 1: "sequence"}
+            graph.module(*graph.example)
             torch.onnx.export(
-                wrapper,
-                example,
+                graph.module,
+                graph.example,
                 str(path),
-                input_names=names,
-                output_names=["logits"],
-                dynamic_axes=axes,
+                input_names=[tensor.name for tensor in graph.inputs],
+                output_names=[tensor.name for tensor in graph.outputs],
+                dynamic_axes=graph.dynamic_axes(),
                 opset_version=opset,
                 dynamo=False,
             )
@@ -206,7 +198,6 @@ def _trace(module: nn.Module, inputs: tuple[TensorInfo, ...], path: Path, opset:
                 f"{type(module).__name__} could not be exported with torch {torch.__version__}: {error}",
                 remedy="Check that it runs in torch on a batch of two sequences with padding.",
             ) from error
-    return int(rank)
 
 
 @contextlib.contextmanager
@@ -232,7 +223,8 @@ def _transposed_names(module: nn.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
-            names.setdefault(_content(parameter.detach().cpu().numpy().T), f"{name}.T")
+            transposed = parameter.detach().cpu().numpy().T
+            names.setdefault(_content(transposed), f"{name.replace('.base.', '.')}.T")
     return names
 
 
@@ -247,7 +239,7 @@ def _tidy(graph: Any, transposed: dict[str, str]) -> None:
 
     rename = {}
     for tensor in graph.initializer:
-        name = tensor.name.removeprefix("model.")  # the tracing wrapper's attribute
+        name = tensor.name.removeprefix("model.").replace(".base.", ".")  # what tracing wraps around the model
         if tensor.name.startswith("onnx::"):
             name = transposed.pop(_content(numpy_helper.to_array(tensor)), tensor.name)
         rename[tensor.name] = tensor.name = name

@@ -5,7 +5,7 @@ Strongly typed TensorRT takes precision from the graph, so it is decided here, n
 - what does not descend from an embedding (masks, position angles) stays float32;
 - LayerNormalization, decomposed RMSNorm and softmax with the mask addition before it stay float32, because
   float16 loses them (squares overflow at 256, a mask of -3e38 becomes -inf);
-- all else that computes in floats becomes float16; the outputs are cast back to float32.
+- all else that computes in floats becomes float16, a decoder's KV cache too; other outputs are cast back to float32.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class _Converter:
             for name in node.input:
                 self.consumers[name].append(index)
         self.floats = self._float_tensors(model)
-        self.half_tensors: set[str] = set()
+        self.half_tensors = {info.name for info in self.graph.input if info.name.startswith("past_key_values.")}
         self.casts: dict[tuple[str, bool], str] = {}
         self.result: list[Any] = []
 
     def convert(self) -> None:
         half = self._descendants_of_embeddings() - self._kept_in_fp32()
-        outputs = {output.name for output in self.graph.output}
+        outputs = {output.name for output in self.graph.output if not output.name.startswith("present.")}
         for index, node in enumerate(self.nodes):
             is_half = index in half and node.op_type not in ("Cast", "Constant")
             self._convert_inputs(node, index, is_half)
@@ -66,6 +66,9 @@ class _Converter:
         del self.graph.node[:]
         self.graph.node.extend(self.result)
         del self.graph.value_info[:]  # holds the float32 types
+        for info in (*self.graph.input, *self.graph.output):
+            if info.name in self.half_tensors:
+                info.type.tensor_type.elem_type = self.onnx.TensorProto.FLOAT16
 
     def _convert_inputs(self, node: Any, index: int, is_half: bool) -> None:
         if node.op_type in ("Cast", "Shape"):

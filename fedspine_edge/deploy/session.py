@@ -9,75 +9,53 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, overload
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.deploy import cuda, trt
-from fedspine_edge.deploy.bundle import TOKENIZER, Bundle, Manifest, TensorInfo, load_bundle, rebuild_command
-from fedspine_edge.deploy.runner import EngineRunner, OnnxRuntimeRunner, Runner
-from fedspine_edge.errors import ConfigError, DataError, DeployError, EngineIncompatible, MissingDependency
+from fedspine_edge.deploy.adapters import bundled_adapter, read_adapter
+from fedspine_edge.deploy.archive import is_archive, pack, unpack
+from fedspine_edge.deploy.build import BACKENDS, BackendChoice, rebuild_engine
+from fedspine_edge.deploy.bundle import PLAN, Bundle, Manifest, TensorInfo, load_bundle, rebuild_command
+from fedspine_edge.deploy.generate import Generation, Sampling, generate, pieces
+from fedspine_edge.deploy.latency import (
+    Latency,
+    LatencyComparison,
+    Result,
+    compare_latency,
+    latency_of,
+    time_sessions,
+)
+from fedspine_edge.deploy.runner import EngineRunner, OnnxRuntimeRunner, Runner, empty_past
+from fedspine_edge.deploy.text import Text, TextCodec
+from fedspine_edge.errors import (
+    ConfigError,
+    DataError,
+    DeployError,
+    EngineBuildError,
+    EngineIncompatible,
+    FedspineError,
+    MissingDependency,
+)
+
+__all__ = ["Latency", "LatencyComparison", "Prediction", "Session", "compare_latency"]
 
 Array = npt.NDArray[Any]
-BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
-BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
-Text = str | tuple[str, str]
 
 
-class _Result(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of what a session answers."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        values: dict[str, Any] = msgspec.to_builtins(self)
-        return values
-
-
-class Prediction(_Result, frozen=True, kw_only=True):
+class Prediction(Result, frozen=True, kw_only=True):
     """The answer for one text: the label, its softmax probability, and its index in the logits."""
 
     label: str
     probability: float
     index: int
-
-
-class Latency(_Result, frozen=True, kw_only=True):
-    """Wall time of repeated runs of one shape, in milliseconds."""
-
-    backend: str
-    batch: int
-    tokens: int
-    repeats: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    min_ms: float
-
-
-class LatencyComparison(_Result, frozen=True, kw_only=True):
-    """Two sessions timed in alternation, so that a busy moment of the machine hits both."""
-
-    first: Latency
-    second: Latency
-    ratio: float
-    """Median of the second over median of the first; below 1 the second is faster."""
-
-    @property
-    def first_ms(self) -> float:
-        """Median of the first session."""
-        return self.first.p50_ms
-
-    @property
-    def second_ms(self) -> float:
-        """Median of the second session."""
-        return self.second.p50_ms
 
 
 class Session:
@@ -92,17 +70,30 @@ class Session:
     def __init__(self, bundle: Bundle, runner: Runner, backend: str, why: str) -> None:
         self.bundle, self.backend, self.why = bundle, backend, why
         self._runner: Runner | None = runner
-        self._tokenizer_lock = threading.Lock()
+        self._codec_lock = threading.Lock()
+        self._adapter = bundled_adapter(bundle.folder, bundle.manifest)
+        self._pool: ThreadPoolExecutor | None = None
+        self._workers = 4
+        self._unpacked: TemporaryDirectory[str] | None = None
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: BackendChoice = "auto", *, threads: int | None = None) -> Session:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: BackendChoice = "auto",
+        *,
+        threads: int | None = None,
+        rebuild: bool = False,
+    ) -> Session:
         """Checks a bundle and makes it ready to run.
 
         Args:
-            bundle: Folder that `compile_engine` made.
+            bundle: Folder or .zip file that `compile_engine` made.
             backend: "auto" takes the engine where it fits this machine and ONNX Runtime otherwise; the other
                 names take that backend or fail.
             threads: Threads within an operator of ONNX Runtime; None takes one per core. An engine ignores it.
+            rebuild: Where the bundle's engine is damaged, missing or does not fit this machine, build it anew from
+                the bundle's own model.onnx (minutes, and the bundle must be writable) and take that.
 
         Raises:
             CheckpointError: The bundle is missing, truncated or altered.
@@ -113,15 +104,41 @@ class Session:
             raise ConfigError(f"backend is {backend!r}.", remedy=f"Choose one of: {', '.join(BACKENDS)}")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1.", remedy="Leave it out for one per core.")
-        checked = load_bundle(bundle)
+        if is_archive(bundle):
+            unpacked = unpack(bundle)
+            try:
+                session = cls._load(Path(unpacked.name), backend, threads, rebuild, Path(bundle))
+            except BaseException:
+                unpacked.cleanup()
+                raise
+            session._unpacked = unpacked
+            return session
+        return cls._load(Path(bundle), backend, threads, rebuild, None)
+
+    @classmethod
+    def _load(
+        cls, folder: Path, backend: BackendChoice, threads: int | None, rebuild: bool, archive: Path | None
+    ) -> Session:
         if backend == "onnxruntime":
+            checked = load_bundle(folder, ignore=(PLAN,))  # a damaged plan does no harm here
             return cls._on_onnxruntime(checked, threads, "ONNX Runtime, as asked for.")
         try:
-            return cls._on_engine(checked, backend)
+            return cls._on_engine(load_bundle(folder), backend)
         except (EngineIncompatible, MissingDependency) as error:
-            if backend != "auto":
-                raise
-            return cls._on_onnxruntime(checked, threads, f"ONNX Runtime, because: {error.message}")
+            reason: FedspineError = error
+        if rebuild:
+            try:
+                rebuild_engine(folder, backend)
+                if archive is not None:
+                    pack(folder, archive)
+                return cls._on_engine(load_bundle(folder), backend)
+            except (EngineIncompatible, EngineBuildError, MissingDependency) as error:
+                reason = error
+        # With auto, what remains is ONNX Runtime; a damaged plan, though, is never passed over in silence.
+        if backend != "auto" or (not rebuild and _plan_is_damaged(folder)):
+            raise reason
+        checked = load_bundle(folder, ignore=(PLAN,))
+        return cls._on_onnxruntime(checked, threads, f"ONNX Runtime, because: {reason.message}")
 
     @classmethod
     def _on_onnxruntime(cls, bundle: Bundle, threads: int | None, why: str) -> Session:
@@ -158,7 +175,7 @@ class Session:
         """What bundle.json says."""
         return self.bundle.manifest
 
-    def run(self, **inputs: Array) -> Array | dict[str, Array]:
+    def run(self, **inputs: Array) -> Array:
         """Runs the model once.
 
         Args:
@@ -166,23 +183,100 @@ class Session:
                 lists them. `token_type_ids` may be left out (zeros).
 
         Returns:
-            float32 logits, (batch, labels) for classification and (batch, tokens, vocabulary) for a causal model;
-            a dict by name when the model has several outputs.
+            float32 logits, (batch, labels) for classification and (batch, tokens, vocabulary) for a causal model.
 
         Raises:
             DataError: An input is missing, unknown, of the wrong type or shape, out of range, or too long.
         """
-        outputs = self._live_runner().run(self._checked_inputs(inputs))
-        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+        return self.live_runner().run(self.checked_inputs(inputs))["logits"]
 
-    def _live_runner(self) -> Runner:
+    def run_async(self, **inputs: Array) -> Future[Array]:
+        """`run` on a thread of this session; the result or the error is in the future.
+
+        In asyncio: `await asyncio.wrap_future(session.run_async(...))`. Inputs must not be changed meanwhile.
+        """
+        with self._codec_lock:
+            self.live_runner()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fedspine-session")
+            pool = self._pool
+        return pool.submit(self.run, **inputs)
+
+    def set_adapter(self, folder: str | Path | None) -> None:
+        """Exchanges the adapter, and the task head that came with it, for all runs that start from now on.
+
+        Needs a bundle compiled with `lora="inputs"`; nothing is rebuilt, any rank up to 64 will do. `None` goes
+        back to the adapter in the bundle.
+
+        Args:
+            folder: Holds a PEFT adapter, such as `PrunableModel.save` and `EdgeTuner.save` write.
+
+        Raises:
+            DeployError: The bundle has its adapter merged into the weights.
+            CheckpointError: The adapter is damaged or for another model. The one that was set stays.
+        """
+        default = bundled_adapter(self.bundle.folder, self.manifest)
+        self._adapter = default if folder is None else read_adapter(folder, self.manifest, default)
+
+    def adapter_inputs(self) -> dict[str, Array]:
+        """The adapter that is set, as inputs of the model; empty where adapters are not inputs."""
+        return self._adapter
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Continues a text with a decoder.
+
+        Args:
+            prompt: A text, or its tokens. It is taken as it is: chat markup is the caller's.
+            max_new_tokens: The answer's largest length in tokens.
+            temperature: 0 takes the most likely token always; above, tokens are drawn.
+            top_k: Draw only among the k most likely; 0 means all.
+            top_p: Draw only among the most likely that together reach this probability.
+            seed: Of the draws: the same seed gives the same text.
+            stop: The text ends before the first of these strings.
+
+        Raises:
+            DeployError: The model does not generate, or the bundle has no tokenizer.
+            DataError: The prompt is empty or too long.
+            ConfigError: A setting cannot be used.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return generate(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """`generate`, piece by piece as it comes; wrong arguments are refused before the first piece."""
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return pieces(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+
+    def live_runner(self) -> Runner:
+        """What runs the model. Raises `DeployError` after `close`."""
         runner = self._runner
         if runner is None:
             raise DeployError("This session is closed.", remedy="Load the bundle again.")
         return runner
 
-    def _checked_inputs(self, given: dict[str, Array]) -> dict[str, Array]:
-        known = {tensor.name: tensor for tensor in self.manifest.inputs}
+    def checked_inputs(self, given: dict[str, Array]) -> dict[str, Array]:
+        """`given` as the runner takes it, with an empty KV cache and the adapter that is set. Raises `DataError`."""
+        known = {tensor.name: tensor for tensor in self.manifest.inputs if tensor.kind == "tokens"}
         unknown = sorted(given.keys() - known.keys())
         if unknown:
             raise DataError(f"The model has no input {unknown[0]!r}.", remedy=f"Its inputs: {', '.join(known)}")
@@ -206,7 +300,7 @@ class Session:
                     f"The input {name!r} is missing.",
                     remedy=f"Pass an integer numpy array of shape (batch, tokens) as {name}=...",
                 )
-        return checked
+        return checked | empty_past(self.manifest.inputs, len(checked["input_ids"])) | self._adapter
 
     @overload
     def classify(self, text: Text, *, batch_size: int = ...) -> Prediction: ...
@@ -230,13 +324,11 @@ class Session:
             raise DataError("classify() was given an empty list.", remedy="Give at least one text.")
         encodings = self._encode(texts)
         by_length = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
-        step = min(batch_size, self._live_runner().max_batch or batch_size)
+        step = min(batch_size, self.live_runner().max_batch or batch_size)
         found: dict[int, Prediction] = {}
         for start in range(0, len(texts), step):
             chosen = by_length[start : start + step]
-            logits = self.run(**self._padded([encodings[index] for index in chosen]))
-            if isinstance(logits, dict):
-                raise DeployError(f"A classifier has one output; this one has {', '.join(logits)}.")
+            logits = self.run(**self.codec.padded([encodings[index] for index in chosen]))
             found.update(zip(chosen, self._predictions(logits)))
         predictions = [found[index] for index in range(len(texts))]
         return predictions[0] if isinstance(text, (str, tuple)) else predictions
@@ -250,61 +342,33 @@ class Session:
 
     def tokenize(self, texts: Sequence[Text]) -> dict[str, Array]:
         """The model's inputs for texts or pairs: cut to what the model and its engine allow, padded to the longest."""
-        return self._padded(self._encode(texts))
+        encodings = self._encode(texts)
+        return self.codec.padded(encodings)
 
     def _encode(self, texts: Sequence[Text]) -> list[Any]:
-        for text in texts:
-            pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
-            if not (isinstance(text, str) or pair):
-                raise DataError(f"{type(text).__name__} is not a text.", remedy="Give str or (str, str).")
-        with self._tokenizer_lock:  # the first call loads it
-            tokenizer = self._tokenizer
-        encodings: list[Any] = tokenizer.encode_batch(list(texts))
-        if min(len(encoding.ids) for encoding in encodings) == 0:
-            raise DataError("A text has no tokens.", remedy="Leave empty texts out.")
-        return encodings
-
-    def _padded(self, encodings: Sequence[Any]) -> dict[str, Array]:
-        longest = max(len(encoding.ids) for encoding in encodings)
-        columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        padding = {"input_ids": self.manifest.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-        arrays = {}
-        for tensor in self.manifest.inputs:
-            array = np.full((len(encodings), longest), padding[tensor.name], dtype=np.int64)
-            for row, encoding in zip(array, encodings):
-                row[: len(encoding.ids)] = getattr(encoding, columns[tensor.name])
-            arrays[tensor.name] = array
-        return arrays
+        with self._codec_lock:  # the first call loads the tokenizer
+            codec = self.codec
+        return codec.encode(texts)
 
     @functools.cached_property
-    def _tokenizer(self) -> Any:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingDependency.of("tokenizers", extra="export", purpose="Classifying text") from error
-        if TOKENIZER not in self.manifest.files:
-            raise DeployError(
-                f"{self.bundle.folder} has no {TOKENIZER}.",
-                remedy="Put the tokenizer's tokenizer.json into the model folder and compile it anew, "
-                "or tokenise yourself and call run().",
-            )
-        tokenizer = Tokenizer.from_file(str(self.bundle.folder / TOKENIZER))
-        # What a training script left in tokenizer.json (a fixed length of 128, say) is not wanted here.
-        tokenizer.no_padding()
-        limit = self._live_runner().max_tokens
-        tokenizer.enable_truncation(min(self.manifest.max_tokens, limit or self.manifest.max_tokens))
-        return tokenizer
+    def codec(self) -> TextCodec:
+        """The bundle's tokenizer."""
+        limit = self.live_runner().max_tokens
+        return TextCodec(self.bundle, min(self.manifest.max_tokens, limit or self.manifest.max_tokens))
 
     def bench(self, batch: int = 1, tokens: int = 32, repeats: int = 100, *, warmup: int = 10) -> Latency:
         """Times `repeats` runs on random tokens, after `warmup` runs that are not counted."""
-        inputs = self._random_inputs(batch, tokens)
-        times = _time([(self, inputs)], repeats, warmup)
-        return _latency(self, batch, tokens, times[0])
+        inputs = self.random_inputs(batch, tokens)
+        times = time_sessions([(self, inputs)], repeats, warmup)
+        return latency_of(self.backend, batch, tokens, times[0])
 
-    def _random_inputs(self, batch: int, tokens: int) -> dict[str, Array]:
+    def random_inputs(self, batch: int, tokens: int) -> dict[str, Array]:
+        """Random tokens of shape (batch, tokens) without padding, for timing."""
         rng = np.random.default_rng(0)
         inputs: dict[str, Array] = {}
         for tensor in self.manifest.inputs:
+            if tensor.kind != "tokens":
+                continue
             limit = tensor.limit or 2
             # A full mask, and only tokens that cannot be padding: padding would shorten the sequence.
             if tensor.name == "input_ids":
@@ -316,9 +380,15 @@ class Session:
 
     def close(self) -> None:
         """Frees the engine or the ONNX Runtime session; calling it again does nothing."""
+        with self._codec_lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.close()
+        if self._unpacked is not None:
+            self._unpacked.cleanup()
 
     def __enter__(self) -> Session:
         return self
@@ -327,6 +397,14 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _plan_is_damaged(folder: Path) -> bool:
+    try:
+        load_bundle(folder)
+    except EngineIncompatible:
+        return True
+    return False
 
 
 def _check_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
@@ -349,45 +427,3 @@ def _check_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
             f"{name} holds {low if low < 0 else high}; it must be within 0..{(tensor.limit or 2**63) - 1}.",
             remedy="Use the tokenizer of this bundle.",
         )
-
-
-def compare_latency(
-    first: Session, second: Session, *, batch: int = 1, tokens: int = 32, repeats: int = 200
-) -> LatencyComparison:
-    """Times two sessions in alternation within one run: first, second, first, … on the same shape.
-
-    For a fair comparison load both with the same `threads` and `backend`.
-    """
-    inputs = [(session, session._random_inputs(batch, tokens)) for session in (first, second)]
-    times_first, times_second = _time(inputs, repeats, warmup=10)
-    a, b = _latency(first, batch, tokens, times_first), _latency(second, batch, tokens, times_second)
-    return LatencyComparison(first=a, second=b, ratio=b.p50_ms / a.p50_ms)
-
-
-def _time(sessions: Sequence[tuple[Session, dict[str, Array]]], repeats: int, warmup: int) -> list[list[float]]:
-    if repeats < 1:
-        raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
-    prepared = [(session._live_runner(), session._checked_inputs(inputs)) for session, inputs in sessions]
-    times: list[list[float]] = [[] for _ in prepared]
-    for repeat in range(warmup + repeats):
-        for taken, (runner, inputs) in zip(times, prepared):
-            start = time.perf_counter()
-            runner.run(inputs)
-            if repeat >= warmup:
-                taken.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def _latency(session: Session, batch: int, tokens: int, times_ms: list[float]) -> Latency:
-    p50, p90, p99 = (float(value) for value in np.percentile(times_ms, (50, 90, 99)))
-    return Latency(
-        backend=session.backend,
-        batch=batch,
-        tokens=tokens,
-        repeats=len(times_ms),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        mean_ms=float(np.mean(times_ms)),
-        min_ms=min(times_ms),
-    )

@@ -97,7 +97,7 @@ def build_plan(
 
     Args:
         model: The ONNX file; external weights are looked up beside it.
-        inputs: The model's inputs, all of shape (batch, sequence).
+        inputs: The model's inputs; the profiles size their dynamic axes.
         profiles: Shapes to optimise for; at least one.
         device: The GPU of this machine, or None.
         compute_capabilities: SM numbers such as "86" to build for without that GPU; TensorRT-RTX only.
@@ -127,8 +127,9 @@ def build_plan(
     for profile in profiles:
         optimization_profile = builder.create_optimization_profile()
         for tensor in inputs:
-            shapes = [tuple(shape) for shape in zip(profile.batch, profile.tokens)]
-            optimization_profile.set_shape(tensor.name, *shapes)
+            shapes = [tensor.sized(profile.sizes(corner)) for corner in range(3)]
+            if shapes[0] != tensor.shape:  # a fixed shape takes no profile
+                optimization_profile.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(optimization_profile) < 0:
             raise translate(backend, log, f"refused the profile {profile}")
     targets = _set_targets(backend, config, device, compute_capabilities, log)

@@ -1,37 +1,36 @@
-"""Does the exported file compute what torch computes? Compared over several shapes, batch 1 included."""
+"""Does the exported file compute what torch computes? Whole passes, and decoders step by step with their KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from fedspine_edge.deploy.bundle import PLAN, EngineInfo, Manifest, Precision, TensorInfo, Verification
-from fedspine_edge.deploy.export import Exported
-from fedspine_edge.deploy.runner import OnnxRuntimeRunner, Runner
-from fedspine_edge.errors import DataError, ExportMismatch
+from fedspine_edge.deploy.adapters import bundled_adapter
+from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo, Verification
+from fedspine_edge.deploy.compare import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
+from fedspine_edge.deploy.export import Exported, merged_module, task_of
+from fedspine_edge.deploy.runner import OnnxRuntimeRunner
+from fedspine_edge.errors import ExportMismatch
 
 if TYPE_CHECKING:
     from torch import nn
 
-Array = npt.NDArray[Any]
-Inputs = dict[str, Array]
+__all__ = [
+    "SHAPES",
+    "TOLERANCE",
+    "compare",
+    "random_inputs",
+    "verify_adapters",
+    "verify_bundle",
+    "verify_cache",
+    "verify_onnx",
+]
 
 SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 16), (3, 33))
 """(batch, tokens) compared unless others are given; lengths beyond the model's limit are cut to it."""
-
-TOLERANCE: dict[Precision, float] = {"fp32": 3e-4, "fp16": 2e-2}
-"""Largest absolute difference, relative to the largest reference output where that exceeds 1. Measured: 4e-8 for
-MiniLM; for a 30-layer SmolLM2 with logits up to 35 the export differs from torch by 2e-4, as much as torch in
-float32 from torch in float64 (1e-4), and pruned without recovery both grow tenfold. float16 resolves 1e-3.
-
-ONNX Runtime's CPU provider computes float16 nodes in float32: there, fp16 shows the rounding of the weights but not
-all of a GPU's arithmetic. The engine is therefore compared again on the device that builds it (`verify_engine`)."""
-
-MIN_COSINE: dict[Precision, float] = {"fp32": 0.9999, "fp16": 0.999}
 
 
 def verify_onnx(
@@ -40,6 +39,7 @@ def verify_onnx(
     *,
     inputs: Sequence[Inputs] | None = None,
     shapes: Sequence[tuple[int, int]] = SHAPES,
+    adapter: Mapping[str, Array] | None = None,
     seed: int = 0,
 ) -> Verification:
     """Runs an exported file on ONNX Runtime and the module in torch, and compares.
@@ -49,19 +49,20 @@ def verify_onnx(
         module: The float32 transformers module it was made from, in eval mode.
         inputs: Inputs to compare on; default random ones with padding.
         shapes: (batch, tokens) of the random inputs.
+        adapter: Values of the adapter's inputs, where the file has them.
         seed: Of the random inputs.
 
     Raises `ExportMismatch`, naming the worst output and the numbers.
     """
     runner = OnnxRuntimeRunner(exported.path, threads=1)
     if inputs is None:
-        inputs = random_inputs(exported.inputs, shapes, exported.max_tokens, seed)
+        inputs = random_inputs(exported.inputs, shapes, exported.max_tokens, seed, adapter=adapter)
     try:
         return compare(
             runner,
-            lambda batch: _run_torch(module, batch, exported.outputs),
+            lambda batch: _run_torch(module, batch, exported.inputs),
             inputs,
-            exported.outputs,
+            logits_of(exported.outputs),
             precision=exported.precision,
             subject=f"{exported.path.name} on ONNX Runtime",
             reference="torch",
@@ -70,133 +71,138 @@ def verify_onnx(
         runner.close()
 
 
-def _run_torch(module: nn.Module, inputs: Inputs, outputs: tuple[TensorInfo, ...]) -> dict[str, Array]:
+def verify_cache(
+    exported: Exported,
+    module: nn.Module,
+    *,
+    prompt: int = 5,
+    steps: int = 6,
+    adapter: Mapping[str, Array] | None = None,
+    seed: int = 1,
+) -> Verification:
+    """Runs a decoder as generating does, a prompt and then token by token with its cache, against torch without one.
+
+    The logits of every step are compared with torch's full pass over all tokens: one row alone, and three rows
+    with padding on the right and then on the left. Raises `ExportMismatch`.
+    """
+    runner = OnnxRuntimeRunner(exported.path, threads=1)
+    shapes = [(1, prompt + steps), (3, prompt + steps)]
+    inputs = random_inputs(exported.inputs, shapes, exported.max_tokens, seed, adapter=adapter)
+    inputs.append(inputs[-1] | {"attention_mask": np.ascontiguousarray(inputs[-1]["attention_mask"][:, ::-1])})
+    try:
+        return compare(
+            _StepByStep(runner, exported.inputs, prompt),
+            lambda batch: _run_torch(module, batch, exported.inputs),
+            inputs,
+            logits_of(exported.outputs),
+            precision=exported.precision,
+            subject=f"{exported.path.name} token by token with its KV cache",
+            reference="torch without a cache",
+        )
+    finally:
+        runner.close()
+
+
+def verify_adapters(
+    exported: Exported, module: nn.Module, adapter: AdapterSpec, *, ranks: Sequence[int] = (0, 1, 64), seed: int = 2
+) -> Verification:
+    """Compares random adapters of several ranks in the exported file with the same ones in torch.
+
+    `module` is what `with_runtime_lora` returned: its linears take the factors that the file takes as inputs.
+    Raises `ExportMismatch`.
+    """
     import torch
 
-    device = next(module.parameters()).device
-    with torch.inference_mode():
-        result = module(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
-    return {tensor.name: getattr(result, tensor.name).float().cpu().numpy() for tensor in outputs}
+    from fedspine_edge.deploy.graphs import RuntimeLora, get_attribute
 
-
-def random_inputs(
-    tensors: Sequence[TensorInfo], shapes: Sequence[tuple[int, int]], max_tokens: int, seed: int = 0
-) -> list[Inputs]:
-    """Random tokens for each (batch, tokens); rows after the first are right-padded to random lengths."""
     rng = np.random.default_rng(seed)
-    found = []
-    for batch, tokens in dict.fromkeys((batch, min(tokens, max_tokens)) for batch, tokens in shapes):
-        mask = np.ones((batch, tokens), dtype=np.int64)
-        for row in range(1, batch):
-            mask[row, rng.integers(1, tokens + 1) :] = 0
-        inputs = {}
-        for tensor in tensors:
-            if tensor.name == "attention_mask":
-                inputs[tensor.name] = mask
-            else:
-                inputs[tensor.name] = rng.integers(0, tensor.limit or 2, size=(batch, tokens), dtype=np.int64)
-        found.append(inputs)
-    return found
+    linears = {path: child for path, child in module.named_modules() if isinstance(child, RuntimeLora)}
+    head = {f"head.{name}": get_attribute(module, name).numpy() for name in adapter.head}
+    inputs = []
+    for rank in ranks:
+        values = dict(head)
+        for entry in adapter.modules:
+            for side, shape in (("A", (entry.in_features, rank)), ("B", (rank, entry.out_features))):
+                values[f"lora.{entry.path}.{side}"] = rng.normal(0, 0.02, shape).astype(np.float32)
+        inputs += random_inputs(exported.inputs, [(2, 9)], exported.max_tokens, seed, adapter=values)
 
+    def reference(batch: Inputs) -> Inputs:
+        for path, linear in linears.items():
+            linear.factors = tuple(torch.from_numpy(batch[f"lora.{path}.{side}"]) for side in "AB")
+        try:
+            return _run_torch(module, batch, exported.inputs)
+        finally:
+            for linear in linears.values():
+                linear.factors = None
 
-def compare(
-    subject_runner: Runner,
-    reference_run: Callable[[Inputs], dict[str, Array]],
-    inputs: Sequence[Inputs],
-    outputs: Sequence[TensorInfo],
-    *,
-    precision: Precision,
-    subject: str,
-    reference: str,
-) -> Verification:
-    """Compares two implementations; positions that are padding do not count.
-
-    A row is one set of logits: a sequence (classification) or a position (causal model). Two rows agree on
-    their largest output also where the reference holds another that is as large within the tolerance.
-    """
-    if not inputs:
-        raise DataError("There is nothing to compare: no inputs were given.")
-    worst, worst_tolerance, worst_place = 0.0, TOLERANCE[precision], ""
-    cosine, agreeing, rows = 1.0, 0, 0
-    for batch in inputs:
-        ours, theirs = subject_runner.run(batch), reference_run(batch)
-        shape = batch["input_ids"].shape
-        for tensor in outputs:
-            a, b = _rows(ours[tensor.name], batch), _rows(theirs[tensor.name], batch)
-            place = f"{tensor.name} at (batch, tokens) = {shape}"
-            if a.shape != b.shape or not np.isfinite(a).all():
-                raise ExportMismatch(
-                    f"{subject} against {reference}: {place} is {a.shape} with "
-                    f"{np.count_nonzero(~np.isfinite(a))} non-finite values; the reference is {b.shape}.",
-                    remedy=_REMEDY[precision],
-                )
-            tolerance = TOLERANCE[precision] * max(1.0, float(np.abs(b).max()))
-            difference = float(np.abs(a - b).max())
-            if not worst_place or difference / tolerance > worst / worst_tolerance:
-                worst, worst_tolerance, worst_place = difference, tolerance, place
-            cosine = min(cosine, _smallest_cosine(a, b, tolerance))
-            margin = b.max(axis=-1) - np.take_along_axis(b, a.argmax(axis=-1)[:, None], axis=-1)[:, 0]
-            agreeing += int((margin <= 2 * tolerance).sum())
-            rows += len(a)
-    verification = Verification(
-        subject=subject,
-        reference=reference,
-        shapes=tuple(tuple(batch["input_ids"].shape) for batch in inputs),
-        max_abs_diff=worst,
-        cosine=cosine,
-        argmax_agreement=agreeing / rows,
-        tolerance=worst_tolerance,
-    )
-    if worst > worst_tolerance or cosine < MIN_COSINE[precision] or agreeing < rows:
-        raise ExportMismatch(
-            f"{subject} disagrees with {reference}: {worst_place} differs by {worst:.3g} (tolerance "
-            f"{worst_tolerance:.3g}), smallest cosine {cosine:.6f} (at least {MIN_COSINE[precision]}), "
-            f"{rows - agreeing} of {rows} rows pick another class.",
-            remedy=_REMEDY[precision],
-        )
-    return verification
-
-
-_REMEDY: dict[Precision, str] = {
-    "fp32": "This is a defect of the export: please report it with the model's config.json.",
-    "fp16": "The model does not bear float16; use precision='fp32'.",
-}
-
-
-def _rows(logits: Array, batch: Inputs) -> Array:
-    if logits.ndim == 2:
-        return logits
-    kept: Array = logits[batch["attention_mask"] > 0]
-    return kept
-
-
-def _smallest_cosine(a: Array, b: Array, tolerance: float) -> float:
-    """Over rows that are long enough to have a direction at this tolerance."""
-    norms = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
-    long = np.minimum(*norms) > 100 * tolerance
-    if not long.any():
-        return 1.0
-    dots = (a.astype(np.float64) * b).sum(axis=-1)[long]
-    return float(min(1.0, (dots / (norms[0] * norms[1])[long]).min()))
-
-
-def verify_engine(runner: Runner, model: Path, manifest: Manifest, info: EngineInfo, *, seed: int = 0) -> Verification:
-    """Compares an engine with ONNX Runtime on the file it was built from, at the corners of its profiles.
-
-    Raises `ExportMismatch`, naming the worst output and the numbers.
-    """
-    shapes = [(profile.batch[i], profile.tokens[i]) for profile in info.profiles for i in range(3)]
-    reference = OnnxRuntimeRunner(model)
+    runner = OnnxRuntimeRunner(exported.path, threads=1)
     try:
         return compare(
             runner,
-            reference.run,
-            random_inputs(manifest.inputs, shapes, manifest.max_tokens, seed),
-            manifest.outputs,
-            # An fp32 engine keeps the tight tolerance: the builder leaves TF32 off unless it is asked for.
-            precision="fp16" if "TF32" in info.flags else manifest.precision,
-            subject=f"{PLAN} on {info.backend} {info.version}",
-            reference=f"{model.name} on ONNX Runtime",
+            reference,
+            inputs,
+            logits_of(exported.outputs),
+            precision=exported.precision,
+            subject=f"{exported.path.name} with adapters of rank {', '.join(map(str, ranks))}",
+            reference="torch",
         )
     finally:
-        reference.close()
+        runner.close()
+
+
+def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
+    """Compares a bundle's model.onnx with the model folder it was made from, decoders step by step too.
+
+    Raises `ExportMismatch`: the bundle was made from another model, or computes something else.
+    """
+    manifest = bundle.manifest
+    module = merged_module(model)
+    exported = Exported(
+        bundle.model_path,
+        manifest.inputs,
+        manifest.outputs,
+        manifest.task,
+        manifest.precision,
+        manifest.opset,
+        manifest.max_tokens,
+    )
+    adapter = bundled_adapter(bundle.folder, manifest)
+    if task_of(module) != manifest.task or module.config.vocab_size != manifest.inputs[0].limit:
+        raise ExportMismatch(f"{model} is another kind of model than the one in {bundle.folder}.")
+    found = [verify_onnx(exported, module, adapter=adapter)]
+    if manifest.cache_verification is not None:
+        found.append(verify_cache(exported, module, adapter=adapter))
+    return found
+
+
+class _StepByStep:
+    """Computes all positions' logits by a prompt and single steps."""
+
+    def __init__(self, runner: OnnxRuntimeRunner, tensors: Sequence[TensorInfo], prompt: int) -> None:
+        self._runner, self._prompt = runner, prompt
+        self._adapter = [tensor.name for tensor in tensors if tensor.kind == "adapter"]
+
+    def run(self, inputs: Inputs) -> Inputs:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        adapter = {name: inputs[name] for name in self._adapter}
+        found, state, start = [], None, 0
+        for end in (*range(self._prompt, ids.shape[1]), ids.shape[1]):
+            step = {"input_ids": np.ascontiguousarray(ids[:, start:end]), "attention_mask": mask[:, :end].copy()}
+            logits, state = self._runner.step(step | adapter, state)
+            found.append(logits)
+            start = end
+        return {"logits": np.concatenate(found, axis=1)}
+
+
+def _run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) -> Inputs:
+    import torch
+
+    device = next(module.parameters()).device
+    names = [tensor.name for tensor in tensors if tensor.kind == "tokens"]
+    with torch.inference_mode():
+        result = module(**{name: torch.from_numpy(inputs[name]).to(device) for name in names}, **_uncached(module))
+    return {"logits": result.logits.float().cpu().numpy()}
+
+
+def _uncached(module: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if "ForCausalLM" in type(module).__name__ else {}

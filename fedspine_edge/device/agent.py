@@ -23,7 +23,7 @@ from fedspine_edge.device.round import ROUND, LocalRound
 from fedspine_edge.device.source import ModelSource, choose_torch_device
 from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
-from fedspine_edge.device.telemetry import Meter, PeakMemory
+from fedspine_edge.device.telemetry import Meter, PeakMemory, conditions
 from fedspine_edge.errors import (
     BlobError,
     BrokerUnreachable,
@@ -224,6 +224,8 @@ class FleetDevice:
             up_mbit_s=config.up_mbit_s,
             down_mbit_s=config.down_mbit_s,
             clock=self._clock,
+            simulated=config.simulated,
+            conditions=conditions(config, plan.server_round),
         )
         log.info("round %d of %d: p=%.3f, r=%d", plan.server_round, plan.num_rounds, plan.pruning_ratio, plan.r)
         if plan.adapter is not None:

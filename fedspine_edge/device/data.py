@@ -29,6 +29,9 @@ Ints = npt.NDArray[np.int64]
 Data = Union[str, "os.PathLike[str]", Iterable[Any], Callable[[], Iterable[Any]]]
 """What the SDK accepts as data: a path, 'module:function', examples, or a callable that returns examples."""
 
+IGNORED = -100
+"""Label of a token that is not to be predicted, as torch's cross entropy and transformers have it."""
+
 _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _PLAIN_NAME = re.compile(r"^[A-Za-z_][\w-]{0,39}$")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -38,20 +41,26 @@ _BUCKET_BATCHES = 16
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text, or pair of texts. The texts are kept out of `repr`."""
+    """One labelled text, pair of texts, or text as words that each have a label. The texts are kept out of `repr`."""
 
     text: str = field(repr=False)
     label: int
     text_pair: str | None = field(default=None, repr=False)
+    words: tuple[str, ...] = field(default=(), repr=False)
+    word_labels: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids; `token_type_ids` is None for tokenizers without segments."""
+    """One example as token ids; `token_type_ids` is None for tokenizers without segments.
+
+    `token_labels`, where tokens have labels of their own, is as long as `input_ids`; IGNORED ones do not count.
+    """
 
     input_ids: list[int] = field(repr=False)
     label: int
     token_type_ids: list[int] | None = field(default=None, repr=False)
+    token_labels: list[int] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class _Source:
     name: str
     settings: DataSettings
     labelled: bool
+    words: bool = False
 
     def fail(self, what: str, remedy: str, *, row: int | None = None) -> DataError:
         place = f"{self.name}, row {row}" if row is not None else self.name
@@ -74,20 +84,22 @@ class _Source:
         return [*wanted, self.settings.label] if self.labelled else wanted
 
 
-def load_examples(settings: DataSettings, *, labelled: bool = True) -> list[Example]:
+def load_examples(settings: DataSettings, *, labelled: bool = True, words: bool = False) -> list[Example]:
     """Every example of `settings.path`: CSV, TSV, JSON lines, Parquet, or 'module:function'.
 
     Args:
         settings: Path and column names; labels must be integers within 0..num_labels-1.
         labelled: False for plain text (causal language modelling); labels are then 0.
+        words: The text column holds a list of words and the label column a list of as many labels (token
+            classification; JSON lines and Parquet can hold lists).
 
     Raises `DataError` naming the file, the row (as an editor numbers it: the header of a CSV is row 1) and the
     remedy; `MissingDependency` for Parquet without pyarrow.
     """
     if _CALLABLE.match(settings.path) and not Path(settings.path).exists():
-        return _from_items(_call(settings.path), _Source(settings.path, settings, labelled))
+        return _from_items(_call(settings.path), _Source(settings.path, settings, labelled, words))
     path = Path(settings.path).expanduser()
-    source = _Source(f"data file {path}", settings, labelled)
+    source = _Source(f"data file {path}", settings, labelled, words)
     if path.is_dir():
         raise source.fail("is a folder.", f"Name one file ({', '.join(_SUFFIXES)}) in data.path.")
     if not path.exists():
@@ -107,16 +119,16 @@ def load_examples(settings: DataSettings, *, labelled: bool = True) -> list[Exam
     return _not_empty(examples, source)
 
 
-def examples_of(data: Data, settings: DataSettings, *, labelled: bool = True) -> list[Example]:
+def examples_of(data: Data, settings: DataSettings, *, labelled: bool = True, words: bool = False) -> list[Example]:
     """Examples from whatever the SDK's user hands over: see `Data`. Raises as `load_examples` does.
 
-    Items are (text, label), (text, text_pair, label), mappings with the configured columns, or `Example`;
-    with `labelled=False` plain strings too.
+    Items are (text, label), (text, text_pair, label), mappings with the configured columns, or `Example`; with
+    `labelled=False` plain strings and (text, text_pair) too; with `words=True` (list of words, list of labels).
     """
     if isinstance(data, (str, os.PathLike)):
         fields = {name: getattr(settings, name) for name in settings.__struct_fields__}
-        return load_examples(DataSettings(**{**fields, "path": os.fspath(data)}), labelled=labelled)
-    source = _Source("the given examples", settings, labelled)
+        return load_examples(DataSettings(**{**fields, "path": os.fspath(data)}), labelled=labelled, words=words)
+    source = _Source("the given examples", settings, labelled, words)
     return _from_items(_guarded(data, source.name) if callable(data) else data, source)
 
 
@@ -133,10 +145,20 @@ def split(examples: Sequence[Example], holdout: int, seed: int, *, where: str) -
     return [examples[i] for i in rest], [examples[i] for i in held]
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
-    """Tokenise once, truncated to `max_length_tokens`, unpadded. `tokenizer` is a transformers tokenizer."""
+def encode(
+    examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, *, causal: bool = False
+) -> list[Encoded]:
+    """Tokenise once, truncated to `max_length_tokens`, unpadded. `tokenizer` is a transformers tokenizer.
+
+    With `causal` a pair is a prompt and its answer: only the answer and the end token are to be predicted, and a
+    prompt that is too long loses its beginning. Of a word's tokens the first carries its label.
+    """
     if not examples:
         return []
+    if examples[0].words:
+        return _encode_words(examples, tokenizer, max_length_tokens)
+    if causal and examples[0].text_pair is not None:
+        return [_encode_answer(example, tokenizer, max_length_tokens) for example in examples]
     texts = [example.text for example in examples]
     pairs = [example.text_pair for example in examples]
     paired = pairs[0] is not None
@@ -148,8 +170,40 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) 
     ]
 
 
+def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
+    encoded = tokenizer(
+        [list(example.words) for example in examples],
+        is_split_into_words=True,
+        truncation=True,
+        max_length=max_length_tokens,
+    )
+    segments = encoded.get("token_type_ids")
+    found = []
+    for i, example in enumerate(examples):
+        labels, before = [], None
+        for word in encoded.word_ids(i):
+            labels.append(IGNORED if word is None or word == before else example.word_labels[word])
+            before = word
+        kinds = None if segments is None else list(segments[i])
+        found.append(Encoded(list(encoded["input_ids"][i]), 0, kinds, labels))
+    return found
+
+
+def _encode_answer(example: Example, tokenizer: Any, max_length_tokens: int) -> Encoded:
+    prompt = list(tokenizer(example.text)["input_ids"])
+    answer = list(tokenizer(example.text_pair, add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        answer.append(int(tokenizer.eos_token_id))
+    answer = answer[: max_length_tokens - 1]
+    prompt = prompt[-(max_length_tokens - len(answer)) :]
+    return Encoded([*prompt, *answer], 0, None, [IGNORED] * len(prompt) + answer)
+
+
 def collate(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int) -> dict[str, Ints]:
-    """One batch padded to its own longest example: int64 arrays (batch, length) and `labels` (batch,)."""
+    """One batch padded to its own longest example: int64 arrays (batch, length); `labels` is (batch,).
+
+    Where tokens have labels of their own, `labels` is (batch, length), IGNORED on padding.
+    """
     chosen = [encoded[i] for i in indices]
     length = max(len(example.input_ids) for example in chosen)
     batch = {
@@ -157,12 +211,16 @@ def collate(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int) -> 
         "attention_mask": np.zeros((len(chosen), length), dtype=np.int64),
         "labels": np.array([example.label for example in chosen], dtype=np.int64),
     }
+    if chosen[0].token_labels is not None:
+        batch["labels"] = np.full((len(chosen), length), IGNORED, dtype=np.int64)
     if chosen[0].token_type_ids is not None:
         batch["token_type_ids"] = np.zeros((len(chosen), length), dtype=np.int64)
     for row, example in enumerate(chosen):
         n = len(example.input_ids)
         batch["input_ids"][row, :n] = example.input_ids
         batch["attention_mask"][row, :n] = 1
+        if example.token_labels is not None:
+            batch["labels"][row, :n] = example.token_labels
         if example.token_type_ids is not None:
             batch["token_type_ids"][row, :n] = example.token_type_ids
     return batch
@@ -278,9 +336,28 @@ def _named(columns: Sequence[str]) -> str:
 
 def _example(record: Mapping[str, Any], source: _Source, row: int) -> Example:
     settings = source.settings
+    if source.words:
+        return _words(record[settings.text], record[settings.label], source, row)
     text = _text(record[settings.text], settings.text, source, row)
     pair = _text(record[settings.text_pair], settings.text_pair, source, row) if settings.text_pair else None
     return Example(text, _label(record[settings.label], source, row) if source.labelled else 0, pair)
+
+
+def _words(words: Any, labels: Any, source: _Source, row: int) -> Example:
+    settings = source.settings
+    for column, value in ((settings.text, words), (settings.label, labels)):
+        if not isinstance(value, (list, tuple)) or not value:
+            raise source.fail(
+                f"column {column!r} is not a list.",
+                "Token classification needs a list of words and a list of as many labels (.jsonl or .parquet).",
+                row=row,
+            )
+    if len(words) != len(labels):
+        raise source.fail(
+            f"{len(words)} words have {len(labels)} labels.", "Give every word exactly one label.", row=row
+        )
+    checked = tuple(_text(word, settings.text, source, row) for word in words)
+    return Example(" ".join(checked), 0, None, checked, tuple(_label(label, source, row) for label in labels))
 
 
 def _text(value: Any, column: str, source: _Source, row: int) -> str:
@@ -310,6 +387,16 @@ def _from_items(items: Iterable[Any], source: _Source) -> list[Example]:
     examples: list[Example] = []
     pair = source.settings.text_pair or "text_pair"
     for row, item in enumerate(items, start=1):
+        if source.words and not isinstance(item, Example):
+            if isinstance(item, Mapping):
+                _check_columns([str(key) for key in item], source, row=row)
+                item = (item[source.settings.text], item[source.settings.label])
+            if not isinstance(item, (tuple, list)) or len(item) != 2:
+                raise source.fail(
+                    f"is a {type(item).__name__}, not words with labels.", "Give (words, labels), two lists.", row=row
+                )
+            examples.append(_words(item[0], item[1], source, row))
+            continue
         if isinstance(item, Example):
             record: dict[str, Any] = {"text": item.text, "label": item.label, "pair": item.text_pair}
         elif isinstance(item, str) and not source.labelled:
@@ -318,6 +405,8 @@ def _from_items(items: Iterable[Any], source: _Source) -> list[Example]:
             _check_columns([str(key) for key in item], source, row=row)
             settings = source.settings
             record = {"text": item[settings.text], "label": item.get(settings.label), "pair": item.get(pair)}
+        elif isinstance(item, (tuple, list)) and len(item) == 2 and not source.labelled:
+            record = {"text": item[0], "label": 0, "pair": item[1]}
         elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
             record = {"text": item[0], "label": item[-1], "pair": item[1] if len(item) == 3 else None}
         else:

@@ -31,7 +31,7 @@ def protect(
         clip_norm: Largest L2 norm of the whole difference.
         noise_std: Standard deviation of the noise per element, as a multiple of `clip_norm`.
         seed: Anything that repeats when the round is repeated after a power loss. Whoever knows it can
-            subtract the noise: a device's seed is its own and is never sent.
+            subtract the noise, so a part of it is a secret that never leaves the device.
     """
     difference = {name: value - received[name].astype(np.float32) for name, value in adapter.items()}
     norm = float(np.sqrt(sum(float(np.sum(np.square(value, dtype=np.float64))) for value in difference.values())))

@@ -225,7 +225,7 @@ class LocalRound:
         plan, layout = self._plan, trainer.model.layout
         tracker = _tracker_of(trainer)
         scores: GroupScores | None = None
-        if plan.criterion != "lora" or tracker.steps > 0:
+        if tracker.ready:
             scores = tracker.scores()
             self._scores = scores_tensors(scores, layout)
         wanted = layout
@@ -256,7 +256,7 @@ class LocalRound:
                     gathered(self._global, model.layout, self._plan.r),
                     clip_norm=config.clip_update_norm,
                     noise_std=config.noise_std,
-                    seed=(config.seed, config.device_id, self._plan.run_id, self._plan.server_round),
+                    seed=(self._noise_secret(), config.device_id, self._plan.run_id, self._plan.server_round),
                 )
             )
         with np.errstate(over="ignore"):  # told as an error of this device below
@@ -269,6 +269,10 @@ class LocalRound:
         tensors |= self._scores
         check_tensors(tensors, "update")
         return pack(tensors)
+
+    def _noise_secret(self) -> str:
+        """What the server must not know; a simulation has nothing to hide and has to repeat."""
+        return str(self._config.seed) if self._config.time_kind == "simulated" else self._state.secret()
 
     def _remark(self, trainer: Trainer) -> str:
         if trainer.micro_batch < self._plan.training.batch_size:

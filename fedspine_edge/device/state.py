@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from fedspine_edge.wire.transfer import BlobStore
 Tensors = dict[str, npt.NDArray[Any]]
 
 SCHEMA = 1
+
+
+SECRET = "secret"
 
 
 class StateDamaged(CheckpointError):
@@ -116,6 +120,14 @@ class StateDir:
     def remove(self, name: str) -> None:
         """Delete `{name}.state` if it exists."""
         self._path(name).unlink(missing_ok=True)
+
+    def secret(self) -> str:
+        """Random text that was drawn once for this folder and never leaves it."""
+        saved = self.read(SECRET)
+        if saved is None:
+            saved = Document({"secret": secrets.token_hex(32)}, {})
+            self.write(SECRET, saved)
+        return str(saved.info["secret"])
 
     def damaged(self, name: str, why: str) -> StateDamaged:
         """The error for a state file whose content cannot be used."""

@@ -3,30 +3,55 @@
 - measured: the wall clock from the plan's arrival to the report.
 - modelled: process CPU time of the work × `time_factor`, plus the blobs' bytes over the modelled links. For
   emulated devices that share a machine, whose wall time would measure its scheduler.
-- simulated: a cost model of the same work in FLOPs at a reference rate × `time_factor`, plus the same transfer.
-  A function of plan, layout and batches alone, so a run repeats bit for bit on any machine.
+- simulated: a cost model of the same work in FLOPs at the device's rate × `time_factor`, plus the same transfer,
+  both times what the round's conditions make of them. A function of plan, layout, batches and seed alone, so a run
+  repeats bit for bit on any machine.
 """
 
 from __future__ import annotations
 
+import math
+import random
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fedspine_edge.clock import Clock
+from fedspine_edge.config import DeviceConfig, SimulatedSettings
 from fedspine_edge.model.layout import Layout, module_names, prunable_parameters
 
 TimeKind = Literal["measured", "modelled", "simulated"]
 
-REFERENCE_FLOPS_PER_S = 40e9
-"""Rate of the simulated reference device (`time_factor` 1): about what one x86 core sustains in float32."""
 
-REFERENCE_STEP_S = 0.02
-"""Time of a simulated training step or evaluation batch that does not shrink with the model (launches, optimizer)."""
+@dataclass(frozen=True)
+class Conditions:
+    """How a simulated device fares in one round: factors on its computing and its transfer time."""
+
+    work: float = 1.0
+    link: float = 1.0
+
+
+def conditions(config: DeviceConfig, server_round: int) -> Conditions:
+    """The conditions of `server_round`, a function of the device's seed, id and settings alone.
+
+    Jitter is drawn anew in each round with mean 1; drift is a random walk over the rounds so far.
+    """
+    simulated = config.simulated
+
+    def normal(what: str, number: int) -> float:
+        return random.Random(f"{config.seed}/{config.device_id}/{what}/{number}").gauss(0.0, 1.0)
+
+    walk = 0.0
+    if simulated.drift > 0:
+        walk = simulated.drift * sum(normal("drift", number) for number in range(2, server_round + 1))
+    work = math.exp(simulated.jitter * normal("work", server_round) - simulated.jitter**2 / 2 + walk)
+    link = math.exp(simulated.link_jitter * normal("link", server_round) - simulated.link_jitter**2 / 2)
+    return Conditions(work, link)
 
 
 class Meter:
@@ -38,10 +63,20 @@ class Meter:
         up_mbit_s: Modelled uplink.
         down_mbit_s: Modelled downlink.
         clock: Source of wall time.
+        simulated: The cost model (simulated only).
+        conditions: Of this round (simulated only).
     """
 
     def __init__(
-        self, time_kind: TimeKind, *, time_factor: float, up_mbit_s: float, down_mbit_s: float, clock: Clock
+        self,
+        time_kind: TimeKind,
+        *,
+        time_factor: float,
+        up_mbit_s: float,
+        down_mbit_s: float,
+        clock: Clock,
+        simulated: SimulatedSettings | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         self.time_kind = time_kind
         self.bytes_up = 0
@@ -49,6 +84,8 @@ class Meter:
         self._time_factor = time_factor
         self._up_bytes_s = up_mbit_s * 1e6 / 8
         self._down_bytes_s = down_mbit_s * 1e6 / 8
+        self._simulated = simulated or SimulatedSettings()
+        self._conditions = conditions or Conditions()
         self._clock = clock
         self._begun_s = clock.now()
         self._wall_s = 0.0
@@ -79,7 +116,7 @@ class Meter:
 
     def work(self, flops: float) -> None:
         """Account for one training step or evaluation batch of `flops` floating-point operations."""
-        self._simulated_s += flops / REFERENCE_FLOPS_PER_S + REFERENCE_STEP_S
+        self._simulated_s += flops / self._simulated.flops_per_s + self._simulated.step_s
 
     def transfer(self, *, down_bytes: int = 0, up_bytes: int = 0) -> None:
         """Account for payload bytes of blobs."""
@@ -90,8 +127,11 @@ class Meter:
         """The round's completion time so far, in seconds, of the meter's kind."""
         if self.time_kind == "measured":
             return max(0.0, self.wall_s)
-        work_s = self.cpu_s if self.time_kind == "modelled" else self._simulated_s
-        return work_s * self._time_factor + self.bytes_down / self._down_bytes_s + self.bytes_up / self._up_bytes_s
+        transfer_s = self.bytes_down / self._down_bytes_s + self.bytes_up / self._up_bytes_s
+        if self.time_kind == "modelled":
+            return self.cpu_s * self._time_factor + transfer_s
+        work_s = self._simulated_s * self._time_factor
+        return work_s * self._conditions.work + transfer_s * self._conditions.link
 
     def to_dict(self) -> dict[str, float]:
         """Everything accumulated, as plain numbers."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from fedspine_edge.device.data import BatchOrder, Encoded, Ints, collate, evaluation_batches
+from fedspine_edge.device.data import IGNORED, BatchOrder, Encoded, Ints, collate, evaluation_batches
 from fedspine_edge.device.state import Document, prefixed, unprefixed
 from fedspine_edge.device.telemetry import Meter, pass_flops
 from fedspine_edge.errors import DataError, OutOfMemory
@@ -43,10 +43,11 @@ class Evaluation:
 def learning_rate(training: Training, step: int, round_steps: int) -> float:
     """Learning rate of `step` (from 0) of a round of `round_steps`.
 
-    A cosine over all of the run's steps, and over it a linear rise during the first `warmup_share` of the round,
-    whose Adam moments start at zero. Source: docs/algorithms.md, "Aggregation".
+    The peak until `decay_from_step` of the run, then a cosine to its end; over both a linear rise during the first
+    `warmup_share` of the round, whose Adam moments start at zero. Source: docs/algorithms.md, "The round".
     """
-    progress = min(1.0, (training.first_step + step) / training.total_steps)
+    done = training.first_step + step - training.decay_from_step
+    progress = min(1.0, max(0.0, done / max(1, training.total_steps - training.decay_from_step)))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     warmup = training.warmup_share * round_steps
     return training.learning_rate * cosine * min(1.0, (step + 1) / warmup if warmup > 1 else 1.0)
@@ -106,6 +107,11 @@ class Trainer:
     def train_loss(self) -> float | None:
         """Mean loss of the steps taken, None before the first."""
         return sum(self._losses) / len(self._losses) if self._losses else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """Loss of the last step that was not skipped, None before the first."""
+        return self._losses[-1] if self._losses else None
 
     def run(self, until: int, *, scored: bool = False, on_step: Callable[[], None] | None = None) -> None:
         """Take steps until `self.step == until`; `on_step` is called after each.
@@ -180,7 +186,11 @@ class Trainer:
         return list(self.model.trainable_parameters().values())
 
     def _take_step(self, examples: Ints, scored: bool) -> None:
+        # transformers recomputes layers in train mode only; with every dropout at 0 the mode changes nothing else
+        self.model.module.train(self.model.recomputes)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.tracker is not None:
+            self.tracker.begin(scored)
         pieces = [examples[i : i + self.micro_batch] for i in range(0, len(examples), self.micro_batch)]
         batches = [collate(self._train, piece, self._pad_id) for piece in pieces]
         count = sum(_num_targets(batch, self.model.task) for batch in batches)
@@ -208,6 +218,7 @@ class Trainer:
 
     def _evaluate(self, examples: Sequence[Encoded]) -> Evaluation:
         loss, correct, count = 0.0, 0, 0
+        self.model.module.eval()
         with torch.inference_mode():
             for piece in evaluation_batches(examples, self._evaluation_batch):
                 batch = collate(examples, piece, self._pad_id)
@@ -222,11 +233,12 @@ class Trainer:
         """(sum of the losses, number of right answers) of one batch."""
         device = next(iter(self.model.module.parameters())).device
         inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
-        labels = inputs.pop("labels")
+        del inputs["labels"]
+        labels = torch.from_numpy(_targets(batch, self.model.task).reshape(-1)).to(device)
         logits = self.model.module(**inputs).logits.float()
         if self.model.task == "causal_lm":
-            labels = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100).reshape(-1)
-            logits = logits[:, :-1].reshape(-1, logits.shape[-1])
+            logits = logits[:, :-1]
+        logits = logits.reshape(-1, logits.shape[-1])
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         return loss, int((logits.detach().argmax(-1) == labels).sum())
 
@@ -261,8 +273,18 @@ class Trainer:
                 self.micro_batch = at_once // 2
 
 
+def _targets(batch: Mapping[str, Ints], task: str) -> Ints:
+    """What is to be predicted, IGNORED where nothing is; for causal_lm the token that follows each but the last."""
+    labels = batch["labels"]
+    if task != "causal_lm":
+        return labels
+    if labels.ndim == 1:  # plain text: every token
+        labels = np.where(batch["attention_mask"] == 0, IGNORED, batch["input_ids"])
+    return labels[:, 1:]
+
+
 def _num_targets(batch: Mapping[str, Ints], task: str) -> int:
-    return max(1, int(batch["attention_mask"][:, 1:].sum())) if task == "causal_lm" else len(batch["labels"])
+    return max(1, int((_targets(batch, task) != IGNORED).sum()))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
 from fedspine_edge.errors import ConfigError, ModelError, UnknownArchitecture
+from fedspine_edge.model.fused import take_apart
 from fedspine_edge.model.layout import Layout, Part, split_name
 from fedspine_edge.wire.messages import ModelSpec
 
-Task = Literal["classification", "causal_lm"]
+Task = Literal["classification", "token_classification", "causal_lm"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,18 @@ class Architecture:
     """PEFT's `target_modules`: suffixes that match the linears and nothing else."""
     kv_heads: str = "num_attention_heads"
     """Config attribute with the number of KV heads."""
-    biases: bool | tuple[str, str] = True
-    """Whether (attention, FFN) linears have biases, or the two config attributes that say so."""
+    channels: str = "intermediate_size"
+    """Config attribute with the number of FFN channels; where it is None, four times the hidden size."""
+    biases: tuple[bool | str, bool | str] = (True, True)
+    """Whether (attention, FFN) linears have biases, or the config attributes that say so."""
+    unbiased: tuple[Part, ...] = ()
+    """Parts that have none even so."""
+    fused: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    """Modules that hold several linears as one matrix; `linears` then names `{module}.{part}`. See fused.py."""
+    transposed: bool = False
+    """Whether the weights are kept as (in, out), transformers' Conv1D."""
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    """Config values without which the model has other linears than this entry says."""
     head_counts: tuple[str, ...] = ()
     """Attributes of the attention module that hold its number of heads."""
     head_widths: tuple[str, ...] = ()
@@ -58,6 +69,18 @@ class Architecture:
     @property
     def gated_ffn(self) -> bool:
         return "gate" in self.linears
+
+    @property
+    def transposed_alone(self) -> tuple[str, ...]:
+        """Paths of the transposed linears that are not part of a fused one."""
+        if not self.transposed:
+            return ()
+        return tuple(path for path in self.linears.values() if path.rpartition(".")[0] not in self.fused)
+
+    @property
+    def transposed_paths(self) -> tuple[str, ...]:
+        """Paths of every module whose stored weight is transposed."""
+        return (*self.fused, *self.transposed_alone) if self.transposed else ()
 
     def layer_path(self, layer: int) -> str:
         return f"{self.backbone}.{self.layers}.{layer}"
@@ -77,9 +100,17 @@ class Architecture:
 
     def has_biases(self, config: Any) -> tuple[bool, bool]:
         """Whether attention and FFN linears carry biases."""
-        if isinstance(self.biases, bool):
-            return self.biases, self.biases
-        return bool(getattr(config, self.biases[0], False)), bool(getattr(config, self.biases[1], False))
+        attention, ffn = (x if isinstance(x, bool) else bool(getattr(config, x, False)) for x in self.biases)
+        return attention, ffn
+
+    def check_config(self, config: Any) -> None:
+        """Raises `UnknownArchitecture` for a variant of the family that is not supported."""
+        for name, value in self.requires.items():
+            if getattr(config, name, None) != value:
+                raise UnknownArchitecture(
+                    f"this {self.family} model has {name} = {getattr(config, name, None)!r}.",
+                    remedy=f"Of this family only models with {name} = {value!r} are supported.",
+                )
 
     def set_widths(self, module: nn.Module, layout: Layout) -> None:
         """Write the kept head counts where the attention modules look for them."""
@@ -129,7 +160,7 @@ class Architecture:
             changed.head_dim = spec.head_dim
         changed.num_attention_heads = heads * (spec.num_heads // spec.num_kv_heads)
         setattr(changed, self.kv_heads, heads)
-        changed.intermediate_size = channels
+        setattr(changed, self.channels, channels)
         return changed
 
 
@@ -143,6 +174,33 @@ _BERT_LINEARS: Mapping[Part, str] = {
 }
 _BERT_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
+
+def _llama_like(family: str, **differences: Any) -> Architecture:
+    """LLaMA and the families that only differ from it in biases, norms and windows."""
+    return Architecture(
+        family=family,
+        backbone="model",
+        layers="layers",
+        linears={
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "o": "self_attn.o_proj",
+            "up": "mlp.up_proj",
+            "gate": "mlp.gate_proj",
+            "down": "mlp.down_proj",
+        },
+        attention="self_attn",
+        head={"classification": ("score",), "token_classification": ("score",), "causal_lm": ()},
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
+        kv_heads="num_key_value_heads",
+        dropouts=("attention_dropout",),
+        last_token_pools=True,
+        free_head_dim=True,
+        **differences,
+    )
+
+
 SUPPORTED: Mapping[str, Architecture] = {
     entry.family: entry
     for entry in (
@@ -152,7 +210,10 @@ SUPPORTED: Mapping[str, Architecture] = {
             layers="encoder.layer",
             linears=_BERT_LINEARS,
             attention="attention.self",
-            head={"classification": ("classifier", "bert.pooler")},  # docs/decisions/0021 has the measurement
+            head={
+                "classification": ("classifier", "bert.pooler"),  # docs/decisions/0021 has the measurement
+                "token_classification": ("classifier",),
+            },
             lora_targets=_BERT_TARGETS,
             head_counts=("num_attention_heads",),
             head_widths=("all_head_size",),
@@ -163,33 +224,93 @@ SUPPORTED: Mapping[str, Architecture] = {
             layers="encoder.layer",
             linears=_BERT_LINEARS,
             attention="attention.self",
-            head={"classification": ("classifier",)},
+            head={"classification": ("classifier",), "token_classification": ("classifier",)},
             lora_targets=_BERT_TARGETS,
             head_counts=("num_attention_heads",),
             head_widths=("all_head_size",),
         ),
         Architecture(
-            family="llama",
+            family="distilbert",
+            backbone="distilbert",
+            layers="transformer.layer",
+            linears={
+                "q": "attention.q_lin",
+                "k": "attention.k_lin",
+                "v": "attention.v_lin",
+                "o": "attention.out_lin",
+                "up": "ffn.lin1",
+                "down": "ffn.lin2",
+            },
+            attention="attention",
+            head={"classification": ("pre_classifier", "classifier"), "token_classification": ("classifier",)},
+            lora_targets=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+            channels="hidden_dim",
+            head_counts=("n_heads",),
+        ),
+        Architecture(
+            family="deberta-v2",
+            backbone="deberta",
+            layers="encoder.layer",
+            linears={
+                **_BERT_LINEARS,
+                "q": "attention.self.query_proj",
+                "k": "attention.self.key_proj",
+                "v": "attention.self.value_proj",
+            },
+            attention="attention.self",
+            head={"classification": ("pooler", "classifier"), "token_classification": ("classifier",)},
+            lora_targets=("query_proj", "key_proj", "value_proj", *_BERT_TARGETS[3:]),
+            head_counts=("num_attention_heads",),
+            head_widths=("all_head_size",),
+            requires={"share_att_key": True},  # as DeBERTa-v3 has it; else positions have projections of their own
+        ),
+        Architecture(
+            family="modernbert",
             backbone="model",
             layers="layers",
             linears={
-                "q": "self_attn.q_proj",
-                "k": "self_attn.k_proj",
-                "v": "self_attn.v_proj",
-                "o": "self_attn.o_proj",
-                "up": "mlp.up_proj",
-                "gate": "mlp.gate_proj",
-                "down": "mlp.down_proj",
+                "q": "attn.Wqkv.q",
+                "k": "attn.Wqkv.k",
+                "v": "attn.Wqkv.v",
+                "o": "attn.Wo",
+                "up": "mlp.Wi.up",
+                "gate": "mlp.Wi.gate",
+                "down": "mlp.Wo",
             },
-            attention="self_attn",
-            head={"classification": ("score",), "causal_lm": ()},
-            lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
-            kv_heads="num_key_value_heads",
+            attention="attn",
+            head={"classification": ("head", "classifier"), "token_classification": ("head", "classifier")},
+            lora_targets=("Wqkv", "attn.Wo", "Wi", "mlp.Wo"),
             biases=("attention_bias", "mlp_bias"),
+            fused={"attn.Wqkv": ("q", "k", "v"), "mlp.Wi": ("gate", "up")},
             dropouts=("attention_dropout",),
-            last_token_pools=True,
-            free_head_dim=True,
         ),
+        Architecture(
+            family="gpt2",
+            backbone="transformer",
+            layers="h",
+            linears={
+                "q": "attn.c_attn.q",
+                "k": "attn.c_attn.k",
+                "v": "attn.c_attn.v",
+                "o": "attn.c_proj",
+                "up": "mlp.c_fc",
+                "down": "mlp.c_proj",
+            },
+            attention="attn",
+            head={"classification": ("score",), "token_classification": ("classifier",), "causal_lm": ()},
+            lora_targets=("c_attn", "c_proj", "c_fc"),
+            channels="n_inner",
+            fused={"attn.c_attn": ("q", "k", "v")},
+            transposed=True,
+            head_counts=("num_heads",),
+            head_widths=("split_size",),
+            last_token_pools=True,
+            requires={"add_cross_attention": False},
+        ),
+        _llama_like("llama", biases=("attention_bias", "mlp_bias")),
+        _llama_like("mistral", biases=(False, False)),
+        _llama_like("qwen2", biases=(True, False), unbiased=("o",)),
+        _llama_like("qwen3", biases=("attention_bias", False)),
     )
 }
 
@@ -209,12 +330,14 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:
-    """The prunable shape of an *unpruned* task model without adapters.
+    """The prunable shape of an *unpruned* task model without adapters, whose fused linears are taken apart.
 
     Raises `UnknownArchitecture`, or `ModelError` where the modules are not what the table says.
     """
     config = module.config
     architecture = architecture_of(config)
+    architecture.check_config(config)
+    take_apart(module, architecture)
     attention_bias, ffn_bias = architecture.has_biases(config)
     num_heads = int(config.num_attention_heads)
     spec = ModelSpec(
@@ -224,7 +347,7 @@ def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=int(getattr(config, architecture.kv_heads)),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
-        intermediate_size=int(config.intermediate_size),
+        intermediate_size=int(getattr(config, architecture.channels) or 4 * config.hidden_size),
         gated_ffn=architecture.gated_ffn,
         attention_bias=attention_bias,
         ffn_bias=ffn_bias,
@@ -252,7 +375,7 @@ def check_shapes(module: nn.Module, layout: Layout) -> None:
             shape = (layout.rows(name).size, layout.cols(name).size)
             if tuple(linear.weight.shape) != shape:
                 raise ModelError(f"{name} ({path}) has shape {tuple(linear.weight.shape)}, its layout says {shape}.")
-            if (linear.bias is not None) != expected_bias[biases[part]]:
+            if (linear.bias is not None) != (expected_bias[biases[part]] and part not in architecture.unbiased):
                 raise ModelError(
                     f"{name} ({path}): bias is {linear.bias is not None}, the family entry says otherwise."
                 )

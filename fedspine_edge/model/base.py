@@ -43,7 +43,8 @@ def load_base(
 
     Args:
         path_or_id: Folder with config.json and safetensors, folder with one GGUF file, GGUF file, or hub id.
-        task: "classification" gets a head of `num_labels` classes; "causal_lm" keeps the model's own.
+        task: "classification" (of texts) and "token_classification" (of words) get a head of `num_labels` classes;
+            "causal_lm" keeps the model's own.
         num_labels: Number of classes, at least 2.
         labels: Their names, for the config; default LABEL_0, LABEL_1, ...
         gguf_file: Which GGUF file of the folder, if there are several.
@@ -60,18 +61,21 @@ def load_base(
         raise CheckpointError(
             f"{folder} holds a model saved by this package, not a plain one.", remedy="Read it with load_model(folder)."
         )
-    if task == "classification" and num_labels < 2:
+    labelled = task != "causal_lm"
+    if labelled and num_labels < 2:
         raise ConfigError(f"num_labels is {num_labels}; classification needs at least 2.")
     if labels is not None and len(labels) != num_labels:
         raise ConfigError(f"{len(labels)} label names for num_labels = {num_labels}.")
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
+    architecture.check_config(config)
     head_modules = architecture.head_modules(task)
     digest = base_digest(folder, gguf_file)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if task == "classification":
+    if labelled:
         config.num_labels = num_labels
-        config.problem_type = "single_label_classification"
+        if task == "classification":
+            config.problem_type = "single_label_classification"
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -97,7 +101,7 @@ def load_base(
         spec,
         Layout.full(spec),
         task=task,
-        num_labels=num_labels if task == "classification" else 0,
+        num_labels=num_labels if labelled else 0,
         head_names=head,
         folder=folder,
         gguf_file=gguf_file,
@@ -242,7 +246,11 @@ def check_finite(module: nn.Module, where: Path) -> None:
 
 def auto_class(transformers: Any, task: Task) -> Any:
     """transformers' factory for a task."""
-    names = {"classification": "AutoModelForSequenceClassification", "causal_lm": "AutoModelForCausalLM"}
+    names = {
+        "classification": "AutoModelForSequenceClassification",
+        "token_classification": "AutoModelForTokenClassification",
+        "causal_lm": "AutoModelForCausalLM",
+    }
     return getattr(transformers, names[task])
 
 
@@ -322,8 +330,8 @@ def _prepare_head(
             parameter = module.get_parameter(name)
             if not name.startswith(fresh):
                 continue
-            if parameter.ndim < 2:
-                parameter.zero_()
+            if parameter.ndim < 2:  # a norm's weight starts at one
+                parameter.fill_(1.0 if name.endswith(".weight") else 0.0)
             else:
                 parameter.copy_(torch.from_numpy(uniform(seed, name, tuple(parameter.shape), bound)))
     return names

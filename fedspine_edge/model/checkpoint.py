@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.architecture import architecture_of
+from fedspine_edge.model.architecture import Task, architecture_of
 from fedspine_edge.model.base import (
     LOAD_FAILURES,
     MANIFEST,
@@ -39,6 +39,7 @@ from fedspine_edge.model.base import (
     quiet,
     require_transformers,
 )
+from fedspine_edge.model.fused import from_files, take_apart, to_files
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.lora import plain_linear
 from fedspine_edge.model.prunable import PrunableModel
@@ -67,7 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     format: Literal["fedspine_edge"] = "fedspine_edge"
     version: Literal[1] = 1
-    task: Literal["classification", "causal_lm"]
+    task: Task
     num_labels: int
     labels: list[str]
     spec: ModelSpec
@@ -143,6 +144,7 @@ def load_model(folder: str | Path) -> PrunableModel:
             module = _empty(auto_class(transformers, manifest.task), config)
         except LOAD_FAILURES as error:
             raise CheckpointError(f"{folder / 'config.json'} does not describe the model: {error}.") from error
+    take_apart(module, architecture)
     for name in module_names(manifest.spec):
         path = architecture.path(name)
         parent, _, attribute = path.rpartition(".")
@@ -152,7 +154,8 @@ def load_model(folder: str | Path) -> PrunableModel:
             torch.empty(shape, device="meta"), None if bias is None else torch.empty(shape[0], device="meta")
         )
         setattr(module.get_submodule(parent), attribute, linear)
-    _fill(module, read_tensors(folder / WEIGHTS), folder)
+    tensors = from_files(read_tensors(folder / WEIGHTS), architecture, manifest.spec.num_layers)
+    _fill(module, tensors, folder)
     module.config.use_cache = False
     model = PrunableModel(
         module.eval(),
@@ -226,7 +229,7 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(f"weight {broken[0]!r} has non-finite values; nothing was written.")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(to_files(tensors, model.architecture, model.spec.num_layers), folder / WEIGHTS, metadata={"format": "pt"})
     with_adapter = model.r is not None and not merged
     if with_adapter:
         peft_format.save_adapter(model, folder)

@@ -25,12 +25,14 @@ from fedspine_edge.model.layout import (
     split_name,
 )
 from fedspine_edge.model.pruning import GroupScores, Scope
+from fedspine_edge.model.saliency import InputSaliency
 from fedspine_edge.model.seeded import uniform
 
 if TYPE_CHECKING:
     from fedspine_edge.model.prunable import PrunableModel
 
-Criterion = Literal["lora", "magnitude", "random"]
+Criterion = Literal["lora", "apt", "magnitude", "random"]
+CRITERIA: tuple[Criterion, ...] = ("lora", "apt", "magnitude", "random")
 Metric = Literal["abs", "square", "signed"]
 KINDS = ("heads", "channels")
 
@@ -46,7 +48,8 @@ class ImportanceTracker:
 
     Args:
         model: A model with adapters.
-        criterion: "lora" as above; "magnitude" uses the current weights alone; "random" is seeded.
+        criterion: "lora" as above; "apt" puts |x·dL/dx| on the inputs of o and down in place of the Taylor term;
+            "magnitude" uses the current weights alone; "random" is seeded.
         metric: "abs", "square" or "signed" sum of the elements' terms.
         decay: Of the moving averages.
         scope: "layer" or "global", as in `pruning.plan_local`.
@@ -78,6 +81,25 @@ class ImportanceTracker:
         self._ema: dict[str, list[Tensor]] = {kind: self._zeros(kind) for kind in KINDS}
         self._lora: Tensor | float = 0.0
         self._groups: dict[str, Tensor] = {}
+        self._saliency = InputSaliency() if criterion == "apt" else None
+        self.begin(True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are scores: for "lora" and "apt" after the first scored iteration."""
+        return self.criterion in ("magnitude", "random") or self.steps > 0
+
+    def begin(self, scored: bool) -> None:
+        """Say before an iteration's forward pass whether it will be scored.
+
+        Only "apt" needs to know, and only where some iterations are not scored or adapters were loaded anew.
+        """
+        if self._saliency is not None:
+            if scored:
+                names = [name for name in module_names(self.model.spec) if split_name(name)[1] not in ROW_PARTS]
+                self._saliency.watch({name: self.model.linear(name) for name in names})
+            else:
+                self._saliency.stop()
 
     def update(self) -> bool:
         """Score one iteration; call after backward (gradients unscaled) and before the optimizer's step.
@@ -99,8 +121,8 @@ class ImportanceTracker:
             self.skipped += 1
             return False
         with torch.no_grad():
-            if self.criterion == "lora":
-                fresh = self._iteration(linears)
+            if self.criterion in ("lora", "apt"):
+                fresh = self._iteration(linears) if self._saliency is None else self._salient(self._saliency)
                 for kind in KINDS:
                     for ema, score in zip(self._ema[kind], fresh[kind]):
                         ema.mul_(self.decay).add_(score, alpha=1.0 - self.decay)
@@ -113,7 +135,7 @@ class ImportanceTracker:
         """Scores aligned with the model's current layout, higher = keep.
 
         The averages are corrected for their start at zero, so devices with few iterations and with many
-        report on one scale. Raises `ModelError` for criterion "lora" before the first scored iteration.
+        report on one scale. Raises `ModelError` for "lora" and "apt" before the first scored iteration.
         """
         layout = self.model.layout
         if self.criterion == "random":
@@ -134,6 +156,7 @@ class ImportanceTracker:
     def compact(self, old: Layout, new: Layout) -> None:
         """Follow a model from `old` to `new`; `PrunableModel.compact` calls it."""
         self._groups.clear()
+        self.begin(True)
         for kind in KINDS:
             for layer, (before, after) in enumerate(zip(getattr(old, kind), getattr(new, kind))):
                 index = torch.from_numpy(keep_positions(before, after))
@@ -189,6 +212,15 @@ class ImportanceTracker:
                 metric=self.metric,
                 **group,
             )
+            total[kind][layer] += self._normalised(sums)
+        return total
+
+    def _salient(self, saliency: InputSaliency) -> dict[str, list[Tensor]]:
+        total = {kind: self._zeros(kind) for kind in KINDS}
+        for name, per_input in saliency.take().items():
+            layer, part = split_name(name)
+            kind = "channels" if part == "down" else "heads"
+            sums = torch.zeros_like(total[kind][layer]).index_add_(0, self._group_of(name).long(), per_input)
             total[kind][layer] += self._normalised(sums)
         return total
 

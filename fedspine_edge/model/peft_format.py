@@ -1,5 +1,8 @@
 """Adapters in PEFT's file format, both ways.
 
+A fused linear (GPT-2's `c_attn`) has one adapter there and one per part here: ours are stacked into one of the summed
+rank, B block-diagonal, which is the same product; one of PEFT's own is cut along its rows.
+
 Names: PEFT stores `base_model.model.{path}.lora_A.weight` and, for modules it calls modules_to_save (our task
 head), `base_model.model.{path}`. Ranks and alphas may differ by module (`rank_pattern`, `alpha_pattern`).
 """
@@ -25,7 +28,7 @@ from fedspine_edge.model.seeded import kaiming_uniform
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 PREFIX = "base_model.model."
-TASK_TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+TASK_TYPES = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 def save_adapter(model: PrunableModel, folder: Path) -> None:
@@ -33,15 +36,19 @@ def save_adapter(model: PrunableModel, folder: Path) -> None:
     r = model.r
     if r is None:
         raise CheckpointError("the model has no adapter to save.", remedy="Call attach_lora first.")
+    fused = model.architecture.fused
+    stacked = {path: len(parts) * r for path, parts in fused.items()}
     config = {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[model.task],
         "base_model_name_or_path": None,
         "r": r,
-        "lora_alpha": int(model.scaling * r) if float(model.scaling * r).is_integer() else model.scaling * r,
+        "lora_alpha": _number(model.scaling * r),
+        "rank_pattern": stacked,
+        "alpha_pattern": {path: _number(model.scaling * rank) for path, rank in stacked.items()},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": model.architecture.transposed,
         "inference_mode": True,
         "target_modules": list(model.architecture.lora_targets),
         "modules_to_save": list(model.architecture.head_modules(model.task)) or None,
@@ -55,6 +62,12 @@ def save_adapter(model: PrunableModel, folder: Path) -> None:
             module, _, side = name.rpartition(".")
             key = f"{PREFIX}{model.architecture.path(module)}.{side}.weight"
         tensors[key] = parameter.detach().to("cpu").contiguous()
+    for layer in range(model.spec.num_layers):
+        for path, parts in fused.items():
+            whole = f"{PREFIX}{model.architecture.layer_path(layer)}.{path}"
+            pairs = [[tensors.pop(f"{whole}.{p}.{side}.weight") for p in parts] for side in ("lora_A", "lora_B")]
+            tensors[f"{whole}.lora_A.weight"] = torch.cat(pairs[0])
+            tensors[f"{whole}.lora_B.weight"] = torch.block_diag(*pairs[1])
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -77,6 +90,7 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
         raise CheckpointError(
             f"{folder / WEIGHTS} cannot be read: {error}.", remedy="It is truncated or damaged."
         ) from error
+    tensors, ranks = _parts_of_fused(model, tensors)
     paths = {model.architecture.path(name): name for name in module_names(model.spec)}
     factors: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     state: dict[str, npt.NDArray[np.float32]] = {}
@@ -101,7 +115,7 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
         pair = factors.get(name, {})
         if pair and set(pair) != {"lora_A", "lora_B"}:
             raise CheckpointError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
-        ratio = _scaling(config, path) / scaling
+        ratio = _scaling(config, path, ranks.get(path)) / scaling
         state.update(_at_rank(model, name, pair, largest, ratio, seed))
     if any(name.startswith("head.") for name in state):  # PEFT saves the classifier, and not what else we train
         state = {**{n: v for n, v in model.adapter_state().items() if n.startswith("head.")}, **state}
@@ -127,8 +141,43 @@ def _at_rank(
     return {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B * np.float32(ratio)}
 
 
-def _scaling(config: dict[str, Any], path: str | None) -> float:
-    """lora_alpha / r (or / sqrt(r) with rslora) of a module; None is the default."""
+def _parts_of_fused(
+    model: PrunableModel, tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Adapters of fused linears as one per part, and for each part's path the module whose alpha and rank count.
+
+    What `save_adapter` stacked is taken apart again: B is then zero outside its diagonal blocks.
+    """
+    found = dict(tensors)
+    owners: dict[str, str] = {}
+    for layer in range(model.spec.num_layers):
+        for path, parts in model.architecture.fused.items():
+            whole = f"{model.architecture.layer_path(layer)}.{path}"
+            keys = [k for side in "AB" for k in found if k.removeprefix(PREFIX).startswith(f"{whole}.lora_{side}.")]
+            owners |= {f"{whole}.{part}": whole for part in parts}
+            if len(keys) != 2:
+                continue
+            lora_A, lora_B = found.pop(keys[0]), found.pop(keys[1])
+            n = len(parts)
+            rows = lora_B.chunk(n)
+            pairs = [(lora_A, piece) for piece in rows]
+            if lora_A.shape[0] % n == 0 and lora_B.shape[0] % n == 0:
+                blocks = [piece.chunk(n, dim=1)[i] for i, piece in enumerate(rows)]
+                if torch.equal(torch.block_diag(*blocks), lora_B):
+                    pairs = list(zip(lora_A.chunk(n), blocks))
+            for part, (a, b) in zip(parts, pairs):
+                found[f"{PREFIX}{whole}.{part}.lora_A.weight"] = a.contiguous()
+                found[f"{PREFIX}{whole}.{part}.lora_B.weight"] = b.contiguous()
+    return found, owners
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _scaling(config: dict[str, Any], path: str | None, owner: str | None = None) -> float:
+    """lora_alpha / r (or / sqrt(r) with rslora) of a module, or of the fused one it is part of; None is the default."""
+    path = owner or path
 
     def pattern(name: str, default: float) -> float:
         for key, value in (config.get(name) or {}).items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
+from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, SharesInput, plain_linear
 from fedspine_edge.model.seeded import kaiming_uniform
@@ -33,7 +34,7 @@ class PrunableModel:
         module: The transformers task model, without adapters, with the widths of `layout`.
         spec: The unpruned model's numbers.
         layout: What is kept.
-        task: "classification" or "causal_lm".
+        task: "classification", "token_classification" or "causal_lm".
         num_labels: Classes; 0 for causal_lm.
         head_names: Names of the module's parameters that are trained besides the adapters.
         folder: Where the weights came from; its tokenizer files are copied by `save`.
@@ -65,6 +66,7 @@ class PrunableModel:
         self.gguf_file = gguf_file
         self.r: int | None = None
         self.scaling = 1.0
+        self.recomputes = False
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
@@ -81,7 +83,7 @@ class PrunableModel:
             spec,
             Layout.full(spec),
             task=task,
-            num_labels=int(module.config.num_labels) if task == "classification" else 0,
+            num_labels=0 if task == "causal_lm" else int(module.config.num_labels),
             head_names=tuple(name for name, _ in module.named_parameters() if name.startswith(head)),
         )
 
@@ -96,6 +98,21 @@ class PrunableModel:
     def num_parameters(self) -> int:
         """Parameters of base and head, adapters excluded."""
         return sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+
+    def recompute_layers(self, on: bool) -> None:
+        """Gradient checkpointing: keep the layers' inputs alone and compute the rest again in the backward pass.
+
+        Raises `ModelError` where the transformers model cannot.
+        """
+        if on == self.recomputes:
+            return
+        if on:
+            if not self.module.supports_gradient_checkpointing:
+                raise ModelError(f"{self.spec.family} models cannot recompute their layers.")
+            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.module.gradient_checkpointing_disable()
+        self.recomputes = on
 
     # Adapters
 
@@ -297,7 +314,9 @@ class PrunableModel:
         Raises `ModelError` if a merged weight is not finite.
         """
         if self.r is None:
-            return copy.deepcopy(self.module)
+            bare = copy.deepcopy(self.module)
+            put_together(bare, self.architecture)
+            return bare
         shared = {id(p): p for n, p in self.module.named_parameters() if ".base_layer." in n or ".lora_" in n}
         module = copy.deepcopy(self.module, shared)  # the adapted linears are replaced, do not copy them
         for name in module_names(self.spec):
@@ -308,6 +327,7 @@ class PrunableModel:
                 raise ModelError(f"{name}: {error.message}", remedy=error.remedy) from None
             merged.train(self.module.training)
             setattr(module.get_submodule(parent), attribute, merged)
+        put_together(module, self.architecture)
         return module
 
     def save(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:

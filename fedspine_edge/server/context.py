@@ -44,6 +44,7 @@ class RoundContext:
         first: bool,
     ) -> None:
         self.spec = spec
+        self.sent = tensors
         self.order = order_of(tensors, spec)
         self.layouts = {device_id: layout for device_id, (layout, _) in layouts.items()}
         self._config, self._blobs = config, blobs

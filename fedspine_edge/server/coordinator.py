@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["FleetServer", "RunResult"]
 
+REPORTED = "reported/"
+"""Before a device id: it has reported in this run. One row each, so that noting it costs the same in any fleet."""
+
 RETRY_SHARE = 1 / 40
 """Retry interval as a share of deadline_s, held within 1..15 s; devices derive theirs alike."""
 
@@ -131,7 +134,7 @@ class FleetServer:
         first = (state.server_round, state.attempt) == (1, 1)
         needed = max(config.min_reports, config.min_devices if first else 1)
         until = self._clock.now() + config.join_timeout_s
-        while len(self._members.online()) < needed:
+        while self._members.num_online < needed:
             remaining = until - self._clock.now()
             if remaining <= 0:
                 raise self._members.too_few(needed, config.join_timeout_s)
@@ -178,6 +181,7 @@ class FleetServer:
             spec=context.spec,
             order=context.order,
             layouts=context.layouts,
+            sent=context.sent,
         )
         for device_id, share in sorted(folded.aggregate.clipped.items()):
             logger.warning("round %d: update of %s scaled to %.3f", collector.server_round, device_id, share)
@@ -388,7 +392,7 @@ class FleetServer:
         self._members.heard(report.device_id)
         if report.run_id == self._run_id and report.device_id not in self._reported:
             self._reported.add(report.device_id)
-            self._journal.set_meta(reported=json.dumps(sorted(self._reported)))
+            self._journal.set_meta(**{f"{REPORTED}{report.device_id}": "yes"})
         if self._collector is not None:
             self._answer(self._collector.report(report))
         else:
@@ -407,7 +411,7 @@ class FleetServer:
         journal, config = self._journal, self.config
         self._blobs = BlobStore(self._dir.path / "blobs")
         self._expected: set[str] = set()
-        self._reported: set[str] = set(json.loads(journal.meta("reported") or "[]"))
+        self._reported = journal.meta_names(REPORTED)
         run_id = journal.meta("run_id")
         if run_id is None:
             run_id = secrets.token_hex(8) if isinstance(self._clock, RealClock) else _virtual_run_id(config)

@@ -101,7 +101,7 @@ def final_layout(
         return intersection([kept[device_id] for device_id in sorted(kept)])
     weights = {device_id: float(reports[device_id].num_examples) for device_id in kept}
     mean = sum(weights[i] * kept[i].pruning_ratio for i in sorted(kept)) / sum(weights.values())
-    return coverage_layout(kept, weights, scores, pruning_ratio=mean, round_to=config.round_to)
+    return coverage_layout(kept, weights, scores, pruning_ratio=mean, round_to=config.round_to, scope=config.scope)
 
 
 def _rewarded(row: OutcomeRow, terms: RewardTerms | None) -> OutcomeRow:

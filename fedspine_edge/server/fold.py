@@ -12,15 +12,19 @@ import numpy.typing as npt
 
 from fedspine_edge.aggregation.consensus import average_scores, held_by_all, update_order
 from fedspine_edge.aggregation.factored import initial_factors
-from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Rule, average_tensors
+from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Indices, Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.model.pruning import Scope
 from fedspine_edge.server.gate import KINDS, Update
 from fedspine_edge.wire.codec import Tensor
 from fedspine_edge.wire.messages import ModelSpec, Report
 
 Tensors = dict[str, npt.NDArray[Any]]
+
+_COMPLETED = ("reconstruct", "trimmed_mean", "median")
+"""Rules that compare whole products; the others are published baselines and stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def fold(
     spec: ModelSpec,
     order: Order | None,
     layouts: Mapping[str, Layout],
+    sent: Mapping[str, Tensor],
 ) -> Folded:
     """Combine the accepted updates, one at a time, in order of device id.
 
@@ -65,6 +70,7 @@ def fold(
         order: The order sent with the round's plans.
         layouts: What each device of the fleet kept before, those that did not take part included: what any of them
             has removed keeps its place in the order.
+        sent: The blob that the round started from.
     """
     if rule not in get_args(Rule):
         raise ConfigError(f"the strategy asks for aggregation rule {rule!r}, which is unknown.")
@@ -86,7 +92,10 @@ def fold(
         kept[report.device_id] = update.layout
         rows = {name: update.layout.rows(name) for name in update.factors}
         cols = {name: update.layout.cols(name) for name in update.factors}
-        aggregator.add(report.device_id, weight, update.factors, rows, cols)
+        factors: Factors = update.factors
+        if rule in _COMPLETED and config.aggregation.complete_ranks:
+            factors = completed(factors, sent, rows, cols)
+        aggregator.add(report.device_id, weight, factors, rows, cols)
         heads.append((float(report.num_examples), update.head))
         for kind, ballot in update.ballots.items():
             ballots[kind].append(ballot)
@@ -98,6 +107,24 @@ def fold(
     if config.layout == "consensus" and (order is not None or ballots["heads"]):
         tensors.update(_order_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
     return Folded(tensors, aggregate, kept, scores)
+
+
+def completed(
+    factors: Factors, sent: Mapping[str, Tensor], rows: Mapping[str, Indices], cols: Mapping[str, Indices]
+) -> Factors:
+    """`factors` with the components of the sent adapter that a device of lower rank was not given.
+
+    A device of rank r trains the first r components and knows nothing of the others. Averaged as it is, its update
+    would say that they are zero: a device that learned nothing would erase them. Source: docs/algorithms.md,
+    "Aggregation".
+    """
+    found = {}
+    for name, (A, B) in factors.items():
+        tail_A = sent[f"{name}.lora_A"][A.shape[0] :, cols[name]]
+        tail_B = sent[f"{name}.lora_B"][rows[name], A.shape[0] :]
+        live = np.flatnonzero(tail_B.any(axis=0))  # a component whose B is zero adds nothing
+        found[name] = (np.concatenate([A, tail_A[live]]), np.concatenate([B, tail_B[:, live]], axis=1))
+    return found
 
 
 def order_of(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Order | None:
@@ -118,11 +145,13 @@ def coverage_layout(
     *,
     pruning_ratio: float,
     round_to: int,
+    scope: Scope = "layer",
 ) -> Layout:
     """One layout for a fleet whose devices ranked alone, at `pruning_ratio`.
 
     In each layer the groups held by most training examples stay, since those are the ones the global adapter was
-    trained on; among equals the better averaged score decides, then the index.
+    trained on; among equals the better averaged score decides, then the index. With scope "global" a layer is as
+    wide as it is on the devices in the mean.
     """
     spec = next(iter(layouts.values())).spec
     sizes = _sizes(spec)
@@ -136,8 +165,17 @@ def coverage_layout(
             score = np.nan_to_num(scores[kind][layer], nan=-math.inf)
             orders.append(np.lexsort((np.arange(held.size), -score, -held)).astype(np.int64))
         ranked[kind] = tuple(orders)
-    counts = target_counts(spec, pruning_ratio, round_to=round_to)
-    return Layout.prefix(spec, Order(ranked["heads"], ranked["channels"]), [counts] * spec.num_layers)
+    counts = [target_counts(spec, pruning_ratio, round_to=round_to)] * spec.num_layers
+    if scope == "global":
+        devices = sorted(layouts)
+        mean = np.average([layouts[i].counts for i in devices], axis=0, weights=[weights[i] for i in devices])
+        counts = [(_whole(h, 1, spec.num_kv_heads), _whole(c, round_to, spec.intermediate_size)) for h, c in mean]
+    return Layout.prefix(spec, Order(ranked["heads"], ranked["channels"]), counts)
+
+
+def _whole(width: float, unit: int, full: int) -> int:
+    """`width` to the nearest multiple of `unit`, at least one and at most `full`."""
+    return min(full, max(unit, round(width / unit) * unit))
 
 
 def _next_order(

@@ -168,6 +168,10 @@ def _check_layout(layout: Layout, plan: Plan, previous: Layout, order: Order | N
 
 
 def _planned_ratio(spec: ModelSpec, plan: Plan, previous: Layout) -> float:
+    if plan.scope == "global":  # met over all layers together, whatever each of them keeps
+        smallest = head_parameters(spec) + min(plan.round_to, spec.intermediate_size) * channel_parameters(spec)
+        reachable = 1.0 - spec.num_layers * smallest / prunable_parameters(spec)
+        return max(previous.pruning_ratio, min(plan.pruning_ratio, reachable))
     counts = [target_counts(spec, plan.pruning_ratio, round_to=plan.round_to, at_most=kept) for kept in previous.counts]
     kept = sum(heads * head_parameters(spec) + channels * channel_parameters(spec) for heads, channels in counts)
     return 1.0 - kept / prunable_parameters(spec)

@@ -69,6 +69,11 @@ class Members:
         """Devices that can be given a plan, by id."""
         return sorted(i for i, m in self._members.items() if m.online and not m.refused)
 
+    @property
+    def num_online(self) -> int:
+        """How many devices can be given a plan."""
+        return sum(m.online and not m.refused for m in self._members.values())
+
     def offline(self) -> list[str]:
         """Devices that could take part if they were there, by id."""
         return sorted(i for i, m in self._members.items() if not m.online and not m.refused)

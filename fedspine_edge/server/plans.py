@@ -38,6 +38,7 @@ def round_plan(
         recovery_steps=assignment.recovery_steps,
         layout=config.layout,
         criterion=config.criterion,
+        scope=config.scope,
         round_to=config.round_to,
         deadline_s=config.deadline_s,
         seed=config.seed,
@@ -51,9 +52,18 @@ def round_plan(
             weight_decay=training.weight_decay,
             first_step=(state.server_round - 1) * steps,
             total_steps=config.num_rounds * steps,
+            decay_from_step=_decay_from_step(config),
         ),
     )
     return codec.encode(plan)
+
+
+def _decay_from_step(config: FleetConfig) -> int:
+    """Where the cosine begins: with `schedule="hold"` at the recovery from the last prune."""
+    training = config.training
+    if training.schedule == "cosine" or config.num_rounds < 3:
+        return 0
+    return (config.num_rounds - 2) * (training.tau + training.recovery_steps) - training.recovery_steps
 
 
 def idle_plan(

@@ -76,6 +76,14 @@ class JournalReader:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row["value"])
 
+    def meta_names(self, prefix: str) -> set[str]:
+        """What follows `prefix` in the names of the values that begin with it."""
+        rows = self._db.execute(
+            "SELECT substr(key, ?) AS name FROM meta WHERE substr(key, 1, ?) = ?",
+            (len(prefix) + 1, len(prefix), prefix),
+        )
+        return {row["name"] for row in rows.fetchall()}
+
     @property
     def spec(self) -> ModelSpec | None:
         """The fleet's model; None before the first round."""
@@ -107,10 +115,12 @@ class JournalReader:
         ).fetchone()
         return float(row["started_wall_s"])
 
-    def plans(self, server_round: int, attempt: int) -> list[PlanRow]:
-        """Plans of a round, by device id."""
+    def plans(self, server_round: int, attempt: int, *, device_id: str | None = None) -> list[PlanRow]:
+        """Plans of a round, by device id, or that of one device."""
         rows = self._db.execute(
-            "SELECT * FROM plans WHERE number = ? AND attempt = ? ORDER BY device_id", (server_round, attempt)
+            "SELECT * FROM plans WHERE number = ? AND attempt = ? AND device_id = coalesce(?, device_id) "
+            "ORDER BY device_id",
+            (server_round, attempt, device_id),
         ).fetchall()
         return [
             PlanRow(
@@ -197,8 +207,10 @@ class JournalReader:
             )
         return views
 
-    def device_rounds(self, server_round: int | None = None, attempt: int | None = None) -> list[DeviceView]:
-        """Every device's part in every round (or in one), by round, attempt and device id."""
+    def device_rounds(
+        self, server_round: int | None = None, attempt: int | None = None, *, device_id: str | None = None
+    ) -> list[DeviceView]:
+        """Every device's part (or one device's) in every round (or in one), by round, attempt and device id."""
         where = " AND ".join(
             f"plans.{column} = {int(value)}"
             for column, value in (("number", server_round), ("attempt", attempt))
@@ -210,7 +222,9 @@ class JournalReader:
             "outcomes.status AS outcome, outcomes.reason AS outcome_reason, outcomes.reward, outcomes.terms FROM plans "
             "LEFT JOIN devices USING (device_id) LEFT JOIN reports USING (number, attempt, device_id) "
             f"LEFT JOIN outcomes USING (number, attempt, device_id) WHERE {where or '1'} "
-            "ORDER BY plans.number, plans.attempt, plans.device_id"
+            "AND plans.device_id = coalesce(?, plans.device_id) "
+            "ORDER BY plans.number, plans.attempt, plans.device_id",
+            (device_id,),
         ).fetchall()
         return [_device_view(row) for row in rows]
 

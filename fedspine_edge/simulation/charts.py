@@ -25,7 +25,7 @@ def accuracy(rows: Sequence[DeviceView]) -> str:
         axes.set_ylabel("accuracy")
         axes.legend(frameon=False, fontsize=8)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def loss(rows: Sequence[DeviceView]) -> str:
@@ -39,7 +39,7 @@ def loss(rows: Sequence[DeviceView]) -> str:
         _round_axis(axes, rows)
         axes.legend(frameon=False, fontsize=8)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def completion_times(rows: Sequence[DeviceView]) -> str:
@@ -50,7 +50,7 @@ def completion_times(rows: Sequence[DeviceView]) -> str:
         axes.set_ylim(bottom=0)
         axes.set_ylabel("completion time [s]")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def rewards(rows: Sequence[DeviceView]) -> str:
@@ -61,7 +61,7 @@ def rewards(rows: Sequence[DeviceView]) -> str:
         axes.set_ylim(0, 1)
         axes.set_ylabel("reward")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def idle(rows: Sequence[DeviceView]) -> str:
@@ -77,7 +77,7 @@ def idle(rows: Sequence[DeviceView]) -> str:
         axes.set_xticks(range(len(shares)), list(shares), rotation=30, ha="right", fontsize=8)
         axes.set_ylabel("idle [%]")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def arms(rows: Sequence[DeviceView]) -> str:
@@ -99,7 +99,7 @@ def arms(rows: Sequence[DeviceView]) -> str:
         axes.set_xlabel("round")
         axes.grid(visible=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def _ratio(row: DeviceView | None) -> float:
@@ -125,7 +125,7 @@ def widths(kept: Mapping[str, Any]) -> str:
         axes.set_ylim(0, 1.02)
         axes.legend(frameon=False, fontsize=8)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def before_after(pairs: Mapping[str, tuple[float, float, str]]) -> str:
@@ -145,10 +145,11 @@ def before_after(pairs: Mapping[str, tuple[float, float, str]]) -> str:
         axes.set_xlabel("share of the unpruned model")
         axes.grid(visible=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
-def _svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> str:
+def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> str:
+    """What `draw` puts on a matplotlib axes, as inline SVG of `size` in inches. Raises `MissingDependency`."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

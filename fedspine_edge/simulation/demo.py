@@ -35,12 +35,11 @@ from fedspine_edge.simulation.setup import FleetSetup, demo_model, lay_out, prep
 from fedspine_edge.simulation.supervisor import Supervisor
 
 _TAU = 8
-_RECOVERY_STEPS = 8
+_RECOVERY_STEPS = 12
 _BATCH_SIZE = 8
 _MAX_LENGTH_TOKENS = 48
 _LEARNING_RATE = 1e-3
 _RANKS = (4, 8, 16, 32)
-_REFERENCE_RANK = 16
 _REFERENCE_HOLDOUT = 8
 """No decision hangs on the reference's local losses, so it spends little on measuring them."""
 _TEST_EXAMPLES = 1200
@@ -155,6 +154,7 @@ def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, Flee
         "min_reports": max(1, settings.num_devices // 2),
         "deadline_s": 300.0,
         "seed": settings.seed,
+        "ranks": list(_RANKS),
         "training": {
             "tau": _TAU,
             "recovery_steps": _RECOVERY_STEPS,
@@ -168,7 +168,6 @@ def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, Flee
         time_kind="modelled",
         pruning_ratio=settings.pruning_ratio,
         layout=settings.layout,
-        ranks=list(_RANKS),
         **common,
     )
     if not settings.reference:
@@ -176,9 +175,7 @@ def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, Flee
     unpruned = lay_out(
         out / "reference",
         time_kind="simulated",
-        strategy="fedlora",
         pruning_ratio=0.0,
-        ranks=[_REFERENCE_RANK],
         criterion="random",  # nothing is pruned, so nothing needs to be scored
         holdout=_REFERENCE_HOLDOUT,
         **common,
@@ -216,6 +213,8 @@ def _run_processes(
         supervisor.check()
         view = peek_run(Path(setup.fleet.run_dir))
         step = "training the unpruned reference" if server.returncode == 0 else "federating"
+        if not view.rows:
+            step = "devices are loading the model"
         on_progress(Progress(step, view, _restarts(supervisor)))
         time.sleep(_POLL_S)
     return _restarts(supervisor)

@@ -1,12 +1,14 @@
 """A whole fleet in one process and in virtual time: the real server, wire, strategy and device code.
 
-Training is real, time is modelled, nothing is random but the seed: the same configs give the same adapter.
+Training is real unless a record of losses takes its place; time is modelled; nothing is random but the seed: the
+same configs give the same adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,7 +18,11 @@ from fedspine_edge.device.agent import FleetDevice
 from fedspine_edge.model.checkpoint import load_base
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.server.coordinator import FleetServer, RunResult
-from fedspine_edge.simulation.network import VirtualNetwork
+from fedspine_edge.simulation.dropout import Unreliable
+from fedspine_edge.simulation.network import Participant, VirtualNetwork, VirtualTransport
+from fedspine_edge.simulation.recorded import RecordedDevice, Shared
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 
 def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
@@ -31,17 +37,56 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
     """
     network = VirtualNetwork()
     bases: dict[tuple[str, int], PrunableModel] = {}
+
+    def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> FleetDevice:
+        kind = (config.model, config.data.num_labels)
+        if kind not in bases:  # read once; the devices share its frozen weights
+            bases[kind] = load_base(config.model, num_labels=config.data.num_labels, seed=fleet.seed)
+        return FleetDevice(config, transport, clock, model=bases[kind])
+
+    return _run(fleet, devices, network, device)
+
+
+def simulate_recorded(
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], shared: Shared, *, on_event: OnEvent | None = None
+) -> RunResult:
+    """Run `fleet` as `simulate` does, with `RecordedDevice` in the place of training; data and model are not read.
+
+    `on_event` is the server's.
+    """
+
+    def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> RecordedDevice:
+        return RecordedDevice(config, transport, clock, shared)
+
+    return _run(fleet, devices, VirtualNetwork(), device, on_event)
+
+
+class _Device(Participant, Protocol):
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Maker(Protocol):
+    def __call__(self, config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock, /) -> _Device: ...
+
+
+def _run(
+    fleet: FleetConfig,
+    devices: Sequence[DeviceConfig],
+    network: VirtualNetwork,
+    make: _Maker,
+    on_event: OnEvent | None = None,
+) -> RunResult:
     with ExitStack() as running:
         for config in sorted(devices, key=lambda one: one.device_id):
-            kind = (config.model, config.data.num_labels)
-            if kind not in bases:  # read once; the devices share its frozen weights
-                bases[kind] = load_base(config.model, num_labels=config.data.num_labels, seed=fleet.seed)
             clock = VirtualClock()
             transport = network.join(config.device_id, clock)
             config = msgspec.structs.replace(config, time_kind="simulated")
-            device = FleetDevice(config, transport, clock, model=bases[kind])
-            transport.attach(device)
+            device = make(config, transport, clock)
+            unreliable = config.simulated.drop_out > 0
+            transport.attach(Unreliable(device, transport, config) if unreliable else device)
             device.start()
             running.callback(device.close)
         clock = VirtualClock()
-        return FleetServer(fleet, network.join("server", clock), clock).run()
+        return FleetServer(fleet, network.join("server", clock), clock, on_event=on_event).run()

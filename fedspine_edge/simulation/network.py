@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import defaultdict, deque
 from typing import Protocol
 
 from fedspine_edge.clock import VirtualClock
+from fedspine_edge.errors import TransportError
 from fedspine_edge.transport.base import Connected, Event, Incoming, Will
 from fedspine_edge.transport.filters import topic_matches
 
@@ -43,6 +44,9 @@ class VirtualNetwork:
         self._sequence = itertools.count()
         self._retained: dict[str, bytes] = {}
         self._endpoints: dict[str, VirtualTransport] = {}
+        # by filter: a fleet of thousands subscribes to as many exact topics, and each message concerns one of them
+        self._exact: dict[str, set[str]] = defaultdict(set)
+        self._wild: dict[str, set[str]] = defaultdict(set)
 
     def join(self, client_id: str, clock: VirtualClock) -> VirtualTransport:
         """A transport for `client_id`, whose own time is `clock`."""
@@ -58,8 +62,22 @@ class VirtualNetwork:
         """Schedule `event` for one endpoint; None wakes its `tick`."""
         self._push(when_s, _Delivery(client_id=client_id, event=event))
 
+    def subscribe(self, client_id: str, topic_filter: str) -> None:
+        """Let `client_id` hear of matching publications from now on."""
+        (self._wild if _is_wild(topic_filter) else self._exact)[topic_filter].add(client_id)
+
+    def unsubscribe(self, client_id: str, topic_filter: str) -> None:
+        """Undo `subscribe`; harmless when there was none."""
+        table = self._wild if _is_wild(topic_filter) else self._exact
+        table[topic_filter].discard(client_id)
+        if not table[topic_filter]:
+            del table[topic_filter]
+
     def retained(self, topic_filter: str) -> list[Incoming]:
         """Retained messages that match, in topic order."""
+        if not _is_wild(topic_filter):
+            payload = self._retained.get(topic_filter)
+            return [] if payload is None else [Incoming(topic_filter, payload, retained=True)]
         return [
             Incoming(topic, payload, retained=True)
             for topic, payload in sorted(self._retained.items())
@@ -80,9 +98,12 @@ class VirtualNetwork:
             else:
                 self._retained.pop(delivery.topic, None)
         message = Incoming(delivery.topic, delivery.payload)
-        for _, endpoint in sorted(self._endpoints.items()):
-            if endpoint.wants(delivery.topic):
-                endpoint.accept(when_s, message)
+        wanted = set(self._exact.get(delivery.topic, ()))
+        for topic_filter, clients in self._wild.items():
+            if topic_matches(topic_filter, delivery.topic):
+                wanted |= clients
+        for client_id in sorted(wanted):
+            self._endpoints[client_id].accept(when_s, message)
         return when_s
 
     def _push(self, when_s: float, delivery: _Delivery) -> None:
@@ -97,6 +118,8 @@ class VirtualTransport:
         self._client_id = client_id
         self._clock = clock
         self._filters: set[str] = set()
+        self._will: Will | None = None
+        self._offline = False
         self._inbox: deque[Event] = deque()
         self._participant: Participant | None = None
         self._wakeup_s = math.inf
@@ -106,19 +129,33 @@ class VirtualTransport:
         self._participant = participant
 
     def connect(self, *, timeout_s: float, will: Will | None = None) -> None:
+        self._will = will
         self._network.deliver(self._clock.now(), self._client_id, Connected())
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        if self._offline:
+            raise TransportError(f"{self._client_id} is cut off.")
         self._network.publish(self._clock.now(), topic, payload, retain)
 
     def subscribe(self, *topic_filters: str) -> None:
-        self._filters.update(topic_filters)
         for topic_filter in topic_filters:
+            self._filters.add(topic_filter)
+            self._network.subscribe(self._client_id, topic_filter)
             for message in self._network.retained(topic_filter):
                 self._network.deliver(self._clock.now() + self._network.latency_s, self._client_id, message)
 
     def unsubscribe(self, *topic_filters: str) -> None:
-        self._filters.difference_update(topic_filters)
+        for topic_filter in topic_filters:
+            self._filters.discard(topic_filter)
+            self._network.unsubscribe(self._client_id, topic_filter)
+
+    def cut(self, duration_s: float) -> None:
+        """Lose the connection now: the last will is published, and for `duration_s` nothing comes or goes."""
+        now = self._clock.now()
+        if self._will is not None:
+            self._network.publish(now, self._will.topic, self._will.payload, self._will.retain)
+        self._offline = True
+        self._network.deliver(now + duration_s, self._client_id, Connected())
 
     def receive(self, *, timeout_s: float) -> Event | None:
         """The next event; plays the whole network until one arrives or `timeout_s` virtual seconds have passed."""
@@ -132,14 +169,18 @@ class VirtualTransport:
         return self._inbox.popleft()
 
     def close(self) -> None:
-        self._filters.clear()
-
-    def wants(self, topic: str) -> bool:
-        """Whether a subscription matches `topic`."""
-        return any(topic_matches(topic_filter, topic) for topic_filter in self._filters)
+        self.unsubscribe(*self._filters.copy())
 
     def accept(self, when_s: float, event: Event | None) -> None:
         """Take an event: queue it, or let the attached participant handle it when its clock allows."""
+        if self._offline:
+            if not isinstance(event, Connected):
+                return
+            self._offline = False
+            self._wakeup_s = math.inf
+            for topic_filter in sorted(self._filters):
+                for message in self._network.retained(topic_filter):
+                    self._network.deliver(when_s + self._network.latency_s, self._client_id, message)
         if self._participant is None:
             if event is not None:
                 self._inbox.append(event)
@@ -154,6 +195,10 @@ class VirtualTransport:
         if wakeup_s is not None and wakeup_s < self._wakeup_s:
             self._wakeup_s = wakeup_s
             self._network.deliver(max(wakeup_s, self._clock.now()), self._client_id, None)
+
+
+def _is_wild(topic_filter: str) -> bool:
+    return "+" in topic_filter or "#" in topic_filter
 
 
 class _Delivery:

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fedspine_edge.errors import DataError
 
 DOMAINS = {
@@ -115,6 +117,32 @@ def partition(sentences: Iterable[Sentence], num_devices: int) -> list[list[Sent
         for turn, sentence in enumerate(by_domain[domain]):
             if holders:
                 shares[holders[turn % len(holders)]].append(sentence)
+    return shares
+
+
+def dirichlet(
+    sentences: Sequence[Sentence], num_devices: int, *, alpha: float, seed: int = 0, at_least: int = 16
+) -> list[list[Sentence]]:
+    """Non-IID by label: each label's sentences are dealt out in shares drawn from Dirichlet(α).
+
+    Nobody is left with fewer than `at_least`: those who have most give. Raises `DataError` for too few sentences.
+    """
+    if len(sentences) < at_least * num_devices:
+        raise DataError(
+            f"{len(sentences)} sentences are too few for {num_devices} devices.", remedy="Use fewer --devices."
+        )
+    rng = np.random.default_rng([seed, 0xD1])
+    shares: list[list[Sentence]] = [[] for _ in range(num_devices)]
+    for label in sorted({s.label for s in sentences}):
+        mine = [s for s in sentences if s.label == label]
+        cuts = (np.cumsum(rng.dirichlet([alpha] * num_devices))[:-1] * len(mine)).astype(int)
+        order = rng.permutation(len(mine))
+        for share, chosen in zip(shares, np.split(order, cuts)):
+            share += [mine[i] for i in chosen]
+    for share in shares:
+        while len(share) < at_least:
+            richest = max(shares, key=len)
+            share.append(richest.pop())
     return shares
 
 

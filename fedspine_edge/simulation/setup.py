@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, conver
 from fedspine_edge.device.data import load_examples
 from fedspine_edge.errors import ConfigError, DataError, MissingDependency
 from fedspine_edge.simulation import sentiment
+from fedspine_edge.simulation.profiles import Profile
 
 CLASSES = {"agx": 1.0, "nx": 1.2, "tx2": 1.43}
 """Completion-time factors of the emulated classes AGX Xavier : Xavier NX : TX2 (arXiv 2501.02438, section 5)."""
@@ -62,7 +63,14 @@ def demo_model() -> Path:
 
 
 def prepare_data(
-    folder: Path, *, num_devices: int, data: Path | None = None, num_labels: int = 2, test_examples: int = 1200
+    folder: Path,
+    *,
+    num_devices: int,
+    data: Path | None = None,
+    num_labels: int = 2,
+    test_examples: int = 1200,
+    dirichlet: float | None = None,
+    seed: int = 0,
 ) -> tuple[list[Path], Path]:
     """Write each device's share and the common test set below `folder`.
 
@@ -72,6 +80,8 @@ def prepare_data(
         data: The user's file; None takes the four-domain sentiment data, split by domain.
         num_labels: Number of classes in the user's file.
         test_examples: Size of the test set (at most).
+        dirichlet: α of a Dirichlet draw of each label over the devices; None splits by domain (or in turn).
+        seed: Of that draw.
 
     Returns:
         The shares and the test set.
@@ -81,10 +91,16 @@ def prepare_data(
     folder.mkdir(parents=True, exist_ok=True)
     if data is None:
         split = sentiment.load(test_share=_TEST_SHARE)
-        shares = sentiment.partition(split.train, num_devices)
+        if dirichlet is None:
+            shares = sentiment.partition(split.train, num_devices)
+        else:
+            shares = sentiment.dirichlet(split.train, num_devices, alpha=dirichlet, seed=seed)
         test = sentiment.balanced(split.test, test_examples // len(sentiment.DOMAINS))
     else:
         shares, test = _split_users_data(data, num_labels, num_devices, test_examples)
+        if dirichlet is not None:
+            rows = [row for share in shares for row in share]
+            shares = sentiment.dirichlet(rows, num_devices, alpha=dirichlet, seed=seed)
     paths = [folder / f"device-{index + 1}.csv" for index in range(num_devices)]
     for path, share in zip(paths, shares):
         sentiment.write_csv(path, share)
@@ -144,6 +160,51 @@ def lay_out(
     for device in devices:
         _write_toml(setup.device_file(device), device)
     return setup
+
+
+def lay_out_mix(
+    folder: Path,
+    *,
+    model: str,
+    shares: Sequence[Path],
+    mix: Mapping[str, int],
+    profiles: Mapping[str, Profile],
+    num_labels: int = 2,
+    holdout: int = 64,
+    drop_out: float | None = None,
+    torch_device: str = "cpu",
+    **fleet_settings: Any,
+) -> tuple[FleetConfig, tuple[DeviceConfig, ...]]:
+    """Settings of a simulated fleet with `mix[class]` devices of each class; writes nothing.
+
+    Device k takes `shares[k]`, and classes take turns in proportion to their counts, so that no domain of the data
+    falls to one class. Raises `ConfigError` when a setting is impossible.
+    """
+    settings = {"run_dir": str(folder / "run"), "min_devices": sum(mix.values()), **fleet_settings}
+    fleet = convert(settings, FleetConfig, where="fleet settings")
+    devices = []
+    for index, name in enumerate(in_turn(mix)):
+        device_id = f"{name}-{index + 1}"
+        device = {
+            "device_id": device_id,
+            "fleet": fleet.fleet,
+            "model": model,
+            "data": {"path": str(shares[index % len(shares)]), "num_labels": num_labels, "holdout": holdout},
+            "state_dir": str(folder / "devices" / device_id),
+            "device_class": name,
+            "torch_threads": 1,
+            "torch_device": torch_device,
+            "seed": fleet.seed,
+            **profiles[name].settings(drop_out=drop_out),
+        }
+        devices.append(convert(device, DeviceConfig, where=f"device {device_id}"))
+    return fleet, tuple(devices)
+
+
+def in_turn(mix: Mapping[str, int]) -> list[str]:
+    """Class names, as many of each as `mix` says, spread evenly."""
+    places = [((k + 0.5) / count, name) for name, count in mix.items() for k in range(count)]
+    return [name for _, name in sorted(places)]
 
 
 def _write_toml(path: Path, settings: msgspec.Struct) -> None:

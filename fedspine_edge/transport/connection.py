@@ -107,29 +107,29 @@ class Connection:
         self._early: dict[int, Any] = {}
         """Answers that overtook the return of paho's publish()."""
         self._subscribed: dict[int, list[Any]] = {}
-        self._client = self._new_client(client_id)
-        self._client.max_inflight_messages_set(0)  # the window is ours
+        client = self._new_client(client_id)
+        client.max_inflight_messages_set(0)  # the window is ours
         if settings.username:
-            self._client.username_pw_set(settings.username, password)
+            client.username_pw_set(settings.username, password)
         if tls is not None:
-            self._client.tls_set_context(tls)
+            client.tls_set_context(tls)
         if will is not None:
-            self._client.will_set(will.topic, will.payload, qos=1, retain=will.retain)
+            client.will_set(will.topic, will.payload, qos=1, retain=will.retain)
+        self._client: paho.Client | None = client
 
     def open(self, timeout_s: float) -> None:
         """Connect. Raises `NotConnected`; looking a host name up may take longer than `timeout_s`."""
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = RECEIVE_MAXIMUM
         properties.MaximumPacketSize = MAX_PACKET_BYTES
-        settings = self._settings
-        self._client.connect_timeout = timeout_s
+        settings, client = self._settings, self._standing_client()
+        client.connect_timeout = timeout_s
         try:
-            self._client.connect(
-                settings.host, settings.port, settings.keepalive_s, clean_start=True, properties=properties
-            )
+            client.connect(settings.host, settings.port, settings.keepalive_s, clean_start=True, properties=properties)
         except (OSError, ValueError) as error:
             raise explain(error, self._has_tls) from error
-        self._client.loop_start()
+        client.loop_start()
+        del client
         with self._changed:
             self._changed.wait_for(lambda: self._answer is not None or self.lost, timeout_s)
             failed = no_answer(self.lost, self._has_tls) if self._answer is None else None
@@ -146,7 +146,7 @@ class Connection:
 
     def send(self, message: Outgoing) -> None:
         """Publish with QoS 1; the owner learns of the answer. Raises ValueError for what no broker takes."""
-        sent = self._client.publish(message.topic, message.payload, qos=1, retain=message.retain)
+        sent = self._standing_client().publish(message.topic, message.payload, qos=1, retain=message.retain)
         with self._changed:
             answer = self._early.pop(sent.mid, None)
             if answer is None:
@@ -161,9 +161,12 @@ class Connection:
         """
         waiting: dict[int, list[str]] = {}
         names = list(dict.fromkeys(topic_filters))
+        client = self._client
+        if client is None:
+            return
         for start in range(0, len(names), FILTERS_PER_SUBSCRIBE):
             batch = names[start : start + FILTERS_PER_SUBSCRIBE]
-            _, mid = self._client.subscribe([(name, SubscribeOptions(qos=1)) for name in batch])
+            _, mid = client.subscribe([(name, SubscribeOptions(qos=1)) for name in batch])
             if mid is not None:
                 waiting[mid] = batch
         with self._changed:
@@ -183,20 +186,26 @@ class Connection:
 
     def unsubscribe(self, topic_filters: list[str]) -> None:
         """Unsubscribe without waiting."""
-        self._client.unsubscribe(topic_filters)
+        client = self._client
+        if client is not None:
+            client.unsubscribe(topic_filters)
 
     def end(self, *, with_will: bool = False) -> None:
         """Disconnect if it still stands, and stop paho's thread. `with_will` lets the broker publish the will."""
         if not self.lost:
             reason = ReasonCode(PacketTypes.DISCONNECT, identifier=_DISCONNECT_WITH_WILL) if with_will else None
-            self._client.disconnect(reason)
+            self._standing_client().disconnect(reason)
         self._stop()
 
     def _stop(self) -> None:
-        self._client.loop_stop()
-        unfinished = self._client.socket()
-        if unfinished is not None:
-            unfinished.close()
+        """paho closes its sockets when its client is freed; letting go of it here makes that now."""
+        client, self._client = self._standing_client(), None
+        client.loop_stop()
+
+    def _standing_client(self) -> paho.Client:
+        if self._client is None:
+            raise RuntimeError("the connection has ended; its owner must open a new one")
+        return self._client
 
     # ---- callbacks
 
@@ -246,8 +255,9 @@ class Connection:
 
     def _on_message(self, message: paho.MQTTMessage) -> None:
         def acknowledge() -> None:
-            if not self.lost:
-                self._client.ack(message.mid, message.qos)
+            client = self._client
+            if client is not None and not self.lost:
+                client.ack(message.mid, message.qos)
 
         incoming = Incoming(message.topic, bytes(message.payload), bool(message.retain))
         self._owner.arrived(incoming, acknowledge if message.qos else None)

@@ -92,8 +92,11 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_grad_norm: Annotated[float, Meta(gt=0.0)] = 1.0
     weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
     first_step: Count = 0
-    """Steps taken before this round, for the cosine over `total_steps`."""
+    """Steps taken before this round."""
     total_steps: Positive = 1
+    """Steps of the whole run, at whose end the learning rate reaches zero."""
+    decay_from_step: Count = 0
+    """Step of the run at which the learning rate begins its cosine; before it stays at its peak."""
 
 
 class Plan(Message, frozen=True, kw_only=True):
@@ -114,7 +117,7 @@ class Plan(Message, frozen=True, kw_only=True):
     """Local iterations before pruning, every one of them scored."""
     recovery_steps: Count = 20
     layout: Literal["consensus", "local"] = "consensus"
-    criterion: Literal["lora", "magnitude", "random"] = "lora"
+    criterion: Literal["lora", "apt", "magnitude", "random"] = "lora"
     importance_metric: Literal["abs", "square", "signed"] = "abs"
     scope: Literal["layer", "global"] = "layer"
     round_to: Positive = 8

@@ -14,6 +14,7 @@ from tiny_deploy import tiny_model
 
 from fedspine_edge.deploy import export
 from fedspine_edge.deploy.export import export_onnx, load_folder, merged_module
+from fedspine_edge.deploy.graphs import task_graph
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.deploy.verify import compare, random_inputs, verify_onnx
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, ExportMismatch
@@ -163,8 +164,8 @@ def test_the_users_own_inputs_can_be_compared(tmp_path):
 
 def test_shapes_longer_than_the_model_are_cut():
     model = tiny_model("roberta")
-    inputs = export._inputs(model.module.config)
-    limit = export._max_tokens(model.module.config)
+    limit = export.max_tokens_of(model.module.config)
+    inputs = task_graph(merged_module(model), max_tokens=limit).inputs
     assert limit == 66 - 2
     assert [batch["input_ids"].shape for batch in random_inputs(inputs, [(1, 500), (1, 64)], limit)] == [(1, 64)]
 

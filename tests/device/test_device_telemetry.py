@@ -1,5 +1,7 @@
 """Completion time of each kind, from what was really spent, and it survives a restart."""
 
+import itertools
+import math
 import sys
 import time
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedspine_edge.clock import VirtualClock
-from fedspine_edge.device.telemetry import REFERENCE_FLOPS_PER_S, REFERENCE_STEP_S, Meter, PeakMemory, pass_flops
+from fedspine_edge.config import DeviceConfig, SimulatedSettings, convert
+from fedspine_edge.device.telemetry import Meter, PeakMemory, conditions, pass_flops
 from fedspine_edge.model.layout import Layout
 
 
@@ -43,8 +46,8 @@ def test_simulated_depends_on_the_work_alone():
     simulated = meter("simulated")
     with simulated.working():
         burn(0.02)
-    simulated.work(REFERENCE_FLOPS_PER_S)
-    assert simulated.completion_s() == 2 * (1.0 + REFERENCE_STEP_S)
+    simulated.work(SimulatedSettings().flops_per_s)
+    assert simulated.completion_s() == 2 * (1.0 + SimulatedSettings().step_s)
 
 
 @pytest.mark.parametrize("kind", ["measured", "modelled", "simulated"])
@@ -89,3 +92,26 @@ def test_peak_memory_sees_what_was_allocated_since_the_reset():
     del block
     peak.reset()
     assert peak.read() < before + 64_000_000
+
+
+def device(**simulated: float) -> DeviceConfig:
+    settings = {"device_id": "d", "model": "m", "data": {"path": "x.csv"}, "simulated": simulated}
+    return convert(settings, DeviceConfig)
+
+
+def test_a_rounds_conditions_repeat_and_jitter_keeps_the_mean() -> None:
+    steady, shaky = device(), device(jitter=0.3, link_jitter=0.1)
+    assert (conditions(steady, 5).work, conditions(steady, 5).link) == (1.0, 1.0)
+    drawn = [conditions(shaky, number) for number in range(1, 2001)]
+    assert drawn == [conditions(shaky, number) for number in range(1, 2001)]
+    assert sum(c.work for c in drawn) / len(drawn) == pytest.approx(1.0, abs=0.03)
+    assert sum(c.link for c in drawn) / len(drawn) == pytest.approx(1.0, abs=0.01)
+    assert max(c.work for c in drawn) > 1.5
+
+
+def test_drift_is_a_walk_that_begins_at_the_nominal_speed() -> None:
+    factors = [conditions(device(drift=0.05), number).work for number in range(1, 60)]
+    assert factors[0] == 1.0
+    steps = [abs(math.log(after / before)) for before, after in itertools.pairwise(factors)]
+    assert max(steps) < 0.05 * 4.5
+    assert 0 < sum(steps) / len(steps) < 0.08

@@ -104,6 +104,10 @@ def test_the_learning_rate_rises_each_round_under_one_cosine():
     assert max(rates) == rates[3]
     assert rates[39] < 0.01
     assert learning_rate(Training(learning_rate=1.0, warmup_share=0.0), 0, 10) == 1.0
+    held = Training(learning_rate=1.0, warmup_share=0.0, first_step=40, total_steps=80, decay_from_step=50)
+    assert [learning_rate(held, step, 20) for step in (0, 9, 10)] == [1.0, 1.0, 1.0]
+    assert learning_rate(held, 25, 20) == pytest.approx(0.5)
+    assert learning_rate(held, 40, 20) == pytest.approx(0.0)
     assert learning_rate(Training(learning_rate=1.0, total_steps=5), 50, 10) == 0.0
 
 

@@ -60,7 +60,7 @@ def test_what_is_not_listed_cannot_be_sent(name: str) -> None:
 
 
 def test_it_names_the_settings_by_their_real_names_and_says_the_plain_things() -> None:
-    for key in ("clip_update_norm", "noise_std", "seed"):
+    for key in ("clip_update_norm", "noise_std"):
         assert key in DeviceConfig.__struct_fields__
         assert f"\n    {key} = " in PAGE
     for sentence in ("the server sees each device's update", "No ε is claimed", "no secure aggregation"):

@@ -60,7 +60,7 @@ def test_a_fresh_adapter_on_a_compact_model_is_the_gathered_one_and_ranks_nest()
         )
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
 def test_load_adapter_takes_the_prefix_and_gathers_what_is_kept(kind):
     model = tiny.prunable(kind)
     layout = tiny.random_layout(model, 1)

@@ -8,9 +8,9 @@ import pytest
 import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedspine_edge.errors import CheckpointError, ConfigError, UnknownArchitecture
+from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.checkpoint import base_digest, load_base, load_model, load_tokenizer, read_manifest
 from fedspine_edge.model.layout import Layout
 
@@ -36,7 +36,7 @@ def edit_json(path, **changes):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
 def test_save_and_load_give_equal_logits_with_unequal_widths(kind, tied, tmp_path):
     model = tiny.prunable(kind, bias=True, tied=tied, layers=3)
     model.compact(tiny.random_layout(model, 1))
@@ -57,10 +57,11 @@ def test_save_and_load_give_equal_logits_with_unequal_widths(kind, tied, tmp_pat
     again(**inputs).loss.backward()
 
 
-@pytest.mark.parametrize(
-    ("kind", "auto"), [("llama_lm", AutoModelForCausalLM), ("llama", AutoModelForSequenceClassification)]
-)
-def test_a_merged_llama_of_equal_widths_loads_in_transformers_alone(kind, auto, tmp_path):
+STANDARD = [family for family, entry in SUPPORTED.items() if entry.free_head_dim]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tokens", *(f"{family}_lm" for family in STANDARD)])
+def test_a_merged_llama_of_equal_widths_loads_in_transformers_alone_and_generates(kind, tmp_path):
     model = tiny.prunable(kind, heads=4, kv_heads=2)
     heads, channels = np.array([1]), np.arange(0, 16, 2)
     model.compact(Layout(model.spec, (heads, heads), (channels, channels)))
@@ -68,8 +69,38 @@ def test_a_merged_llama_of_equal_widths_loads_in_transformers_alone(kind, auto, 
     folder = model.save_merged(tmp_path / "out")
     assert read_manifest(folder).standard
     assert torch.equal(load_model(folder)(**inputs).logits, model.merged()(**inputs).logits)
-    alone = auto.from_pretrained(folder).eval()
+    alone = tiny.AUTO[model.task].from_pretrained(folder).eval()
     torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+    if model.task == "causal_lm":
+        ids = torch.tensor([[5, 6, 7]])
+        options = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "eos_token_id": None,
+            "attention_mask": torch.ones_like(ids),
+        }
+        assert alone.generate(ids, **options).tolist() == model.module.generate(ids, **options).tolist()
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_an_unpruned_model_merges_into_what_transformers_itself_would_hold(kind, tmp_path):
+    """Same modules, same names, same orientation: fused and transposed weights are put together again."""
+    plain = tiny.module(kind)
+    merged = tiny.prunable(kind).merged()
+    expected = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()} == expected
+    assert [type(m) for m in merged.modules()] == [type(m) for m in plain.modules()]
+    model = tiny.prunable(kind)
+    folder = model.save_merged(tmp_path / "out")
+    alone = tiny.AUTO[model.task].from_pretrained(folder).eval()
+    inputs = tiny.batch(model)
+    torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_variant_that_the_entry_does_not_describe_is_refused(tmp_path):
+    tiny.module("deberta-v2").save_pretrained(tmp_path / "m")
+    edit_json(tmp_path / "m/config.json", share_att_key=False)
+    refused("(?s)share_att_key = False.*only models with", load_base, tmp_path / "m", error=UnknownArchitecture)
 
 
 def test_labels_card_and_dtype(base, tmp_path):
@@ -193,7 +224,12 @@ def test_missing_and_misplaced_folders(base, saved, tmp_path):
 
 def test_unknown_architecture_names_the_supported_ones(base):
     edit_json(base / "config.json", model_type="mamba")
-    refused("(?s)'mamba' is not supported.*bert, llama, roberta", load_base, base, error=UnknownArchitecture)
+    refused(
+        f"(?s)'mamba' is not supported.*{', '.join(sorted(SUPPORTED))}",
+        load_base,
+        base,
+        error=UnknownArchitecture,
+    )
 
 
 def test_wrong_task_and_labels(base):

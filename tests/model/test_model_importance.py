@@ -6,6 +6,7 @@ import tiny_models as tiny
 import torch
 
 from fedspine_edge.errors import CheckpointError, ModelError
+from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.pruning import order_from_scores, plan_local
@@ -34,9 +35,11 @@ def plant(model, layer, head, channels):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("metric", ["abs", "square"])
+@pytest.mark.parametrize("metric", ["abs", "square", "apt"])
 @pytest.mark.parametrize(
-    ("kind", "kv_heads"), [("bert", 4), ("roberta", 4), ("llama", 4), ("llama", 2), ("llama_lm", 1)]
+    ("kind", "kv_heads"),
+    [(kind, 2 if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim else 4) for kind in tiny.FAMILIES]
+    + [("llama", 4), ("llama_lm", 1), ("bert_tokens", 4)],
 )
 def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
     """With GQA the survivor is the right KV group."""
@@ -44,7 +47,8 @@ def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
     head, channels = kv_heads - 1, [1, 5, 9, 13, 17, 18, 19, 23]
     for layer in range(model.spec.num_layers):
         plant(model, layer, head, channels)
-    tracker = ImportanceTracker(model, metric=metric, scope=scope)
+    criterion = {"criterion": "apt"} if metric == "apt" else {"metric": metric}
+    tracker = ImportanceTracker(model, **criterion, scope=scope)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-3)
     for seed in range(3):
         backward(model, seed)

@@ -10,21 +10,23 @@ import torch
 
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.model import peft_format
+from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.peft_format import load_adapter
 
-TYPES = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+TYPES = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 def bare(kind, **shape):
-    task = "causal_lm" if kind == "llama_lm" else "classification"
-    return tiny.PrunableModel.from_module(tiny.module(kind, **shape), task=task)
+    return tiny.PrunableModel.from_module(tiny.module(kind, **shape), task=tiny.task_of(kind)[1])
 
 
 def peft_adapter(kind, folder, **settings):
     """A live PEFT adapter in `folder`; returns the adapted module."""
-    model = bare(kind)
-    config = {"r": 4, "lora_alpha": 6, "target_modules": list(model.architecture.lora_targets), **settings}
-    adapted = peft.get_peft_model(model.module, peft.LoraConfig(task_type=TYPES[model.task], **config))
+    family, task = tiny.task_of(kind)
+    entry = SUPPORTED[family]
+    config = {"r": 4, "lora_alpha": 6, "target_modules": list(entry.lora_targets), **settings}
+    config["fan_in_fan_out"] = entry.transposed
+    adapted = peft.get_peft_model(tiny.module(kind), peft.LoraConfig(task_type=TYPES[task], **config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -34,7 +36,7 @@ def peft_adapter(kind, folder, **settings):
     return adapted.eval()
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
 def test_our_adapter_loads_in_peft(kind, tmp_path):
     model = tiny.prunable(kind, r=3)
     inputs = tiny.batch(model)
@@ -43,7 +45,7 @@ def test_our_adapter_loads_in_peft(kind, tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -56,7 +58,9 @@ def test_our_adapter_loads_in_peft(kind, tmp_path):
 )
 def test_a_peft_adapter_loads_here(kind, settings, tmp_path):
     """Mixed ranks and alphas, rank-stabilised scaling, and adapters on some modules only."""
-    target = "v_proj" if kind.startswith("llama") else "value"
+    entry = SUPPORTED[tiny.task_of(kind)[0]]
+    path = entry.linears["v"]
+    target = (path.rpartition(".")[0] if path.rpartition(".")[0] in entry.fused else path).rpartition(".")[2]
     settings = json.loads(json.dumps(settings).replace("RANK", target))
     if "target_modules" in settings:
         settings["target_modules"] = [target]

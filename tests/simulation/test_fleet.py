@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.model.fleet_model import load_fleet_model
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.server.coordinator import RunResult
 from fedspine_edge.simulation.finish import build_finished_model
@@ -45,6 +46,24 @@ def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, tiny_model: Path, 
     ]
     assert results[0].adapter_sha256 == results[1].adapter_sha256
     assert results[0].adapter_sha256 != results[2].adapter_sha256
+
+
+def test_layers_that_compete_differ_in_width_and_their_model_is_built(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path
+) -> None:
+    settings = {"layout": "local", "scope": "global", "criterion": "apt", "pruning_ratio": 0.5}
+    setup = laid_out(tmp_path, tiny_model, tiny_csv, **settings)
+    result = run(setup)
+    assert result.pruning_ratio == pytest.approx(0.5, abs=0.1)
+    rows = read_run(Path(setup.fleet.run_dir)).rows
+    assert {row.status for row in rows} == {"ok"}
+    final = load_fleet_model(Path(setup.fleet.run_dir) / "final", tiny_model)
+    assert len(set(final.layout.counts)) > 1
+
+
+def test_competing_layers_need_local_layouts(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    with pytest.raises(ConfigError, match='needs layout "local"'):
+        laid_out(tmp_path, tiny_model, tiny_csv, scope="global")
 
 
 def test_a_run_prunes_to_the_target_and_its_model_is_built_from_it(

@@ -13,7 +13,9 @@ VOCAB = 120
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "board", "very", "not", "a", "the"]
 
 
-def tiny_model(family: str, task: str = "classification", *, layers: int = 2, seed: int = 0) -> PrunableModel:
+def tiny_model(
+    family: str, task: str = "classification", *, layers: int = 2, seed: int = 0, kv_heads: int = 2
+) -> PrunableModel:
     """A random model whose layers have different widths after `compact`, with an adapter that does something."""
     torch.manual_seed(seed)
     common = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCAB}
@@ -26,7 +28,7 @@ def tiny_model(family: str, task: str = "classification", *, layers: int = 2, se
             transformers.RobertaConfig(**common, type_vocab_size=1, bos_token_id=2, eos_token_id=3)
         )
     else:
-        config = transformers.LlamaConfig(**common, num_key_value_heads=2, head_dim=8)
+        config = transformers.LlamaConfig(**common, num_key_value_heads=kv_heads, head_dim=8)
         kind = transformers.LlamaForCausalLM if task == "causal_lm" else transformers.LlamaForSequenceClassification
         module = kind(config)
     with torch.no_grad():  # the usual initialisation leaves biases zero and outputs tiny
@@ -61,4 +63,15 @@ def write_tokenizer(folder) -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.enable_padding(length=50)  # what a training script leaves behind; the runtime must not follow it
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_byte_tokenizer(folder) -> None:
+    """One token per ASCII character below `VOCAB`, without special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {chr(index) if index >= 32 else f"<{index}>": index for index in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,0 +1,43 @@
+"""`fedspine-edge experiment`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLE = "fedspine-edge experiment heterogeneity --quick"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="the experiment; without one, all names are listed")
+    parser.add_argument("--quick", action="store_true", help="the form that takes minutes; the other takes hours")
+    parser.add_argument("--out", type=Path, default=None, help="folder (default: runs/experiments/NAME-FORM)")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each kept on one core (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.cli.main import print_json
+    from fedspine_edge.simulation.experiment import load_experiment, names, run_experiment
+    from fedspine_edge.simulation.experiment_page import shown, write_page
+
+    if arguments.name is None:
+        for name in names():
+            print(f"{name:<18} {load_experiment(name, quick=True).title}")
+        return 0
+    experiment = load_experiment(arguments.name, quick=arguments.quick)
+    out = arguments.out or Path("runs/experiments") / f"{experiment.name}-{experiment.form}"
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    summary = run_experiment(experiment, out.resolve(), workers=arguments.workers, on_progress=say)
+    page = write_page(summary, out / "index.html")
+    if arguments.json:
+        print_json({**summary, "page": str(page)})
+        return 0
+    for variant, row in summary["variants"].items():
+        print(f"{variant}: " + ", ".join(f"{name} {shown(row[name])}" for name in summary["measures"]))
+    print(f"page: {page}")
+    return 0

@@ -1,0 +1,50 @@
+"""`fedspine-edge inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "fedspine-edge inspect model.bundle/"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="folder or .zip file written by `compile`")
+    parser.add_argument("--json", action="store_true", help="print all of bundle.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.cli.main import print_json
+    from fedspine_edge.deploy.archive import opened
+    from fedspine_edge.deploy.bundle import load_bundle, read_sidecar
+
+    with opened(arguments.bundle) as folder:
+        if arguments.json:
+            print_json(read_sidecar(folder))
+            return 0
+        bundle = load_bundle(folder, ignore=("engine.plan",))
+    manifest, engine = bundle.manifest, bundle.manifest.engine
+    checks = (manifest.verification, manifest.cache_verification, engine.verification if engine else None)
+    rows = {
+        "model": f"{manifest.family}, {manifest.task}, {manifest.precision}, opset {manifest.opset}",
+        "parameters": f"{manifest.num_parameters:,} ({manifest.sparsity:.1%} removed)",
+        "widths": ", ".join(f"{width.heads}x{width.channels}" for width in manifest.widths) + " (heads x channels)",
+        "inputs": ", ".join(t.name for t in manifest.inputs if t.kind == "tokens"),
+        "kv cache": f"{sum(t.kind == 'past' for t in manifest.inputs)} tensors"
+        if manifest.task == "causal_lm"
+        else "-",
+        "adapter": f"input, rank up to {manifest.adapter.max_rank}" if manifest.adapter else "merged or none",
+        "labels": ", ".join(manifest.labels) or "-",
+        "limit": f"{manifest.max_tokens} tokens",
+        "engine": f"{engine.backend} {engine.version} for SM {', '.join(engine.compute_capabilities)}"
+        if engine
+        else f"none: {manifest.engine_absent}",
+        "size": f"{bundle.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files, every hash right",
+    }
+    for name, value in rows.items():
+        print(f"{name:>10}  {value}")
+    for check in checks:
+        if check is not None:
+            print(f"{'compared':>10}  {check.subject} with {check.reference}: {check.max_abs_diff:.2g}", end="")
+            print(f" (tolerance {check.tolerance:.2g}), cosine {check.cosine:.6f}")
+    return 0

@@ -1,0 +1,225 @@
+"""Named experiments: read a committed config, run what has not been run, summarise with intervals.
+
+A config is a TOML file in `experiments/`. Every (variant, seed) is one job with a result file of its own, named by the
+job and holding a digest of everything it depends on: the same command after an interruption runs only what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from fedspine_edge import __version__
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.simulation.jobs import pin, run_job
+from fedspine_edge.simulation.measures import time_to
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).with_name("experiments")
+_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % points of Student's t by degrees of freedom."""
+
+_CODE_VERSION = 1
+"""Raise it when results of an older version must not be mixed with new ones."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config, in one of its forms.
+
+    Attributes:
+        jobs: By "variant-seed" what `run_job` takes.
+        measures: Names to show, with what they mean.
+    """
+
+    name: str
+    form: str
+    title: str
+    question: str
+    paper: str
+    measures: dict[str, str]
+    jobs: dict[str, dict[str, Any]]
+    target: dict[str, Any]
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of the variants, in the config's order."""
+        return list(dict.fromkeys(job["variant"] for job in self.jobs.values()))
+
+
+def names() -> list[str]:
+    """The experiments that there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_experiment(name: str, *, quick: bool) -> Experiment:
+    """Read a config. Raises `ConfigError` for an unknown name."""
+    path = FOLDER / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"there is no experiment {name!r}.", remedy=f"One of: {', '.join(names())}.")
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    form = "quick" if quick else "full"
+    common = _merged(data["common"], data[form])
+    jobs: dict[str, dict[str, Any]] = {}
+    for variant in data["variant"]:
+        if form not in variant.get("forms", ["quick", "full"]):
+            continue
+        settings = {k: v for k, v in variant.items() if k not in ("name", "forms")}
+        job = _merged({k: v for k, v in common.items() if k != "seeds"}, settings)
+        for seed in common["seeds"]:
+            jobs[job_name(variant["name"], seed)] = {**job, "variant": variant["name"], "seed": seed}
+    return Experiment(
+        name, form, data["title"], data["question"], data["paper"], data["measures"], jobs, data.get("target", {})
+    )
+
+
+def job_name(variant: str, seed: int) -> str:
+    """A file name for a job; Greek letters of settings are spelled out."""
+    for letter, word in (("λ", "discount"), ("δ", "min-side"), ("τ", "tau")):
+        variant = variant.replace(letter, word)
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', variant).strip('-')}-{seed}"
+
+
+def run_experiment(
+    experiment: Experiment,
+    out: Path,
+    *,
+    workers: int = 1,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run what is missing below `out` and write `summary.json` and `jobs.csv`; returns the summary.
+
+    Args:
+        workers: Processes, each kept on a core of its own.
+
+    Raises whatever a job raises; finished jobs stay.
+    """
+    results = out / "jobs"
+    results.mkdir(parents=True, exist_ok=True)
+    missing = {name: job for name, job in experiment.jobs.items() if _read(results, name, job) is None}
+    on_progress(f"{experiment.name} ({experiment.form}): {len(experiment.jobs)} jobs, {len(missing)} to run")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    # Started afresh: a forked child would inherit torch's threads, and each job's memory peak should be its own.
+    with ProcessPoolExecutor(
+        max_workers=max(1, workers),
+        mp_context=get_context("spawn"),
+        initializer=pin,
+        initargs=(cores,),
+    ) as pool:
+        running = {pool.submit(run_job, job, out / "work" / name): name for name, job in missing.items()}
+        for done in as_completed(running):
+            name = running[done]
+            _write(results, name, experiment.jobs[name], done.result())
+            on_progress(f"{name} done")
+    found = {name: _read(results, name, job) or {} for name, job in experiment.jobs.items()}
+    summary = summarise(experiment, found)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    _write_csv(out / "jobs.csv", experiment, found)
+    return summary
+
+
+def summarise(experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean, 95 % interval and number of seeds of every measure of every variant."""
+    with_target = {name: {**measures, **_target(experiment, found, name)} for name, measures in found.items()}
+    table: dict[str, dict[str, Any]] = {}
+    for variant in experiment.variants:
+        mine = [with_target[name] for name, job in experiment.jobs.items() if job["variant"] == variant]
+        table[variant] = {measure: interval([m.get(measure) for m in mine]) for measure in experiment.measures}
+        table[variant]["curve"] = _mean_curve([m["curve"] for m in mine if "curve" in m])
+    kinds = sorted({str(job["training"]) for job in experiment.jobs.values()})
+    return {
+        "experiment": experiment.name,
+        "form": experiment.form,
+        "title": experiment.title,
+        "question": experiment.question,
+        "paper": experiment.paper,
+        "measures": experiment.measures,
+        "training": kinds,
+        "seeds": sorted({job["seed"] for job in experiment.jobs.values()}),
+        "variants": table,
+        "version": __version__,
+    }
+
+
+def interval(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, half width of the 95 % interval (Student's t, None for one value) and how many values there are."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"mean": None, "half": None, "n": 0}
+    half = None
+    if len(known) > 1:
+        half = _T_975.get(len(known) - 1, 2.0 if len(known) > 29 else 2.2) * stdev(known) / math.sqrt(len(known))
+    return {"mean": fmean(known), "half": half, "n": len(known)}
+
+
+def _target(experiment: Experiment, found: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Time to the target accuracy, which the unpruned variant of the same seed sets on validation."""
+    target, job = experiment.target, experiment.jobs[name]
+    if not target or "curve" not in found[name]:
+        return {}
+    reference = found[job_name(target["of"], job["seed"])]["curve"][-1]["accuracy"]
+    accuracy = reference - target["minus"]
+    return {"target_accuracy": accuracy, "time_to_target_s": time_to(found[name]["curve"], accuracy)}
+
+
+def _mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    points = []
+    for same_round in zip(*curves):
+        point: dict[str, Any] = {"round": same_round[0]["round"]}
+        for key in ("time_s", "loss", "accuracy", "ratio", "reward", "idle_share"):
+            known = [one[key] for one in same_round if one[key] is not None]
+            point[key] = round(fmean(known), 6) if known else None
+        points.append(point)
+    return points
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, tables within tables."""
+    result = dict(base)
+    for key, value in over.items():
+        known = result.get(key)
+        result[key] = _merged(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
+    return result
+
+
+def _digest(job: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([_CODE_VERSION, job], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(results: Path, name: str, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return None
+    data = json.loads(path.read_text())
+    return data["measures"] if data["digest"] == _digest(job) else None
+
+
+def _write(results: Path, name: str, job: Mapping[str, Any], measures: Mapping[str, Any]) -> None:
+    temp = results / f"{name}.json.tmp"
+    temp.write_text(json.dumps({"digest": _digest(job), "job": job, "measures": measures}, indent=1) + "\n")
+    os.replace(temp, results / f"{name}.json")
+
+
+def _write_csv(path: Path, experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> None:
+    plain = sorted({key for measures in found.values() for key, v in measures.items() if not isinstance(v, list)})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seed", *plain])
+        for name, job in experiment.jobs.items():
+            writer.writerow([job["variant"], job["seed"], *(found[name].get(key, "") for key in plain)])

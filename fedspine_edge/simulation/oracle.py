@@ -1,0 +1,64 @@
+"""What could be gained at best: a scheduler that knows the cost model, computed and not run.
+
+It has every device's exact speed, without jitter or drift. In each round the slowest device takes its fastest arm, and
+every other device the arm with the longest time that does not exceed it: no other choice within the same envelope
+has a shorter round, and none with that round has less idle time. It knows nothing of losses; where it picks the
+smallest rank for speed it may cost accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedspine_edge.config import DeviceConfig, FleetConfig
+from fedspine_edge.simulation.costs import round_cost_s
+from fedspine_edge.strategies.base import envelope
+from fedspine_edge.wire.messages import ModelSpec
+
+_STEPS = 21
+"""Places of the envelope that are tried for each rank."""
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """Idle share, and the sum of the rounds' longest completion times in seconds."""
+
+    idle_share: float
+    work_time_s: float
+
+
+def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int) -> OracleResult:
+    """The oracle's run of `fleet` with `devices`."""
+    schedule = envelope(fleet, spread=True)
+    previous = {device.device_id: 0.0 for device in devices}
+    idle, total = 0.0, 0.0
+    for server_round in range(1, fleet.num_rounds + 1):
+        arms = {}
+        for device in devices:
+            before = previous[device.device_id]
+            lo, hi = schedule.limits(server_round=server_round, previous=before)
+            ratios = {lo + (hi - lo) * k / (_STEPS - 1) for k in range(_STEPS)}
+            arms[device.device_id] = {
+                (p, r): round_cost_s(device, fleet, spec, tokens, before=before, after=p, r=r)
+                for p in sorted(ratios)
+                for r in fleet.ranks
+            }
+        longest = max(min(times.values()) for times in arms.values())
+        times_s = []
+        for device_id, times in arms.items():
+            (ratio, _), time_s = _longest_within(times, longest)
+            previous[device_id] = ratio
+            times_s.append(time_s)
+        total += max(times_s)
+        idle += sum(1 - time_s / max(times_s) for time_s in times_s) / len(times_s)
+    return OracleResult(idle / fleet.num_rounds, total)
+
+
+def _longest_within(times: Mapping[tuple[float, int], float], limit: float) -> tuple[tuple[float, int], float]:
+    """The arm with the longest time up to `limit`; the fastest where none is. Among equals the largest rank."""
+    allowed = {arm: t for arm, t in times.items() if t <= limit + 1e-9}
+    if not allowed:
+        return min(times.items(), key=lambda item: item[1])
+    return max(allowed.items(), key=lambda item: (round(item[1], 9), item[0][1], -math.fabs(item[0][0])))

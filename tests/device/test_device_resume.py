@@ -1,0 +1,70 @@
+"""A fit that is killed goes on from its checkpoint and ends with the same bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_bert
+from safetensors.numpy import load_file
+
+from fedspine_edge import EdgeTuner
+from fedspine_edge.errors import CheckpointError, ConfigError
+
+CHILD = Path(__file__).with_name("tune_child.py")
+SUPPORT = Path(tiny_bert.__file__).parent
+
+
+def child(folder, work, kill_fit=0, kill_step=0):
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(CHILD), str(folder), str(work), str(kill_fit), str(kill_step)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200, cwd=root
+    )
+
+
+def test_a_killed_fit_ends_with_the_same_bits(tiny_folder, tmp_path):
+    assert child(tiny_folder, tmp_path / "straight").returncode == 0
+    assert child(tiny_folder, tmp_path / "killed", 2, 17).returncode == -9
+    last = child(tiny_folder, tmp_path / "killed")
+    assert last.returncode == 0, last.stderr
+    steps = [tuple(map(int, line.split())) for line in last.stdout.splitlines()]
+    assert steps == [(2, step) for step in range(11, 26)]  # the first fit was done, the second had reached step 10
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        straight, killed = (load_file(tmp_path / run / "out" / name) for run in ("straight", "killed"))
+        assert straight.keys() == killed.keys()
+        assert all((straight[key] == killed[key]).all() for key in straight)
+
+
+def test_the_checkpoint_of_another_fit_is_refused_and_a_damaged_one_told(tiny_folder, tmp_path):
+    tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
+    losses = []
+    data = tiny_bert.sentences(40)
+    tuner.fit(data, steps=10, checkpoint=tmp_path / "c", on_step=lambda step, loss: losses.append((step, loss)))
+    assert [step for step, _ in losses] == list(range(1, 11))
+    assert all(loss > 0 for _, loss in losses)
+    again = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
+    with pytest.raises(ConfigError, match="checkpoint of another fit"):
+        again.fit(data, steps=11, checkpoint=tmp_path / "c")
+    with pytest.raises(ConfigError, match="checkpoint of another fit"):
+        again.fit(tiny_bert.sentences(41), steps=10, checkpoint=tmp_path / "c")
+    state = tmp_path / "c" / "fit.state"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        again.fit(data, steps=10, checkpoint=tmp_path / "c")
+    assert bytes(content) == state.read_bytes()
+
+
+def test_what_a_callback_raises_ends_the_fit(tiny_folder):
+    tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
+
+    def stop(step, loss):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuner.fit(tiny_bert.sentences(40), steps=10, on_step=stop)

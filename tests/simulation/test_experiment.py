@@ -1,0 +1,117 @@
+"""Experiments: every committed config loads and says what is compared; runs resume; intervals and pages are right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_fleet import lay_out
+
+from fedspine_edge.cli.main import main
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.simulation import experiment as module
+from fedspine_edge.simulation.costs import MINILM, round_cost_s
+from fedspine_edge.simulation.experiment import Experiment, interval, load_experiment, names, run_experiment
+from fedspine_edge.simulation.measures import time_to
+from fedspine_edge.simulation.oracle import oracle
+from fedspine_edge.simulation.profiles import load_profiles, parse_mix
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_config_lays_out_a_fleet_the_package_accepts(name: str, quick: bool, tmp_path: Path) -> None:
+    experiment = load_experiment(name, quick=quick)
+    assert experiment.paper
+    assert experiment.question
+    assert len(experiment.variants) >= 2
+    for job in experiment.jobs.values():
+        if job["training"] == "sums":
+            continue
+        assert job["training"] in ("real", "recorded")
+        parse_mix(job["mix"], load_profiles())
+        lay_out(tmp_path, {"tx2": 2}, **{**job["settings"], "seed": job["seed"]})
+
+
+def test_variants_differ_in_what_they_name_only() -> None:
+    jobs = load_experiment("criterion", quick=True).jobs
+    lora, other = jobs["lora-0"], jobs["random-0"]
+    assert other["settings"].pop("criterion") == "random"
+    assert {k: v for k, v in lora.items() if k != "variant"} == {k: v for k, v in other.items() if k != "variant"}
+
+
+def small(seeds: list[int]) -> Experiment:
+    full = load_experiment("aggregation", quick=True)
+    jobs = {name: {**job, "num_devices": 3} for name, job in full.jobs.items() if job["seed"] in seeds}
+    keep = {name: job for name, job in jobs.items() if "mixed" in job["variant"]}
+    return Experiment(full.name, full.form, full.title, full.question, full.paper, full.measures, keep, {})
+
+
+def test_an_interrupted_experiment_runs_only_what_is_missing(tmp_path: Path) -> None:
+    lines: list[str] = []
+    run_experiment(small([0]), tmp_path, on_progress=lines.append)
+    first = json.loads((tmp_path / "jobs" / "reconstruct-mixed-ranks-half-kept-0.json").read_text())
+    summary = run_experiment(small([0, 1]), tmp_path, on_progress=lines.append)
+    assert [line for line in lines if "to run" in line] == [
+        "aggregation (quick): 4 jobs, 4 to run",
+        "aggregation (quick): 8 jobs, 4 to run",
+    ]
+    assert json.loads((tmp_path / "jobs" / "reconstruct-mixed-ranks-half-kept-0.json").read_text()) == first
+    exact = summary["variants"]["reconstruct, mixed ranks, half kept"]["error"]
+    assert exact["n"] == 2
+    padded = summary["variants"]["zero_pad, mixed ranks, half kept"]["error"]
+    assert exact["mean"] < padded["mean"]
+    floor = summary["variants"]["reconstruct, mixed ranks, half kept"]["error_of_best"]["mean"]
+    assert exact["mean"] == pytest.approx(floor, rel=1e-3)
+
+
+def test_a_changed_job_is_run_again(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    job: dict[str, Any] = {"variant": "a", "seed": 0, "training": "sums"}
+    module._write(tmp_path / "jobs", "a-0", job, {"error": 1.0})
+    assert module._read(tmp_path / "jobs", "a-0", job) == {"error": 1.0}
+    assert module._read(tmp_path / "jobs", "a-0", {**job, "num_devices": 4}) is None
+
+
+def test_the_interval_is_students() -> None:
+    assert interval([1.0, 2.0, 3.0]) == {"mean": 2.0, "half": pytest.approx(4.303 / 3**0.5, rel=1e-3), "n": 3}
+    assert interval([1.0, None]) == {"mean": 1.0, "half": None, "n": 1}
+    assert interval([None])["mean"] is None
+
+
+def test_time_to_a_target_is_the_first_round_that_reached_it() -> None:
+    curve = [{"time_s": 10.0 * k, "accuracy": a} for k, a in enumerate((0.5, 0.7, 0.65, 0.8), start=1)]
+    assert time_to(curve, 0.66) == 20.0
+    assert time_to(curve, 0.9) is None
+
+
+def test_the_oracle_is_no_slower_and_idles_less_than_one_arm_for_all(tmp_path: Path) -> None:
+    fleet, devices = lay_out(tmp_path, {"wide-tx2": 1, "wide-nx": 1, "paper-agx": 1}, pruning_ratio=0.5)
+    best = oracle(fleet, devices, MINILM, 32)
+    ratio, total, idle = 0.0, 0.0, 0.0
+    from fedspine_edge.strategies.base import envelope
+
+    for server_round in range(1, fleet.num_rounds + 1):
+        after = envelope(fleet).ratio(0.5, server_round=server_round, previous=ratio)
+        times = [round_cost_s(d, fleet, MINILM, 32, before=ratio, after=after, r=8) for d in devices]
+        total += max(times)
+        idle += sum(1 - t / max(times) for t in times) / len(times)
+        ratio = after
+    assert best.work_time_s < total
+    assert best.idle_share < idle / fleet.num_rounds
+
+
+def test_the_command_lists_runs_and_names_what_is_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["experiment"]) == 0
+    assert "heterogeneity" in capsys.readouterr().out
+    assert main(["experiment", "nothing"]) == 2
+    assert "One of: aggregation" in capsys.readouterr().err
+    monkeypatch.setattr(module, "load_experiment", lambda name, quick: small([0]))
+    assert main(["experiment", "aggregation", "--quick", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert "The paper" in page
+    assert page.count("<svg") == 4
+    assert (tmp_path / "jobs.csv").read_text().count("\n") == 5
+    with pytest.raises(ConfigError, match="no experiment"):
+        load_experiment("nothing", quick=True)
