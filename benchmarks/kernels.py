@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,14 @@ SHAPES = {
     "MiniLM up at 0.5 776x384": (776, 384),
     "RoBERTa up 3072x768": (3072, 768),
     "2048x2048": (2048, 2048),
+    "4096x4096": (4096, 4096),
+}
+# in_features and the widths of projections that share it; BERT and LLaMA with grouped queries, and pruned by half.
+SHARED = {
+    "MiniLM qkv 384 -> 3 x 384": (384, (384, 384, 384)),
+    "MiniLM qkv at 0.5 384 -> 3 x 192": (384, (192, 192, 192)),
+    "SmolLM2 qkv 576 -> 576, 192, 192": (576, (576, 192, 192)),
+    "SmolLM2 gate, up 576 -> 2 x 1536": (576, (1536, 1536)),
 }
 Contestants = dict[str, Callable[[], Any]]
 
@@ -36,9 +44,14 @@ def run(torch_device: str, *, seconds: float, quick: bool = False) -> list[dict[
     for name, (rows, cols) in shapes.items():
         for dtype in dtypes:
             cases += importance_cases(name, rows, cols, 16, dtype, torch_device)
+            if torch_device == "cpu" and rows * cols > 2048 * 2048:
+                continue  # seconds a step on a CPU, and nothing but GEMM
             cases.append(lora_case(name, rows, cols, 8, 8 * 48, dtype, dtype, torch_device))
             if dtype == torch.bfloat16:
                 cases.append(lora_case(name, rows, cols, 8, 8 * 48, dtype, torch.float32, torch_device))
+    for name, (cols, widths) in SHARED.items() if not quick else list(SHARED.items())[:1]:
+        for tokens, rank in ((8 * 48, 8), (8 * 48, 16), (48, 8)):
+            cases.append(shared_case(name, cols, widths, rank, tokens, dtypes[-1], torch_device))
     cases += gather_cases(torch_device)
     return [
         {**what, **measure(contestants, ours, torch_device, seconds / len(cases))} for what, contestants, ours in cases
@@ -169,6 +182,52 @@ def lora_case(
     contestants["base GEMMs alone"] = base_only
     what = {"op": "lora_linear forward + backward", "case": name, "tokens": tokens, "r": rank, "dtype": str(dtype)}
     return {**what, "adapter_dtype": str(adapter)}, contestants, "fedspine"
+
+
+def shared_case(
+    name: str, cols: int, widths: tuple[int, ...], rank: int, tokens: int, dtype: torch.dtype, torch_device: str
+) -> tuple[dict[str, Any], Contestants, str]:
+    """Projections of one input, forward and backward: the shared op, one lora_linear each, PEFT's layers."""
+    torch.manual_seed(0)
+    bases = [nn.Linear(cols, rows).to(torch_device, dtype).requires_grad_(False) for rows in widths]
+    adapters = [((torch.randn(rank, cols) * 0.05), torch.randn(rows, rank) * 0.05) for rows in widths]
+    adapters = [(a.to(torch_device, dtype), b.to(torch_device, dtype)) for a, b in adapters]
+    ours = [Ours(base, a, b, 2.0) for base, (a, b) in zip(bases, adapters)]
+    x = torch.randn(tokens, cols, device=torch_device, dtype=dtype, requires_grad=True)
+    grads = [torch.randn(tokens, rows, device=torch_device, dtype=dtype) for rows in widths]
+    function = ops.lora_qkv if len(widths) == 3 else ops.lora_gate_up
+
+    def shared() -> Sequence[Tensor]:
+        parts = [ops.Projection(one.base.weight, one.base.bias, one.lora_A, one.lora_B) for one in ours]
+        return function(x, *parts, 2.0)
+
+    def step(outputs: Callable[[], Sequence[Tensor]], modules: Sequence[nn.Module]) -> Callable[[], None]:
+        leaves = [x, *(p for module in modules for p in module.parameters() if p.requires_grad)]
+        return lambda: torch.autograd.backward(outputs(), grads, inputs=leaves) or clear(leaves)
+
+    contestants: Contestants = {"fedspine": step(shared, ours)}
+    contestants["one lora_linear each"] = step(lambda: [one(x) for one in ours], ours)
+    copies = []
+    for base in bases:
+        copies.append(nn.Linear(cols, base.out_features).to(torch_device, dtype).requires_grad_(False))
+        copies[-1].load_state_dict(base.state_dict())
+    peft = [peft_layer(copy, a, b, 2 * rank) for copy, (a, b) in zip(copies, adapters)]
+    found = [layer for layer in peft if layer is not None]
+    if found:
+        contestants["peft"] = step(lambda: [layer(x) for layer in found], found)
+    contestants["base GEMMs alone"] = step(lambda: [base(x) for base in bases], [])
+    what = {"op": "lora_qkv / lora_gate_up", "case": name, "tokens": tokens, "r": rank, "dtype": str(dtype)}
+    return what, contestants, "fedspine"
+
+
+def machine_limits(torch_device: str) -> dict[str, float]:
+    """What this machine reached in this run: GFLOP/s of torch's fp32 GEMM and GB/s of a copy (read and write)."""
+    a = torch.randn(1024, 1024, device=torch_device)
+    source = torch.randn(1 << 25, device=torch_device)
+    target = torch.empty_like(source)
+    gemm = measure({"x": lambda: a @ a}, "x", torch_device, 1.0)["median_ms"]["x"]
+    copy = measure({"x": lambda: target.copy_(source)}, "x", torch_device, 1.0)["median_ms"]["x"]
+    return {"gemm_gflops": round(2 * 1024**3 / gemm / 1e6, 1), "copy_gb_s": round(2 * 4 * (1 << 25) / copy / 1e6, 1)}
 
 
 def clear(leaves: list[Tensor]) -> None:

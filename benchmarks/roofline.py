@@ -1,0 +1,44 @@
+"""importance_accumulate against what the machine reached in the same run, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot(report: dict[str, Any], path: Path) -> bool:
+    """Writes a PNG; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    limits = report["limits"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    intensities = [0.25 * 2**i for i in range(10)]
+    axes.loglog(intensities, [min(limits["gemm_gflops"], i * limits["copy_gb_s"]) for i in intensities], "k-")
+    axes.annotate("torch's GEMM and copy, this run", (intensities[0], limits["gemm_gflops"]), fontsize=8)
+    rows = [row for row in report["results"] if row["op"] == "importance_accumulate"]
+    marks = {("fedspine", "rows"): "o", ("fedspine", "columns"): "s", ("eager torch", "rows"): "x"}
+    for (contestant, groups), mark in marks.items():
+        chosen = [row for row in rows if row["groups"] == groups]
+        # Useful work and unavoidable bytes, the same for both: 6 r FLOPs and one read of W per element.
+        size = [2 if "16" in row["dtype"] else 4 for row in chosen]
+        x = [6 * row["r"] / item for row, item in zip(chosen, size)]
+        y = [6e-6 * row["r"] * elements(row) / row["median_ms"][contestant] for row in chosen]
+        axes.loglog(x, y, mark, label=f"{contestant}, {groups}", alpha=0.7)
+    axes.set_xlabel("useful FLOPs per byte of W")
+    axes.set_ylabel("useful GFLOP/s")
+    axes.set_title(f"importance_accumulate, {report['machine']['gpu'] or report['machine']['cpu']}", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def elements(row: dict[str, Any]) -> int:
+    """out * in, from a case's name such as "MiniLM q 384x384"."""
+    rows, cols = row["case"].rsplit(" ", 1)[-1].split("x")
+    return int(rows) * int(cols)
