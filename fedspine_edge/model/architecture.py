@@ -63,6 +63,9 @@ class Architecture:
     """Float attributes of the attention module that are dropout rates (`nn.Dropout` needs no mention)."""
     last_token_pools: bool = False
     """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
+    shared_inputs: tuple[tuple[Part, ...], ...] = (("q", "k", "v"), ("gate", "up"))
+    """Linears that the layer calls with one tensor, each once, and that therefore compute together where the family has
+    all of them. DeBERTa calls q and k with its relative positions too."""
     free_head_dim: bool = False
     """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
 
@@ -249,6 +252,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="deberta-v2",
+            shared_inputs=(),
             backbone="deberta",
             layers="encoder.layer",
             linears={

@@ -239,7 +239,7 @@ class PrunableModel:
         """Let the linears of a layer that read one tensor compute together."""
         parts = self.architecture.linears
         for layer in range(self.spec.num_layers):
-            for group in (("q", "k", "v"), ("gate", "up")):
+            for group in self.architecture.shared_inputs:
                 if all(part in parts for part in group):
                     SharesInput(*(self.linear(f"layers.{layer}.{part}") for part in group))
 
