@@ -13,11 +13,14 @@ namespace {
 constexpr int kTile = 64;  // rows and columns of W per tile of stage one
 constexpr int kUnsorted = 1, kOutside = 2;
 
-// Blocks of stage one take this many tiles along the summed direction: a few hundred blocks fill a GPU, and more tiles
-// for each of them save factors' reads and partial sums. A function of the shape, never of the GPU.
+// Blocks of stage one take this many tiles along the summed direction. About a thousand blocks fill a large GPU several
+// times (three run at once on an SM), so that the last ones leave little of it idle; from two tiles on, one arrives
+// while another is computed, and partial sums and reads of the kept side's factors are saved. A function of the shape,
+// never of the GPU.
 inline int64_t tiles_per_block(int64_t rows, int64_t cols) {
-  const int64_t tiles = ceil_div(rows, kTile) * ceil_div(cols, kTile) / 512;
-  return tiles < 1 ? 1 : tiles > 16 ? 16 : tiles;
+  const int64_t tiles = ceil_div(rows, kTile) * ceil_div(cols, kTile);
+  if (tiles < 128) return 1;
+  return tiles < 2048 ? 2 : tiles >= 16384 ? 16 : tiles / 1024;
 }
 
 inline int64_t num_slices(int64_t rows, int64_t cols, bool by_row) {

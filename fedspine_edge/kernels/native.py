@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -100,7 +101,12 @@ def _matrix(t: Tensor) -> tuple[int, int, int, int, int, int]:
 
 
 def _call(
-    op: str, name: str, tensor: Tensor, *args: Any, of_one_dtype: tuple[Tensor, ...] | None = None, workspace: Any = None
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *args: Any,
+    of_one_dtype: Sequence[Tensor] = (),
+    workspace: Callable[[ModuleType], int] | None = None,
 ) -> None:
     """Calls the CPU or CUDA entry of `name` with what that side needs at the end.
 
@@ -113,7 +119,7 @@ def _call(
         if tensor.device.type == "cpu":
             getattr(extension, f"{name}_cpu")(*args, torch.get_num_threads())
             return
-        extra: list[Any] = [] if of_one_dtype is None else [tensor_cores(*of_one_dtype)]
+        extra: list[Any] = [tensor_cores(*of_one_dtype)] if of_one_dtype else []
         space = None
         if workspace is not None:
             # Freed on return while the kernel may still run; torch's allocator only hands it out again on this stream.

@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,16 @@ from fedspine_edge.kernels import native
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "cuda_on_cpu"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-OPTIONS = ["-std=c++17", "-g", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{ROOT}/csrc"]
+OPTIONS = [
+    "-std=c++17",
+    "-g",
+    "-fPIC",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DFEDSPINE_WITH_CUDA",
+    f"-I{HERE}",
+    f"-I{ROOT}/csrc",
+]
 
 
 def compile_units(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path, flags: Sequence[str]) -> list[Path]:
@@ -48,7 +57,7 @@ class EmulatedCuda:
     def __init__(self, folder: Path) -> None:
         pybind11 = pytest.importorskip("pybind11")
         quoted = ["FEDSPINE_VERSION", "FEDSPINE_COMPILER", "FEDSPINE_CUDA_ARCHITECTURES"]
-        bindings = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-DFEDSPINE_WITH_CUDA"]
+        bindings = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         bindings += ["-O0", "-g0", *(f'-D{name}=""' for name in quoted)]
         sources: list[tuple[Path, Sequence[str]]] = [(ROOT / "csrc/bindings.cpp", bindings)]
         sources += [(path, []) for path in (*KERNELS, *sorted(HERE.glob("*.cpp")))]
@@ -72,10 +81,10 @@ class EmulatedCuda:
         name: str,
         tensor: Tensor,
         *args: Any,
-        of_one_dtype: tuple[Tensor, ...] | None = None,
-        workspace: Any = None,
+        of_one_dtype: Sequence[Tensor] = (),
+        workspace: Callable[[ModuleType], int] | None = None,
     ) -> None:
-        extra: list[Any] = [] if of_one_dtype is None else [native.tensor_cores(*of_one_dtype)]
+        extra: list[Any] = [native.tensor_cores(*of_one_dtype)] if of_one_dtype else []
         space = None
         if workspace is not None:
             space = torch.full((workspace(self.module),), torch.nan)

@@ -26,7 +26,8 @@ from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import lowrank, native, ops, reference
 
 HALVES = [torch.float16, torch.bfloat16]
-ORDERS = [(0, False), (1, True), (5, True), (6, False)]  # ascending, descending, shuffled; cp.async early or late
+# Ascending, descending, shuffled order of threads and blocks; cp.async early or late.
+ORDERS = [(0, False), (1, True), (5, True), (6, False)]
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +157,25 @@ def test_empty_weight_scores_zero(emulation: EmulatedCuda) -> None:
     assert ops.importance_accumulate(*case.tensors, 1.0, group_of_row=group, num_groups=3).tolist() == [0, 0, 0]
 
 
-def test_large_matrices_take_several_tiles_per_block(emulation: EmulatedCuda) -> None:
-    """Two blocks of tiles along the summed direction are joined: W in two halves gives the sum of both scores."""
-    case = adapted(64, 64 * 1030, 1, dtype=torch.bfloat16)  # 1030 tiles: two per block
-    group = torch.arange(64, dtype=torch.int32) // 32
-    whole = ops.importance_accumulate(*case.tensors, 1.0, group_of_row=group, num_groups=2)
-    exact = reference.importance_accumulate(*case.double().tensors, 1.0, group_of_row=group, num_groups=2)
-    torch.testing.assert_close(whole, exact, rtol=2e-6, atol=0)
+@pytest.mark.parametrize("by_row", [True, False], ids=["rows", "columns"])
+def test_larger_matrices_take_several_tiles_per_block(emulation: EmulatedCuda, by_row: bool) -> None:
+    shape = (5, 64 * 129) if by_row else (64 * 129, 5)  # 129 tiles: two for each of 64 blocks, one for the last
+    case = adapted(*shape, 20, dtype=torch.bfloat16)
+    assert_as_exact_as_eager(case, grouping(5, 3, by_row))
 
 
-# (tokens, width, rank), as in h = x Aᵀ: one element, primes, two tiles and a bit, several slices of the inner dimension.
+def test_formats_round_as_torch_does(emulation: EmulatedCuda) -> None:
+    every_half = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    between = torch.nextafter(every_half.float(), torch.full((65536,), torch.inf))
+    values = torch.cat([every_half.float()[::5], between[::7], torch.tensor([0.0, 65519.0, 65520.0, 1e-8, 1e30])])
+    finite = values[torch.isfinite(values)][:, None]
+    for dtype in HALVES:
+        ours = native.project(finite, torch.ones(1, 1), 1.0, dtype)
+        assert torch.equal(ours, (finite + 0.0).to(dtype))  # 0 + -0 is 0
+        assert torch.equal(native.project(ours, torch.ones(1, 1), 1.0, torch.float32), ours.float())
+
+
+# (tokens, width, rank), as in h = x Aᵀ: one element, primes, whole tiles, several slices of the inner dimension.
 PRODUCTS = [(1, 1, 1), (7, 67, 3), (70, 136, 8), (64, 64, 16), (5, 1100, 17), (530, 24, 40), (9, 33, 256)]
 
 
@@ -332,8 +342,8 @@ def test_a_missing_barrier_or_wait_shows_in_some_order(faults: Path, fault: str)
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("divergent_barrier", "barrier in line"),
-        ("divergent_warp", "shuffle, but lane 16 has returned"),
+        ("divergent_barrier", "thread 63 ended while thread 0 still waits"),
+        ("divergent_warp", "thread 63 ended while thread 0 still waits"),
         ("misaligned", "cp.async from an address that is no multiple of 16"),
     ],
 )

@@ -19,6 +19,7 @@ inline __half __float2half_rn(float x) {
   const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
   const float magnitude = std::fabs(x);
   if (x != x) return {0x7fff};
+  if (x == 0.0f) return {sign};
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
   int exponent = 0;
   std::frexp(magnitude, &exponent);               // magnitude in [2^(exponent - 1), 2^exponent)

@@ -17,7 +17,7 @@ struct Row {
 
 // Register i of a lane: elements (lane / 4, 2 (lane % 4) + {0, 1}) of matrix i, or of its transpose.
 template <bool kTranspose>
-void distribute(void* const* lanes) {
+EMULATED_HARDWARE void distribute(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       uint32_t pair[2];
@@ -43,23 +43,36 @@ struct Product {
   uint32_t a[4], b[2];
 };
 
+// Of a double that is not 0, infinite or NaN; subnormal products of two 16-bit numbers are normal doubles.
+int exponent(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return static_cast<int>(bits >> 52 & 2047) - 1023;
+}
+
+double power_of_two(int e) {
+  const uint64_t bits = static_cast<uint64_t>(e + 1023) << 52;
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
+
 // c + the sum of eight products as the tensor cores of Ampere and Hopper were found to form it, at its most careless:
 // every term cut off (not rounded) at the last place of the largest one, no guard bits, the sum cut off to 24 bits.
 // M. Fasi, N. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ CS 7:e330, 2021.
 float sum_of_eight(float c, const double (&products)[8]) {
-  double exact = c;
-  int largest = c == 0.0f ? INT32_MIN : std::ilogb(c);
+  double exact = c, magnitude = std::fabs(c);
   for (const double x : products) {
     exact += x;
-    if (x != 0.0 && std::isfinite(x)) largest = std::max(largest, std::ilogb(x));
+    magnitude = std::max(magnitude, std::fabs(x));
   }
-  if (!std::isfinite(exact) || largest == INT32_MIN) return static_cast<float>(exact);
-  const int unit = largest - 23;
-  double total = std::trunc(std::ldexp(static_cast<double>(c), -unit));
-  for (const double x : products) total += std::trunc(std::ldexp(x, -unit));
+  if (!std::isfinite(exact) || magnitude == 0.0) return static_cast<float>(exact);
+  const int unit = exponent(magnitude) - 23;
+  double total = std::trunc(c * power_of_two(-unit));
+  for (const double x : products) total += std::trunc(x * power_of_two(-unit));
   if (total == 0.0) return 0.0f;
-  const int excess = std::max(std::ilogb(total) - 23, 0);
-  return static_cast<float>(std::ldexp(std::trunc(std::ldexp(total, -excess)), unit + excess));
+  const int excess = std::max(exponent(total) - 23, 0);
+  return static_cast<float>(std::trunc(total * power_of_two(-excess)) * power_of_two(unit + excess));
 }
 
 template <typename T>
@@ -76,7 +89,7 @@ double half_of<__nv_bfloat16>(uint32_t pair, int index) {
 // m16n8k16. With g = lane / 4, t = lane % 4: register i of A holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) + {0, 1};
 // register i of B rows 2 t + 8 i + {0, 1}, column g; element i of C row g + 8 (i / 2), column 2 t + i % 2.
 template <typename T>
-void multiply(void* const* lanes) {
+EMULATED_HARDWARE void multiply(void* const* lanes) {
   double a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* mine = static_cast<const Product*>(lanes[lane]);
