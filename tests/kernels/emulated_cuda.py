@@ -23,6 +23,8 @@ from fedspine_edge.kernels import native
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "cuda_on_cpu"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+# Ascending, descending, shuffled order of threads and blocks; cp.async early or late.
+ORDERS = [(0, False), (1, True), (5, True), (6, False)]
 OPTIONS = [
     "-std=c++17",
     "-g",
@@ -53,6 +55,8 @@ def compile_units(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path, f
 
 class EmulatedCuda:
     """The extension with its CUDA kernels on a CPU, and `call`, which takes the place of `native._call`."""
+
+    device = "cpu"
 
     def __init__(self, folder: Path) -> None:
         pybind11 = pytest.importorskip("pybind11")
