@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedspine_edge.config import DataSettings, TrainingSettings
-from fedspine_edge.device.data import Data, Encoded, encode, examples_of
+from fedspine_edge.device.batches import Encoded, encode
+from fedspine_edge.device.data import Data, examples_of
 from fedspine_edge.device.source import choose_torch_device
 from fedspine_edge.device.state import Document, StateDir
 from fedspine_edge.device.telemetry import pass_flops

@@ -17,7 +17,8 @@ import torch
 from fedspine_edge import __version__
 from fedspine_edge.clock import Clock, RealClock
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.data import Encoded, encode, load_examples, split
+from fedspine_edge.device.batches import Encoded, encode
+from fedspine_edge.device.data import load_examples, split
 from fedspine_edge.device.fetch import Fetch
 from fedspine_edge.device.round import ROUND, LocalRound
 from fedspine_edge.device.source import ModelSource, choose_torch_device

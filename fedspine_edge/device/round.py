@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.data import Encoded
+from fedspine_edge.device.batches import Encoded
 from fedspine_edge.device.privacy import protect
 from fedspine_edge.device.source import ModelSource
 from fedspine_edge.device.standing import Outcome, Standing

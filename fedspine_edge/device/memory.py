@@ -1,0 +1,183 @@
+"""How much memory training will take, from a rehearsal of one step on tensors without contents.
+
+The model's own code runs forward and backward on shapes alone (torch's fake tensors) while every allocation and release is
+counted, so the answer follows the family, the widths that are left, rank, batch, length, dtype, quantisation and
+recomputation without a formula for any of them. What runs outside of torch's allocations is a measured allowance:
+docs/memory.md has both beside measured peaks.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedspine_edge.device.batches import Encoded, Ints, collate, pack
+from fedspine_edge.device.objective import loss_sum
+from fedspine_edge.kernels import native
+from fedspine_edge.model.layout import module_names
+from fedspine_edge.model.lora import stored_weight
+from fedspine_edge.model.prunable import PrunableModel
+
+CPU_ALLOWANCE_BYTES = 24 << 20
+"""Code, threads and workspaces of the libraries that the first steps load on a CPU, as measured."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Peak memory of training in bytes, and what it consists of."""
+
+    weights_bytes: int
+    """Frozen base and head, quantised or not, with buffers."""
+    adapters_bytes: int
+    """Adapters; they and the head are trained."""
+    optimizer_bytes: int
+    """Adam's two moments of everything trained."""
+    step_bytes: int
+    """Activations, gradients and temporaries where a step needs most of them."""
+    allowance_bytes: int
+    """Libraries, not torch's tensors."""
+    micro_batch: int
+    """Examples at a time that this is for."""
+
+    @property
+    def peak_bytes(self) -> int:
+        parts = (self.weights_bytes, self.adapters_bytes, self.optimizer_bytes, self.step_bytes, self.allowance_bytes)
+        return sum(parts)
+
+    def __str__(self) -> str:
+        mib = {name: round(getattr(self, name) / 2**20, 1) for name in self.__dataclass_fields__ if "bytes" in name}
+        parts = ", ".join(f"{name.removesuffix('_bytes')} {value}" for name, value in mib.items())
+        return f"{self.peak_bytes / 2**20:.1f} MiB at {self.micro_batch} examples at a time: {parts}"
+
+
+def estimate(model: PrunableModel, *, micro_batch: int, tokens: int, pack_rows: bool = False) -> MemoryEstimate:
+    """The peak of training steps on `micro_batch` examples of `tokens` tokens each.
+
+    Args:
+        model: With adapters attached, at the layout to be trained.
+        micro_batch: Examples per forward pass.
+        tokens: Of every example; with examples of different lengths, of the longest.
+        pack_rows: Whether examples share rows.
+    """
+    adapters = [p for n, p in model.trainable_parameters().items() if ".lora_" in n]
+    trained = list(model.trainable_parameters().values())
+    everything = _bytes(*model.module.parameters(), *model.module.buffers())
+    widest = max(model.linear(name) and _shape(model, name).numel() for name in module_names(model.spec))
+    with _rehearsal(model) as (twin, count):
+        step = count(lambda: _step(twin, _batch(model, micro_batch, tokens, pack_rows)))
+    # After backward only the gradients are left, and the scoring of one linear; where this is more, it is the peak.
+    quantised = any(not isinstance(stored_weight(_base(model, name)), Tensor) for name in module_names(model.spec))
+    scoring = 4 * widest * (3 * (not native.available()) + quantised)
+    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+    updating = moments if _device(model) == "cuda" else 0  # torch updates all at once there
+    return MemoryEstimate(
+        weights_bytes=everything - _bytes(*adapters),
+        adapters_bytes=_bytes(*adapters),
+        optimizer_bytes=moments,
+        step_bytes=max(step, _bytes(*trained) + max(scoring, updating)),
+        allowance_bytes=CPU_ALLOWANCE_BYTES if _device(model) == "cpu" else 0,
+        micro_batch=micro_batch,
+    )
+
+
+def _step(model: PrunableModel, batch: dict[str, Ints]) -> None:
+    model.module.train(model.recomputes)
+    loss, _ = loss_sum(model, batch)
+    loss.backward()
+
+
+def _batch(model: PrunableModel, rows: int, tokens: int, pack_rows: bool) -> dict[str, Ints]:
+    word = 1 if model.module.config.pad_token_id == 0 else 0
+    ids = [word] * tokens
+    labels = None if model.task != "token_classification" else [0] * tokens
+    kinds = [0] * tokens if getattr(model.module.config, "type_vocab_size", 0) else None
+    examples = [Encoded(ids, 0, kinds, labels)] * rows
+    return pack(examples, range(rows), 0, tokens) if pack_rows else collate(examples, range(rows), 0)
+
+
+def _base(model: PrunableModel, name: str) -> nn.Module:
+    linear = model.linear(name)
+    return getattr(linear, "base_layer", linear)  # type: ignore[no-any-return]
+
+
+def _shape(model: PrunableModel, name: str) -> torch.Size:
+    return stored_weight(_base(model, name)).shape
+
+
+def _device(model: PrunableModel) -> str:
+    return str(next(model.module.parameters()).device.type)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    """Of the storages behind them, each once."""
+    storages = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[misc]
+    """Counts the bytes of storages that appear while it is active, until they are released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def ignore(self, tensors: list[Tensor]) -> None:
+        """These were there before."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._seen[id(storage)] = storage
+
+    def _count(self, storage: Any) -> None:
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def released(_: Any) -> None:
+            self.live -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, released)
+
+
+@contextmanager
+def _rehearsal(model: PrunableModel) -> Iterator[tuple[PrunableModel, Any]]:
+    """A twin of `model` whose tensors have no contents, and a function that tells the peak of what it runs."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        twins: dict[int, Any] = {}
+        for parameter in model.module.parameters():
+            twins[id(parameter)] = nn.Parameter(fake.from_tensor(parameter.data), parameter.requires_grad)
+        for buffer in model.module.buffers():
+            twins[id(buffer)] = fake.from_tensor(buffer)
+        allocations = _Allocations()
+        allocations.ignore(list(twins.values()))
+        twin = copy.deepcopy(model, twins)
+
+        def count(work: Any) -> int:
+            with allocations:
+                work()
+            return allocations.peak
+
+        yield twin, count
