@@ -121,7 +121,10 @@ class Trainer:
         self._pad_id = pad_id
         self._meter = meter
         self._order = BatchOrder([len(example.input_ids) for example in train], training.batch_size, seed)
-        self._evaluation_batch = EVALUATION_BATCH
+        # One example takes far less memory in an evaluation than in a step.
+        self._evaluation_batch = min(EVALUATION_BATCH, 4 * self.micro_batch)
+        self.ran_out = False
+        """Whether memory ran out, so that fewer examples at a time are trained than at first."""
         self._losses: list[float] = []
         self._norms: list[float] = []
         self._loss_scale = FLOAT16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
@@ -182,6 +185,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "micro_batch": self.micro_batch,
+            "ran_out": self.ran_out,
             "evaluation_batch": self._evaluation_batch,
             "losses": self._losses,
             "spikes": self.spikes,
@@ -200,6 +204,7 @@ class Trainer:
         self.model.load_adapter(unprefixed("adapter.", saved.tensors))
         self.step, self.skipped = int(info["step"]), int(info["skipped"])
         self.micro_batch, self._evaluation_batch = int(info["micro_batch"]), int(info["evaluation_batch"])
+        self.ran_out = bool(info["ran_out"])
         self._losses = [float(loss) for loss in info["losses"]]
         self.spikes, self._norms = int(info["spikes"]), [float(norm) for norm in info["norms"]]
         self._loss_scale = float(info["loss_scale"])
@@ -315,7 +320,7 @@ class Trainer:
             if evaluation:
                 self._evaluation_batch = at_once // 2
             else:
-                self.micro_batch = at_once // 2
+                self.micro_batch, self.ran_out = at_once // 2, True
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -358,7 +358,7 @@ def _restore_head(
             for alias in names.keys() & set(tensors.keys()):
                 parameter, value = head[names[alias]], tensors.get_tensor(alias)
                 if value.shape == parameter.shape:  # another number of labels: a fresh head follows
-                    parameter.data = value.to(torch.float32)
+                    parameter.data = value.to(torch.float32, copy=True)
 
 
 def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:

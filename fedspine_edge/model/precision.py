@@ -39,7 +39,9 @@ def narrow(model: PrunableModel, base_dtype: BaseDtype) -> None:
             remedy=f"Load the model again with base_dtype={base_dtype!r}.",
         )
     for name, parameter in model.module.named_parameters():
-        if name not in model.head_names and not name.endswith((".lora_A", ".lora_B")):
+        if name in model.head_names:
+            parameter.data = parameter.data.clone()  # a view of the mapped file would keep all of it in memory
+        elif not name.endswith((".lora_A", ".lora_B")):
             parameter.data = parameter.data.to(dtype)
     if base_dtype in _BITS:
         for name in module_names(model.spec):
