@@ -33,7 +33,8 @@ from fedspine_edge.deploy.latency import (
     latency_of,
     time_sessions,
 )
-from fedspine_edge.deploy.runner import EngineRunner, OnnxRuntimeRunner, Runner, empty_past
+from fedspine_edge.deploy.engine import EngineRunner
+from fedspine_edge.deploy.runner import OnnxRuntimeRunner, Runner, empty_past
 from fedspine_edge.deploy.text import Text, TextCodec
 from fedspine_edge.errors import (
     ConfigError,
