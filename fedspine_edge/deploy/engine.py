@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -164,9 +164,10 @@ class EngineRunner:
     def _lane(self) -> Iterator[Lane]:
         """A lane of one's own, inside the CUDA context."""
         opened, lane = self._take()
-        failed = True
+        failed = lane is None
         try:
             with self._cuda.active():
+                failed = True
                 if lane is None:
                     lane = self._new_lane(opened)
                 try:
@@ -174,8 +175,7 @@ class EngineRunner:
                     failed = False
                 finally:
                     if failed:
-                        with ExitStack() as stack:  # an error while freeing must not hide the one that led here
-                            stack.push(lambda kind, error, trace: isinstance(error, DeployError))
+                        with suppress(DeployError):  # it must not hide the error that led here
                             lane.free()
         finally:
             with self._changed:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,10 +149,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Resident:
-    """A tensor that is on the device already or stays there: half of a KV cache."""
+    """A tensor that is on the device already (`is_input`) or stays there: in the KV cache."""
 
     address: int
     shape: tuple[int, ...]
+    is_input: bool
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,15 @@ class Lane:
             self._buffers[name].reserve(size, size)
 
     def run(self, job: Job) -> dict[str, Array]:
-        """The outputs that `job` wants, as copies."""
+        """The outputs that `job` wants, as copies; after an error nothing of the run is under way any more."""
+        try:
+            return self._run(job)
+        except BaseException:
+            with suppress(DeployError):
+                self._cuda.synchronize(self._stream)
+            raise
+
+    def _run(self, job: Job) -> dict[str, Array]:
         self._make_room(job)
         self._stage(job)
         graph = self._graphs.get(job.key)
@@ -269,7 +278,7 @@ class Lane:
             self._check(context.set_input_shape(name, array.shape), f"take {name} of {array.shape}")
             self._check(context.set_tensor_address(name, self._buffers[name].address), f"take the address of {name}")
         for name, tensor in job.kept.items():
-            if self._tensors[name].kind == "past":
+            if tensor.is_input:
                 self._check(context.set_input_shape(name, tensor.shape), f"take {name} of {tensor.shape}")
             self._check(context.set_tensor_address(name, tensor.address), f"take the address of {name}")
         for name in job.outputs:
@@ -360,12 +369,12 @@ class KvCache:
         if total > self._capacity[1]:
             self._grow(total)
         kept = {}
-        for half, length, side in ((0, self.tokens, 0), (1, total, 1)):
+        for half, length in ((0, self.tokens), (1, total)):
             addresses = self._addresses(half)
             for pair in self._tensors:
-                tensor = pair[side]
+                tensor = pair[half]
                 shape = tensor.sized({"batch": self._batch, "past": length, "total": length})
-                kept[tensor.name] = Resident(next(addresses), shape)
+                kept[tensor.name] = Resident(next(addresses), shape, is_input=half == 0)
         return kept
 
     def advance(self, tokens: int) -> None:

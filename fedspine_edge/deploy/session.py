@@ -159,16 +159,17 @@ class Session:
         backend = trt.find_backend(info.backend)
         device = cuda.device_info()
         trt.check_engine(info, backend, device, rebuild)
+        driver = cuda.open_cuda()
         runner = EngineRunner(
             bundle.plan_path.read_bytes(),
             info,
             bundle.manifest.inputs,
             bundle.manifest.outputs,
             backend=backend,
-            cuda=cuda.open_cuda(),
+            cuda=driver,
             rebuild=rebuild,
         )
-        why = f"the {info.backend} {info.version} engine, which was built for this GPU."
+        why = f"the {info.backend} {info.version} engine, which was built for this GPU, through {driver.name}."
         return cls(bundle, runner, info.backend, why)
 
     @property

@@ -337,13 +337,15 @@ API CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode) {
 }
 
 API CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
-  ENTER();
+  std::unique_lock<std::mutex> lock(mutex);
+  int error = enter(__func__, true);
   auto found = state.streams.find(uint64_t(handle));
   *graph = nullptr;
   if (found == state.streams.end() || !found->second.capturing) ANSWER(INVALID_VALUE);
   Stream& stream = found->second;
   if (stream.captured_by != std::this_thread::get_id()) ANSWER(CAPTURE_WRONG_THREAD);
-  stream.capturing = false;
+  stream.capturing = false;  // also when it answers an error
+  if (error) ANSWER(error);
   if (stream.invalidated) ANSWER(CAPTURE_INVALIDATED);
   uint64_t id = new_address(1);
   state.graphs[id] = std::move(stream.captured);
@@ -431,4 +433,10 @@ API int fake_write(uint64_t address, const void* host, size_t size) {
   uint8_t* place = on_device(address, size);
   if (place) std::memcpy(place, host, size);
   return place ? SUCCESS : ILLEGAL_ADDRESS;
+}
+
+API int fake_capturing(uint64_t stream) {
+  std::unique_lock<std::mutex> lock(mutex);
+  auto found = state.streams.find(stream);
+  return found != state.streams.end() && found->second.capturing;
 }
