@@ -235,5 +235,7 @@ class EngineRunner:
             stack.callback(self._cuda.close)
             stack.enter_context(self._cuda.active())
             stack.callback(opened.close)
-            for each in (*lanes, *caches):
-                stack.callback(each.free)
+            for lane in lanes:
+                stack.callback(lane.free)
+            for cache in caches:
+                stack.callback(cache.free)

@@ -243,7 +243,7 @@ class OpenEngine:
 
     @property
     def captures_itself(self) -> bool:
-        """TensorRT-RTX captures CUDA graphs by itself: with kernels that it compiles as shapes come, only it knows when."""
+        """TensorRT-RTX captures CUDA graphs by itself: it compiles kernels as shapes come, so only it knows when."""
         return hasattr(self.backend.module, "CudaGraphStrategy")
 
     def context(self, profile: int, memory: int, stream: int) -> Any:

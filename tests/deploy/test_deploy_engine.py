@@ -160,13 +160,13 @@ def test_nothing_is_left_after_many_runs(driver, shared_bundle, module):
     runner = runner_of(shared_bundle, module)
     for number in range(40):
         runner.run(inputs_of(1 + number % 2, 1 + number % 8))
-    alive = driver.alive()
-    calls = driver.count("cuMemAlloc_v2"), driver.count("cuMemHostAlloc"), driver.count("cuStreamCreate"), module.contexts
+    names = ("cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreate")
+    alive, calls, contexts = driver.alive(), [driver.count(name) for name in names], module.contexts
     for number in range(2000):
         runner.run(inputs_of(1, 4, seed=number))
     assert driver.alive() | {"instance": 0} == alive | {"instance": 0}
-    assert calls[:3] == (driver.count("cuMemAlloc_v2"), driver.count("cuMemHostAlloc"), driver.count("cuStreamCreate"))
-    assert module.contexts <= calls[3] + 1  # that of the one new graph
+    assert [driver.count(name) for name in names] == calls
+    assert module.contexts <= contexts + 1  # that of the one new graph
     runner.close()
     runner.close()
     assert driver.alive() == {}
@@ -266,12 +266,13 @@ def test_whichever_driver_call_fails_nothing_is_left(driver, shared_bundle, modu
     for number in sorted({1, 2, 3, total // 2, total - 1, total} & set(range(1, total + 1))):
         driver.reset(unified=unified)
         driver.fail(call, number, code=2)
+        words = ""
         try:
             scenario(shared_bundle, module)
         except DeployError as error:
-            assert "OUT_OF_MEMORY" in error.message or "could not" in error.message
-        else:
-            assert driver.count("cuGraphLaunch") < launches  # a graph is a comfort: without one it runs call by call
+            words = error.message
+        # A graph is a comfort: without one it runs call by call. Everything else is an error that says what failed.
+        assert "OUT_OF_MEMORY" in words or (words == "" and driver.count("cuGraphLaunch") < launches)
         assert driver.alive() == {}, f"{call} number {number}"
 
 

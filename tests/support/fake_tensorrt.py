@@ -121,7 +121,8 @@ class Context:
         return self.module.refuse != "shape"
 
     def set_tensor_address(self, name, address):
-        assert address % 256 == 0 and address > 0, "TensorRT asks for addresses aligned to 256 bytes"
+        assert address > 0
+        assert address % 256 == 0, "TensorRT asks for addresses aligned to 256 bytes"
         self.addresses[name] = address
         return self.module.refuse != "address"
 
@@ -134,7 +135,9 @@ class Context:
         known = {axis: size for axis, size in sizes.items() if isinstance(size, int)}
         if "past" in known:
             known["total"] = known["past"] + known["sequence"]
-        return tuple(known.get(axis, axis) if isinstance(axis, str) else axis for axis in self.engine.outputs[name].shape)
+        return tuple(
+            known.get(axis, axis) if isinstance(axis, str) else axis for axis in self.engine.outputs[name].shape
+        )
 
     def execute_async_v3(self, stream):
         engine, module = self.engine, self.module
@@ -143,9 +146,8 @@ class Context:
         if not complete or self.memory[1] < SCRATCH_BYTES or module.refuse == "run" or not self._in_profile():
             module.log.log(Logger.Severity.ERROR, "execution was refused")
             return False
-        if self.driver.capturing(stream):
-            if self.settled != self.epoch:  # TensorRT finishes a change of shape in the run after it
-                return False
+        if self.driver.capturing(stream) and self.settled != self.epoch:
+            return False  # TensorRT finishes a change of shape in the run after it, which cannot be captured
         self.settled = self.epoch
         shapes, addresses, epoch = dict(self.shapes), dict(self.addresses), self.epoch
 
