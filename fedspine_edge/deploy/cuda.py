@@ -313,4 +313,8 @@ class PyCuda:
         raise NotImplementedError
 
     def close(self) -> None:
+        # pycuda's detach() of a primary context pushes it and counts on a pop that cuDevicePrimaryCtxRelease does not
+        # do; off the thread that made the context it does nothing. So: make it active, pop it ourselves, let go.
+        self._context.push()
+        ctypes.CDLL("libcuda.so.1").cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
         self._context.detach()

@@ -7,6 +7,8 @@ runs a real engine where there is one.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -188,6 +190,39 @@ def test_a_thread_that_has_a_context_of_its_own_gets_it_back(driver, runner):
     with runner._cuda.active():
         runner.run(inputs_of(1, 4))
         assert driver.alive()["context"] == 1
+
+
+@pytest.fixture
+def pycuda(driver):
+    """The real pycuda. The fake driver has only what we call, so the rest must be looked up when it is called."""
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        return pytest.importorskip("pycuda.driver", reason="pycuda is not installed")
+    finally:
+        sys.setdlopenflags(flags)
+
+
+@pytest.mark.parametrize("unified", [0, 1])
+def test_pycuda_does_the_same_without_graphs(driver, pycuda, shared_bundle, module, reference, monkeypatch, unified):
+    driver.reset(unified=unified)
+    monkeypatch.setattr(cuda, "open_cuda", lambda: cuda.PyCuda(0))
+    runner = runner_of(shared_bundle, module)
+    for batch, tokens in [(1, 4), (1, 4), (1, 4), (4, 32), (2, 8)]:
+        inputs = inputs_of(batch, tokens, seed=tokens)
+        np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(runner.run, [inputs_of(1, 4)] * 20):
+            np.testing.assert_allclose(result["logits"], reference(inputs_of(1, 4)), atol=1e-6)
+    assert driver.count("cuStreamBeginCapture_v2") == 0
+    assert (driver.count("bytes up") == 0) == bool(unified)
+    driver.fail("cuStreamSynchronize", driver.count("cuStreamSynchronize") + 1, code=2)
+    with pytest.raises(DeployError, match="out of memory"):
+        runner.run(inputs_of(1, 4))
+    closer = threading.Thread(target=runner.close)  # not the thread that made the context
+    closer.start()
+    closer.join(10)
+    assert driver.alive() == {}
 
 
 def test_waiting_for_a_lane_has_an_end(runner, monkeypatch):
@@ -459,8 +494,6 @@ def test_a_driver_without_a_device_says_which_call_failed(driver):
 
 
 def test_without_a_cuda_package_both_are_named(monkeypatch):
-    import sys
-
     for name in ("pycuda", "pycuda.driver", "cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependency, match=r"cuda-python: .*pycuda: ") as caught:

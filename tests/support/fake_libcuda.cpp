@@ -149,6 +149,11 @@ API CUresult cuGetProcAddress_v2(
   ANSWER(*function ? SUCCESS : 500);  // CUDA_ERROR_NOT_FOUND
 }
 
+API CUresult cuGetErrorString(CUresult error, const char** text) {
+  *text = int(error) == OUT_OF_MEMORY ? "out of memory" : "unknown error";
+  ANSWER(SUCCESS);
+}
+
 API CUresult cuDriverGetVersion(int* version) { *version = 13000; ANSWER(SUCCESS); }
 
 API CUresult cuDeviceGet(CUdevice* device, int index) {
