@@ -123,7 +123,8 @@ class _Worker:
             env=environment,
         )
         self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.peak_bytes = 0
         try:
             self.about = self.ask(
@@ -141,25 +142,27 @@ class _Worker:
 
     def ask(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
-        line = ""
         try:
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
             line = self._answers.get(timeout=ANSWER_TIMEOUT_S)
-        except (BrokenPipeError, queue.Empty):
-            pass
+        except BrokenPipeError:
+            line = ""
+        except queue.Empty:
+            raise self._failed(f"did not answer within {ANSWER_TIMEOUT_S:g} s") from None
         if not line:
-            state = self._process.poll()
-            what = f"did not answer within {ANSWER_TIMEOUT_S:.0f} s" if state is None else f"ended with code {state}"
-            raise DeployError(
-                f"The process that runs {self.subject.name} {what}.", remedy="Check free memory; see its output above."
-            )
+            raise self._failed(f"ended with code {self._process.wait(timeout=10)}")
         answer: dict[str, Any] = json.loads(line)
         self.peak_bytes = answer.pop("peak_bytes")
         if "error" in answer:
             kind: type[FedspineError] = getattr(errors, answer["error"], DeployError)
             raise kind(f"{self.subject.name}: {answer['message']}", remedy=answer["remedy"])
         return answer
+
+    def _failed(self, what: str) -> DeployError:
+        return DeployError(
+            f"The process that runs {self.subject.name} {what}.", remedy="Check free memory; see its output above."
+        )
 
     def __enter__(self) -> _Worker:
         return self
@@ -171,12 +174,15 @@ class _Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
-            self._process.stdin.close()
+            self._process.stdin.close()  # the worker ends when nothing is left to read
             self._process.wait(timeout=10)
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self._process.kill()
             self._process.wait(timeout=10)
+        self._listener.join(timeout=10)
+        self._process.stdout.close()
 
 
 def run_benchmark(
@@ -317,8 +323,10 @@ def plot(report: Report, out: str | Path) -> None:
             axes.barh(place, row.p50_ms, color=f"C{names.index(name)}", height=0.7)
             axes.plot([row.p50_ms, row.p90_ms], [place, place], color="0.25", linewidth=2)
             axes.plot([row.p90_ms, row.p99_ms], [place, place], color="0.25", linewidth=0.8)
-            axes.text(0, place, f" {row.p50_ms:.3g} ms · {row.ratio:.0%}", va="center", fontsize=8)
+            axes.text(row.p99_ms, place, f"  {row.p50_ms:.3g} ms, {row.ratio:.0%}", va="center", fontsize=8)
             labels.append(f"{name}, batch {batch}" if len(batches) > 1 else name)
+        axes.margins(x=0.25)  # room for the figures
+        axes.set_xlim(left=0)
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         axes.set_xlabel("ms: median, lines to p90 and p99")

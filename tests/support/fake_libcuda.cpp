@@ -37,8 +37,16 @@ using CUdriverProcAddressQueryResult = int;
 namespace {
 
 enum : int {
-  SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-  INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901,
+  SUCCESS = 0,
+  INVALID_VALUE = 1,
+  OUT_OF_MEMORY = 2,
+  NO_DEVICE = 100,
+  INVALID_DEVICE = 101,
+  INVALID_CONTEXT = 201,
+  INVALID_HANDLE = 400,
+  ILLEGAL_ADDRESS = 700,
+  CAPTURE_UNSUPPORTED = 900,
+  CAPTURE_INVALIDATED = 901,
   CAPTURE_WRONG_THREAD = 908,
 };
 
@@ -137,8 +145,8 @@ API CUresult cuInit(unsigned int) {
 }
 
 // How the real packages find all other functions: by name, without the suffix of the version.
-API CUresult cuGetProcAddress_v2(
-    const char* symbol, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult* status) {
+API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, cuuint64_t,
+                                 CUdriverProcAddressQueryResult* status) {
   static void* self = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
   std::string name = symbol;
   if (name == "cuGraphInstantiate") name += "WithFlags";
@@ -154,7 +162,10 @@ API CUresult cuGetErrorString(CUresult error, const char** text) {
   ANSWER(SUCCESS);
 }
 
-API CUresult cuDriverGetVersion(int* version) { *version = 13000; ANSWER(SUCCESS); }
+API CUresult cuDriverGetVersion(int* version) {
+  *version = 13000;
+  ANSWER(SUCCESS);
+}
 
 API CUresult cuDeviceGet(CUdevice* device, int index) {
   ENTER_WITH(false);
@@ -162,7 +173,10 @@ API CUresult cuDeviceGet(CUdevice* device, int index) {
   ANSWER(index == 0 ? SUCCESS : INVALID_DEVICE);
 }
 
-API CUresult cuDeviceGetCount(int* count) { *count = 1; ANSWER(SUCCESS); }
+API CUresult cuDeviceGetCount(int* count) {
+  *count = 1;
+  ANSWER(SUCCESS);
+}
 
 API CUresult cuDeviceGetName(char* name, int size, CUdevice) {
   ENTER_WITH(false);
@@ -173,11 +187,20 @@ API CUresult cuDeviceGetName(char* name, int size, CUdevice) {
 API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
   ENTER_WITH(false);
   switch (int(attribute)) {
-    case 18: *value = int(state.settings["unified"]); break;  // INTEGRATED
-    case 19: *value = 1; break;                               // CAN_MAP_HOST_MEMORY
-    case 75: *value = 8; break;                               // COMPUTE_CAPABILITY_MAJOR
-    case 76: *value = 7; break;                               // COMPUTE_CAPABILITY_MINOR
-    default: ANSWER(INVALID_VALUE);
+    case 18:
+      *value = int(state.settings["unified"]);
+      break;  // INTEGRATED
+    case 19:
+      *value = 1;
+      break;  // CAN_MAP_HOST_MEMORY
+    case 75:
+      *value = 8;
+      break;  // COMPUTE_CAPABILITY_MAJOR
+    case 76:
+      *value = 7;
+      break;  // COMPUTE_CAPABILITY_MINOR
+    default:
+      ANSWER(INVALID_VALUE);
   }
   ANSWER(SUCCESS);
 }
@@ -411,9 +434,9 @@ API long fake_count(const char* name) {
 API long fake_alive(const char* kind) {
   std::unique_lock<std::mutex> lock(mutex);
   std::map<std::string, long> sizes = {
-      {"device", long(state.device.size())},       {"pinned", long(state.pinned.size())},
-      {"stream", long(state.streams.size())},      {"graph", long(state.graphs.size())},
-      {"instance", long(state.instances.size())},  {"retained", state.retained},
+      {"device", long(state.device.size())},      {"pinned", long(state.pinned.size())},
+      {"stream", long(state.streams.size())},     {"graph", long(state.graphs.size())},
+      {"instance", long(state.instances.size())}, {"retained", state.retained},
       {"context", long(current.size())},
   };
   return sizes.count(kind) ? sizes[kind] : -1;
