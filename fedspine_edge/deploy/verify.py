@@ -12,6 +12,7 @@ from fedspine_edge.deploy.adapters import bundled_adapter
 from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo, Verification
 from fedspine_edge.deploy.compare import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.deploy.export import Exported, merged_module, task_of
+from fedspine_edge.deploy.locate import first_difference
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.errors import ExportMismatch
 
@@ -52,7 +53,7 @@ def verify_onnx(
         adapter: Values of the adapter's inputs, where the file has them.
         seed: Of the random inputs.
 
-    Raises `ExportMismatch`, naming the worst output and the numbers.
+    Raises `ExportMismatch`, naming the worst output, the numbers, and the first layer that differs.
     """
     runner = OnnxRuntimeRunner(exported.path, threads=1)
     if inputs is None:
@@ -69,8 +70,26 @@ def verify_onnx(
             subject=f"{exported.path.name} on ONNX Runtime",
             reference="torch",
         )
+    except ExportMismatch as error:
+        where = _first_layer(exported, module, inputs)
+        raise ExportMismatch(f"{error.message} {where}", remedy=error.remedy) from error
     finally:
         runner.close()
+
+
+def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]) -> str:
+    """A sentence on the first layer that differs, on the first inputs where one does."""
+    for batch in inputs:
+        found = first_difference(
+            exported.path,
+            module,
+            batch,
+            lambda batch=batch: _run_torch(module, batch, exported.inputs),  # type: ignore[misc]
+            tolerance=TOLERANCE[exported.precision],
+        )
+        if found is not None:
+            return f"The first layer that differs is {found}."
+    return "Every layer by itself agrees: the outputs are put together differently."
 
 
 def verify_cache(
