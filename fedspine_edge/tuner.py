@@ -27,11 +27,11 @@ from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
-from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
-from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.importance import CRITERIA, METRICS, ImportanceTracker, Metric
+from fedspine_edge.model.layout import Layout, check_ratio, smallest_counts, target_counts
 from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.pruning import Scope, plan_local
+from fedspine_edge.model.pruning import GroupScores, Scope, plan_local
 from fedspine_edge.wire.messages import Training
 
 log = logging.getLogger("fedspine_edge.tuner")
@@ -57,8 +57,11 @@ class EdgeTuner:
         settings: Learning rate, batch size, length, clipping.
         columns: Names of the columns of files.
         criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
+        metric: How "lora" sums a group's terms: "abs", "square" or "signed".
         scope: "layer" gives every layer the same width, "global" lets widths differ.
         round_to: Kept channel counts are multiples of this.
+        min_heads: KV heads that stay in every layer at any ratio.
+        min_channels: Channels likewise, rounded up to `round_to`.
         seed: Of the adapters and the order of the data.
     """
 
@@ -70,14 +73,21 @@ class EdgeTuner:
         settings: TrainingSettings,
         columns: DataSettings,
         criterion: str = "lora",
+        metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
+        min_heads: int = 1,
+        min_channels: int = 1,
         seed: int = 0,
     ) -> None:
         if criterion not in CRITERIA:
             raise ConfigError(f"criterion {criterion!r} is unknown.", remedy=f"Use one of {', '.join(CRITERIA)}.")
         if scope not in ("layer", "global"):
             raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
+        if metric not in METRICS:
+            raise ConfigError(f"metric {metric!r} is unknown.", remedy=f"Use one of {', '.join(METRICS)}.")
+        self._at_least = min_heads, min_channels
+        smallest_counts(model.spec, round_to, self._at_least)
         self.model = model
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
@@ -87,7 +97,7 @@ class EdgeTuner:
         self._scope: Scope = scope
         self._round_to = round_to
         self._seed = seed
-        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)
+        self._tracker = ImportanceTracker(model, criterion, metric, seed=seed, scope=scope)
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
@@ -108,8 +118,11 @@ class EdgeTuner:
         text_pair: str = "",
         label: str = "label",
         criterion: str = "lora",
+        metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
+        min_heads: int = 1,
+        min_channels: int = 1,
         gradient_checkpointing: bool = False,
         torch_device: str = "auto",
         gguf_file: str | None = None,
@@ -130,8 +143,11 @@ class EdgeTuner:
             text_pair: Column of the second text; empty for single texts.
             label: Column of the integer label.
             criterion: What ranks heads and channels.
+            metric: How "lora" sums a group's terms.
             scope: "layer" or "global".
             round_to: Kept channel counts are multiples of this.
+            min_heads: KV heads that stay in every layer.
+            min_channels: Channels that stay in every layer.
             gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
                 much less memory, about a third more time, the same results.
             torch_device: "auto", "cpu" or "cuda".
@@ -175,8 +191,11 @@ class EdgeTuner:
             settings=settings,
             columns=columns,
             criterion=criterion,
+            metric=metric,
             scope=scope,
             round_to=round_to,
+            min_heads=min_heads,
+            min_channels=min_channels,
             seed=seed,
         )
 
@@ -279,6 +298,9 @@ class EdgeTuner:
                 f"the model is already pruned to {start:.3f}; it cannot go back to {pruning_ratio}.",
                 remedy="Load the base model again to prune less.",
             )
+        goal = self._at_least
+        if self._scope == "layer":  # or a part might take the last channels for a head that the next one takes as well
+            goal = target_counts(self.layout.spec, pruning_ratio, round_to=self._round_to, at_least=goal)
         train = self._last if data is None else self._encoded(data)
         unscored = not self._tracker.ready
         if train is None and (unscored or stages > 1):
@@ -296,9 +318,7 @@ class EdgeTuner:
             for stage in range(1, stages + 1):
                 share = 1.0 - (1.0 - stage / stages) ** 3
                 target = max(start, start + (pruning_ratio - start) * share)
-                layout = plan_local(
-                    self._tracker.scores(), self.layout, target, scope=self._scope, round_to=self._round_to
-                )
+                layout = self._planned(self._tracker.scores(), target, goal)
                 if trainer is None:
                     self.model.compact(layout, importance=self._tracker)
                 else:
@@ -320,7 +340,7 @@ class EdgeTuner:
                 "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
             )
         scores = self._tracker.scores()
-        after = plan_local(scores, self.layout, pruning_ratio, scope=self._scope, round_to=self._round_to)
+        after = self._planned(scores, pruning_ratio, self._at_least)
         flops = [
             pass_flops(layout, 0, 1, self._settings.max_length_tokens, backward=False)
             for layout in (self.layout, after)
@@ -348,6 +368,11 @@ class EdgeTuner:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
         return self.model.merged()
 
+    def _planned(self, scores: GroupScores, pruning_ratio: float, at_least: tuple[int, int]) -> Layout:
+        return plan_local(
+            scores, self.layout, pruning_ratio, scope=self._scope, round_to=self._round_to, at_least=at_least
+        )
+
     def _fit_key(self, train: list[Encoded], total: int) -> str:
         """Digest of everything that a fit's result depends on besides the weights it starts from."""
         model = self.model
@@ -356,7 +381,7 @@ class EdgeTuner:
             [total, self._seed, self._steps_taken, model.r, model.scaling, model.task],
             [model.spec.base_sha256, model.layout.to_dict()],
             msgspec.to_builtins(self._settings),
-            [self._tracker.criterion, self._scope],
+            [self._tracker.criterion, self._tracker.metric, self._scope],
         )
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 

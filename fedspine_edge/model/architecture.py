@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from fedspine_edge.errors import ConfigError, ModelError, UnknownArchitecture
@@ -142,19 +143,20 @@ class Architecture:
     def standard_config(self, config: Any, layout: Layout) -> Any | None:
         """A config with which transformers itself builds the compact model, or None if it cannot.
 
-        It can when all layers have equal widths and the family's config can state them: BERT derives
-        `head_dim` from the number of heads, and every config wants hidden_size divisible by that number.
+        It can when all layers have equal widths and the family's config can state them: BERT derives `head_dim` from
+        the number of heads, and LLaMA's config wants hidden_size divisible by that number.
         """
-        spec = layout.spec
         if len(set(layout.counts)) != 1:
             return None
         heads, channels = layout.counts[0]
-        if heads == spec.num_kv_heads:
-            return self._with_widths(config, spec, heads, channels)
-        query_heads = heads * (spec.num_heads // spec.num_kv_heads)
-        if not self.free_head_dim or spec.hidden_size % query_heads:
+        if heads != layout.spec.num_kv_heads and not self.free_head_dim:
             return None
-        return self._with_widths(config, spec, heads, channels)
+        changed = self._with_widths(config, layout.spec, heads, channels)
+        try:
+            type(changed).from_dict(changed.to_dict())  # runs the checks that reading the file will run
+        except (ValueError, StrictDataclassError):
+            return None
+        return changed
 
     def _with_widths(self, config: Any, spec: ModelSpec, heads: int, channels: int) -> Any:
         changed = copy.deepcopy(config)
