@@ -23,11 +23,12 @@ from fedspine_edge.device.source import choose_torch_device
 from fedspine_edge.device.state import Document, StateDir
 from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.trainer import Trainer
-from fedspine_edge.errors import ConfigError, DataError
+from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
 from fedspine_edge.model.importance import CRITERIA, METRICS, ImportanceTracker, Metric
+from fedspine_edge.model.latency import Latency, measure_latency
 from fedspine_edge.model.layout import Layout, check_ratio, smallest_counts, target_counts
 from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.prunable import PrunableModel
@@ -101,6 +102,7 @@ class EdgeTuner:
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
+        self._latency: Latency | None = None
 
     @classmethod
     def from_pretrained(
@@ -113,7 +115,7 @@ class EdgeTuner:
         lora_alpha: float | None = None,
         learning_rate: float = 1e-3,
         batch_size: int = 8,
-        max_length_tokens: int = 128,
+        max_length_tokens: int | None = None,
         text: str = "text",
         text_pair: str = "",
         label: str = "label",
@@ -138,7 +140,7 @@ class EdgeTuner:
             lora_alpha: scaling = lora_alpha / r; default 2·r.
             learning_rate: Peak of each `fit`'s schedule.
             batch_size: Examples per step.
-            max_length_tokens: Longer texts are cut.
+            max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
             text: Column of the text in files.
             text_pair: Column of the second text; empty for single texts.
             label: Column of the integer label.
@@ -160,12 +162,6 @@ class EdgeTuner:
             raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
-        settings = _checked(
-            TrainingSettings,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            max_length_tokens=max_length_tokens,
-        )
         if (Path(path).expanduser() / MANIFEST).exists():
             model = load_model(path)
             if model.task != task or (num_labels is not None and model.num_labels != num_labels):
@@ -182,6 +178,20 @@ class EdgeTuner:
         model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
+        longest = model.architecture.max_tokens(model.module.config)
+        if max_length_tokens is None:
+            max_length_tokens = 128 if longest is None else min(128, longest)
+        if longest is not None and max_length_tokens > longest:
+            raise ConfigError(
+                f"max_length_tokens is {max_length_tokens}, {path} has positions for {longest} tokens.",
+                remedy=f"Use at most {longest}.",
+            )
+        settings = _checked(
+            TrainingSettings,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_length_tokens=max_length_tokens,
+        )
         columns = _checked(
             DataSettings, path="", text=text, text_pair=text_pair, label=label, num_labels=max(2, model.num_labels)
         )
@@ -254,7 +264,7 @@ class EdgeTuner:
 
             trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
             trainer.run(total, scored=True, on_step=stepped)
-        self._done(trainer)
+        self._done(trainer, train)
         return self
 
     def evaluate(self, data: Data) -> dict[str, float]:
@@ -309,7 +319,7 @@ class EdgeTuner:
                 remedy="Call fit(data) first, or pass prune(ratio, data).",
             )
         total = steps * (stages - 1 + unscored)
-        self._metrics = {}
+        self._metrics, self._latency = {}, None
         trainer = self._trainer(train or [], total) if total else None
         with _bar("prune", total, progress) as advance:
             if unscored and trainer is not None:
@@ -326,7 +336,7 @@ class EdgeTuner:
                     if stage < stages:
                         trainer.run(trainer.step + steps, scored=True, on_step=advance)
         if trainer is not None:
-            self._done(trainer)
+            self._done(trainer, train or [])
         return self
 
     def plan(self, pruning_ratio: float) -> PruningPlan:
@@ -341,11 +351,9 @@ class EdgeTuner:
             )
         scores = self._tracker.scores()
         after = self._planned(scores, pruning_ratio, self._at_least)
-        flops = [
-            pass_flops(layout, 0, 1, self._settings.max_length_tokens, backward=False)
-            for layout in (self.layout, after)
-        ]
-        return PruningPlan(self.layout, after, scores, *flops)
+        length = self._settings.max_length_tokens
+        now, then = (pass_flops(layout, 0, 1, length, backward=False) for layout in (self.layout, after))
+        return PruningPlan(self.layout, after, scores, now, then, asked=pruning_ratio, latency=self._latency)
 
     def apply(self, plan: PruningPlan) -> EdgeTuner:
         """Prune to a plan at once; `fit` afterwards lets the smaller model recover.
@@ -353,16 +361,32 @@ class EdgeTuner:
         Raises `LayoutError`, changing nothing, if the model was pruned otherwise since the plan was made.
         """
         self.model.compact(plan.after, importance=self._tracker)
-        self._metrics = {}
+        self._metrics, self._latency = {}, None
         return self
 
+    def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> Latency:
+        """Time of one text through the model as it is now, adapters included, on this machine.
+
+        `plan` then predicts from it, and `save` writes it into the model card.
+
+        Args:
+            length_tokens: Of the text; default the tuner's longest.
+            repeats: Passes, of which the median counts.
+        """
+        length = self._settings.max_length_tokens if length_tokens is None else length_tokens
+        self._latency = measure_latency(self.model, length, repeats=repeats)
+        return self._latency
+
     def save(self, folder: str | Path) -> Path:
-        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back."""
-        return self.model.save(folder, metrics=self._metrics)
+        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back.
+
+        The model card in it, README.md, prints what `evaluate` and `measure_latency` found of the model as it is.
+        """
+        return self.model.save(folder, metrics=self._measured())
 
     def save_merged(self, folder: str | Path) -> Path:
         """Like `save`, with the adapter folded into the weights."""
-        return self.model.save_merged(folder, metrics=self._metrics)
+        return self.model.save_merged(folder, metrics=self._measured())
 
     def merge(self) -> Any:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
@@ -404,7 +428,15 @@ class EdgeTuner:
     def _encoded(self, data: Data) -> list[Encoded]:
         task = self.model.task
         examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
-        return encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
+        encoded = encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
+        largest = max(max(example.input_ids) for example in encoded)
+        known = self.model.module.get_input_embeddings().weight.shape[0]
+        if largest >= known:  # on a GPU this would be an assertion that ends the process
+            raise CheckpointError(
+                f"the tokenizer gives token {largest}, the model has embeddings for {known}.",
+                remedy=f"The tokenizer files in {self.model.folder} belong to another model; copy the right ones.",
+            )
+        return encoded
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings
@@ -428,8 +460,17 @@ class EdgeTuner:
             pad_id=int(self.tokenizer.pad_token_id),
         )
 
-    def _done(self, trainer: Trainer) -> None:
+    def _measured(self) -> dict[str, float]:
+        names = {"num_examples": "test tokens" if self.model.task == "causal_lm" else "test examples"}
+        found = {names.get(name, name): value for name, value in self._metrics.items()}
+        if self._latency is not None:
+            found[f"latency in ms ({self._latency.conditions}, adapter not merged)"] = self._latency.total_ms
+        return found
+
+    def _done(self, trainer: Trainer, train: list[Encoded]) -> None:
         self._steps_taken += trainer.step
+        self.model.trained_steps += trainer.step
+        self.model.trained_examples = max(self.model.trained_examples, len(train))
         self.train_loss = trainer.train_loss
         if trainer.micro_batch < self._settings.batch_size:
             log.warning("memory ran out: trained %d examples at a time, gradients accumulated", trainer.micro_batch)

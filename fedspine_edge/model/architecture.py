@@ -66,6 +66,8 @@ class Architecture:
     """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
     shared_attention_input: bool = True
     """Whether q, k and v are called with one tensor only; DeBERTa also projects its relative positions."""
+    learned_positions: bool = False
+    """Whether positions are rows of a table, which ends texts."""
     free_head_dim: bool = False
     """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
 
@@ -114,6 +116,11 @@ class Architecture:
                     f"this {self.family} model has {name} = {getattr(config, name, None)!r}.",
                     remedy=f"Of this family only models with {name} = {value!r} are supported.",
                 )
+
+    def max_tokens(self, config: Any) -> int | None:
+        """Tokens of the longest text that the model's table of positions allows; None where there is none."""
+        used = int(config.pad_token_id) + 1 if self.family == "roberta" else 0  # positions start after padding's
+        return int(config.max_position_embeddings) - used if self.learned_positions else None
 
     def set_widths(self, module: nn.Module, layout: Layout) -> None:
         """Write the kept head counts where the attention modules look for them."""
@@ -210,6 +217,7 @@ SUPPORTED: Mapping[str, Architecture] = {
     for entry in (
         Architecture(
             family="bert",
+            learned_positions=True,
             backbone="bert",
             layers="encoder.layer",
             linears=_BERT_LINEARS,
@@ -224,6 +232,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="roberta",
+            learned_positions=True,
             backbone="roberta",
             layers="encoder.layer",
             linears=_BERT_LINEARS,
@@ -235,6 +244,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="distilbert",
+            learned_positions=True,
             backbone="distilbert",
             layers="transformer.layer",
             linears={
@@ -291,6 +301,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="gpt2",
+            learned_positions=True,
             backbone="transformer",
             layers="h",
             linears={

@@ -1,4 +1,4 @@
-"""Plain model folders: finding the weights, their digest, the tokenizer, and loading with a fresh task head.
+"""Plain model folders: finding them, the tokenizer, and loading with a fresh task head.
 
 Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` that names the folder and what to do.
 """
@@ -6,7 +6,6 @@ Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` tha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import re
@@ -23,6 +22,7 @@ from fedspine_edge.model.architecture import Architecture, Task, architecture_of
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.seeded import uniform
+from fedspine_edge.model.weights import base_digest, check_finite, check_readable, weight_files
 
 MANIFEST = "layout.json"
 LOAD_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
@@ -70,6 +70,8 @@ def load_base(
     architecture = architecture_of(config)
     architecture.check_config(config)
     head_modules = architecture.head_modules(task)
+    if gguf_file is None:
+        check_readable(weight_files(folder))
     digest = base_digest(folder, gguf_file)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if labelled:
@@ -96,7 +98,7 @@ def load_base(
         module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
     module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
     spec = model_spec(module, digest)
-    return PrunableModel(
+    model = PrunableModel(
         module,
         spec,
         Layout.full(spec),
@@ -106,6 +108,9 @@ def load_base(
         folder=folder,
         gguf_file=gguf_file,
     )
+    if not Path(path_or_id).expanduser().exists():
+        model.base = str(path_or_id)  # a hub id: its folder is called after a commit
+    return model
 
 
 def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> Any:
@@ -138,50 +143,6 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> A
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def base_digest(folder: str | Path, gguf_file: str | None = None) -> str:
-    """SHA-256 that identifies the frozen base weights.
-
-    Of a single weight file it is that file's own hash, as `sha256sum` prints it; of shards, the hash of
-    `sha256sum`'s lines in order of their names. Raises `CheckpointError` if there are no weights.
-    """
-    files = weight_files(Path(folder), gguf_file)
-    if len(files) == 1:
-        return file_sha256(files[0])
-    lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
-    """The files that hold the weights, sorted. Raises `CheckpointError` if one is missing or it is a pickle."""
-    if gguf_file is not None:
-        return [folder / gguf_file]
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(folder / str(name) for name in names)
-        except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}.") from error
-        missing = [file.name for file in files if not file.exists()]
-        if missing or not files:
-            raise CheckpointError(
-                f"{folder} lacks the weight shard {missing[0] if missing else '(none listed)'}.",
-                remedy="Copy the model folder again, with all its files.",
-            )
-        return files
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-        raise CheckpointError(
-            f"{folder} holds pickled weights, which can run code when read.",
-            remedy="Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
-        )
-    raise CheckpointError(
-        f"{folder} has no model.safetensors.", remedy="Point to a complete Hugging Face model folder."
-    )
 
 
 def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path, str | None]:
@@ -221,27 +182,6 @@ def _download(name: str) -> Path:
             f"{name!r} is not a local folder, and the hub does not give it: {type(error).__name__}.",
             remedy="Pass a local folder that holds the model, or go online and check the id.",
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file, read in pieces. Raises `CheckpointError` if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Copy the model folder again, with all its files."
-        ) from error
-    return digest.hexdigest()
-
-
-def check_finite(module: nn.Module, where: Path) -> None:
-    """Raises `CheckpointError` naming the first parameter with NaN or infinity."""
-    for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"{where}: weight {name!r} has non-finite values.", remedy="The file is damaged.")
 
 
 def auto_class(transformers: Any, task: Task) -> Any:

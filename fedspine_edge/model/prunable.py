@@ -67,6 +67,10 @@ class PrunableModel:
         self.r: int | None = None
         self.scaling = 1.0
         self.recomputes = False
+        self.base = "" if folder is None else gguf_file or folder.name
+        """Name of the base model, for the card of a saved one."""
+        self.trained_examples, self.trained_steps = 0, 0
+        """What it was trained on so far, for the card likewise."""
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
