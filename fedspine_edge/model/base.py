@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -25,7 +26,17 @@ from fedspine_edge.model.seeded import uniform
 from fedspine_edge.model.weights import base_digest, check_finite, check_readable, weight_files
 
 MANIFEST = "layout.json"
-LOAD_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
 """What transformers and safetensors raise for files they cannot use."""
 
 
@@ -63,9 +74,13 @@ def load_base(
         )
     labelled = task != "causal_lm"
     if labelled and num_labels < 2:
-        raise ConfigError(f"num_labels is {num_labels}; classification needs at least 2.")
+        raise ConfigError(
+            f"num_labels is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
+        )
     if labels is not None and len(labels) != num_labels:
-        raise ConfigError(f"{len(labels)} label names for num_labels = {num_labels}.")
+        raise ConfigError(
+            f"{len(labels)} label names for num_labels = {num_labels}.", remedy="Give one name for every class."
+        )
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
     architecture.check_config(config)
@@ -158,7 +173,7 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
     if not path.is_dir():
         path = _download(str(path_or_id))
     if gguf_file is not None and not (path / gguf_file).is_file():
-        raise CheckpointError(f"{path} has no file {gguf_file!r}.")
+        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in gguf_file.")
     if gguf_file is None and not (path / "config.json").exists():
         found = sorted(file.name for file in path.glob("*.gguf"))
         if len(found) > 1:
@@ -226,7 +241,10 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             architecture_of(str(declared.get("model_type")))
         except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}.") from error
+            raise CheckpointError(
+                f"{folder / 'config.json'} is damaged: {error}.",
+                remedy="The folder needs config.json as Hugging Face writes it; copy it again.",
+            ) from error
     else:
         try:
             import gguf  # noqa: F401

@@ -45,6 +45,7 @@ from fedspine_edge.model.weights import base_digest, check_finite, file_sha256, 
 
 __all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
 
+_TOGETHER = "The files of a saved folder belong together; copy the whole folder again."
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -109,7 +110,7 @@ def load_model(folder: str | Path) -> PrunableModel:
     try:
         layout = Layout.from_dict(manifest.spec, {"heads": manifest.heads, "channels": manifest.channels})
     except LayoutError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: {error.message}") from error
+        raise CheckpointError(f"{folder / MANIFEST}: {error.message}", remedy=_TOGETHER) from error
     architecture = architecture_of(manifest.spec.family)
     with quiet(transformers):
         try:
@@ -117,7 +118,9 @@ def load_model(folder: str | Path) -> PrunableModel:
             config = architecture.full_config(config, manifest.spec)
             module = _empty(auto_class(transformers, manifest.task), config)
         except LOAD_FAILURES as error:
-            raise CheckpointError(f"{folder / 'config.json'} does not describe the model: {error}.") from error
+            raise CheckpointError(
+                f"{folder / 'config.json'} does not describe the model: {error}.", remedy=_TOGETHER
+            ) from error
     take_apart(module, architecture)
     for name in module_names(manifest.spec):
         path = architecture.path(name)
@@ -161,12 +164,15 @@ def _fill(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} does not have the widths of {MANIFEST}: {error}.") from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not have the widths of {MANIFEST}: {error}.", remedy=_TOGETHER
+        ) from error
     module.tie_weights()
     missing = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder / WEIGHTS} has missing or unknown tensors, first {[*missing, *unexpected][0]!r}."
+            f"{folder / WEIGHTS} has missing or unknown tensors, first {[*missing, *unexpected][0]!r}.",
+            remedy=_TOGETHER,
         )
 
 
@@ -174,7 +180,10 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
     tensors = _base_tensors(model, merged)
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise CheckpointError(f"weight {broken[0]!r} has non-finite values; nothing was written.")
+        raise CheckpointError(
+            f"weight {broken[0]!r} has non-finite values; nothing was written.",
+            remedy="Training diverged: load the base again and lower the learning rate.",
+        )
     save_file(to_files(tensors, model.architecture, model.spec.num_layers), folder / WEIGHTS, metadata={"format": "pt"})
     with_adapter = model.r is not None and not merged
     if with_adapter:

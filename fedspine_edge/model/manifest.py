@@ -62,7 +62,12 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     needed = {WEIGHTS, "config.json"} | (set(peft_format.FILES) if manifest.r is not None else set())
     if not needed <= set(manifest.sha256):
-        raise CheckpointError(f"{path} has no hash for {sorted(needed - set(manifest.sha256))[0]}.")
+        raise CheckpointError(
+            f"{path} has no hash for {sorted(needed - set(manifest.sha256))[0]}.",
+            remedy="It was edited or is of another folder; copy the saved folder again.",
+        )
     if any(Path(name).name != name for name in manifest.sha256):
-        raise CheckpointError(f"{path} names files outside its folder.")
+        raise CheckpointError(
+            f"{path} names files outside its folder.", remedy="It was tampered with; do not use this folder."
+        )
     return manifest

@@ -107,12 +107,17 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
             )
     largest = max((pair["lora_A"].shape[0] for pair in factors.values() if "lora_A" in pair), default=0)
     if largest == 0:
-        raise CheckpointError(f"{folder / WEIGHTS} has no LoRA factors for this model.")
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has no LoRA factors for this model.",
+            remedy="Point to an adapter that PEFT's save_pretrained wrote for this base model.",
+        )
     scaling = _scaling(config, None)
     for path, name in paths.items():
         pair = factors.get(name, {})
         if pair and set(pair) != {"lora_A", "lora_B"}:
-            raise CheckpointError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.", remedy="Copy the adapter again."
+            )
         declared = _rank(config, ranks.get(path, path))
         if pair and pair["lora_A"].shape[0] != declared and path not in ranks:
             raise CheckpointError(
@@ -205,7 +210,7 @@ def _check_base(model: PrunableModel, folder: Path) -> None:
     try:
         base = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["base_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
+        raise CheckpointError(f"{manifest} is damaged: {error!r}.", remedy="Copy the adapter again.") from error
     mine = model.spec.base_sha256
     if base != mine:
         raise CheckpointError(
@@ -222,10 +227,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {CONFIG}.", remedy="Point to a PEFT adapter folder.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+        raise CheckpointError(
+            f"{path} is damaged: {error!r}.", remedy="Copy the file again from where the adapter was saved."
+        ) from error
     if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none" or r < 1 or alpha <= 0:
         raise CheckpointError(
-            f"{path}: only plain LoRA adapters without biases can be loaded (this is {kind}, r {r}, alpha {alpha:g})."
+            f"{path}: only plain LoRA adapters without biases can be loaded (this is {kind}, r {r}, alpha {alpha:g}).",
+            remedy="Merge it into its base with PEFT's merge_and_unload, and load the merged model.",
         )
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         raise CheckpointError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedspine_edge.model.importance import ImportanceTracker
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+_OTHER_BASE = "The adapter belongs to another base model, task or layout."
 
 
 class PrunableModel:
@@ -175,12 +176,15 @@ class PrunableModel:
             adapters[name] = self._checked_pair(name, state, r)
         ranks = {pair[0].shape[0] for pair in adapters.values()}
         if len(ranks) != 1:
-            raise CheckpointError(f"the adapter mixes ranks {sorted(ranks)}; one rank for all modules is needed.")
+            raise CheckpointError(
+                f"the adapter mixes ranks {sorted(ranks)}; one rank for all modules is needed.",
+                remedy="Read a PEFT folder with peft_format.load_adapter, which evens ranks out.",
+            )
         head = self._checked_head(state)
         known = {f"{n}.{side}" for n in adapters for side in ("lora_A", "lora_B")} | set(head)
         unknown = [n for n in state if n.startswith(("layers.", "head.")) and n not in known]
         if unknown:
-            raise CheckpointError(f"the adapter has {unknown[0]!r}, which this model lacks.")
+            raise CheckpointError(f"the adapter has {unknown[0]!r}, which this model lacks.", remedy=_OTHER_BASE)
         if scaling is not None:
             self.scaling = float(scaling)
         for name, (lora_A, lora_B) in adapters.items():
@@ -196,12 +200,18 @@ class PrunableModel:
         try:
             lora_A, lora_B = np.asarray(state[f"{name}.lora_A"]), np.asarray(state[f"{name}.lora_B"])
         except KeyError as error:
-            raise CheckpointError(f"the adapter has no {error.args[0]!r}.") from None
+            raise CheckpointError(f"the adapter has no {error.args[0]!r}.", remedy=_OTHER_BASE) from None
         if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
-            raise CheckpointError(f"{name}: lora_A {lora_A.shape} and lora_B {lora_B.shape} are not (r, in), (out, r).")
+            raise CheckpointError(
+                f"{name}: lora_A {lora_A.shape} and lora_B {lora_B.shape} are not (r, in), (out, r).",
+                remedy=_OTHER_BASE,
+            )
         rank = lora_A.shape[0] if r is None else r
         if not 1 <= rank <= lora_A.shape[0]:
-            raise CheckpointError(f"{name}: rank {rank} was asked of an adapter of rank {lora_A.shape[0]}.")
+            raise CheckpointError(
+                f"{name}: rank {rank} was asked of an adapter of rank {lora_A.shape[0]}.",
+                remedy="Ask for at most that.",
+            )
         rows, cols = self.layout.rows(name), self.layout.cols(name)
         out_full, in_full = full_shape(self.spec, split_name(name)[1])
         if (lora_B.shape[0], lora_A.shape[1]) == (out_full, in_full):
@@ -210,11 +220,13 @@ class PrunableModel:
             raise CheckpointError(
                 f"{name}: an adapter for ({lora_B.shape[0]}, {lora_A.shape[1]}) fits neither the full linear "
                 f"({out_full}, {in_full}) nor the kept one ({rows.size}, {cols.size}).",
-                remedy="The adapter belongs to another base model or another layout.",
+                remedy=_OTHER_BASE,
             )
         lora_A, lora_B = lora_A[:rank], lora_B[:, :rank]
         if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
-            raise CheckpointError(f"{name}: the adapter has non-finite values.")
+            raise CheckpointError(
+                f"{name}: the adapter has non-finite values.", remedy="Its training diverged, or the file is damaged."
+            )
         return lora_A, lora_B
 
     def _checked_head(self, state: Arrays) -> dict[str, npt.NDArray[Any]]:
@@ -224,7 +236,7 @@ class PrunableModel:
         for name in self.head_names:
             value = head.get(f"head.{name}")
             if value is None:
-                raise CheckpointError(f"the adapter's task head lacks {name!r}.")
+                raise CheckpointError(f"the adapter's task head lacks {name!r}.", remedy=_OTHER_BASE)
             if value.shape != tuple(self.module.get_parameter(name).shape) or not np.isfinite(value).all():
                 raise CheckpointError(
                     f"head.{name}: got shape {value.shape} or non-finite values, need finite "
