@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ LOAD_FAILURES = (
     LookupError,
     TypeError,
     AttributeError,
+    ArithmeticError,
     RuntimeError,
     ImportError,
+    EOFError,
+    struct.error,
     SafetensorError,
     StrictDataclassError,
 )
@@ -97,18 +101,19 @@ def load_base(
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
     kind = auto_class(transformers, task)
-    source = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    settings["ignore_mismatched_sizes"] = True  # named by _prepare_head
     with quiet(transformers):
         try:
             module, info = kind.from_pretrained(folder, local_files_only=True, **settings, **source)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"the weights in {folder} cannot be loaded: {_first_line(error)}.",
-                remedy="A truncated or damaged file is the usual cause; copy the folder again.",
+                f"the weights in {_named(folder, gguf_file)} cannot be loaded: {_first_line(error)}.",
+                remedy="A truncated or damaged file is the usual cause; copy it again.",
             ) from error
     module = module.to(dtype).eval()
-    head = _prepare_head(module, architecture, head_modules, info, seed, folder)
-    check_finite(module, folder)
+    head = _prepare_head(module, architecture, head_modules, info, seed, _named(folder, gguf_file))
+    check_finite(module, _named(folder, gguf_file))
     if task == "classification" and architecture.last_token_pools:
         module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
     module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
@@ -256,8 +261,9 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"the config in {folder} cannot be read: {_first_line(error)}.",
-                remedy="The folder needs config.json as Hugging Face writes it.",
+                f"the config in {_named(folder, gguf_file)} cannot be read: {_first_line(error)}.",
+                remedy="A folder needs config.json as Hugging Face writes it; a GGUF file is truncated, damaged or of "
+                "a kind that transformers does not read.",
             ) from error
 
 
@@ -267,7 +273,7 @@ def _prepare_head(
     head_modules: tuple[str, ...],
     info: dict[str, Any],
     seed: int,
-    folder: Path,
+    where: Path,
 ) -> tuple[str, ...]:
     """Initialise what the checkpoint lacks of the head; returns the names of the parameters to train."""
     absent = {str(key) for key in info["missing_keys"]}
@@ -276,7 +282,7 @@ def _prepare_head(
     stray = sorted(name for name in absent if not any(name.startswith(prefix) for prefix in prefixes))
     if stray:
         raise CheckpointError(
-            f"the weights in {folder} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
+            f"the weights in {where} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
             f"first {stray[0]!r}.",
             remedy="config.json and the weight files must belong together.",
         )
@@ -310,6 +316,10 @@ def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
             remedy="Set pad_token_id in config.json and pad_token in tokenizer_config.json to an existing token.",
         )
     return int(pad)
+
+
+def _named(folder: Path, gguf_file: str | None) -> Path:
+    return folder / (gguf_file or "")
 
 
 def _first_line(error: BaseException) -> str:

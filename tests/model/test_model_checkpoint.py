@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedspine_edge.errors import CheckpointError, UnknownArchitecture
-from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.checkpoint import base_digest, load_base, load_model, read_manifest
-from fedspine_edge.model.layout import Layout
 
 
 @pytest.fixture
@@ -54,31 +52,6 @@ def test_save_and_load_give_equal_logits_with_unequal_widths(kind, tied, tmp_pat
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
     again.compact(tiny.random_layout(again, 2))  # what was loaded can be pruned and trained further
     again(**inputs).loss.backward()
-
-
-STANDARD = [family for family, entry in SUPPORTED.items() if entry.free_head_dim]
-
-
-@pytest.mark.parametrize("kind", ["llama", "llama_tokens", *(f"{family}_lm" for family in STANDARD)])
-def test_a_merged_llama_of_equal_widths_loads_in_transformers_alone_and_generates(kind, tmp_path):
-    model = tiny.prunable(kind, heads=4, kv_heads=2)
-    heads, channels = np.array([1]), np.arange(0, 16, 2)
-    model.compact(Layout(model.spec, (heads, heads), (channels, channels)))
-    inputs = tiny.batch(model)
-    folder = model.save_merged(tmp_path / "out")
-    assert read_manifest(folder).standard
-    assert torch.equal(load_model(folder)(**inputs).logits, model.merged()(**inputs).logits)
-    alone = tiny.AUTO[model.task].from_pretrained(folder).eval()
-    torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
-    if model.task == "causal_lm":
-        ids = torch.tensor([[5, 6, 7]])
-        options = {
-            "max_new_tokens": 6,
-            "do_sample": False,
-            "eos_token_id": None,
-            "attention_mask": torch.ones_like(ids),
-        }
-        assert alone.generate(ids, **options).tolist() == model.module.generate(ids, **options).tolist()
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)

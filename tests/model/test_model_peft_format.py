@@ -35,13 +35,15 @@ def peft_adapter(kind, folder, **settings):
     return adapted.eval()
 
 
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_our_adapter_loads_in_peft(kind, tmp_path):
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_our_adapter_and_head_load_in_peft(kind, tmp_path):
     model = tiny.prunable(kind, r=3)
     inputs = tiny.batch(model)
     folder = model.save(tmp_path / "ours")
     loaded = peft.PeftModel.from_pretrained(tiny.module(kind), folder).eval()
-    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+    expected = model(**inputs).logits.detach()
+    torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.merge_and_unload()(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
@@ -76,6 +78,40 @@ def test_a_peft_adapter_loads_here(kind, settings, tmp_path):
         if name.endswith("lora_A") and (np.abs(model.adapter_state()[name]).max(1) == 0).any()
     ]
     assert not dead  # every component can learn
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind not in tiny.FAMILIES])
+def test_the_head_that_peft_trained_comes_along(kind, tmp_path):
+    adapted = peft_adapter(kind, tmp_path)
+    model = bare(kind)
+    before = {n: p.clone() for n, p in model.trainable_parameters().items()}
+    load_adapter(model, tmp_path)
+    assert any(not torch.equal(p, before[n]) for n, p in model.trainable_parameters().items() if n in before)
+    inputs = tiny.batch(model)
+    torch.testing.assert_close(model(**inputs).logits.detach(), adapted(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_modules_to_save_are_the_head(tmp_path):
+    adapted = peft_adapter("bert", tmp_path, modules_to_save=["classifier", "pooler"])
+    model = bare("bert")
+    load_adapter(model, tmp_path)
+    inputs = tiny.batch(model)
+    torch.testing.assert_close(model(**inputs).logits.detach(), adapted(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+    peft_adapter("bert", tmp_path / "more", modules_to_save=["classifier", "word_embeddings"])
+    with pytest.raises(CheckpointError, match=r"word_embeddings.*not a prunable linear or the head"):
+        load_adapter(bare("bert"), tmp_path / "more")
+
+
+@pytest.mark.parametrize("kind", ["roberta", "gpt2_lm", "llama_lm"])
+def test_from_peft_through_here_and_back_into_peft(kind, tmp_path):
+    """Mixed ranks and alphas, evened out on the way."""
+    path = SUPPORTED[tiny.task_of(kind)[0]].lora_targets[0]
+    adapted = peft_adapter(kind, tmp_path / "first", rank_pattern={path: 2}, alpha_pattern={path: 5})
+    model = bare(kind)
+    load_adapter(model, tmp_path / "first")
+    again = peft.PeftModel.from_pretrained(tiny.module(kind), model.save(tmp_path / "second")).eval()
+    inputs = tiny.batch(model)
+    torch.testing.assert_close(again(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_peft_adapter_for_the_full_model_is_gathered_on_a_compact_one(tmp_path):
