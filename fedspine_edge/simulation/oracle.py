@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedspine_edge.config import DeviceConfig, FleetConfig
+from fedspine_edge.device.telemetry import conditions
 from fedspine_edge.simulation.costs import round_cost_s
 from fedspine_edge.strategies.base import envelope
 from fedspine_edge.wire.messages import ModelSpec
@@ -23,17 +24,64 @@ _STEPS = 21
 
 @dataclass(frozen=True)
 class OracleResult:
-    """Idle share, and the sum of the rounds' longest completion times in seconds."""
+    """Idle share, and the sum of the rounds' longest completion times in seconds.
+
+    As the oracle plans them, and as they turn out under the jitter and drift of the rounds, which it cannot foresee:
+    the second is what a scheduler could reach.
+    """
 
     idle_share: float
     work_time_s: float
+    noisy_idle_share: float
+    noisy_work_time_s: float
 
 
 def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int) -> OracleResult:
     """The oracle's run of `fleet` with `devices`."""
+    plan = oracle_plan(fleet, devices, spec, tokens)
+    planned = [{device_id: arm.time_s for device_id, arm in arms.items()} for arms in plan]
+    noisy, ratio = [], {device.device_id: 0.0 for device in devices}
+    for server_round, arms in enumerate(plan, start=1):
+        times = {}
+        for device in devices:
+            arm, before = arms[device.device_id], ratio[device.device_id]
+            ratio[device.device_id] = arm.pruning_ratio
+            times[device.device_id] = round_cost_s(
+                device,
+                fleet,
+                spec,
+                tokens,
+                before=before,
+                after=arm.pruning_ratio,
+                r=arm.r,
+                conditions=conditions(device, server_round),
+            )
+        noisy.append(times)
+    return OracleResult(*_idle_and_work(planned), *_idle_and_work(noisy))
+
+
+def _idle_and_work(rounds: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    longest = [max(times.values()) for times in rounds]
+    idle = [1 - time_s / most for times, most in zip(rounds, longest) for time_s in times.values()]
+    return sum(idle) / len(idle), sum(longest)
+
+
+@dataclass(frozen=True)
+class OracleArm:
+    """One device's part in one of the oracle's rounds."""
+
+    pruning_ratio: float
+    r: int
+    time_s: float
+
+
+def oracle_plan(
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
+) -> list[dict[str, OracleArm]]:
+    """What the oracle asks of every device in every round."""
     schedule = envelope(fleet, spread=True)
     previous = {device.device_id: 0.0 for device in devices}
-    idle, total = 0.0, 0.0
+    plan = []
     for server_round in range(1, fleet.num_rounds + 1):
         arms = {}
         for device in devices:
@@ -46,14 +94,13 @@ def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec,
                 for r in fleet.ranks
             }
         longest = max(min(times.values()) for times in arms.values())
-        times_s = []
+        chosen = {}
         for device_id, times in arms.items():
-            (ratio, _), time_s = _longest_within(times, longest)
+            (ratio, r), time_s = _longest_within(times, longest)
             previous[device_id] = ratio
-            times_s.append(time_s)
-        total += max(times_s)
-        idle += sum(1 - time_s / max(times_s) for time_s in times_s) / len(times_s)
-    return OracleResult(idle / fleet.num_rounds, total)
+            chosen[device_id] = OracleArm(ratio, r, time_s)
+        plan.append(chosen)
+    return plan
 
 
 def _longest_within(times: Mapping[tuple[float, int], float], limit: float) -> tuple[tuple[float, int], float]:
