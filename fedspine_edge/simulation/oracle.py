@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedspine_edge.bandit.envelope import Envelope, spread_by_speed
 from fedspine_edge.config import DeviceConfig, FleetConfig
 from fedspine_edge.device.telemetry import conditions
 from fedspine_edge.simulation.costs import round_cost_s
@@ -78,15 +79,18 @@ class OracleArm:
 def oracle_plan(
     fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
 ) -> list[dict[str, OracleArm]]:
-    """What the oracle asks of every device in every round."""
-    schedule = envelope(fleet, spread=True)
+    """What the oracle asks of every device in every round.
+
+    With `target="mean"` it gives each device the final ratio that FedSpine would, had it the exact speeds.
+    """
+    schedules = _schedules(fleet, devices, spec, tokens)
     previous = {device.device_id: 0.0 for device in devices}
     plan = []
     for server_round in range(1, fleet.num_rounds + 1):
         arms = {}
         for device in devices:
             before = previous[device.device_id]
-            lo, hi = schedule.limits(server_round=server_round, previous=before)
+            lo, hi = schedules[device.device_id].limits(server_round=server_round, previous=before)
             ratios = {lo + (hi - lo) * k / (_STEPS - 1) for k in range(_STEPS)}
             arms[device.device_id] = {
                 (p, r): round_cost_s(device, fleet, spec, tokens, before=before, after=p, r=r)
@@ -101,6 +105,23 @@ def oracle_plan(
             chosen[device_id] = OracleArm(ratio, r, time_s)
         plan.append(chosen)
     return plan
+
+
+def _schedules(
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
+) -> dict[str, Envelope]:
+    schedule = envelope(fleet, spread=True)
+    if schedule.spread == 0.0:
+        return {device.device_id: schedule for device in devices}
+    r = fleet.ranks[(len(fleet.ranks) - 1) // 2]
+
+    def log_time(device: DeviceConfig, ratio: float) -> float:
+        return math.log(round_cost_s(device, fleet, spec, tokens, before=ratio, after=ratio, r=r))
+
+    full = {device.device_id: log_time(device, 0.0) for device in devices}
+    falls = {d.device_id: (full[d.device_id] - log_time(d, schedule.target)) / schedule.target for d in devices}
+    targets = spread_by_speed(full, falls, schedule)
+    return {i: replace(schedule, target=target, spread=0.0) for i, target in targets.items()}
 
 
 def _longest_within(times: Mapping[tuple[float, int], float], limit: float) -> tuple[tuple[float, int], float]:
