@@ -38,7 +38,8 @@ def package_folder(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} is not installed; scripts/bootstrap brings it")
     root = Path(spec.origin).parent
-    found = sorted([*root.rglob("config.json"), *root.rglob("*.gguf")])
+    # The shallowest: sentence-transformers keeps further config.json files in subfolders.
+    found = sorted([*root.rglob("config.json"), *root.rglob("*.gguf")], key=lambda path: (len(path.parts), path))
     return found[0].parent
 
 

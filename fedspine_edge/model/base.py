@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
 from fedspine_edge.model.architecture import Architecture, Task, architecture_of, model_spec
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.seeded import uniform
 
@@ -36,7 +37,7 @@ def load_base(
     num_labels: int = 2,
     labels: Sequence[str] | None = None,
     gguf_file: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    base_dtype: BaseDtype = "float32",
     seed: int = 0,
 ) -> PrunableModel:
     """Load an unpruned model.
@@ -48,7 +49,8 @@ def load_base(
         num_labels: Number of classes, at least 2.
         labels: Their names, for the config; default LABEL_0, LABEL_1, ...
         gguf_file: Which GGUF file of the folder, if there are several.
-        dtype: Of the weights in memory.
+        base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; see
+            `PrunableModel.keep_base_in`. The head is float32.
         seed: Of a fresh head, which is then the same on every machine. A head of the right shape that the
             checkpoint brings is kept.
 
@@ -71,6 +73,7 @@ def load_base(
     architecture.check_config(config)
     head_modules = architecture.head_modules(task)
     digest = base_digest(folder, gguf_file)
+    dtype = compute_dtype(base_dtype)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if labelled:
         config.num_labels = num_labels
@@ -89,14 +92,19 @@ def load_base(
                 f"the weights in {folder} cannot be loaded: {_first_line(error)}.",
                 remedy="A truncated or damaged file is the usual cause; copy the folder again.",
             ) from error
-    module = module.to(dtype).eval()
+    module.eval()
+    prefixes = tuple(f"{name}." for name in head_modules)
+    for name, parameter in module.named_parameters():  # buffers stay: tables of RoPE need their bits
+        parameter.data = parameter.data.to(torch.float32 if name.startswith(prefixes) else dtype)
+    if dtype != torch.float32 and gguf_file is None:
+        _restore_head(module, architecture, prefixes, weight_files(folder))
     head = _prepare_head(module, architecture, head_modules, info, seed, folder)
     check_finite(module, folder)
     if task == "classification" and architecture.last_token_pools:
         module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
     module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
     spec = model_spec(module, digest)
-    return PrunableModel(
+    model = PrunableModel(
         module,
         spec,
         Layout.full(spec),
@@ -106,6 +114,8 @@ def load_base(
         folder=folder,
         gguf_file=gguf_file,
     )
+    model.keep_base_in(base_dtype)
+    return model
 
 
 def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> Any:
@@ -335,6 +345,20 @@ def _prepare_head(
             else:
                 parameter.copy_(torch.from_numpy(uniform(seed, name, tuple(parameter.shape), bound)))
     return names
+
+
+def _restore_head(
+    module: nn.Module, architecture: Architecture, prefixes: tuple[str, ...], files: Sequence[Path]
+) -> None:
+    """Give the head the exact values of the files, which were rounded with the rest on the way in."""
+    head = {name: p for name, p in module.named_parameters() if name.startswith(prefixes)}
+    names = {alias: name for name in head for alias in (name, name.removeprefix(f"{architecture.backbone}."))}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for alias in names.keys() & set(tensors.keys()):
+                parameter, value = head[names[alias]], tensors.get_tensor(alias)
+                if value.shape == parameter.shape:  # another number of labels: a fresh head follows
+                    parameter.data = value.to(torch.float32, copy=True)
 
 
 def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:

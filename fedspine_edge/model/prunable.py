@@ -17,7 +17,8 @@ from fedspine_edge.kernels import ops
 from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
 from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
-from fedspine_edge.model.lora import LoraLinear, SharesInput, plain_linear
+from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
+from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
 from fedspine_edge.model.seeded import kaiming_uniform
 from fedspine_edge.wire.messages import ModelSpec
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fedspine_edge.model.importance import ImportanceTracker
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+PACKED = (".codes", ".scales", ".group_of_col")
+"""Ends of the names of a quantised weight's tensors."""
 
 
 class PrunableModel:
@@ -72,6 +75,7 @@ class PrunableModel:
         self.architecture.disable_dropout(module)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in head_names)
+        widen_inputs(module, head_names)
 
     @classmethod
     def from_module(cls, module: nn.Module, *, task: Task, base_sha256: str = "0" * 64) -> PrunableModel:
@@ -97,7 +101,30 @@ class PrunableModel:
 
     def num_parameters(self) -> int:
         """Parameters of base and head, adapters excluded."""
-        return sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+        quantised = (m for m in self.module.modules() if isinstance(m, QuantisedLinear))
+        plain: int = sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+        return plain + sum(int(m.stored.shape.numel()) for m in quantised)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations and of every frozen parameter that is not quantised."""
+        frozen = (p.dtype for n, p in self.module.named_parameters() if n not in self.head_names and ".lora_" not in n)
+        return next(frozen)
+
+    @property
+    def base_dtype(self) -> BaseDtype:
+        """How the frozen weights are kept."""
+        bits = [m.stored.bits for m in self.module.modules() if isinstance(m, QuantisedLinear)]
+        return "int8" if 8 in bits else "int4" if bits else str(self.compute_dtype).removeprefix("torch.")  # type: ignore[return-value]
+
+    def keep_base_in(self, base_dtype: BaseDtype) -> None:
+        """Keep the frozen weights in fewer bits from now on; adapters, head and optimizer stay float32.
+
+        "bfloat16" and "float16" round every frozen parameter and compute in that dtype. "int8" and "int4" do the
+        same with bfloat16 and then quantise the prunable linears, one at a time. What was lost does not come back:
+        widening only changes the dtype. Raises `ConfigError` for an unknown name, `ModelError` for a quantised base.
+        """
+        narrow(self, base_dtype)
 
     def recompute_layers(self, on: bool) -> None:
         """Gradient checkpointing: keep the layers' inputs alone and compute the rest again in the backward pass.
@@ -284,7 +311,7 @@ class PrunableModel:
     ) -> None:
         linear = self.linear(name)
         base = getattr(linear, "base_layer", linear)
-        device = base.weight.device
+        device = stored_weight(base).device
         row_index = None if rows is None else torch.from_numpy(rows).to(device)
         col_index = None if cols is None else torch.from_numpy(cols).to(device)
 
@@ -297,7 +324,11 @@ class PrunableModel:
             bias = base.bias
             if bias is not None and row_index is not None:
                 bias = bias.index_select(0, row_index)
-            compact = plain_linear(take(base.weight.detach()), None if bias is None else bias.detach())
+            bias = None if bias is None else bias.detach()
+            if isinstance(base, QuantisedLinear):
+                compact = QuantisedLinear(base.stored.take(row_index, col_index), bias)
+            else:
+                compact = plain_linear(take(base.weight.detach()), bias)
             if not isinstance(linear, LoraLinear):
                 self._replace(name, compact)
                 return
@@ -309,26 +340,33 @@ class PrunableModel:
 
     # Results
 
-    def merged(self) -> nn.Module:
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A copy of the transformers model with adapters folded in and nothing of this package left in it.
+
+        Args:
+            dtype: Of all its parameters; default that of the frozen ones.
 
         Raises `ModelError` if a merged weight is not finite.
         """
-        if self.r is None:
-            bare = copy.deepcopy(self.module)
-            put_together(bare, self.architecture)
-            return bare
-        shared = {id(p): p for n, p in self.module.named_parameters() if ".base_layer." in n or ".lora_" in n}
-        module = copy.deepcopy(self.module, shared)  # the adapted linears are replaced, do not copy them
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        shared = {id(t): t for n, t in tensors if n.endswith(PACKED) or ".base_layer." in n or ".lora_" in n}
+        module = copy.deepcopy(self.module, shared)  # what is replaced below is not copied
         for name in module_names(self.spec):
             parent, _, attribute = self.architecture.path(name).rpartition(".")
-            try:
-                merged = self.linear(name).merged()
-            except ModelError as error:
-                raise ModelError(f"{name}: {error.message}", remedy=error.remedy) from None
+            linear = self.linear(name)
+            if isinstance(linear, QuantisedLinear):
+                merged = plain_linear(linear.weight, None if linear.bias is None else linear.bias.detach().clone())
+            elif isinstance(linear, LoraLinear):
+                try:
+                    merged = linear.merged(dtype)
+                except ModelError as error:
+                    raise ModelError(f"{name}: {error.message}", remedy=error.remedy) from None
+            else:
+                continue
             merged.train(self.module.training)
             setattr(module.get_submodule(parent), attribute, merged)
         put_together(module, self.architecture)
+        to_one_dtype(module, dtype or self.compute_dtype)
         return module
 
     def save(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:

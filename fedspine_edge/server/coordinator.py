@@ -288,7 +288,15 @@ class FleetServer:
         status = self._members[device_id].status
         # Before its first report in this run, a device may still speak of an earlier run.
         ratio = status.pruning_ratio if device_id in self._reported else 0.0
-        return DeviceInfo(device_id, status.device_class, status.num_examples, status.memory_bytes, ratio)
+        needs = {r: status.memory_base_bytes + r * status.memory_per_rank_bytes for r in self.config.ranks}
+        return DeviceInfo(
+            device_id,
+            status.device_class,
+            status.num_examples,
+            status.memory_bytes,
+            ratio,
+            memory_by_rank=needs if status.memory_base_bytes else None,
+        )
 
     def _plan(self, device_id: str, assignment: Assignment, blob: BlobRef) -> PlanRow:
         payload = round_plan(self.config, self._run_id, self._state, device_id, assignment, blob)

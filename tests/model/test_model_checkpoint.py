@@ -104,7 +104,7 @@ def test_a_variant_that_the_entry_does_not_describe_is_refused(tmp_path):
 
 
 def test_labels_card_and_dtype(base, tmp_path):
-    model = load_base(base, num_labels=2, labels=["bad", "good"], dtype=torch.bfloat16)
+    model = load_base(base, num_labels=2, labels=["bad", "good"], base_dtype="bfloat16")
     assert model.linear("layers.0.q").weight.dtype == torch.bfloat16
     model.attach_lora(2, 1.0, 0)
     folder = model.save(tmp_path / "out", metrics={"accuracy": 0.8125})
