@@ -38,8 +38,9 @@ def assert_read_alone(model, folder):
         assert alone.generate(ids, **options).tolist() == text.tolist()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", FREE)
+@pytest.mark.parametrize(
+    ("kind", "tied"), [(kind, False) for kind in FREE] + [(kind, True) for kind in FREE if kind.endswith("_lm")]
+)
 def test_fewer_heads_of_equal_widths_are_a_standard_checkpoint_and_generate(kind, tied, tmp_path):
     model = tiny.prunable(kind, heads=4, kv_heads=2, tied=tied)
     model.compact(equal_widths(model, [1], range(0, 16, 2)))
