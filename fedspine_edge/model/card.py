@@ -47,9 +47,7 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
         "    import fedspine_edge",
         '    model = fedspine_edge.load_model("this-folder")',
         "",
-        f"or with transformers' `{_AUTO[manifest.task]}.from_pretrained`."
-        if manifest.standard
-        else "since transformers alone cannot build these widths.",
+        _alone(manifest),
         "",
     ]
     if metrics:
@@ -58,3 +56,10 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
     else:
         lines.append("Accuracy and latency were not measured before it was saved.")
     return "\n".join(lines) + "\n"
+
+
+def _alone(manifest: Manifest) -> str:
+    if not manifest.standard:
+        return "since transformers alone cannot build these widths."
+    adapter = "" if manifest.r is None else ", with peft installed: without it transformers leaves the adapter out"
+    return f"or with transformers' `{_AUTO[manifest.task]}.from_pretrained`{adapter}."

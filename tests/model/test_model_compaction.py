@@ -174,7 +174,7 @@ def test_importance_goes_on_across_a_prune_as_in_the_masked_model(kind):
         for model, mine, optimizer in zip((masked, compact), trackers, optimizers):
             for step in range(first, first + 3):
                 gradients(model, tiny.batch(model, seed=step))
-                assert all([tracker.update() for tracker in mine])
+                assert all(tracker.update() for tracker in mine)
                 optimizer.step()
 
     train(0)

@@ -84,6 +84,7 @@ def test_a_folder_with_its_adapter_beside_the_weights_is_read_whole(kind, tmp_pa
     model.compact(equal_widths(model, [0], range(8)))
     folder = model.save(tmp_path / "out")
     assert_read_alone(model, folder)
+    assert "without it transformers leaves the adapter out" in (folder / "README.md").read_text()
     loaded = fedspine_edge.load_model(folder)
     bare = tiny.PrunableModel.from_module(tiny.module(kind), task="causal_lm")
     bare.compact(model.layout)
