@@ -72,7 +72,9 @@ def package_folder(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} is not installed; scripts/bootstrap brings it")
     root = Path(spec.origin).parent
-    return sorted([*root.rglob("model.safetensors"), *root.rglob("*.gguf")])[0].parent
+    # The shallowest: sentence-transformers keeps further config.json files in subfolders.
+    found = sorted([*root.rglob("config.json"), *root.rglob("*.gguf")], key=lambda path: (len(path.parts), path))
+    return found[0].parent
 
 
 def sentences(size: Size) -> tuple[list[Any], list[Any]]:

@@ -58,6 +58,13 @@ class BanditSettings(_Section, frozen=True, kw_only=True):
         0.25
     )
     max_step: Annotated[float, _doc("Largest rise of a device's pruning ratio in one round.", gt=0, le=1)] = 0.25
+    arm_choice: Annotated[
+        Literal["paced", "uniform"],
+        _doc("`paced`: among arms predicted to take as long as the slowest device must; `uniform`: among all."),
+    ] = "paced"
+    slack: Annotated[float, _doc("How far a paced arm's predicted time may lie from that, as a share.", gt=0, lt=1)] = (
+        0.05
+    )
     prior: Annotated[Literal["none", "class"], _doc("`class` lets a new device start from its class's tree.")] = "class"
 
 

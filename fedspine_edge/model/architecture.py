@@ -1,6 +1,6 @@
 """The model families, one declarative entry each; the only reader of transformers' module names.
 
-To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/model/tiny_models.py; every
+To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/support/tiny_models.py; every
 test of the room then runs on it. See docs/models.md.
 """
 
