@@ -52,7 +52,8 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
     ]
     if metrics:
         lines += ["| measured | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+        names = {"num_examples": "test tokens" if manifest.task == "causal_lm" else "test examples"}
+        lines += [f"| {names.get(name, name)} | {value:.6g} |" for name, value in metrics.items()]
     else:
         lines.append("Accuracy and latency were not measured before it was saved.")
     return "\n".join(lines) + "\n"

@@ -164,8 +164,7 @@ def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_fol
         f"removed: {tuner.layout.pruning_ratio:.4f} of the prunable parameters, {tuner.layout.sparsity:.4f} of all",
         f"| accuracy | {accuracy:.6g} |",
         "| test examples | 30 |",
-        f"latency in ms (torch, CPU, threads: 1, one text of 16 tokens, median of 2, adapter not merged) | "
-        f"{latency.total_ms:.6g} |",
+        f"latency in ms (torch, CPU, threads: 1, one text of 16 tokens, median of 2) | {latency.total_ms:.6g} |",
         "fedspine_edge.load_model",
         "since transformers alone cannot build these widths",
     ):
