@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from fedspine_edge.device.fit_checkpoint import key_of, open_checkpoint
 from fedspine_edge.device.memory import MemoryEstimate, estimate
 from fedspine_edge.device.objective import can_pack
 from fedspine_edge.device.progress import bar, tensorboard
-from fedspine_edge.device.source import choose_torch_device, open_model
+from fedspine_edge.device.source import check_tokens, choose_torch_device, open_model, text_length
 from fedspine_edge.device.stages import prune_in_stages
 from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.checkpoint import load_tokenizer
-from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
-from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.importance import CRITERIA, METRICS, ImportanceTracker, Metric
+from fedspine_edge.model.latency import Latency, measure_latency
+from fedspine_edge.model.layout import Layout, check_ratio, smallest_counts, target_counts
 from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
@@ -55,7 +57,7 @@ class EdgeTuner:
         tokenizer: The model's transformers tokenizer.
         settings: Learning rate, batch size, length, clipping.
         columns: Names of the columns of files.
-        criterion, scope, round_to, pack, seed: As in `from_pretrained`.
+        criterion, metric, scope, round_to, min_heads, min_channels, pack, seed: As in `from_pretrained`.
     """
 
     def __init__(
@@ -66,8 +68,11 @@ class EdgeTuner:
         settings: TrainingSettings,
         columns: DataSettings,
         criterion: str = "lora",
+        metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
+        min_heads: int = 1,
+        min_channels: int = 1,
         pack: bool = True,
         seed: int = 0,
     ) -> None:
@@ -75,6 +80,10 @@ class EdgeTuner:
             raise ConfigError(f"criterion {criterion!r} is unknown.", remedy=f"Use one of {', '.join(CRITERIA)}.")
         if scope not in ("layer", "global"):
             raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
+        if metric not in METRICS:
+            raise ConfigError(f"metric {metric!r} is unknown.", remedy=f"Use one of {', '.join(METRICS)}.")
+        self._at_least = min_heads, min_channels
+        smallest_counts(model.spec, round_to, self._at_least)
         self.model = model
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
@@ -85,10 +94,11 @@ class EdgeTuner:
         self._round_to = round_to
         self._pack = pack
         self._seed = seed
-        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)
+        self._tracker = ImportanceTracker(model, criterion, metric, seed=seed, scope=scope)
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
+        self._latency: Latency | None = None
 
     @classmethod
     def from_pretrained(
@@ -101,13 +111,16 @@ class EdgeTuner:
         lora_alpha: float | None = None,
         learning_rate: float = 1e-3,
         batch_size: int = 8,
-        max_length_tokens: int = 128,
+        max_length_tokens: int | None = None,
         text: str = "text",
         text_pair: str = "",
         label: str = "label",
         criterion: str = "lora",
+        metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
+        min_heads: int = 1,
+        min_channels: int = 1,
         base_dtype: BaseDtype | None = None,
         gradient_checkpointing: bool = False,
         pack: bool = True,
@@ -125,13 +138,16 @@ class EdgeTuner:
             lora_alpha: scaling = lora_alpha / r; default 2·r.
             learning_rate: Peak of each `fit`'s schedule.
             batch_size: Examples per step.
-            max_length_tokens: Longer texts are cut.
+            max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
             text: Column of the text in files.
             text_pair: Column of the second text; empty for single texts.
             label: Column of the integer label.
             criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
+            metric: How "lora" sums a group's terms: "abs", "square" or "signed".
             scope: "layer" gives every layer the same width, "global" lets widths differ.
             round_to: Kept channel counts are multiples of this.
+            min_heads: KV heads that stay in every layer at any ratio; all of them leave the pruning to the channels.
+            min_channels: Channels likewise, rounded up to `round_to`.
             base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
                 head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
             gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
@@ -148,8 +164,6 @@ class EdgeTuner:
             raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
-        limits = {"batch_size": batch_size, "max_length_tokens": max_length_tokens}
-        settings = _checked(TrainingSettings, learning_rate=learning_rate, **limits)
         model = open_model(
             path, task=task, num_labels=num_labels, gguf_file=gguf_file, base_dtype=base_dtype, seed=seed
         )
@@ -159,11 +173,14 @@ class EdgeTuner:
         model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
+        limits = {"batch_size": batch_size, "max_length_tokens": text_length(model, max_length_tokens)}
+        settings = _checked(TrainingSettings, learning_rate=learning_rate, **limits)
         columns = _checked(
             DataSettings, path="", text=text, text_pair=text_pair, label=label, num_labels=max(2, model.num_labels)
         )
-        options: dict[str, Any] = {"criterion": criterion, "scope": scope, "round_to": round_to, "pack": pack}
-        return cls(model, tokenizer, settings=settings, columns=columns, seed=seed, **options)
+        ranking: dict[str, Any] = {"criterion": criterion, "metric": metric, "scope": scope}
+        widths: dict[str, Any] = {"round_to": round_to, "min_heads": min_heads, "min_channels": min_channels}
+        return cls(model, tokenizer, settings=settings, columns=columns, pack=pack, seed=seed, **ranking, **widths)
 
     @property
     def layout(self) -> Layout:
@@ -226,7 +243,7 @@ class EdgeTuner:
 
             trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
             trainer.run(total, scored=True, on_step=stepped)
-        self._done(trainer)
+        self._done(trainer, train)
         return self
 
     def estimate(
@@ -299,14 +316,17 @@ class EdgeTuner:
                 remedy="Call fit(data) first, or pass prune(ratio, data).",
             )
         total = steps * (stages - 1 + unscored)
-        self._metrics = {}
+        self._metrics, self._latency = {}, None
         trainer = self._trainer(train or [], total) if total else None
+        at_least = self._at_least
+        if self._scope == "layer":  # a part must not take channels in place of a head that the last one takes
+            at_least = target_counts(self.layout.spec, pruning_ratio, round_to=self._round_to, at_least=at_least)
+        parts = {"stages": stages, "steps": steps}
         with bar("prune", total, progress) as advance:
-            prune_in_stages(
-                *(self._tracker, trainer, self._layout_at, pruning_ratio), stages=stages, steps=steps, advance=advance
-            )
+            layout_at = partial(self._layout_at, at_least=at_least)
+            prune_in_stages(self._tracker, trainer, layout_at, pruning_ratio, advance=advance, **parts)
         if trainer is not None:
-            self._done(trainer)
+            self._done(trainer, train or [])
         return self
 
     def plan(self, pruning_ratio: float) -> PruningPlan:
@@ -319,12 +339,11 @@ class EdgeTuner:
             raise DataError(
                 "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
             )
-        after = self._layout_at(pruning_ratio)
-        flops = [
-            pass_flops(layout, 0, 1, self._settings.max_length_tokens, backward=False)
-            for layout in (self.layout, after)
-        ]
-        return PruningPlan(self.layout, after, self._tracker.scores(), *flops)
+        after = self._layout_at(pruning_ratio, self._at_least)
+        length = self._settings.max_length_tokens
+        now, then = (pass_flops(layout, 0, 1, length, backward=False) for layout in (self.layout, after))
+        scores = self._tracker.scores()
+        return PruningPlan(self.layout, after, scores, now, then, asked=pruning_ratio, latency=self._latency)
 
     def apply(self, plan: PruningPlan) -> EdgeTuner:
         """Prune to a plan at once; `fit` afterwards lets the smaller model recover.
@@ -332,24 +351,40 @@ class EdgeTuner:
         Raises `LayoutError`, changing nothing, if the model was pruned otherwise since the plan was made.
         """
         self.model.compact(plan.after, importance=self._tracker)
-        self._metrics = {}
+        self._metrics, self._latency = {}, None
         return self
 
+    def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> Latency:
+        """Time of one text through the model as it is now, adapters included, on this machine.
+
+        `plan` then predicts from it, and `save` writes it into the model card.
+
+        Args:
+            length_tokens: Of the text; default the tuner's longest.
+            repeats: Passes, of which the median counts.
+        """
+        length = self._settings.max_length_tokens if length_tokens is None else length_tokens
+        self._latency = measure_latency(self.model, length, repeats=repeats)
+        return self._latency
+
     def save(self, folder: str | Path) -> Path:
-        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back."""
-        return self.model.save(folder, metrics=self._metrics)
+        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back.
+
+        The model card in it, README.md, prints what `evaluate` and `measure_latency` found of the model as it is.
+        """
+        return self.model.save(folder, metrics=self._measured())
 
     def save_merged(self, folder: str | Path) -> Path:
         """Like `save`, with the adapter folded into the weights."""
-        return self.model.save_merged(folder, metrics=self._metrics)
+        return self.model.save_merged(folder, metrics=self._measured())
 
     def merge(self) -> Any:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
         return self.model.merged()
 
-    def _layout_at(self, pruning_ratio: float) -> Layout:
-        scores = self._tracker.scores()
-        return plan_local(scores, self.layout, pruning_ratio, scope=self._scope, round_to=self._round_to)
+    def _layout_at(self, pruning_ratio: float, at_least: tuple[int, int]) -> Layout:
+        settings: dict[str, Any] = {"scope": self._scope, "round_to": self._round_to, "at_least": at_least}
+        return plan_local(self._tracker.scores(), self.layout, pruning_ratio, **settings)
 
     def _fit_key(self, train: list[Encoded], total: int) -> str:
         model = self.model
@@ -358,13 +393,15 @@ class EdgeTuner:
             [total, self._seed, self._steps_taken, model.r, model.scaling, model.task, model.base_dtype, self._pack],
             [model.spec.base_sha256, model.layout.to_dict()],
             msgspec.to_builtins(self._settings),
-            [self._tracker.criterion, self._scope],
+            [self._tracker.criterion, self._tracker.metric, self._scope],
         )
 
     def _encoded(self, data: Data) -> list[Encoded]:
         task = self.model.task
         examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
-        return encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
+        encoded = encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
+        check_tokens(self.model, encoded)
+        return encoded
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings
@@ -382,8 +419,17 @@ class EdgeTuner:
             pack=self._pack and can_pack(self.model, settings.max_length_tokens),
         )
 
-    def _done(self, trainer: Trainer) -> None:
+    def _measured(self) -> dict[str, float]:
+        names = {"num_examples": "test tokens" if self.model.task == "causal_lm" else "test examples"}
+        found = {names.get(name, name): value for name, value in self._metrics.items()}
+        if self._latency is not None:
+            found[f"latency in ms ({self._latency.conditions}, adapter not merged)"] = self._latency.total_ms
+        return found
+
+    def _done(self, trainer: Trainer, train: list[Encoded]) -> None:
         self._steps_taken += trainer.step
+        self.model.trained_steps += trainer.step
+        self.model.trained_examples = max(self.model.trained_examples, len(train))
         self.train_loss = trainer.train_loss
         if trainer.micro_batch < self._settings.batch_size:
             log.warning("memory ran out: trained %d examples at a time, gradients accumulated", trainer.micro_batch)

@@ -115,7 +115,13 @@ def open_cuda(index: int = 0) -> Cuda:
     for backend in (CudaPython, PyCuda):
         try:
             return backend(index)
-        except (ImportError, RuntimeError) as error:  # cuda-python raises the latter without a driver
+        except (ImportError, RuntimeError) as error:
+            # Without a driver cuda-python raises the latter, and pycuda cannot be imported.
+            if isinstance(error, RuntimeError) or "libcuda" in str(error):
+                raise DeployError(
+                    f"{backend.name} is installed, but not the NVIDIA driver: {error}",
+                    remedy="Install or load the driver (a Jetson has it from JetPack); see: fedspine-edge doctor",
+                ) from error
             failures.append(f"{backend.name}: {error}")
     raise MissingDependency(
         f"Running an engine needs cuda-python or pycuda ({'; '.join(failures)}).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.device.batches import Encoded
+from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
@@ -137,3 +138,30 @@ def choose_torch_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
 
 def _head_of(model: PrunableModel) -> dict[str, npt.NDArray[np.float32]]:
     return {name: value for name, value in model.adapter_state().items() if name.startswith("head.")}
+
+
+def text_length(model: PrunableModel, asked: int | None) -> int:
+    """Tokens of the longest text: as asked, else 128 or what the model's table of positions allows.
+
+    Raises `ConfigError` for more than that.
+    """
+    longest = model.architecture.max_tokens(model.module.config)
+    if asked is None:
+        return 128 if longest is None else min(128, longest)
+    if longest is not None and asked > longest:
+        raise ConfigError(
+            f"max_length_tokens is {asked}, {model.base or 'the model'} has positions for {longest} tokens.",
+            remedy=f"Use at most {longest}.",
+        )
+    return asked
+
+
+def check_tokens(model: PrunableModel, examples: Iterable[Encoded]) -> None:
+    """Raises `CheckpointError` for a token without an embedding; on a GPU it would end the process."""
+    largest = max(max(example.input_ids) for example in examples)
+    known = model.module.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise CheckpointError(
+            f"the tokenizer gives token {largest}, the model has embeddings for {known}.",
+            remedy=f"The tokenizer files in {model.folder} belong to another model; copy the right ones.",
+        )

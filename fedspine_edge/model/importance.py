@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Criterion = Literal["lora", "apt", "magnitude", "random"]
 CRITERIA: tuple[Criterion, ...] = ("lora", "apt", "magnitude", "random")
 Metric = Literal["abs", "square", "signed"]
+METRICS: tuple[Metric, ...] = ("abs", "square", "signed")
 KINDS = ("heads", "channels")
 
 

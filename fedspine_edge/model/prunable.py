@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
+from fedspine_edge.errors import LayoutError, ModelError
 from fedspine_edge.kernels import ops
+from fedspine_edge.model.adapter_check import Arrays, checked_adapter
 from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
 from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
@@ -25,7 +26,6 @@ from fedspine_edge.wire.messages import ModelSpec
 if TYPE_CHECKING:
     from fedspine_edge.model.importance import ImportanceTracker
 
-Arrays = Mapping[str, npt.NDArray[Any]]
 PACKED = (".codes", ".scales", ".group_of_col")
 """Ends of the names of a quantised weight's tensors."""
 
@@ -70,6 +70,10 @@ class PrunableModel:
         self.r: int | None = None
         self.scaling = 1.0
         self.recomputes = False
+        self.base = "" if folder is None else gguf_file or folder.name
+        """Name of the base model, for the card of a saved one."""
+        self.trained_examples, self.trained_steps = 0, 0
+        """What it was trained on so far, for the card likewise."""
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
@@ -193,68 +197,17 @@ class PrunableModel:
         Raises `CheckpointError`, before anything has changed, for missing or unknown names, shapes that fit
         neither coordinates, a rank above the state's and non-finite values.
         """
-        adapters: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
-        for name in module_names(self.spec):
-            adapters[name] = self._checked_pair(name, state, r)
-        ranks = {pair[0].shape[0] for pair in adapters.values()}
-        if len(ranks) != 1:
-            raise CheckpointError(f"the adapter mixes ranks {sorted(ranks)}; one rank for all modules is needed.")
-        head = self._checked_head(state)
-        known = {f"{n}.{side}" for n in adapters for side in ("lora_A", "lora_B")} | set(head)
-        unknown = [n for n in state if n.startswith(("layers.", "head.")) and n not in known]
-        if unknown:
-            raise CheckpointError(f"the adapter has {unknown[0]!r}, which this model lacks.")
+        adapters, head = checked_adapter(self, state, r)
         if scaling is not None:
             self.scaling = float(scaling)
         for name, (lora_A, lora_B) in adapters.items():
             self._adapt(name, lora_A, lora_B)
         self._share_inputs()
-        self.r = ranks.pop()
+        self.r = next(iter(adapters.values()))[0].shape[0]
         with torch.no_grad():
             for name, value in head.items():
                 parameter = self.module.get_parameter(name.removeprefix("head."))
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
-
-    def _checked_pair(self, name: str, state: Arrays, r: int | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        try:
-            lora_A, lora_B = np.asarray(state[f"{name}.lora_A"]), np.asarray(state[f"{name}.lora_B"])
-        except KeyError as error:
-            raise CheckpointError(f"the adapter has no {error.args[0]!r}.") from None
-        if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
-            raise CheckpointError(f"{name}: lora_A {lora_A.shape} and lora_B {lora_B.shape} are not (r, in), (out, r).")
-        rank = lora_A.shape[0] if r is None else r
-        if not 1 <= rank <= lora_A.shape[0]:
-            raise CheckpointError(f"{name}: rank {rank} was asked of an adapter of rank {lora_A.shape[0]}.")
-        rows, cols = self.layout.rows(name), self.layout.cols(name)
-        out_full, in_full = full_shape(self.spec, split_name(name)[1])
-        if (lora_B.shape[0], lora_A.shape[1]) == (out_full, in_full):
-            lora_A, lora_B = lora_A[:, cols], lora_B[rows]
-        elif (lora_B.shape[0], lora_A.shape[1]) != (rows.size, cols.size):
-            raise CheckpointError(
-                f"{name}: an adapter for ({lora_B.shape[0]}, {lora_A.shape[1]}) fits neither the full linear "
-                f"({out_full}, {in_full}) nor the kept one ({rows.size}, {cols.size}).",
-                remedy="The adapter belongs to another base model or another layout.",
-            )
-        lora_A, lora_B = lora_A[:rank], lora_B[:, :rank]
-        if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
-            raise CheckpointError(f"{name}: the adapter has non-finite values.")
-        return lora_A, lora_B
-
-    def _checked_head(self, state: Arrays) -> dict[str, npt.NDArray[Any]]:
-        head = {name: np.asarray(value) for name, value in state.items() if name.startswith("head.")}
-        if not head:
-            return {}
-        for name in self.head_names:
-            value = head.get(f"head.{name}")
-            if value is None:
-                raise CheckpointError(f"the adapter's task head lacks {name!r}.")
-            if value.shape != tuple(self.module.get_parameter(name).shape) or not np.isfinite(value).all():
-                raise CheckpointError(
-                    f"head.{name}: got shape {value.shape} or non-finite values, need finite "
-                    f"{tuple(self.module.get_parameter(name).shape)}.",
-                    remedy="Was the adapter trained with another number of labels?",
-                )
-        return {name: value for name, value in head.items() if name.removeprefix("head.") in self.head_names}
 
     def _adapt(self, name: str, lora_A: npt.NDArray[Any], lora_B: npt.NDArray[Any]) -> None:
         linear = self.linear(name)

@@ -471,36 +471,6 @@ def test_an_adapter_goes_to_the_device_once(driver, on_engine, model_folder, tmp
         assert driver.count("bytes up") - before == sum(array.nbytes for array in tokens.values())
 
 
-# --- without a driver, without packages ---
-
-
-def test_l4t_release_is_read_from_the_boards_file(tmp_path):
-    file = tmp_path / "nv_tegra_release"
-    file.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
-    assert cuda.l4t_release(str(file)) == "36.4.3"
-    file.write_text("something else\n")
-    assert cuda.l4t_release(str(file)) == ""
-    assert cuda.l4t_release(str(tmp_path / "absent")) == ""
-
-
-def test_a_driver_without_a_device_says_which_call_failed(driver):
-    assert cuda.device_info() == cuda.DeviceInfo("Fake Orin", "87")
-    assert cuda.why_no_device() == ""
-    driver.reset(absent=1)
-    assert cuda.device_info() is None
-    assert cuda.why_no_device() == "the driver is there, but cuInit answers error 100"
-    with pytest.raises(DeployError, match="CUDA_ERROR_NO_DEVICE"):
-        cuda.open_cuda()
-
-
-def test_without_a_cuda_package_both_are_named(monkeypatch):
-    for name in ("pycuda", "pycuda.driver", "cuda", "cuda.bindings"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingDependency, match=r"cuda-python: .*pycuda: ") as caught:
-        cuda.open_cuda()
-    assert "pip install" in caught.value.remedy
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
 def test_a_real_engine_agrees_with_onnxruntime(name, model_folder, tmp_path):
