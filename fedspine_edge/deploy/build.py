@@ -19,9 +19,9 @@ from fedspine_edge.deploy.bundle import (
     Profile,
     load_bundle,
     rebuild_command,
-    seal,
-    staging,
 )
+from fedspine_edge.deploy.publish import seal, staging
+from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
 
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
@@ -101,6 +101,22 @@ def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: 
     )
 
 
+def with_profile_of(examples: Data, draft: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the profile that the user's examples ask for."""
+    from fedspine_edge.deploy.calibration import profile_of, read_data
+
+    data = read_data(
+        examples,
+        draft,
+        task=manifest.task,
+        num_labels=max(2, len(manifest.labels)),
+        inputs=manifest.inputs,
+        max_tokens=manifest.max_tokens,
+        pad_token_id=manifest.pad_token_id,
+    )
+    return msgspec.structs.replace(manifest, default_profile=profile_of(data.lengths, manifest.max_tokens))
+
+
 def add_engine(
     draft: Path, manifest: Manifest, request: EngineRequest, chosen: trt.Backend | str, rebuild: str, report: Report
 ) -> Manifest:
@@ -129,7 +145,7 @@ def _profiles_for(wanted: tuple[Profile, ...] | None, manifest: Manifest) -> tup
     max_tokens = manifest.max_tokens
     if wanted is None:
         low, common, high = (min(tokens, max_tokens) for tokens in Profile().tokens)
-        whole = Profile(tokens=(low, common, high))
+        whole = manifest.default_profile or Profile(tokens=(low, common, high))
         if manifest.task != "causal_lm" or max_tokens < 2:
             return (whole,)
         longest = min(max_tokens, 1024) - 1

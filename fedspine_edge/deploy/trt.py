@@ -16,13 +16,31 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, TensorInfo
+from fedspine_edge.deploy.bundle import EngineInfo, Precision, Profile, TensorInfo
 from fedspine_edge.deploy.cuda import DeviceInfo
 from fedspine_edge.errors import ConfigError, EngineBuildError, EngineIncompatible, MissingDependency
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
 OLDEST = (10, 3)
 """JetPack 6.2's TensorRT; older ones have neither int64 inputs nor the strong typing this relies on."""
+
+
+_NEWEST_OPSET = (((11, 0), 25), ((10, 6), 22), ((10, 3), 21))
+"""Newest opset that the parser of a release knows (the ONNX release it is built with). For 10.3 NVIDIA documents 20,
+and int4, whose DequantizeLinear in blocks is of opset 21."""
+
+
+def opset_for(precision: Precision) -> int:
+    """The lowest opset that has a precision, so that the oldest parsers read it: 19 scales in float16 and has
+    float8, 21 has int4 in blocks."""
+    return {"int8": 19, "fp8": 19, "int4": 21}.get(precision, 17)
+
+
+def newest_opset(backend: Backend) -> int:
+    """What the parser reads at most."""
+    if backend.name == "tensorrt_rtx":  # 1.x carries the parser of 10.12 and later
+        return 22
+    return next((opset for version, opset in _NEWEST_OPSET if _numbers(backend.version) >= version), 17)
 
 
 @dataclass(frozen=True)
@@ -256,6 +274,11 @@ def open_engine(backend: Backend, plan: bytes, rebuild: str) -> OpenEngine:
 
 
 _REMEDIES: tuple[tuple[str, str, str], ...] = (
+    (
+        r"HW-specific datatypes|(?:fp8|float8|fp4|bf16|bfloat16)\S* .{0,60}not supported",
+        "the model uses a number format that this GPU lacks",
+        "float8 needs SM 89 or newer (Jetson Thor, not Orin), bfloat16 SM 80: compile with precision='int8' or 'fp16'.",
+    ),
     (
         r"no (?:importer|checker) registered for op|unsupported .{0,40}op|UNSUPPORTED_NODE|plugin not found",
         "the ONNX file has an operator this release cannot parse",

@@ -63,7 +63,7 @@ def verify_onnx(
     try:
         return compare(
             runner,
-            lambda batch: _run_torch(module, batch, exported.inputs),
+            lambda batch: run_torch(module, batch, exported.inputs),
             inputs,
             logits_of(exported.outputs),
             precision=exported.precision,
@@ -84,7 +84,7 @@ def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]
             exported.path,
             module,
             batch,
-            lambda batch=batch: _run_torch(module, batch, exported.inputs),  # type: ignore[misc]
+            lambda batch=batch: run_torch(module, batch, exported.inputs),  # type: ignore[misc]
             tolerance=TOLERANCE[exported.precision],
         )
         if found is not None:
@@ -115,7 +115,7 @@ def verify_cache(
     try:
         return compare(
             _StepByStep(runner, exported.inputs, prompt),
-            lambda batch: _run_torch(module, batch, exported.inputs),
+            lambda batch: run_torch(module, batch, exported.inputs),
             inputs,
             logits_of(exported.outputs),
             precision=exported.precision,
@@ -155,7 +155,7 @@ def verify_adapters(
         for path, linear in linears.items():
             linear.factors = tuple(torch.from_numpy(batch[f"lora.{path}.{side}"]) for side in "AB")
         try:
-            return _run_torch(module, batch, exported.inputs)
+            return run_torch(module, batch, exported.inputs)
         finally:
             for linear in linears.values():
                 linear.factors = None
@@ -220,7 +220,8 @@ class _StepByStep:
         return {"logits": np.concatenate(found, axis=1)}
 
 
-def _run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) -> Inputs:
+def run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) -> Inputs:
+    """Logits of a task model for the inputs that are tokens."""
     import torch
 
     device = next(module.parameters()).device

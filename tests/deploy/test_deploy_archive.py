@@ -16,8 +16,9 @@ import pytest
 
 from fedspine_edge.deploy import build, cuda
 from fedspine_edge.deploy.archive import pack
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.publish import seal
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError, EngineIncompatible
 
