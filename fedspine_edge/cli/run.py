@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Session.load(arguments.bundle, backend=arguments.backend, rebuild=arguments.rebuild) as session:
         if arguments.adapter is not None:
             session.set_adapter(arguments.adapter)
+        if not arguments.json:
+            print(f"run: {session.backend}: {session.why}", file=sys.stderr)
         if session.manifest.task == "causal_lm":
             return _generate(session, texts, arguments)
         results = session.classify(texts)

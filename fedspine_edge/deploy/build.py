@@ -172,7 +172,7 @@ def _verify_plan(
     """Runs the plan where this machine can, and writes down why where it cannot."""
     from fedspine_edge.deploy.adapters import bundled_adapter
     from fedspine_edge.deploy.compare import verify_engine
-    from fedspine_edge.deploy.runner import EngineRunner
+    from fedspine_edge.deploy.engine import EngineRunner
 
     if device is None or device.sm not in info.compute_capabilities:
         here = f"this machine's GPU is SM {device.sm}" if device is not None else "built on a machine without a GPU"

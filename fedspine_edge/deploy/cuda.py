@@ -1,15 +1,17 @@
-"""The few CUDA driver calls that running an engine needs, through pycuda or NVIDIA's cuda-python.
+"""The few CUDA driver calls that running an engine needs, through NVIDIA's cuda-python or through pycuda.
 
 Both drive the device's *primary* context, retained and pushed around every use and popped after it, so that
 torch in the same process keeps working; nothing is initialised on import. `device_info` asks the driver
 library directly and needs neither package.
+
+Names and semantics are those of the CUDA driver API reference (groups CTX, MEM, STREAM and GRAPH).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,21 +35,35 @@ class DeviceInfo:
 
 def device_info(index: int = 0) -> DeviceInfo | None:
     """The GPU with this index, or None when there is no driver or no such device."""
+    found = _ask_driver(index)
+    return found if isinstance(found, DeviceInfo) else None
+
+
+def why_no_device(index: int = 0) -> str:
+    """Why `device_info` finds nothing, for an error message; empty when it does find a GPU."""
+    found = _ask_driver(index)
+    return found if isinstance(found, str) else ""
+
+
+def _ask_driver(index: int) -> DeviceInfo | str:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
+        return "the NVIDIA driver's libcuda.so.1 is not installed"
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(128)
-    calls: tuple[Callable[[], int], ...] = (
-        lambda: driver.cuInit(0),
-        lambda: driver.cuDeviceGet(ctypes.byref(device), index),
-        lambda: driver.cuDeviceGetName(name, len(name), device),
-        lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # COMPUTE_CAPABILITY_MAJOR
-        lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),  # COMPUTE_CAPABILITY_MINOR
+    calls: tuple[tuple[str, Callable[[], int]], ...] = (
+        ("cuInit", lambda: driver.cuInit(0)),
+        ("cuDeviceGet", lambda: driver.cuDeviceGet(ctypes.byref(device), index)),
+        ("cuDeviceGetName", lambda: driver.cuDeviceGetName(name, len(name), device)),
+        # 75 and 76 are COMPUTE_CAPABILITY_MAJOR and _MINOR.
+        ("cuDeviceGetAttribute", lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)),
+        ("cuDeviceGetAttribute", lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)),
     )
-    if any(call() != 0 for call in calls):
-        return None
+    for call, ask in calls:
+        error = ask()
+        if error != 0:
+            return f"the driver is there, but {call} answers error {error}"
     return DeviceInfo(name.value.decode(errors="replace"), f"{major.value}{minor.value}", l4t_release())
 
 
@@ -62,100 +78,73 @@ def l4t_release(path: str = "/etc/nv_tegra_release") -> str:
 
 
 class Cuda(Protocol):
-    """What the engine runner needs. All but `active` is called inside `with cuda.active()`."""
+    """What the engine runner needs. All but `active` and `close` are called inside `with cuda.active()`.
+
+    Addresses are device addresses. `pinned` memory is page-locked host memory, so that copies are asynchronous.
+    """
 
     name: str
+    unified: bool
+    """CPU and GPU share one memory, as on a Jetson: `address_of` pinned memory takes the place of copies."""
+    graphs: bool
+    """Whether `capture` works."""
 
-    def active(self) -> Any: ...
+    def active(self) -> AbstractContextManager[None]: ...
     def stream(self) -> int: ...
     def synchronize(self, stream: int) -> None: ...
+    def destroy_stream(self, stream: int) -> None: ...
     def alloc(self, size_bytes: int) -> int: ...
     def free(self, address: int) -> None: ...
     def pinned(self, size_bytes: int) -> Bytes: ...
+    def address_of(self, pinned: Bytes) -> int: ...
+    def free_pinned(self, pinned: Bytes) -> None: ...
     def to_device(self, address: int, host: Bytes, stream: int) -> None: ...
     def to_host(self, host: Bytes, address: int, stream: int) -> None: ...
+    def capture(self, stream: int, work: Callable[[], None]) -> int: ...
+    def launch(self, graph: int, stream: int) -> None: ...
+    def destroy_graph(self, graph: int) -> None: ...
     def close(self) -> None: ...
 
 
 def open_cuda(index: int = 0) -> Cuda:
-    """pycuda where it is installed, else cuda-python. Raises `MissingDependency` when neither is."""
+    """cuda-python where it is installed, for it captures graphs; else pycuda.
+
+    Raises `MissingDependency` when neither can be imported, `DeployError` when the driver refuses.
+    """
     failures = []
-    for backend in (PyCuda, CudaPython):
+    for backend in (CudaPython, PyCuda):
         try:
             return backend(index)
-        except (ImportError, RuntimeError) as error:  # cuda-python raises the latter without a driver
+        except (ImportError, RuntimeError) as error:
+            # Without a driver cuda-python raises the latter, and pycuda cannot be imported.
+            if isinstance(error, RuntimeError) or "libcuda" in str(error):
+                raise DeployError(
+                    f"{backend.name} is installed, but not the NVIDIA driver: {error}",
+                    remedy="Install or load the driver (a Jetson has it from JetPack); see: fedspine-edge doctor",
+                ) from error
             failures.append(f"{backend.name}: {error}")
     raise MissingDependency(
-        f"Running an engine needs pycuda or cuda-python ({'; '.join(failures)}).",
-        remedy="Install one: pip install pycuda (needs the CUDA toolkit), or pip install cuda-python.",
+        f"Running an engine needs cuda-python or pycuda ({'; '.join(failures)}).",
+        remedy="Install one: pip install cuda-python, of the driver's CUDA version (12.6 on JetPack 6), or "
+        "pip install pycuda, which needs the CUDA toolkit.",
     )
 
 
-class PyCuda:
-    """`Cuda` through pycuda; never pycuda.autoinit, which would make a context of its own."""
-
-    name = "pycuda"
-
-    def __init__(self, index: int) -> None:
-        import pycuda.driver as driver
-
-        self._driver = driver
-        driver.init()
-        self._context = driver.Device(index).retain_primary_context()
-        self._streams: dict[int, Any] = {}
-        self._buffers: dict[int, Any] = {}
-        self._pinned: list[Any] = []
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        self._context.push()
-        try:
-            yield
-        finally:
-            self._driver.Context.pop()
-
-    def stream(self) -> int:
-        stream = self._driver.Stream()
-        self._streams[int(stream.handle)] = stream
-        return int(stream.handle)
-
-    def synchronize(self, stream: int) -> None:
-        self._streams[stream].synchronize()
-
-    def alloc(self, size_bytes: int) -> int:
-        buffer = self._driver.mem_alloc(max(size_bytes, 1))
-        self._buffers[int(buffer)] = buffer
-        return int(buffer)
-
-    def free(self, address: int) -> None:
-        self._buffers.pop(address).free()
-
-    def pinned(self, size_bytes: int) -> Bytes:
-        array: Bytes = self._driver.pagelocked_empty(max(size_bytes, 1), np.uint8)
-        self._pinned.append(array)
-        return array
-
-    def to_device(self, address: int, host: Bytes, stream: int) -> None:
-        self._driver.memcpy_htod_async(address, host, self._streams[stream])
-
-    def to_host(self, host: Bytes, address: int, stream: int) -> None:
-        self._driver.memcpy_dtoh_async(host, address, self._streams[stream])
-
-    def close(self) -> None:
-        with self.active():
-            for buffer in self._buffers.values():
-                buffer.free()
-            # pycuda frees these when their last reference goes, which must happen inside the context.
-            self._buffers.clear()
-            self._streams.clear()
-            self._pinned.clear()
-        self._context.detach()
+def _failure(name: str) -> DeployError:
+    """An error for a driver call that failed, by the name the driver gives it."""
+    if "OUT_OF_MEMORY" in name or "out of memory" in name:
+        return DeployError(
+            f"The GPU is out of memory ({name}).",
+            remedy="Close other programs, or build the engine with a smaller largest batch and fewer tokens.",
+        )
+    return DeployError(f"A CUDA driver call failed: {name}.", remedy="Check the GPU with: fedspine-edge doctor")
 
 
 class CudaPython:
     """`Cuda` through cuda-python's driver API, in which every call returns (error, *results)."""
 
     name = "cuda-python"
+    graphs = True
 
     def __init__(self, index: int) -> None:
         try:
@@ -166,15 +155,20 @@ class CudaPython:
         self._driver = driver
         self._call(driver.cuInit(0))
         self._device = self._call(driver.cuDeviceGet(index))
+        attributes = driver.CUdevice_attribute
+        self.unified = all(
+            self._call(driver.cuDeviceGetAttribute(attribute, self._device))
+            for attribute in (
+                attributes.CU_DEVICE_ATTRIBUTE_INTEGRATED,
+                attributes.CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY,
+            )
+        )
         self._context = self._call(driver.cuDevicePrimaryCtxRetain(self._device))
-        self._buffers: set[int] = set()
-        self._streams: set[int] = set()
-        self._pinned: list[int] = []
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         error, *values = result
         if int(error) != 0:
-            raise DeployError(f"CUDA driver call failed: {error}.", remedy="Check the GPU with: fedspine-edge doctor")
+            raise _failure(getattr(error, "name", str(error)))
         return values[0] if values else None
 
     @contextmanager
@@ -186,26 +180,31 @@ class CudaPython:
             self._call(self._driver.cuCtxPopCurrent())
 
     def stream(self) -> int:
-        stream = int(self._call(self._driver.cuStreamCreate(1)))  # CU_STREAM_NON_BLOCKING
-        self._streams.add(stream)
-        return stream
+        return int(self._call(self._driver.cuStreamCreate(1)))  # CU_STREAM_NON_BLOCKING
 
     def synchronize(self, stream: int) -> None:
         self._call(self._driver.cuStreamSynchronize(stream))
 
+    def destroy_stream(self, stream: int) -> None:
+        self._call(self._driver.cuStreamDestroy(stream))
+
     def alloc(self, size_bytes: int) -> int:
-        address = int(self._call(self._driver.cuMemAlloc(max(size_bytes, 1))))
-        self._buffers.add(address)
-        return address
+        return int(self._call(self._driver.cuMemAlloc(max(size_bytes, 1))))
 
     def free(self, address: int) -> None:
-        self._buffers.remove(address)
         self._call(self._driver.cuMemFree(address))
 
     def pinned(self, size_bytes: int) -> Bytes:
-        address = int(self._call(self._driver.cuMemAllocHost(max(size_bytes, 1))))
-        self._pinned.append(address)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * max(size_bytes, 1)).from_address(address))
+        size = max(size_bytes, 1)
+        flags = 1 | (2 if self.unified else 0)  # CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP
+        address = int(self._call(self._driver.cuMemHostAlloc(size, flags)))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def address_of(self, pinned: Bytes) -> int:
+        return int(self._call(self._driver.cuMemHostGetDevicePointer(pinned.ctypes.data, 0)))
+
+    def free_pinned(self, pinned: Bytes) -> None:
+        self._call(self._driver.cuMemFreeHost(pinned.ctypes.data))
 
     def to_device(self, address: int, host: Bytes, stream: int) -> None:
         self._call(self._driver.cuMemcpyHtoDAsync(address, host.ctypes.data, host.nbytes, stream))
@@ -213,14 +212,115 @@ class CudaPython:
     def to_host(self, host: Bytes, address: int, stream: int) -> None:
         self._call(self._driver.cuMemcpyDtoHAsync(host.ctypes.data, address, host.nbytes, stream))
 
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        driver = self._driver
+        # Thread-local: another thread that allocates meanwhile disturbs nothing.
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(driver.cuStreamBeginCapture(stream, mode))
+        try:
+            work()
+        except BaseException:
+            # The stream must leave capture mode whatever happened; the graph, if there is one, is of no use.
+            error, graph = driver.cuStreamEndCapture(stream)
+            if int(error) == 0 and int(graph) != 0:
+                driver.cuGraphDestroy(graph)
+            raise
+        graph = self._call(driver.cuStreamEndCapture(stream))
+        try:
+            return int(self._call(driver.cuGraphInstantiate(graph, 0)))
+        finally:
+            self._call(driver.cuGraphDestroy(graph))  # the instance is a copy of its own
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._call(self._driver.cuGraphLaunch(graph, stream))
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call(self._driver.cuGraphExecDestroy(graph))
+
     def close(self) -> None:
-        with self.active():
-            for address in [*self._buffers]:
-                self.free(address)
-            for address in self._pinned:
-                self._call(self._driver.cuMemFreeHost(address))
-            for stream in self._streams:
-                self._call(self._driver.cuStreamDestroy(stream))
-            self._pinned.clear()
-            self._streams.clear()
         self._call(self._driver.cuDevicePrimaryCtxRelease(self._device))
+
+
+class PyCuda:
+    """`Cuda` through pycuda, which has no CUDA graphs; never pycuda.autoinit, which would make its own context."""
+
+    name = "pycuda"
+    graphs = False
+
+    def __init__(self, index: int) -> None:
+        import pycuda.driver as driver
+
+        self._driver = driver
+        driver.init()
+        device = driver.Device(index)
+        attributes = driver.device_attribute
+        self.unified = all(
+            device.get_attribute(attribute) for attribute in (attributes.INTEGRATED, attributes.CAN_MAP_HOST_MEMORY)
+        )
+        self._context = device.retain_primary_context()
+        # pycuda frees what its objects stand for when their last reference goes, so they are kept here.
+        self._streams: dict[int, Any] = {}
+        self._buffers: dict[int, Any] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self._context.push()
+        try:
+            yield
+        except self._driver.Error as error:
+            raise _failure(str(error)) from error
+        finally:
+            self._driver.Context.pop()
+
+    def stream(self) -> int:
+        stream = self._driver.Stream(1)  # CU_STREAM_NON_BLOCKING
+        self._streams[int(stream.handle)] = stream
+        return int(stream.handle)
+
+    def synchronize(self, stream: int) -> None:
+        self._streams[stream].synchronize()
+
+    def destroy_stream(self, stream: int) -> None:
+        del self._streams[stream]
+
+    def alloc(self, size_bytes: int) -> int:
+        buffer = self._driver.mem_alloc(max(size_bytes, 1))
+        self._buffers[int(buffer)] = buffer
+        return int(buffer)
+
+    def free(self, address: int) -> None:
+        self._buffers.pop(address).free()
+
+    def pinned(self, size_bytes: int) -> Bytes:
+        flags = self._driver.host_alloc_flags
+        wanted = flags.PORTABLE | (flags.DEVICEMAP if self.unified else 0)
+        array: Bytes = self._driver.pagelocked_empty(max(size_bytes, 1), np.uint8, mem_flags=wanted)
+        return array
+
+    def address_of(self, pinned: Bytes) -> int:
+        return int(pinned.base.get_device_pointer())  # type: ignore[union-attr]
+
+    def free_pinned(self, pinned: Bytes) -> None:
+        pinned.base.free()  # type: ignore[union-attr]
+
+    def to_device(self, address: int, host: Bytes, stream: int) -> None:
+        self._driver.memcpy_htod_async(address, host, self._streams[stream])
+
+    def to_host(self, host: Bytes, address: int, stream: int) -> None:
+        self._driver.memcpy_dtoh_async(host, address, self._streams[stream])
+
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        raise NotImplementedError
+
+    def launch(self, graph: int, stream: int) -> None:
+        raise NotImplementedError
+
+    def destroy_graph(self, graph: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        # pycuda's detach() of a primary context pushes it and counts on a pop that cuDevicePrimaryCtxRelease does not
+        # do; off the thread that made the context it does nothing. So: make it active, pop it ourselves, let go.
+        self._context.push()
+        ctypes.CDLL("libcuda.so.1").cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._context.detach()

@@ -7,7 +7,8 @@ for piece in session.stream("Once upon a time", max_new_tokens=50):
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -150,30 +151,47 @@ def _pieces(
     choose, ends = sampling.chooser(), frozenset(session.manifest.end_token_ids)
     stream = TextStream(session.codec, stop)
     run.prompt_tokens = len(ids)
-    adapter = session.adapter_inputs()  # one text, one adapter, whatever is set meanwhile
-    state: Any = None
-    tokens, total = np.array([ids], dtype=np.int64), len(ids)
-    start = time.perf_counter()
-    while len(run.tokens) < max_new_tokens and total <= session.manifest.max_tokens:
-        inputs = {"input_ids": tokens, "attention_mask": np.ones((1, total), dtype=np.int64)}
-        logits, state = session.live_runner().step(inputs | adapter, state)
-        token = choose(logits[0, -1])
-        if not run.tokens:
-            run.first_token_ms = (time.perf_counter() - start) * 1e3
-        if token in ends:
-            run.finish = "end"
-            break
-        run.tokens.append(token)
-        run.steps_s = time.perf_counter() - start - run.first_token_ms / 1e3
-        piece = stream.feed(token)
-        if piece:
-            yield piece
-        if stream.stopped:
-            run.finish = "stop"
-            return
-        tokens, total = np.array([[token]], dtype=np.int64), total + 1
+    with closing(_tokens(session, ids, choose, ends, max_new_tokens, run)) as tokens:
+        for token in tokens:
+            piece = stream.feed(token)
+            if piece:
+                yield piece
+            if stream.stopped:
+                run.finish = "stop"
+                return
     rest = stream.finish()
     if stream.stopped:
         run.finish = "stop"
     if rest:
         yield rest
+
+
+def _tokens(
+    session: Session,
+    ids: list[int],
+    choose: Callable[[Array], int],
+    ends: frozenset[int],
+    max_new_tokens: int,
+    run: _Run,
+) -> Generator[int, None, None]:
+    """Tokens as they are chosen; the cache's memory goes back when the caller stops asking."""
+    runner, state = session.live_runner(), None
+    adapter = session.adapter_inputs()  # one text, one adapter, whatever is set meanwhile
+    tokens, total = np.array([ids], dtype=np.int64), len(ids)
+    start = time.perf_counter()
+    try:
+        while len(run.tokens) < max_new_tokens and total <= session.manifest.max_tokens:
+            inputs = {"input_ids": tokens, "attention_mask": np.ones((1, total), dtype=np.int64)}
+            logits, state = runner.step(inputs | adapter, state, last=True)
+            token = choose(logits[0, -1])
+            if not run.tokens:
+                run.first_token_ms = (time.perf_counter() - start) * 1e3
+            if token in ends:
+                run.finish = "end"
+                return
+            run.tokens.append(token)
+            run.steps_s = time.perf_counter() - start - run.first_token_ms / 1e3
+            yield token
+            tokens, total = np.array([[token]], dtype=np.int64), total + 1
+    finally:
+        runner.forget(state)

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.deploy import cuda, trt
 from fedspine_edge.deploy.adapters import bundled_adapter, read_adapter
-from fedspine_edge.deploy.archive import is_archive, pack, unpack
-from fedspine_edge.deploy.build import BACKENDS, BackendChoice, rebuild_engine
-from fedspine_edge.deploy.bundle import PLAN, Bundle, Manifest, TensorInfo, load_bundle, rebuild_command
+from fedspine_edge.deploy.archive import is_archive, unpack
+from fedspine_edge.deploy.backends import Opened, open_bundle
+from fedspine_edge.deploy.build import BACKENDS, BackendChoice
+from fedspine_edge.deploy.bundle import Manifest
 from fedspine_edge.deploy.generate import Generation, Sampling, generate, pieces
+from fedspine_edge.deploy.inputs import checked_tokens, random_tokens
 from fedspine_edge.deploy.latency import (
     Latency,
     LatencyComparison,
@@ -33,21 +34,14 @@ from fedspine_edge.deploy.latency import (
     latency_of,
     time_sessions,
 )
-from fedspine_edge.deploy.runner import EngineRunner, OnnxRuntimeRunner, Runner, empty_past
+from fedspine_edge.deploy.runner import Runner, empty_past
 from fedspine_edge.deploy.text import Text, TextCodec
-from fedspine_edge.errors import (
-    ConfigError,
-    DataError,
-    DeployError,
-    EngineBuildError,
-    EngineIncompatible,
-    FedspineError,
-    MissingDependency,
-)
+from fedspine_edge.errors import ConfigError, DataError, DeployError
 
 __all__ = ["Latency", "LatencyComparison", "Prediction", "Session", "compare_latency"]
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 class Prediction(Result, frozen=True, kw_only=True):
@@ -67,11 +61,11 @@ class Session:
         bundle: The checked bundle, with its manifest.
     """
 
-    def __init__(self, bundle: Bundle, runner: Runner, backend: str, why: str) -> None:
-        self.bundle, self.backend, self.why = bundle, backend, why
-        self._runner: Runner | None = runner
+    def __init__(self, opened: Opened) -> None:
+        self.bundle, self.backend, self.why = opened.bundle, opened.backend, opened.why
+        self._runner: Runner | None = opened.runner
         self._codec_lock = threading.Lock()
-        self._adapter = bundled_adapter(bundle.folder, bundle.manifest)
+        self._adapter = bundled_adapter(self.bundle.folder, self.manifest)
         self._pool: ThreadPoolExecutor | None = None
         self._workers = 4
         self._unpacked: TemporaryDirectory[str] | None = None
@@ -104,71 +98,17 @@ class Session:
             raise ConfigError(f"backend is {backend!r}.", remedy=f"Choose one of: {', '.join(BACKENDS)}")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1.", remedy="Leave it out for one per core.")
-        if is_archive(bundle):
-            unpacked = unpack(bundle)
-            try:
-                session = cls._load(Path(unpacked.name), backend, threads, rebuild, Path(bundle))
-            except BaseException:
-                unpacked.cleanup()
-                raise
-            session._unpacked = unpacked
-            return session
-        return cls._load(Path(bundle), backend, threads, rebuild, None)
-
-    @classmethod
-    def _load(
-        cls, folder: Path, backend: BackendChoice, threads: int | None, rebuild: bool, archive: Path | None
-    ) -> Session:
-        if backend == "onnxruntime":
-            checked = load_bundle(folder, ignore=(PLAN,))  # a damaged plan does no harm here
-            return cls._on_onnxruntime(checked, threads, "ONNX Runtime, as asked for.")
+        if not is_archive(bundle):
+            return cls(open_bundle(Path(bundle), backend, threads=threads, rebuild=rebuild, archive=None))
+        unpacked = unpack(bundle)
         try:
-            return cls._on_engine(load_bundle(folder), backend)
-        except (EngineIncompatible, MissingDependency) as error:
-            reason: FedspineError = error
-        if rebuild:
-            try:
-                rebuild_engine(folder, backend)
-                if archive is not None:
-                    pack(folder, archive)
-                return cls._on_engine(load_bundle(folder), backend)
-            except (EngineIncompatible, EngineBuildError, MissingDependency) as error:
-                reason = error
-        # With auto, what remains is ONNX Runtime; a damaged plan, though, is never passed over in silence.
-        if backend != "auto" or (not rebuild and _plan_is_damaged(folder)):
-            raise reason
-        checked = load_bundle(folder, ignore=(PLAN,))
-        return cls._on_onnxruntime(checked, threads, f"ONNX Runtime, because: {reason.message}")
-
-    @classmethod
-    def _on_onnxruntime(cls, bundle: Bundle, threads: int | None, why: str) -> Session:
-        return cls(bundle, OnnxRuntimeRunner(bundle.model_path, threads=threads), "onnxruntime", why)
-
-    @classmethod
-    def _on_engine(cls, bundle: Bundle, wanted: str) -> Session:
-        info, rebuild = bundle.manifest.engine, rebuild_command(bundle.folder)
-        if info is None:
-            reason = bundle.manifest.engine_absent or "none was built"
-            raise EngineIncompatible(f"{bundle.folder} has no engine: {reason}", remedy=f"Build one with: {rebuild}")
-        if wanted not in ("auto", info.backend):
-            raise EngineIncompatible(
-                f"{bundle.folder} holds an engine for {info.backend}, not for {wanted}.",
-                remedy=f"Build one with: {rebuild} --backend {wanted}",
-            )
-        backend = trt.find_backend(info.backend)
-        device = cuda.device_info()
-        trt.check_engine(info, backend, device, rebuild)
-        runner = EngineRunner(
-            bundle.plan_path.read_bytes(),
-            info,
-            bundle.manifest.inputs,
-            bundle.manifest.outputs,
-            backend=backend,
-            cuda=cuda.open_cuda(),
-            rebuild=rebuild,
-        )
-        why = f"the {info.backend} {info.version} engine, which was built for this GPU."
-        return cls(bundle, runner, info.backend, why)
+            folder = Path(unpacked.name)
+            session = cls(open_bundle(folder, backend, threads=threads, rebuild=rebuild, archive=Path(bundle)))
+        except BaseException:
+            unpacked.cleanup()
+            raise
+        session._unpacked = unpacked
+        return session
 
     @property
     def manifest(self) -> Manifest:
@@ -195,12 +135,24 @@ class Session:
 
         In asyncio: `await asyncio.wrap_future(session.run_async(...))`. Inputs must not be changed meanwhile.
         """
+        return self._submit(lambda: self.run(**inputs))
+
+    def classify_async(self, text: Text | Sequence[Text], *, batch_size: int = 16) -> Future[Any]:
+        """`classify` on a thread of this session; see `run_async`."""
+        classify: Callable[..., Any] = self.classify
+        return self._submit(lambda: classify(text, batch_size=batch_size))
+
+    def generate_async(self, prompt: str | Sequence[int], **settings: Any) -> Future[Generation]:
+        """`generate` on a thread of this session, with its settings; see `run_async`."""
+        return self._submit(lambda: self.generate(prompt, **settings))
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
         with self._codec_lock:
             self.live_runner()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fedspine-session")
             pool = self._pool
-        return pool.submit(self.run, **inputs)
+        return pool.submit(work)
 
     def set_adapter(self, folder: str | Path | None) -> None:
         """Exchanges the adapter, and the task head that came with it, for all runs that start from now on.
@@ -276,30 +228,7 @@ class Session:
 
     def checked_inputs(self, given: dict[str, Array]) -> dict[str, Array]:
         """`given` as the runner takes it, with an empty KV cache and the adapter that is set. Raises `DataError`."""
-        known = {tensor.name: tensor for tensor in self.manifest.inputs if tensor.kind == "tokens"}
-        unknown = sorted(given.keys() - known.keys())
-        if unknown:
-            raise DataError(f"The model has no input {unknown[0]!r}.", remedy=f"Its inputs: {', '.join(known)}")
-        shape: tuple[int, ...] | None = None
-        for name, array in given.items():
-            _check_array(known[name], array, self.manifest.max_tokens)
-            if shape is not None and array.shape != shape:
-                raise DataError(
-                    f"{name} has shape {array.shape}, another input {shape}.",
-                    remedy="All inputs must have the same (batch, tokens).",
-                )
-            shape = array.shape
-        checked = {}
-        for name, tensor in known.items():
-            if name in given:
-                checked[name] = np.ascontiguousarray(given[name], dtype=tensor.dtype)
-            elif tensor.default is not None and shape is not None:
-                checked[name] = np.full(shape, tensor.default, dtype=tensor.dtype)
-            else:
-                raise DataError(
-                    f"The input {name!r} is missing.",
-                    remedy=f"Pass an integer numpy array of shape (batch, tokens) as {name}=...",
-                )
+        checked = checked_tokens(self.manifest, given)
         return checked | empty_past(self.manifest.inputs, len(checked["input_ids"])) | self._adapter
 
     @overload
@@ -364,19 +293,7 @@ class Session:
 
     def random_inputs(self, batch: int, tokens: int) -> dict[str, Array]:
         """Random tokens of shape (batch, tokens) without padding, for timing."""
-        rng = np.random.default_rng(0)
-        inputs: dict[str, Array] = {}
-        for tensor in self.manifest.inputs:
-            if tensor.kind != "tokens":
-                continue
-            limit = tensor.limit or 2
-            # A full mask, and only tokens that cannot be padding: padding would shorten the sequence.
-            if tensor.name == "input_ids":
-                allowed = np.setdiff1d(np.arange(limit), [self.manifest.pad_token_id])
-                inputs[tensor.name] = rng.choice(allowed, size=(batch, tokens)).astype(np.int64)
-            else:
-                inputs[tensor.name] = np.full((batch, tokens), int(tensor.name == "attention_mask"), dtype=np.int64)
-        return inputs
+        return random_tokens(self.manifest, batch, tokens)
 
     def close(self) -> None:
         """Frees the engine or the ONNX Runtime session; calling it again does nothing."""
@@ -397,33 +314,3 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _plan_is_damaged(folder: Path) -> bool:
-    try:
-        load_bundle(folder)
-    except EngineIncompatible:
-        return True
-    return False
-
-
-def _check_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
-    """Raises `DataError` unless `array` can be the integer input `tensor`."""
-    name = tensor.name
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{name} is a {type(array).__name__}.", remedy="Pass a numpy array, np.array(...).")
-    if array.dtype.kind not in "iu":
-        raise DataError(f"{name} has dtype {array.dtype}.", remedy=f"Pass {tensor.dtype} (any integer type will do).")
-    if array.ndim != 2 or 0 in array.shape:
-        raise DataError(f"{name} has shape {array.shape}.", remedy="Pass (batch, tokens), neither of them 0.")
-    if array.shape[1] > max_tokens:
-        raise DataError(
-            f"{name} has {array.shape[1]} tokens; the model allows {max_tokens}.",
-            remedy="Cut the text; classify() does so by itself.",
-        )
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or (tensor.limit is not None and high >= tensor.limit):
-        raise DataError(
-            f"{name} holds {low if low < 0 else high}; it must be within 0..{(tensor.limit or 2**63) - 1}.",
-            remedy="Use the tokenizer of this bundle.",
-        )

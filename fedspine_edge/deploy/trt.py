@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fedspine_edge.deploy.bundle import EngineInfo, Precision, Profile, TensorInfo
 from fedspine_edge.deploy.cuda import DeviceInfo
-from fedspine_edge.errors import ConfigError, EngineBuildError, EngineIncompatible, MissingDependency
+from fedspine_edge.errors import ConfigError, DeployError, EngineBuildError, EngineIncompatible, MissingDependency
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
 OLDEST = (10, 3)
@@ -246,13 +246,62 @@ def check_engine(info: EngineInfo, backend: Backend, device: DeviceInfo | None, 
 
 @dataclass
 class OpenEngine:
-    """A deserialised plan and everything that must live as long as it does."""
+    """A deserialised plan and everything that must live as long as it does; contexts are made from it."""
 
+    backend: Backend
     logger: Any
     runtime: Any
     engine: Any
-    context: Any
     log: list[str]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Scratch memory that one context at a time needs, for the largest of its profiles."""
+        return int(self.engine.device_memory_size_v2)
+
+    @property
+    def captures_itself(self) -> bool:
+        """TensorRT-RTX captures CUDA graphs by itself: it compiles kernels as shapes come, so only it knows when."""
+        return hasattr(self.backend.module, "CudaGraphStrategy")
+
+    def context(self, profile: int, memory: int, stream: int) -> Any:
+        """A context on `profile` whose scratch memory, at least `memory_bytes`, is the caller's.
+
+        So several contexts can share one block as long as they run one after the other (ICudaEngine,
+        ExecutionContextAllocationStrategy.USER_MANAGED). Needs an active CUDA context.
+        """
+        trt = self.backend.module
+        user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.captures_itself:
+            settings = self.engine.create_runtime_config()
+            settings.set_execution_context_allocation_strategy(user_managed)
+            settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self.engine.create_execution_context(settings)
+        else:
+            context = self.engine.create_execution_context(user_managed)
+        if context is None:
+            raise self.refused("create an execution context")
+        context.set_device_memory(memory, self.memory_bytes)
+        if not context.set_optimization_profile_async(profile, stream):
+            raise self.refused(f"select profile {profile}")
+        return context
+
+    def capturable(self, context: Any, stream: int) -> bool:
+        """Whether a run of `context` can be captured into a CUDA graph; where TensorRT cannot say, trying tells."""
+        ask = getattr(context, "is_stream_capturable", None)
+        return not self.captures_itself and (ask is None or bool(ask(stream)))
+
+    def close(self) -> None:
+        """Lets TensorRT's objects go, in the order it asks for; needs an active CUDA context."""
+        self.engine = None
+        self.runtime = None
+
+    def refused(self, action: str) -> DeployError:
+        """The error for a call that answered False or None, with what TensorRT logged."""
+        return DeployError(
+            f"{self.backend.name} {self.backend.version} could not {action}. {_last_words(self.log)}",
+            remedy="Check free memory and the GPU with: fedspine-edge doctor; then build the engine anew.",
+        )
 
 
 def open_engine(backend: Backend, plan: bytes, rebuild: str) -> OpenEngine:
@@ -264,13 +313,12 @@ def open_engine(backend: Backend, plan: bytes, rebuild: str) -> OpenEngine:
     logger = make_logger(backend, log)
     runtime = backend.module.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
-    context = engine.create_execution_context() if engine is not None else None
-    if context is None:
-        what = "deserialise the plan" if engine is None else "create an execution context"
+    if engine is None:
         raise EngineIncompatible(
-            f"{backend.name} {backend.version} could not {what}: {_last_words(log)}", remedy=f"Build it anew: {rebuild}"
+            f"{backend.name} {backend.version} could not deserialise the plan. {_last_words(log)}",
+            remedy=f"Build it anew: {rebuild}",
         )
-    return OpenEngine(logger, runtime, engine, context, log)
+    return OpenEngine(backend, logger, runtime, engine, log)
 
 
 _REMEDIES: tuple[tuple[str, str, str], ...] = (

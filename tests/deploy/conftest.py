@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from fake_tensorrt import FakeDriver
 from tiny_deploy import tiny_model, write_tokenizer
 
 from fedspine_edge.deploy.compile import compile_engine
@@ -40,3 +43,31 @@ def shared_bundle(model_folder, tmp_path_factory) -> Path:
 def bundle(shared_bundle, tmp_path) -> Path:
     """A copy of it that a test may break."""
     return Path(shutil.copytree(shared_bundle, tmp_path / "copy.bundle"))
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory):
+    """fake_libcuda.cpp, loaded so that everybody who asks for libcuda.so.1 gets it. It says "no device" until used."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("this machine has a real driver; the tests marked gpu use it")
+    except OSError:
+        pass
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = Path(__file__).resolve().parents[1] / "support" / "fake_libcuda.cpp"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([compiler, *flags, "-o", library, source], check=True, timeout=120)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture
+def driver(driver_library):
+    """A GPU with nothing on it; afterwards there is none again."""
+    driver = FakeDriver(driver_library)
+    driver.reset()
+    yield driver
+    driver.reset(absent=1)

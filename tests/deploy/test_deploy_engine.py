@@ -1,275 +1,474 @@
-"""The engine runner's own logic, against a stand-in for TensorRT and CUDA that computes on host memory.
+"""Running an engine, on a driver and a TensorRT that are not there: see fake_libcuda.cpp and fake_tensorrt.py.
 
-This proves the bookkeeping (shapes, profiles, buffers, contexts, errors). It proves nothing about a GPU: the test
-at the end runs a real engine where there is one.
+cuda-python is the real one, and every answer is compared with ONNX Runtime's. What this proves is the bookkeeping:
+memory, copies, contexts, graphs, threads, errors. It proves nothing about a GPU's speed or arithmetic; the last test
+runs a real engine where there is one.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
+from fake_tensorrt import FakeTensorRT
+from tiny_deploy import VOCAB, tiny_model, write_byte_tokenizer
 
-from fedspine_edge.deploy import cuda, trt
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, TensorInfo, load_bundle
+from fedspine_edge.deploy import cuda, engine, lanes, trt
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
 from fedspine_edge.deploy.compile import compile_engine
-from fedspine_edge.deploy.runner import EngineRunner
+from fedspine_edge.deploy.engine import EngineRunner
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible, MissingDependency
 
-INPUTS = tuple(
-    TensorInfo(name=name, dtype="int64", shape=("batch", "sequence")) for name in ("input_ids", "attention_mask")
-)
-OUTPUTS = (TensorInfo(name="logits", dtype="float32", shape=("batch", 3)),)
 PROFILES = (Profile(batch=(1, 1, 2), tokens=(1, 4, 8)), Profile(batch=(2, 3, 4), tokens=(4, 16, 32)))
+STEPS = (Profile(batch=(1, 1, 1), tokens=(1, 8, 32)), Profile(batch=(1, 1, 1), tokens=(1, 1, 1), past=(0, 16, 65)))
 
 
-class HostCuda:
-    """`Cuda` on host memory; insists on an active context, as the driver does."""
-
-    name = "host"
-
-    def __init__(self):
-        self.memory, self.depth, self.closed, self.local = {}, 0, False, threading.local()
-
-    @contextmanager
-    def active(self):
-        self.local.depth = getattr(self.local, "depth", 0) + 1
-        try:
-            yield
-        finally:
-            self.local.depth -= 1
-
-    def _require(self):
-        assert self.local.depth == 1, "called outside an active context"
-
-    def stream(self):
-        self._require()
-        return 7
-
-    def synchronize(self, stream):
-        self._require()
-        assert stream == 7
-
-    def alloc(self, size_bytes):
-        self._require()
-        address = 4096 * (len(self.memory) + 1)
-        self.memory[address] = np.zeros(size_bytes, np.uint8)
-        return address
-
-    def free(self, address):
-        del self.memory[address]
-
-    def pinned(self, size_bytes):
-        return np.zeros(size_bytes, np.uint8)
-
-    def to_device(self, address, host, stream):
-        self._require()
-        self.memory[address][: host.nbytes] = host
-
-    def to_host(self, host, address, stream):
-        self._require()
-        host[:] = self.memory[address][: host.nbytes]
-
-    def close(self):
-        self.memory.clear()
-        self.closed = True
-
-
-class Engine:
-    """logits[b] = (sum of masked ids, number of tokens in the mask, active profile)."""
-
-    def __init__(self, driver, names=("input_ids", "attention_mask", "logits"), refuse=""):
-        self.driver, self.names, self.refuse = driver, names, refuse
-        self.num_io_tensors = len(names)
-        self.shapes, self.addresses, self.profile = {}, {}, 0
-
-    def get_tensor_name(self, index):
-        return self.names[index]
-
-    def create_execution_context(self):
-        return None if self.refuse == "context" else self
-
-    def set_tensor_address(self, name, address):
-        self.addresses[name] = address
-        return self.refuse != "address"
-
-    def set_optimization_profile_async(self, index, stream):
-        self.profile = index
-        return True
-
-    def set_input_shape(self, name, shape):
-        self.shapes[name] = shape
-        return PROFILES[self.profile].covers(*shape) and self.refuse != "shape"
-
-    def get_tensor_shape(self, name):
-        return (self.shapes["input_ids"][0], 3)
-
-    def execute_async_v3(self, stream):
-        def read(name):
-            raw = self.driver.memory[self.addresses[name]]
-            return raw.view(np.int64)[: np.prod(self.shapes[name])].reshape(self.shapes[name])
-
-        ids, mask = read("input_ids"), read("attention_mask")
-        out = np.stack([(ids * mask).sum(1), mask.sum(1), np.full(len(ids), self.profile)], 1).astype(np.float32)
-        self.driver.memory[self.addresses["logits"]][: out.nbytes] = out.reshape(-1).view(np.uint8)
-        return self.refuse != "run"
-
-
-class Logger:
-    class Severity:
-        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
-
-
-def backend_of(engine):
-    def runtime(logger):
-        logger.log(Logger.Severity.INFO, "hello")
-        if engine is None:
-            logger.log(Logger.Severity.ERROR, "magic tag does not match")
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
-
-    return trt.Backend("tensorrt", SimpleNamespace(ILogger=Logger, Runtime=runtime), "10.3.0")
-
-
-def runner_of(driver, engine):
-    info = EngineInfo(backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=PROFILES)
+def runner_of(bundle, module, profiles=PROFILES):
+    """The runner of `bundle` on the fake TensorRT `module`."""
+    checked = load_bundle(bundle)
+    info = EngineInfo(backend=module.backend.name, version="10.3.0", compute_capabilities=("87",), profiles=profiles)
     return EngineRunner(
-        b"plan",
+        str(checked.model_path).encode(),
         info,
-        INPUTS,
-        OUTPUTS,
-        backend=backend_of(engine),
-        cuda=driver,
+        checked.manifest.inputs,
+        checked.manifest.outputs,
+        backend=module.backend,
+        cuda=cuda.open_cuda(),
         rebuild="fedspine-edge compile B --out B",
     )
 
 
+@pytest.fixture
+def module(driver):
+    return FakeTensorRT(driver, PROFILES)
+
+
+@pytest.fixture
+def runner(shared_bundle, module):
+    runner = runner_of(shared_bundle, module)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def reference(shared_bundle):
+    with Session.load(shared_bundle, threads=1) as session:
+        yield lambda inputs: session.run(**inputs)
+
+
 def inputs_of(batch, tokens, seed=0):
     rng = np.random.default_rng(seed)
-    return {
-        "input_ids": rng.integers(0, 1000, (batch, tokens)),
-        "attention_mask": rng.integers(0, 2, (batch, tokens)),
-    }
+    mask = np.ones((batch, tokens), np.int64)
+    mask[-1, (tokens + 1) // 2 :] = 0
+    ids = rng.integers(1, VOCAB, (batch, tokens))
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros((batch, tokens), np.int64)}
 
 
-def expected(inputs, profile):
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    return np.stack([(ids * mask).sum(1), mask.sum(1), np.full(len(ids), profile)], 1)
-
-
-def test_shapes_in_any_order_give_the_right_rows_and_profile():
-    driver = HostCuda()
-    runner = runner_of(driver, Engine(driver))
-    # Within both profiles the one already active is kept: switching costs.
-    for (batch, tokens), profile in [((1, 8), 0), ((2, 4), 0), ((4, 32), 1), ((2, 4), 1), ((1, 1), 0)]:
+def test_shapes_in_any_order_give_what_onnxruntime_gives(runner, reference):
+    for batch, tokens in [(1, 8), (2, 4), (4, 32), (2, 4), (1, 1), (3, 20), (1, 8)]:
         inputs = inputs_of(batch, tokens)
-        np.testing.assert_array_equal(runner.run(inputs)["logits"], expected(inputs, profile))
+        np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
     assert (runner.max_batch, runner.max_tokens) == (4, 32)
 
 
-def test_buffers_are_made_once_for_the_largest_profile():
-    driver = HostCuda()
-    runner = runner_of(driver, Engine(driver))
-    sizes = [buffer.nbytes for buffer in driver.memory.values()]
-    assert sizes == [4 * 32 * 8, 4 * 32 * 8, 4 * 3 * 4]
+def test_memory_is_there_before_the_first_run_and_grows_only_for_larger_shapes(driver, runner):
+    calls = ("cuMemAlloc_v2", "cuMemHostAlloc")
+    before = [driver.count(call) for call in calls]
+    for seed in range(5):
+        runner.run(inputs_of(3, 16, seed))
+        runner.run(inputs_of(1, 4, seed))
+    assert [driver.count(call) for call in calls] == before
     runner.run(inputs_of(4, 32))
-    assert len(driver.memory) == 3
+    grown = [driver.count(call) for call in calls]
+    assert grown != before
+    runner.run(inputs_of(4, 30))
+    assert [driver.count(call) for call in calls] == grown
+    assert driver.count("pageable copies") == 0
 
 
-def test_results_are_not_overwritten_by_the_next_run():
-    driver = HostCuda()
-    runner = runner_of(driver, Engine(driver))
+def test_results_are_not_overwritten_by_the_next_run(runner):
     first = runner.run(inputs_of(1, 4))["logits"]
     kept = first.copy()
-    runner.run(inputs_of(1, 4, seed=1))
+    assert (runner.run(inputs_of(1, 4, seed=1))["logits"] != kept).any()
     np.testing.assert_array_equal(first, kept)
 
 
-def test_inputs_need_not_be_contiguous():
-    driver = HostCuda()
-    inputs = {name: array.T for name, array in inputs_of(8, 2).items()}
-    result = runner_of(driver, Engine(driver)).run(inputs)["logits"]
-    np.testing.assert_array_equal(result, expected(inputs, 0))
+def test_inputs_need_not_be_contiguous(runner, reference):
+    inputs = inputs_of(2, 8)
+    strided = {name: np.asfortranarray(array) for name, array in inputs.items()}
+    np.testing.assert_allclose(runner.run(strided)["logits"], reference(inputs), atol=1e-6)
 
 
-def test_threads_do_not_mix_their_results():
-    driver = HostCuda()
-    runner = runner_of(driver, Engine(driver))
-    work = [inputs_of(1 + n % 2, 1 + n % 8, seed=n) for n in range(60)]
-    with ThreadPoolExecutor(8) as pool:
-        for inputs, result in zip(work, pool.map(runner.run, work)):
-            np.testing.assert_array_equal(result["logits"][:, :2], expected(inputs, 0)[:, :2])
+def test_shared_memory_is_never_copied(driver, shared_bundle, module, reference):
+    driver.set("unified", 1)
+    runner = runner_of(shared_bundle, module)
+    for batch, tokens in [(1, 4), (1, 4), (1, 4), (4, 32), (2, 8)]:
+        inputs = inputs_of(batch, tokens, seed=tokens)
+        np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
+    assert driver.count("bytes up") == driver.count("bytes down") == 0
+    runner.close()
+    assert driver.alive() == {}
 
 
-def test_shapes_outside_every_profile_are_named_with_what_there_is():
-    driver = HostCuda()
-    with pytest.raises(DataError, match=r"batch 5 × 4 tokens; it has: batch 1–2, tokens 1–8; batch 2–4, tokens 4–32"):
-        runner_of(driver, Engine(driver)).run(inputs_of(5, 4))
+def test_the_third_run_of_a_shape_is_one_launch(driver, runner, module, reference):
+    for launches in (0, 0, 1, 2, 3):
+        inputs = inputs_of(1, 4, seed=launches)
+        np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
+        assert driver.count("cuGraphLaunch") == launches
+    copies = driver.count("cuMemcpyHtoDAsync_v2")
+    runner.run(inputs_of(1, 4))
+    assert driver.count("cuMemcpyHtoDAsync_v2") == copies  # the copies are in the graph
+    assert driver.alive()["instance"] == 1
+    assert "graph" not in driver.alive()  # what was captured went when its instance was made
 
 
-@pytest.mark.parametrize("refuse", ["shape", "run"])
-def test_every_refusal_while_running_is_an_error(refuse):
-    driver = HostCuda()
-    runner = runner_of(driver, Engine(driver, refuse=refuse))
-    with pytest.raises(DeployError, match="TensorRT could not"):
-        runner.run(inputs_of(1, 4))
-    assert driver.local.depth == 0
+def test_graphs_of_few_shapes_are_kept_and_none_of_old_addresses(driver, runner, reference):
+    for _ in range(3):
+        for tokens in range(1, 9):
+            for batch in (1, 2):
+                inputs = inputs_of(batch, tokens)
+                np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
+    assert driver.alive()["instance"] == lanes.MAX_GRAPHS
+    runner.run(inputs_of(4, 32))
+    assert "instance" not in driver.alive()
+    np.testing.assert_allclose(runner.run(inputs_of(2, 8))["logits"], reference(inputs_of(2, 8)), atol=1e-6)
 
 
-@pytest.mark.parametrize("refuse", ["context", "address"])
-def test_a_failed_start_frees_everything(refuse):
-    driver = HostCuda()
-    with pytest.raises(DeployError):
-        runner_of(driver, Engine(driver, refuse=refuse))
-    assert driver.closed
-    assert driver.local.depth == 0
+def test_what_cannot_be_captured_runs_call_by_call(driver, runner, reference):
+    driver.set("uncapturable", 1)
+    for seed in range(5):
+        inputs = inputs_of(1, 4, seed)
+        np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
+    assert driver.count("cuStreamBeginCapture_v2") == 1
+    assert driver.count("cuGraphLaunch") == 0
 
 
-def test_a_plan_that_does_not_deserialise_carries_tensorrts_words():
-    driver = HostCuda()
-    with pytest.raises(EngineIncompatible, match=r"could not deserialise the plan.*magic tag") as caught:
-        runner_of(driver, None)
-    assert "fedspine-edge compile B --out B" in caught.value.remedy
-    assert driver.closed
+def test_rtx_captures_graphs_by_itself(driver, shared_bundle, reference):
+    runner = runner_of(shared_bundle, FakeTensorRT(driver, PROFILES, rtx=True))
+    for _ in range(4):
+        np.testing.assert_allclose(runner.run(inputs_of(1, 4))["logits"], reference(inputs_of(1, 4)), atol=1e-6)
+    assert driver.count("cuStreamBeginCapture_v2") == 0
+    runner.close()
+    assert driver.alive() == {}
 
 
-def test_a_plan_of_another_model_is_refused():
-    driver = HostCuda()
-    with pytest.raises(EngineIncompatible, match="pixels"):
-        runner_of(driver, Engine(driver, names=("pixels", "logits")))
-
-
-def test_closing_frees_once_and_ends_running():
-    driver = HostCuda()
-    runner = runner_of(driver, Engine(driver))
+def test_nothing_is_left_after_many_runs(driver, shared_bundle, module):
+    runner = runner_of(shared_bundle, module)
+    for number in range(40):
+        runner.run(inputs_of(1 + number % 2, 1 + number % 8))
+    names = ("cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreate")
+    alive, calls, contexts = driver.alive(), [driver.count(name) for name in names], module.contexts
+    for number in range(2000):
+        runner.run(inputs_of(1, 4, seed=number))
+    assert driver.alive() | {"instance": 0} == alive | {"instance": 0}
+    assert [driver.count(name) for name in names] == calls
+    assert module.contexts <= contexts + 1  # that of the one new graph
     runner.close()
     runner.close()
-    assert driver.closed
+    assert driver.alive() == {}
     with pytest.raises(DeployError, match="closed"):
         runner.run(inputs_of(1, 4))
 
 
-def test_l4t_release_is_read_from_the_boards_file(tmp_path):
-    file = tmp_path / "nv_tegra_release"
-    file.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
-    assert cuda.l4t_release(str(file)) == "36.4.3"
-    file.write_text("something else\n")
-    assert cuda.l4t_release(str(file)) == ""
-    assert cuda.l4t_release(str(tmp_path / "absent")) == ""
+def test_threads_share_two_lanes_and_do_not_mix_their_results(driver, runner, reference):
+    work = [inputs_of(1 + n % 2, 1 + n % 8, seed=n) for n in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        for inputs, result in zip(work, pool.map(runner.run, work)):
+            np.testing.assert_allclose(result["logits"], reference(inputs), atol=1e-6)
+        depths = pool.map(lambda _: driver.alive().get("context", 0), range(16))
+        assert set(depths) == {0}  # every thread's context stack is as it was
+    assert 1 <= driver.alive()["stream"] <= engine.MAX_LANES
 
 
-def test_without_a_cuda_package_both_are_named(monkeypatch):
-    import sys
+def test_a_thread_that_has_a_context_of_its_own_gets_it_back(driver, runner):
+    with runner._cuda.active():
+        runner.run(inputs_of(1, 4))
+        assert driver.alive()["context"] == 1
 
-    for name in ("pycuda", "pycuda.driver", "cuda", "cuda.bindings"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingDependency, match=r"pycuda: .*cuda-python: ") as caught:
-        cuda.open_cuda()
-    assert "pip install" in caught.value.remedy
+
+@pytest.fixture
+def pycuda(driver):
+    """The real pycuda. The fake driver has only what we call, so the rest must be looked up when it is called."""
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        return pytest.importorskip("pycuda.driver", reason="pycuda is not installed")
+    finally:
+        sys.setdlopenflags(flags)
+
+
+@pytest.mark.parametrize("unified", [0, 1])
+def test_pycuda_does_the_same_without_graphs(driver, pycuda, shared_bundle, module, reference, monkeypatch, unified):
+    driver.reset(unified=unified)
+    monkeypatch.setattr(cuda, "open_cuda", lambda: cuda.PyCuda(0))
+    runner = runner_of(shared_bundle, module)
+    for batch, tokens in [(1, 4), (1, 4), (1, 4), (4, 32), (2, 8)]:
+        inputs = inputs_of(batch, tokens, seed=tokens)
+        np.testing.assert_allclose(runner.run(inputs)["logits"], reference(inputs), atol=1e-6)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(runner.run, [inputs_of(1, 4)] * 20):
+            np.testing.assert_allclose(result["logits"], reference(inputs_of(1, 4)), atol=1e-6)
+    assert driver.count("cuStreamBeginCapture_v2") == 0
+    assert (driver.count("bytes up") == 0) == bool(unified)
+    driver.fail("cuStreamSynchronize", driver.count("cuStreamSynchronize") + 1, code=2)
+    with pytest.raises(DeployError, match="out of memory"):
+        runner.run(inputs_of(1, 4))
+    closer = threading.Thread(target=runner.close)  # not the thread that made the context
+    closer.start()
+    closer.join(10)
+    assert driver.alive() == {}
+
+
+def test_waiting_for_a_lane_has_an_end(runner, monkeypatch):
+    monkeypatch.setattr(engine, "LANE_TIMEOUT_S", 0.05)
+    with runner._lane(), runner._lane(), pytest.raises(DeployError, match="busy"), runner._lane():
+        pass
+
+
+def test_closing_waits_for_the_runs_under_way(driver, shared_bundle, module):
+    runner = runner_of(shared_bundle, module)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with runner._lane():
+            entered.set()
+            leave.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait(10)
+    closer = threading.Thread(target=runner.close)
+    closer.start()
+    closer.join(0.1)
+    assert closer.is_alive()
+    assert driver.alive()["stream"] == 1
+    leave.set()
+    closer.join(10)
+    holder.join(10)
+    assert driver.alive() == {}
+
+
+def test_shapes_outside_every_profile_are_named_with_what_there_is(runner):
+    with pytest.raises(DataError, match=r"batch 5 × 4 tokens; it has: batch 1–2, tokens 1–8; batch 2–4, tokens 4–32"):
+        runner.run(inputs_of(5, 4))
+
+
+@pytest.mark.parametrize("refuse", ["context", "profile", "shape", "address", "run"])
+def test_every_refusal_of_tensorrt_is_an_error_and_leaves_nothing(driver, shared_bundle, module, refuse):
+    runner = runner_of(shared_bundle, module)
+    module.refuse = refuse
+    with pytest.raises(DeployError, match=r"tensorrt 10\.3\.0 could not"):
+        runner.run(inputs_of(1, 4))
+    assert "context" not in driver.alive()
+    module.refuse = ""
+    assert runner.run(inputs_of(1, 4))["logits"].shape == (1, 3)  # in a new lane
+    runner.close()
+    assert driver.alive() == {}
+
+
+def scenario(bundle, module):
+    """Start, plain runs, a graph, growth, a second lane; closes whatever happens."""
+    runner = runner_of(bundle, module)
+    try:
+        for batch, tokens in [(1, 4)] * 4 + [(4, 32)] * 3:
+            runner.run(inputs_of(batch, tokens))
+        with runner._lane():
+            runner.run(inputs_of(1, 2))
+    finally:
+        runner.close()
+
+
+CALLS = ("cuDevicePrimaryCtxRetain", "cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreate", "cuMemcpyHtoDAsync_v2")
+CALLS += ("cuMemcpyDtoHAsync_v2", "cuStreamSynchronize", "cuStreamBeginCapture_v2", "cuStreamEndCapture")
+CALLS += ("cuGraphInstantiateWithFlags", "cuGraphLaunch", "cuCtxPushCurrent_v2")
+
+
+@pytest.mark.parametrize("unified", [0, 1])
+@pytest.mark.parametrize("call", CALLS)
+def test_whichever_driver_call_fails_nothing_is_left(driver, shared_bundle, module, call, unified):
+    driver.reset(unified=unified)
+    scenario(shared_bundle, module)
+    assert driver.alive() == {}
+    total, launches = driver.count(call), driver.count("cuGraphLaunch")
+    if call == "cuCtxPushCurrent_v2":
+        total -= 1  # the last is `close`: without a context nothing can be freed one by one, the driver does it
+    for number in sorted({1, 2, 3, total // 2, total - 1, total} & set(range(1, total + 1))):
+        driver.reset(unified=unified)
+        driver.fail(call, number, code=2)
+        words = ""
+        try:
+            scenario(shared_bundle, module)
+        except DeployError as error:
+            words = error.message
+        # A graph is a comfort: without one it runs call by call. Everything else is an error that says what failed.
+        assert "OUT_OF_MEMORY" in words or (words == "" and driver.count("cuGraphLaunch") < launches)
+        assert driver.alive() == {}, f"{call} number {number}"
+
+
+def test_too_little_memory_is_said_in_words(driver, shared_bundle, module):
+    driver.set("memory", 3000)
+    with pytest.raises(DeployError, match="out of memory") as caught:
+        runner_of(shared_bundle, module)
+    assert "smaller largest batch" in caught.value.remedy
+    assert driver.alive() == {}
+
+
+def test_a_plan_that_does_not_deserialise_carries_tensorrts_words(driver, shared_bundle, module):
+    module.refuse = "plan"
+    with pytest.raises(EngineIncompatible, match=r"could not deserialise the plan.*magic tag") as caught:
+        runner_of(shared_bundle, module)
+    assert "fedspine-edge compile B --out B" in caught.value.remedy
+    assert driver.alive() == {}
+
+
+def test_a_plan_of_another_model_is_refused(driver, shared_bundle, decoder, module):
+    manifest = load_bundle(shared_bundle).manifest
+    info = EngineInfo(backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=PROFILES)
+    with pytest.raises(EngineIncompatible, match="past_key_values"):
+        EngineRunner(
+            str(load_bundle(decoder).model_path).encode(),
+            info,
+            manifest.inputs,
+            manifest.outputs,
+            backend=module.backend,
+            cuda=cuda.open_cuda(),
+            rebuild="",
+        )
+    assert driver.alive() == {}
+
+
+# --- through a session ---
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """The bundle of a tiny LLaMA whose layers keep 2 and 3 KV heads."""
+    folder = tmp_path_factory.mktemp("decoder") / "model"
+    tiny_model("llama", "causal_lm", kv_heads=4).save(folder)
+    write_byte_tokenizer(folder)
+    return compile_engine(folder, backend="onnxruntime")
+
+
+@pytest.fixture
+def on_engine(driver, tmp_path, monkeypatch):
+    """Loads a bundle on the fake engine: (bundle, profiles) → session."""
+    sessions = []
+
+    def load(bundle, profiles, **kind):
+        module = FakeTensorRT(driver, profiles, **kind)
+        monkeypatch.setattr(trt, "find_backend", lambda name: module.backend)
+        folder = tmp_path / f"engine-{len(sessions)}"
+        folder.mkdir()
+        for file in bundle.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "engine.plan").write_bytes(str(bundle / "model.onnx").encode())
+        info = EngineInfo(
+            backend=module.backend.name, version="10.3.0", compute_capabilities=("87",), profiles=tuple(profiles)
+        )
+        seal(folder, msgspec.structs.replace(load_bundle(folder).manifest, engine=info))
+        sessions.append(Session.load(folder))
+        return sessions[-1]
+
+    yield load
+    for session in sessions:
+        session.close()
+    assert driver.alive() == {}
+
+
+def test_a_session_takes_the_engine_and_says_why(on_engine, shared_bundle):
+    session = on_engine(shared_bundle, PROFILES)
+    assert session.backend == "tensorrt"
+    assert "built for this GPU" in session.why
+    assert "cuda-python" in session.why
+    with Session.load(shared_bundle, threads=1) as plain:
+        texts = ["a good film", "bad", ("not good", "the board")]
+        for a, b in zip(session.classify(texts), plain.classify(texts)):
+            assert (a.label, a.probability) == (b.label, pytest.approx(b.probability, abs=1e-6))
+
+
+@pytest.mark.parametrize("unified", [0, 1])
+def test_text_is_onnxruntimes_and_the_cache_stays_on_the_device(driver, on_engine, decoder, unified):
+    driver.set("unified", unified)
+    session = on_engine(decoder, STEPS)
+    with Session.load(decoder, threads=1) as plain:
+        expected = plain.generate("Once upon", max_new_tokens=40)
+    up, down = driver.count("bytes up"), driver.count("bytes down")
+    assert session.generate("Once upon", max_new_tokens=40).tokens == expected.tokens
+    up, down = driver.count("bytes up") - up, driver.count("bytes down") - down
+    steps, prompt = len(expected.tokens), expected.prompt_tokens
+    if unified:
+        assert up == down == 0
+    else:
+        masks = sum(range(prompt, prompt + steps))
+        assert up == 8 * (prompt + steps - 1 + masks)  # tokens and masks, nothing else
+        assert down == 4 * VOCAB * steps  # the logits of last tokens, nothing else
+    allocations = driver.count("cuMemAlloc_v2")
+    assert session.generate("Once upon", max_new_tokens=40).tokens == expected.tokens
+    assert driver.count("cuMemAlloc_v2") - allocations == 4  # the two halves of its cache, each grown once
+
+
+def test_the_full_pass_of_a_decoder_gives_all_logits(on_engine, decoder):
+    session = on_engine(decoder, STEPS)
+    inputs = {"input_ids": np.arange(10, 19)[None], "attention_mask": np.ones((1, 9), np.int64)}
+    with Session.load(decoder, threads=1) as plain:
+        np.testing.assert_allclose(session.run(**inputs), plain.run(**inputs), atol=1e-5)
+
+
+def test_two_texts_at_once_keep_their_caches_apart(on_engine, decoder):
+    session = on_engine(decoder, STEPS)
+    alone = [session.generate(prompt, max_new_tokens=20).text for prompt in ("one", "other")]
+    streams = [session.stream(prompt, max_new_tokens=20) for prompt in ("one", "other")]
+    together = ["", ""]
+    for index in (0, 1) * 25:
+        together[index] += next(streams[index], "")
+    assert together == alone
+
+
+def test_a_text_that_is_given_up_gives_its_memory_back(driver, on_engine, decoder):
+    session = on_engine(decoder, STEPS)
+    before = driver.alive()
+    for _ in range(3):
+        stream = session.stream("abc", max_new_tokens=30)
+        next(stream)
+        assert driver.alive()["device"] == before["device"] + 2
+        stream.close()
+        assert driver.alive() == before
+    unfinished = session.stream("abc", max_new_tokens=30)
+    next(unfinished)
+    session.close()
+    assert driver.alive() == {}
+    with pytest.raises(DeployError, match="closed"):
+        list(unfinished)
+
+
+def test_a_step_that_fails_gives_the_cache_back(driver, on_engine, decoder):
+    session = on_engine(decoder, STEPS)
+    before = driver.alive()["device"]
+    for ahead in (1, 4):
+        driver.fail("cuStreamSynchronize", driver.count("cuStreamSynchronize") + ahead)
+        with pytest.raises(DeployError):
+            session.generate("abc", max_new_tokens=8)
+        driver.set("fail cuStreamSynchronize", 0)
+        session.generate("abc", max_new_tokens=2)
+        assert driver.alive()["device"] == before
+
+
+def test_an_adapter_goes_to_the_device_once(driver, on_engine, model_folder, tmp_path):
+    bundle = compile_engine(model_folder, tmp_path / "adapters", backend="onnxruntime", lora="inputs")
+    session = on_engine(bundle, PROFILES)
+    with Session.load(bundle, threads=1) as plain:
+        for text in ("good", "bad", "good", "the film"):
+            before = driver.count("bytes up")
+            found, expected = session.classify(text), plain.classify(text)
+            assert found.probability == pytest.approx(expected.probability, abs=1e-6)
+        tokens = session.tokenize(["the film"])
+        assert driver.count("bytes up") - before == sum(array.nbytes for array in tokens.values())
 
 
 @pytest.mark.gpu
@@ -284,6 +483,7 @@ def test_a_real_engine_agrees_with_onnxruntime(name, model_folder, tmp_path):
         pytest.skip(error.message)
     out = compile_engine(model_folder, tmp_path / "out", backend=name)
     assert load_bundle(out).manifest.engine.verification is not None
-    with Session.load(out, backend=name) as engine, Session.load(out, backend="onnxruntime") as reference:
-        for a, b in zip(engine.classify(["a good film", "bad"]), reference.classify(["a good film", "bad"])):
-            assert a.probability == pytest.approx(b.probability, abs=1e-3)
+    with Session.load(out, backend=name) as on_gpu, Session.load(out, backend="onnxruntime") as reference:
+        for _ in range(4):  # plain runs, then a graph
+            for a, b in zip(on_gpu.classify(["a good film", "bad"]), reference.classify(["a good film", "bad"])):
+                assert a.probability == pytest.approx(b.probability, abs=1e-3)

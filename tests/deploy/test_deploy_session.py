@@ -204,7 +204,6 @@ def with_engine(bundle, **changes):
         ({"version": "10.3.1"}, cuda.DeviceInfo("Orin", "87"), r"built by tensorrt 10\.3\.1 and 10\.3\.0 is installed"),
         ({"compute_capabilities": ("110",)}, cuda.DeviceInfo("Orin", "87"), "built for SM 110 and this GPU is SM 87"),
         ({"l4t": "36.4.3"}, cuda.DeviceInfo("Orin", "87", "36.5.0"), r"built on L4T 36\.4\.3 and this is 36\.5\.0"),
-        ({}, None, "no GPU that CUDA can see"),
     ],
 )
 def test_plans_for_another_machine_are_never_deserialised(bundle, monkeypatch, changes, device, words):
@@ -217,6 +216,19 @@ def test_plans_for_another_machine_are_never_deserialised(bundle, monkeypatch, c
     with Session.load(bundle) as session:  # auto falls back and says why
         assert session.backend == "onnxruntime"
         assert "this machine" in session.why or "built" in session.why
+
+
+def test_without_a_driver_the_remedy_is_a_driver_and_auto_falls_back(bundle, monkeypatch):
+    if cuda.device_info() is not None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(trt, "find_backend", lambda name: trt.Backend(name, sys, "10.3.0"))
+    with_engine(bundle)
+    with pytest.raises(EngineIncompatible, match=r"no GPU that CUDA can see \(the") as caught:
+        Session.load(bundle, backend="tensorrt")
+    assert "NVIDIA driver" in caught.value.remedy
+    with Session.load(bundle) as session:
+        assert session.backend == "onnxruntime"
+        assert "no GPU that CUDA can see" in session.why
 
 
 def test_the_other_tensorrt_is_not_taken_for_the_one_asked_for(bundle):

@@ -140,8 +140,10 @@ def prunable(kind: str, *, r: int = 3, live_b: bool = True, seed: int = 0, **sha
     return model
 
 
-def batch(model: PrunableModel, *, rows: int = 3, tokens: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Padded inputs with labels."""
+def batch(
+    model: PrunableModel, *, rows: int = 3, tokens: int = 7, seed: int = 0, pair: bool = False
+) -> dict[str, torch.Tensor]:
+    """Padded inputs with labels; with `pair` the second half is a second text, where the family tells them apart."""
     generator = torch.Generator().manual_seed(seed)
     pad = model.module.config.pad_token_id
     ids = torch.randint(2, VOCAB, (rows, tokens), generator=generator)
@@ -150,7 +152,10 @@ def batch(model: PrunableModel, *, rows: int = 3, tokens: int = 7, seed: int = 0
     labels = ids
     if model.task != "causal_lm":
         labels = (ids if model.task == "token_classification" else torch.arange(rows)) % model.num_labels
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if pair and getattr(model.module.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = (torch.arange(tokens) >= tokens // 2).long().expand(rows, tokens) * mask
+    return inputs
 
 
 def mask(model: PrunableModel, layout: Layout) -> None:

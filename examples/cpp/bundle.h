@@ -1,0 +1,98 @@
+// What both programs need of a bundle: its description, and the token ids that a user gives.
+
+#pragma once
+
+#include <cstdint>
+#include <fstream>
+#include <iostream>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "json.h"
+
+struct Tensor {
+  std::string name, dtype;
+  json::Value shape;      // numbers, or the name of a dynamic axis
+  bool defaults = false;  // an input that may be left out: zeros
+
+  // The shape at (batch, tokens); only token inputs and logits are used here, so no other axis is known.
+  std::vector<int64_t> sized(int64_t batch, int64_t tokens) const {
+    std::vector<int64_t> sizes;
+    for (const json::Value& axis : shape.array()) {
+      if (!axis.is_string())
+        sizes.push_back(static_cast<int64_t>(axis.number()));
+      else if (axis.string() == "batch")
+        sizes.push_back(batch);
+      else if (axis.string() == "sequence" || axis.string() == "total")
+        sizes.push_back(tokens);
+      else
+        throw std::runtime_error(name + " has the axis " + axis.string() + ", which this example does not serve");
+    }
+    return sizes;
+  }
+};
+
+struct Bundle {
+  std::string folder;
+  json::Value manifest;
+  std::vector<Tensor> inputs, outputs;
+
+  explicit Bundle(const std::string& where) : folder(where) {
+    manifest = json::Value::parse(read(where + "/bundle.json"));
+    if (manifest["format_version"].number() != 1) throw std::runtime_error("bundle.json is of another format than 1");
+    if (manifest["task"].string() != "classification")
+      throw std::runtime_error("this example runs classifiers; the bundle holds a " + manifest["task"].string() +
+                               " model");
+    if (!manifest["adapter"].is_null())
+      throw std::runtime_error("the bundle takes adapters as inputs; compile it with --lora merged for this example");
+    inputs = tensors(manifest["inputs"]);
+    outputs = tensors(manifest["outputs"]);
+  }
+
+  static std::string read(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw std::runtime_error("cannot read " + path);
+    std::ostringstream content;
+    content << file.rdbuf();
+    return content.str();
+  }
+
+  // The values of one token input for one sequence: the ids, a mask of ones, or zeros.
+  static std::vector<int64_t> values(const Tensor& input, const std::vector<int64_t>& ids) {
+    if (input.name == "input_ids") return ids;
+    return std::vector<int64_t>(ids.size(), input.name == "attention_mask" ? 1 : 0);
+  }
+
+ private:
+  static std::vector<Tensor> tensors(const json::Value& described) {
+    std::vector<Tensor> found;
+    for (const json::Value& each : described.array())
+      found.push_back({each["name"].string(), each["dtype"].string(), each["shape"], !each["default"].is_null()});
+    return found;
+  }
+};
+
+inline int64_t elements(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
+}
+
+// Calls `run(ids)`, which answers logits, for every line of token ids on standard input, and prints them.
+template <typename Run>
+void for_each_line(const Bundle& bundle, Run run) {
+  const auto limit = static_cast<size_t>(bundle.manifest["max_tokens"].number());
+  std::string line;
+  for (int number = 1; std::getline(std::cin, line); ++number) {
+    std::istringstream words(line);
+    std::vector<int64_t> ids;
+    for (int64_t id; words >> id;) ids.push_back(id);
+    if (!words.eof() || ids.empty() || ids.size() > limit)
+      throw std::runtime_error("line " + std::to_string(number) + ": expected 1 to " + std::to_string(limit) +
+                               " token ids");
+    const std::vector<float> logits = run(ids);
+    for (size_t index = 0; index < logits.size(); ++index) std::cout << (index ? " " : "") << logits[index];
+    std::cout << std::endl;
+  }
+}

@@ -1,0 +1,409 @@
+"""Where an engine's runs take place: buffers for inputs and outputs, contexts, CUDA graphs. One run at a time per lane.
+
+A run is: stage the inputs in pinned memory, copy them to the device, execute, copy the wanted outputs back, wait. On
+a board whose CPU and GPU share memory the engine reads and writes the pinned memory itself and nothing is copied.
+
+A shape that comes a second time gets a context of its own and a CUDA graph of the whole run, which takes the place of
+the single calls from the third time on. One context per graph, all of a lane on the same scratch memory, is what
+NVIDIA's guide asks for: a graph is void once its context has seen another shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.deploy.bundle import TensorInfo
+from fedspine_edge.deploy.cuda import Bytes, Cuda
+from fedspine_edge.deploy.trt import OpenEngine
+from fedspine_edge.errors import DeployError
+
+Array = npt.NDArray[Any]
+
+MAX_GRAPHS = 8
+"""Graphs a lane keeps; the one unused for longest makes room. Texts of any length would otherwise fill the memory."""
+ALIGNMENT = 256
+"""What cuMemAlloc aligns to, and TensorRT asks of its tensors' addresses."""
+
+
+class Buffer:
+    """The device memory of one tensor and, as far as the host sees it, the pinned memory beside it.
+
+    It grows to what is needed, at least doubling, and never beyond `limit_bytes`.
+    """
+
+    def __init__(self, cuda: Cuda, limit_bytes: int) -> None:
+        self._cuda, self._limit = cuda, limit_bytes
+        self._device: int | None = None
+        self._device_bytes = 0
+        self._host: Bytes | None = None
+        self.address = 0
+
+    def reserve(self, device_bytes: int, host_bytes: int) -> bool:
+        """Makes room; True where the addresses are new. No run may be under way."""
+        if self._cuda.unified:
+            device_bytes = host_bytes = max(device_bytes, host_bytes)
+        grew = False
+        if self._host is None or host_bytes > self._host.nbytes:
+            size = self._grown(host_bytes, 0 if self._host is None else self._host.nbytes)
+            self._free_host()
+            self._host = self._cuda.pinned(size)
+            grew = True
+            if self._cuda.unified:
+                self.address = self._cuda.address_of(self._host)
+        if not self._cuda.unified and (self._device is None or device_bytes > self._device_bytes):
+            size = self._grown(device_bytes, self._device_bytes)
+            self._free_device()
+            self._device = self.address = self._cuda.alloc(size)
+            self._device_bytes = size
+            grew = True
+        return grew
+
+    def _grown(self, needed: int, present: int) -> int:
+        return max(needed, min(2 * present, self._limit), 1)
+
+    @property
+    def host(self) -> Bytes:
+        assert self._host is not None
+        return self._host
+
+    def stage(self, array: Array) -> None:
+        """Puts an input where `upload` takes it from."""
+        self.host[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def upload(self, size_bytes: int, stream: int) -> None:
+        if size_bytes and not self._cuda.unified:
+            self._cuda.to_device(self.address, self.host[:size_bytes], stream)
+
+    def download(self, part: Part, stream: int) -> None:
+        if not self._cuda.unified:
+            for source, target, size in part.copies():
+                self._cuda.to_host(self.host[target : target + size], self.address + source, stream)
+
+    def result(self, part: Part, dtype: str) -> Array:
+        """A copy of what `download` brought: the next run overwrites the pinned memory."""
+        rows = np.empty((part.rows, part.row_bytes), np.uint8)
+        for row, (source, target, size) in zip(rows, part.copies()):
+            start = source if self._cuda.unified else target
+            row[:] = self.host[start : start + size]
+        found: Array = rows.reshape(-1).view(dtype).reshape(part.shape)
+        return found
+
+    def free(self) -> None:
+        self._free_host()
+        self._free_device()
+
+    def _free_host(self) -> None:
+        host, self._host = self._host, None
+        if host is not None:
+            self._cuda.free_pinned(host)
+
+    def _free_device(self) -> None:
+        device, self._device = self._device, None
+        if device is not None:
+            self._cuda.free(device)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the host wants of an output of (batch, tokens, ...): `rows` pieces of `row_bytes`, each the end of a stride.
+
+    One row per sequence for the logits of last tokens; one row in all for everything.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    row_bytes: int
+    stride_bytes: int
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...], itemsize: int) -> Part:
+        size = math.prod(shape) * itemsize
+        return cls(shape, 1, size, size)
+
+    @classmethod
+    def last_tokens(cls, shape: tuple[int, ...], itemsize: int) -> Part:
+        batch, tokens, *rest = shape
+        row = math.prod(rest) * itemsize
+        return cls((batch, 1, *rest), batch, row, tokens * row)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    def copies(self) -> list[tuple[int, int, int]]:
+        """(offset on the device, offset on the host, bytes) of each row."""
+        skipped = self.stride_bytes - self.row_bytes
+        return [
+            (row * self.stride_bytes + skipped, row * self.row_bytes, self.row_bytes)
+            for row in range(self.rows if self.row_bytes else 0)
+        ]
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A tensor that is on the device already (`is_input`) or stays there: in the KV cache."""
+
+    address: int
+    shape: tuple[int, ...]
+    is_input: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the engine.
+
+    Attributes:
+        profile: Index of the optimisation profile that covers the shapes.
+        inputs: From the host.
+        kept: Inputs and outputs that stay on the device.
+        outputs: What the host wants to have, and which part of it.
+        sizes: The size of every dynamic axis.
+        repeats: Whether the same shapes are likely to come again, so that a CUDA graph pays.
+    """
+
+    profile: int
+    inputs: Mapping[str, Array]
+    kept: Mapping[str, Resident]
+    outputs: Mapping[str, Part]
+    sizes: Mapping[str, int]
+    repeats: bool = True
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.profile, *((name, array.shape) for name, array in self.inputs.items()), *self.outputs.items())
+
+
+@dataclass
+class _Graph:
+    handle: int
+    context: Any  # must outlive the graph, which uses its state
+
+
+class Lane:
+    """One stream with its buffers, scratch memory, contexts and graphs.
+
+    All methods need an active CUDA context and one caller at a time. After an error the lane must be freed: what is
+    still on the stream is unknown.
+
+    Attributes:
+        no_graphs: Why this lane captures no CUDA graphs; empty where it does.
+    """
+
+    def __init__(
+        self, cuda: Cuda, engine: OpenEngine, tensors: Mapping[str, TensorInfo], limits: Mapping[str, int]
+    ) -> None:
+        self._cuda, self._engine, self._tensors = cuda, engine, tensors
+        self._contexts: dict[int, Any] = {}
+        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self._resident: dict[str, Array] = {}
+        self._buffers = {name: Buffer(cuda, limits[name]) for name in tensors}
+        self.no_graphs = "" if cuda.graphs else f"{cuda.name} has no CUDA graphs"
+        if engine.captures_itself:
+            self.no_graphs = "TensorRT-RTX captures them by itself"
+        self._memory = 0
+        self._stream = cuda.stream()
+        try:
+            self._memory = cuda.alloc(engine.memory_bytes)
+        except BaseException:
+            cuda.destroy_stream(self._stream)
+            raise
+
+    def reserve(self, sizes_bytes: Mapping[str, int]) -> None:
+        """Makes room for inputs and outputs before they come, so that no run has to."""
+        for name, size in sizes_bytes.items():
+            self._buffers[name].reserve(size, size)
+
+    def run(self, job: Job) -> dict[str, Array]:
+        """The outputs that `job` wants, as copies; after an error nothing of the run is under way any more."""
+        try:
+            return self._run(job)
+        except BaseException:
+            with suppress(DeployError):
+                self._cuda.synchronize(self._stream)
+            raise
+
+    def _run(self, job: Job) -> dict[str, Array]:
+        self._make_room(job)
+        self._stage(job)
+        graph = self._graphs.get(job.key)
+        if graph is not None:
+            self._graphs.move_to_end(job.key)
+            self._cuda.launch(graph.handle, self._stream)
+        elif self._wants_graph(job):
+            context = self._engine.context(job.profile, self._memory, self._stream)
+            self._bind(context, job)
+            self._enqueue(context, job)  # before capturing: the first run after a change of shape sets things up
+            self._keep_graph(context, job)
+        else:
+            context = self._contexts.get(job.profile)
+            if context is None:
+                context = self._engine.context(job.profile, self._memory, self._stream)
+                self._contexts[job.profile] = context
+            self._bind(context, job)
+            self._enqueue(context, job)
+        self._cuda.synchronize(self._stream)
+        return {name: self._buffers[name].result(part, self._tensors[name].dtype) for name, part in job.outputs.items()}
+
+    def _make_room(self, job: Job) -> None:
+        needed = {name: (array.nbytes, array.nbytes) for name, array in job.inputs.items()}
+        for name, part in job.outputs.items():
+            needed[name] = (part.rows * part.stride_bytes, part.size_bytes)
+        grown = [name for name, sizes in needed.items() if self._buffers[name].reserve(*sizes)]
+        if grown:
+            self._drop_graphs(0)  # they hold the old addresses
+            for name in grown:
+                self._resident.pop(name, None)
+
+    def _stage(self, job: Job) -> None:
+        """Inputs into pinned memory; an adapter goes to the device at once, and stays until another is set."""
+        for name, array in job.inputs.items():
+            if self._tensors[name].kind != "adapter":
+                self._buffers[name].stage(array)
+            elif self._resident.get(name) is not array:
+                self._buffers[name].stage(array)
+                self._buffers[name].upload(array.nbytes, self._stream)
+                self._resident[name] = array
+
+    def _bind(self, context: Any, job: Job) -> None:
+        for name, array in job.inputs.items():
+            self._check(context.set_input_shape(name, array.shape), f"take {name} of {array.shape}")
+            self._check(context.set_tensor_address(name, self._buffers[name].address), f"take the address of {name}")
+        for name, tensor in job.kept.items():
+            if tensor.is_input:
+                self._check(context.set_input_shape(name, tensor.shape), f"take {name} of {tensor.shape}")
+            self._check(context.set_tensor_address(name, tensor.address), f"take the address of {name}")
+        for name in job.outputs:
+            self._check(context.set_tensor_address(name, self._buffers[name].address), f"take the address of {name}")
+            given, expected = tuple(context.get_tensor_shape(name)), self._tensors[name].sized(dict(job.sizes))
+            self._check(given == expected, f"give {name} of {expected}: it would give {given}")
+
+    def _enqueue(self, context: Any, job: Job) -> None:
+        for name, array in job.inputs.items():
+            if self._tensors[name].kind != "adapter":
+                self._buffers[name].upload(array.nbytes, self._stream)
+        self._check(context.execute_async_v3(self._stream), "start the engine")
+        for name, part in job.outputs.items():
+            self._buffers[name].download(part, self._stream)
+
+    def _wants_graph(self, job: Job) -> bool:
+        if not job.repeats or self.no_graphs:
+            return False
+        if len(self._seen) > 16 * MAX_GRAPHS:
+            self._seen.clear()
+        self._seen[job.key] += 1
+        return self._seen[job.key] == 2
+
+    def _keep_graph(self, context: Any, job: Job) -> None:
+        self._cuda.synchronize(self._stream)
+        if not self._engine.capturable(context, self._stream):
+            return
+        try:
+            handle = self._cuda.capture(self._stream, lambda: self._enqueue(context, job))
+        except DeployError as error:
+            self.no_graphs = error.message  # the run itself is done; it stays with single calls from now on
+            return
+        self._graphs[job.key] = _Graph(handle, context)
+        self._drop_graphs(MAX_GRAPHS)
+
+    def _drop_graphs(self, most: int) -> None:
+        """Drops the graphs unused for longest until `most` are left; such a shape may earn one again."""
+        while len(self._graphs) > most:
+            key, graph = self._graphs.popitem(last=False)
+            self._seen.pop(key, None)
+            self._cuda.destroy_graph(graph.handle)
+
+    def _check(self, done: object, action: str) -> None:
+        # set_tensor_address, set_input_shape and execute_async_v3 answer False and leave the reason in the log.
+        if not done:
+            raise self._engine.refused(action)
+
+    def free(self) -> None:
+        """Gives everything back, also where the device refuses some of it; then raises the last refusal."""
+        with ExitStack() as stack:
+            stack.callback(self._cuda.destroy_stream, self._stream)
+            stack.callback(self._cuda.free, self._memory)
+            for buffer in self._buffers.values():
+                stack.callback(buffer.free)
+            stack.callback(self._contexts.clear)
+            handles = [graph.handle for graph in self._graphs.values()]
+            stack.callback(self._graphs.clear)
+            for handle in handles:
+                stack.callback(self._cuda.destroy_graph, handle)
+            # Last in, first out: nothing is freed before the device has stopped using it.
+            stack.callback(self._cuda.synchronize, self._stream)
+
+
+class KvCache:
+    """The KV cache of one text, in two halves on the device: a step reads one and writes the other.
+
+    present = past with the new tokens behind it, so every step writes the cache anew. For that reason the half to be
+    written can grow without copying a byte.
+    """
+
+    def __init__(self, cuda: Cuda, tensors: Sequence[tuple[TensorInfo, TensorInfo]], batch: int, limit: int) -> None:
+        self._cuda, self._tensors, self._batch, self._limit = cuda, tensors, batch, limit
+        self.tokens = 0
+        self._halves = [0, 0]
+        self._capacity = [0, 0]
+        try:
+            for half in (0, 1):
+                self._halves[half] = cuda.alloc(ALIGNMENT)  # an empty tensor needs an address, too
+        except BaseException:
+            self.free()
+            raise
+
+    def bind(self, tokens: int) -> dict[str, Resident]:
+        """Where the next step, of `tokens` new tokens, reads the cache and writes it."""
+        total = self.tokens + tokens
+        if total > self._limit:
+            raise DeployError(f"The KV cache holds at most {self._limit} tokens, not {total}.")
+        if total > self._capacity[1]:
+            self._grow(total)
+        kept = {}
+        for half, length in ((0, self.tokens), (1, total)):
+            addresses = self._addresses(half)
+            for pair in self._tensors:
+                tensor = pair[half]
+                shape = tensor.sized({"batch": self._batch, "past": length, "total": length})
+                kept[tensor.name] = Resident(next(addresses), shape, is_input=half == 0)
+        return kept
+
+    def advance(self, tokens: int) -> None:
+        """After the step: what it wrote is what the next one reads."""
+        self.tokens += tokens
+        self._halves.reverse()
+        self._capacity.reverse()
+
+    def _grow(self, total: int) -> None:
+        capacity = min(self._limit, max(2 * self._capacity[1], -(-total // 64) * 64))
+        address, self._halves[1], self._capacity[1] = self._halves[1], 0, 0
+        self._cuda.free(address)
+        self._halves[1] = self._cuda.alloc(sum(self._sizes(capacity)))
+        self._capacity[1] = capacity
+
+    def _sizes(self, capacity: int) -> list[int]:
+        sizes = {"batch": self._batch, "past": capacity, "total": capacity}
+        exact = [math.prod(past.sized(sizes)) * np.dtype(past.dtype).itemsize for past, _ in self._tensors]
+        return [-(-size // ALIGNMENT) * ALIGNMENT for size in exact]
+
+    def _addresses(self, half: int) -> Any:
+        address = self._halves[half]
+        for size in self._sizes(self._capacity[half]):
+            yield address
+            address += size
+
+    def free(self) -> None:
+        with ExitStack() as stack:
+            for address in self._halves:
+                if address:
+                    stack.callback(self._cuda.free, address)
+            self._halves = [0, 0]

@@ -1,0 +1,105 @@
+"""Benchmarks: turns, figures that add up, memory of one's own process, energy from a board's files, a plot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_deploy import tiny_model, write_byte_tokenizer
+
+from fedspine_edge.cli.main import main
+from fedspine_edge.deploy import bench
+from fedspine_edge.deploy.bench import Subject, run_benchmark
+from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.power import PowerMeter, PowerSensor
+from fedspine_edge.errors import CheckpointError, ConfigError, DeployError
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    tiny_model("llama", "causal_lm").save(folder)
+    write_byte_tokenizer(folder)
+    return compile_engine(folder, backend="onnxruntime")
+
+
+def board(root, rails):
+    """sysfs as a Jetson shows its INA3221: label → (millivolts, milliamperes)."""
+    folder = root / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3"
+    folder.mkdir(parents=True)
+    for number, (label, (voltage, current)) in enumerate(rails.items(), start=1):
+        (folder / f"in{number}_label").write_text(f"{label}\n")
+        (folder / f"in{number}_input").write_text(f"{voltage}\n")
+        (folder / f"curr{number}_input").write_text(f"{current}\n")
+    return root
+
+
+def test_bundles_and_torch_are_timed_in_one_run(shared_bundle, model_folder, tmp_path, capsys, monkeypatch):
+    dense = shutil.copytree(shared_bundle, tmp_path / "dense.bundle")
+    command = ["bench", str(shared_bundle), "--against", str(dense), "--torch", str(model_folder)]
+    command += ["--batch", "1", "3", "--tokens", "8", "--repeats", "6", "--threads", "1", "--backend", "onnxruntime"]
+    assert main([*command, "--json", "--plot", str(tmp_path / "plot.png")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [contender["name"] for contender in report["contenders"]] == ["dense", "bert", "torch bert"]
+    assert [(row["subject"], row["batch"]) for row in report["rows"]] == [
+        (name, batch) for batch in (1, 3) for name in ("dense", "bert", "torch bert")
+    ]
+    for row in report["rows"]:
+        assert row["phase"] == "run"
+        assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["sequences_per_s"] == pytest.approx(row["batch"] / row["mean_ms"] * 1e3)
+        assert row["tokens_per_s"] == pytest.approx(8 * row["sequences_per_s"])
+        assert row["unsteady"] == (row["p99_ms"] > 1.3 * row["p50_ms"])
+    assert report["rows"][0]["ratio"] == 1
+    memory = {contender["name"]: contender["peak_bytes"] for contender in report["contenders"]}
+    assert 20e6 < memory["bert"] < memory["torch bert"] - 50e6  # the runtime loads no torch
+    assert {contender["joules_per_turn"] for contender in report["contenders"]} == {None}
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_decoder_has_a_prompt_and_steps(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SPIN_S", 0.1)
+    root = board(tmp_path, {"VDD_IN": (5000, 2000)})
+    report = run_benchmark(
+        [Subject(name="a", path=str(decoder))], batches=[2], tokens=6, new_tokens=5, repeats=4, threads=1, sysfs=root
+    )
+    assert [row.phase for row in report.rows] == ["prompt", "token"]
+    assert report.rows[1].tokens_per_s == report.rows[1].sequences_per_s == pytest.approx(2e3 / report.rows[1].mean_ms)
+    (contender,) = report.contenders
+    assert report.power_rails == ("VDD_IN",)
+    assert contender.watts == pytest.approx(10)
+    assert 0 < contender.joules_per_turn < 1
+
+
+def test_what_fails_in_a_subject_is_said_with_its_name(shared_bundle, decoder, tmp_path):
+    one = Subject(name="one", path=str(shared_bundle))
+    with pytest.raises(CheckpointError, match=r"two: .*absent"):
+        run_benchmark([one, Subject(name="two", path=str(tmp_path / "absent"))])
+    with pytest.raises(ConfigError, match="do not do the same"):
+        run_benchmark([one, Subject(name="two", path=str(decoder))])
+    for wrong in ({"repeats": 0}, {"batches": [0]}, {"tokens": 0}):
+        with pytest.raises(ConfigError):
+            run_benchmark([one], **wrong)
+
+
+def test_a_subject_that_dies_or_hangs_ends_the_benchmark(shared_bundle, monkeypatch):
+    with bench._Worker(Subject(name="one", path=str(shared_bundle)), "auto", 1) as worker:
+        worker._process.kill()
+        with pytest.raises(DeployError, match="runs one ended with code -9"):
+            worker.ask(do="turn")
+    monkeypatch.setattr(bench, "ANSWER_TIMEOUT_S", 0.01)
+    with pytest.raises(DeployError, match="did not answer"):
+        bench._Worker(Subject(name="one", path=str(shared_bundle)), "auto", 1)
+
+
+def test_power_is_the_whole_boards_or_none(tmp_path):
+    assert PowerSensor.find(tmp_path) is None
+    nano = board(tmp_path / "nano", {"VDD_IN": (5096, 1200), "VDD_CPU_GPU_CV": (5088, 400), "VDD_SOC": (5088, 300)})
+    assert PowerSensor.find(nano).watts() == pytest.approx(6.1152)
+    agx = board(tmp_path / "agx", {"VDD_GPU_SOC": (12000, 500), "VDD_CPU_CV": (12000, 250), "VIN_SYS_5V0": (5000, 800)})
+    assert PowerSensor.find(agx).watts() == pytest.approx(6 + 3 + 4)
+    assert PowerSensor.find(board(tmp_path / "other", {"VDD_CORE": (1000, 1000)})) is None
+    with PowerMeter(PowerSensor.find(nano), interval_s=0.001) as meter:
+        pass
+    assert meter.mean_w == pytest.approx(6.1152)

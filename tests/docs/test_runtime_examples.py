@@ -1,0 +1,40 @@
+"""The Python of docs/runtime.md, executed in order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
+
+from fedspine_edge.deploy.compile import compile_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_examples_run(tmp_path):
+    for name, family, task, tokenizer in (
+        ("model", "bert", "classification", write_tokenizer),
+        ("decoder", "llama", "causal_lm", write_byte_tokenizer),
+    ):
+        tiny_model(family, task).save(tmp_path / name)
+        tokenizer(tmp_path / name)
+        compile_engine(tmp_path / name, backend="onnxruntime")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/runtime.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "runtime.py").write_text("\n".join(blocks))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "runtime.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("onnxruntime because: ONNX Runtime, because: ")
+    assert done.stdout.count("Prediction(") == 6
+    assert "tokens/s" in done.stdout
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / "docs/runtime.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

@@ -1,0 +1,109 @@
+"""examples/cpp: the ONNX Runtime program runs and agrees with Python; the TensorRT one compiles."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_deploy import tiny_model, write_byte_tokenizer
+
+from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.session import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "examples/cpp"
+DECLARATIONS = ROOT / "tests/support/declarations"
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """run_onnxruntime, built by CMake on the library inside the Python package."""
+    import onnxruntime
+
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    libraries = sorted(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1*"))
+    if not libraries:
+        pytest.skip("this onnxruntime package has no shared library")
+    root = tmp_path_factory.mktemp("onnxruntime")
+    (root / "include").mkdir()
+    shutil.copy(DECLARATIONS / "onnxruntime_c_api.h", root / "include")
+    (root / "lib").mkdir()
+    (root / "lib/libonnxruntime.so.1").symlink_to(libraries[0])
+    build = root / "build"
+    for command in (
+        ["cmake", "-S", SOURCES, "-B", build, f"-DONNXRUNTIME_ROOT={root}", "-DCMAKE_CXX_FLAGS=-Werror -O0"],
+        ["cmake", "--build", build],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "run_onnxruntime"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cpp") / "model"
+    tiny_model("bert").save(folder)
+    return compile_engine(folder, backend="onnxruntime")
+
+
+def run(program, bundle, text):
+    return subprocess.run([program, bundle], input=text, capture_output=True, text=True, timeout=60)
+
+
+def test_it_agrees_with_the_session(program, bundle):
+    rows = [np.random.default_rng(n).integers(1, 120, n).tolist() for n in (1, 9, 66)]
+    done = run(program, bundle, "".join(" ".join(map(str, ids)) + "\n" for ids in rows))
+    assert done.returncode == 0, done.stderr
+    found = [[float(value) for value in line.split()] for line in done.stdout.splitlines()]
+    with Session.load(bundle, threads=1) as session:
+        for ids, logits in zip(rows, found):
+            expected = session.run(input_ids=np.array([ids]), attention_mask=np.ones((1, len(ids)), np.int64))
+            np.testing.assert_allclose(logits, expected[0], atol=1e-6)
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1 2 film\n", "line 1: expected 1 to 66 token ids"),
+        ("1 2\n\n", "line 2: expected"),
+        ("1 " * 67, "line 1: expected"),
+        ("5000\n", "ONNX Runtime: "),
+    ],
+)
+def test_wrong_ids_are_named(program, bundle, text, words):
+    done = run(program, bundle, text)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_wrong_bundles_are_named(program, bundle, tmp_path):
+    assert "cannot read" in run(program, tmp_path / "absent", "1\n").stderr
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for content, words in (
+        ('{"format_version": 1', "JSON, byte 20: it ends too early"),
+        ('{"format_version": 99}', "another format"),
+        ('{"format_version": "1"}', "something else where a number belongs"),
+        ("[" * 100, "nested too deeply"),
+    ):
+        (broken / "bundle.json").write_text(content)
+        done = run(program, broken, "1\n")
+        assert done.returncode == 2
+        assert words in done.stderr
+    folder = tmp_path / "decoder"
+    tiny_model("llama", "causal_lm").save(folder)
+    write_byte_tokenizer(folder)
+    assert "holds a causal_lm model" in run(program, compile_engine(folder, backend="onnxruntime"), "1\n").stderr
+
+
+def test_the_tensorrt_program_compiles_against_declarations():
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{DECLARATIONS}"]
+    done = subprocess.run([*command, SOURCES / "tensorrt.cpp"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
