@@ -4,6 +4,7 @@
       model.onnx            always; runs on ONNX Runtime anywhere
       model.onnx.data       weights of models too large for one protobuf file
       engine.plan           a TensorRT or TensorRT-RTX plan, where one was built
+      timing.cache          what the builder measured, for the next build on the same chip (TensorRT)
       adapter.safetensors   the adapter it starts with, where adapters are inputs
       tokenizer.json, …     the tokenizer files of the model folder
       bundle.json           what the others are: names, shapes, widths, producers, hashes, verification
@@ -29,7 +30,7 @@ from msgspec import Meta
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 
 FORMAT_VERSION = 2
-MANIFEST, MODEL, PLAN = "bundle.json", "model.onnx", "engine.plan"
+MANIFEST, MODEL, PLAN, TIMINGS = "bundle.json", "model.onnx", "engine.plan", "timing.cache"
 ADAPTER = "adapter.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -123,6 +124,12 @@ class Profile(_Record, frozen=True, kw_only=True):
                     remedy=f"Give (smallest, most common, largest), each at least {least}.",
                 )
 
+    @property
+    def summary(self) -> str:
+        batch, tokens, past = self.batch, self.tokens, self.past
+        after = f" after {past[0]}–{past[2]}" if past[2] else ""
+        return f"batch {batch[0]}–{batch[2]}, tokens {tokens[0]}–{tokens[2]} (best at {batch[1]} × {tokens[1]}){after}"
+
     def covers(self, batch: int, tokens: int, past: int = 0) -> bool:
         """Whether an input of (batch, tokens) after `past` cached tokens can run under this profile."""
         given = ((self.batch, batch), (self.tokens, tokens), (self.past, past))
@@ -155,6 +162,13 @@ class Verification(_Record, frozen=True, kw_only=True):
     tolerance: float
     """The largest `max_abs_diff` that would have been accepted."""
 
+    @property
+    def summary(self) -> str:
+        return (
+            f"largest difference {self.max_abs_diff:.2g} (tolerance {self.tolerance:.2g}), cosine {self.cosine:.6f}, "
+            f"{self.argmax_agreement:.1%} same answers"
+        )
+
 
 class Accuracy(_Record, frozen=True, kw_only=True):
     """What the user's own examples say of a model in float32, before, and in the bundle's precision, after."""
@@ -172,6 +186,14 @@ class Accuracy(_Record, frozen=True, kw_only=True):
     held_out: bool
     """Whether the examples were not those calibrated on; false where there were too few to part them."""
 
+    @property
+    def summary(self) -> str:
+        return (
+            f"{self.metric.replace('_', ' ')} {self.before:.1%} in torch, {self.after:.1%} in the bundle, "
+            f"{self.agreement:.1%} answered alike; loss {self.loss_before:.4f} and {self.loss_after:.4f}; "
+            f"{self.num_answers} answers" + ("" if self.held_out else ", calibrated on them too: there are too few")
+        )
+
 
 class Quantization(_Record, frozen=True, kw_only=True):
     """How linears became 8 or 4 bits wide."""
@@ -185,6 +207,11 @@ class Quantization(_Record, frozen=True, kw_only=True):
     calibration_examples: int = 0
     block_size: int = 0
     """Weights that share a scale (int4); 0 for one scale per output channel."""
+
+    @property
+    def summary(self) -> str:
+        how = f"blocks of {self.block_size}" if self.block_size else f"{self.calibration_examples} examples"
+        return f"{self.linears} linears, {self.left_out} left in fp16, by {self.tool}, {how}"
 
 
 class LayerWidths(_Record, frozen=True, kw_only=True):
@@ -209,6 +236,8 @@ class EngineInfo(_Record, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
     """Builder flags by name; their integers differ between releases."""
     profiles: tuple[Profile, ...]
+    workspace_bytes: int = 0
+    """Scratch memory that the builder was allowed; 0 for its default."""
     verification: Verification | None = None
     not_verified: str = ""
     """Why the plan was not run after building, when it was not."""
@@ -346,18 +375,26 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
+    problem = _damage(folder / name, entry)
+    if problem and name in (PLAN, TIMINGS):
+        raise EngineIncompatible(f"{folder / name} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
+    if problem:
+        raise CheckpointError(f"{folder / name} {problem}.", remedy=_FROM_SOURCE)
+
+
+def is_intact(folder: Path, name: str, entry: FileEntry) -> bool:
+    """Whether a file of a bundle is the one that bundle.json lists."""
+    return not _damage(folder / name, entry)
+
+
+def _damage(path: Path, entry: FileEntry) -> str:
     if not path.is_file():
-        problem = "is missing"
-    elif path.stat().st_size != entry.size_bytes:
-        problem = f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-    elif hash_file(path) != entry.sha256:
-        problem = "was altered: its sha256 is not the one in bundle.json"
-    else:
-        return
-    if name == PLAN:
-        raise EngineIncompatible(f"{path} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
-    raise CheckpointError(f"{path} {problem}.", remedy=_FROM_SOURCE)
+        return "is missing"
+    if path.stat().st_size != entry.size_bytes:
+        return f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+    if hash_file(path) != entry.sha256:
+        return "was altered: its sha256 is not the one in bundle.json"
+    return ""
 
 
 def hash_file(path: Path) -> str:

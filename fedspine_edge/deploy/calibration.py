@@ -72,6 +72,7 @@ def read_data(
     inputs: Sequence[TensorInfo],
     max_tokens: int,
     pad_token_id: int,
+    calibrate: bool = True,
     seed: int = 0,
 ) -> UserData:
     """Reads examples, tokenises them with `folder`/tokenizer.json and forms batches.
@@ -84,6 +85,7 @@ def read_data(
         inputs: The model's inputs.
         max_tokens: Longer texts are cut to it.
         pad_token_id: Fills short rows.
+        calibrate: Keep some of the examples for calibration.
         seed: Of the split.
 
     Raises `DataError` naming file, row and column, never a text; `DeployError` without a tokenizer.json.
@@ -95,8 +97,12 @@ def read_data(
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATED_EXAMPLES + MEASURED_EXAMPLES]]
     cut = min(CALIBRATED_EXAMPLES, len(encoded) // 2)
-    held_out = cut >= 8  # of a handful, both parts take all
-    parts = (encoded[:cut], encoded[cut:]) if held_out else (encoded, encoded)
+    held_out = cut >= 8 or not calibrate  # of a handful, both parts take all
+    parts = (encoded, encoded)
+    if not calibrate:
+        parts = ([], encoded)
+    elif held_out:
+        parts = (encoded[:cut], encoded[cut:])
     calibration, measured = (tuple(_batches(part, inputs, pad_token_id)) for part in parts)
     return UserData(calibration, measured, tuple(sorted(len(ids) for ids, _, _ in encoded)), held_out)
 

@@ -23,6 +23,7 @@ from fedspine_edge.deploy.build import (
     copy_bundle,
     with_profile_of,
 )
+from fedspine_edge.deploy.builder import OnStep
 from fedspine_edge.deploy.bundle import Precision, Profile, is_bundle, rebuild_command
 from fedspine_edge.deploy.publish import check_target, seal, staging
 from fedspine_edge.device.data import Data
@@ -42,6 +43,7 @@ def compile_engine(
     calibrate: Data | None = None,
     labels: Sequence[str] | None = None,
     progress: Report | None = None,
+    on_build_step: OnStep | None = None,
     opset: int | None = None,
     compute_capabilities: Sequence[str] = (),
     workspace_bytes: int | None = None,
@@ -68,6 +70,7 @@ def compile_engine(
             calibrated on 128; accuracy before and after is measured on up to 1,000 others and kept in the bundle.
         labels: Class names in the order of the logits; default the model's own.
         progress: Called with one line per step.
+        on_build_step: Called while TensorRT builds, with its phase and the share done, 0 to 1.
         opset: ONNX opset, 17 to 20; None takes the lowest that has the precision, which most parsers read.
         compute_capabilities: SM numbers such as ("86", "120"), TensorRT-RTX only.
         workspace_bytes: Scratch memory for the builder; None takes half of what is available.
@@ -100,7 +103,14 @@ def compile_engine(
         check_archive_target(out.absolute())
         with tempfile.TemporaryDirectory(prefix="fedspine-compile-") as scratch:
             settings: dict[str, Any] = {"precision": precision, "profiles": profiles, "backend": backend, "lora": lora}
-            settings |= {"calibrate": calibrate, "labels": labels, "progress": progress, "opset": opset, "flags": flags}
+            settings |= {
+                "calibrate": calibrate,
+                "labels": labels,
+                "progress": progress,
+                "on_build_step": on_build_step,
+                "opset": opset,
+                "flags": flags,
+            }
             settings |= {"compute_capabilities": compute_capabilities, "workspace_bytes": workspace_bytes}
             return pack(compile_engine(folder, Path(scratch) / "bundle", **settings), out)
     check_target(out)
@@ -131,7 +141,7 @@ def compile_engine(
                 examples=calibrate,
                 report=report,
             )
-        manifest = add_engine(draft, manifest, request, chosen, rebuild_command(out), report)
+        manifest = add_engine(draft, manifest, request, chosen, rebuild_command(out), report, on_build_step)
         seal(draft, manifest)
         report(f"writing {out}")
     return out

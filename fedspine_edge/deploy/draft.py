@@ -95,13 +95,13 @@ def draft_model(
             report(f"read {len(data.lengths)} examples of {data.lengths[0]} to {data.lengths[-1]} tokens")
         report("comparing ONNX Runtime with torch")
         verification = verify_onnx(exported, module, adapter=values)
-        report(_said("whole passes", verification))
+        report(f"whole passes: {verification.summary}")
         steps = None
         if exported.task == "causal_lm" and exported.max_tokens >= 11:
             steps = verify_cache(exported, module, adapter=values)
-            report(_said("token by token", steps))
+            report(f"token by token: {steps.summary}")
         if adapter is not None:
-            report(_said("other adapters", verify_adapters(exported, runtime, adapter)))
+            report(f"other adapters: {verify_adapters(exported, runtime, adapter).summary}")
         quantization = None
         if coarse:
             exported, quantization, verification = _quantize(
@@ -161,7 +161,7 @@ def _quantize(
     report(f"{quantization.linears} linears in {precision} by {quantization.tool}{left_out}")
     inputs = [batch.inputs(finished.inputs, adapter) for batch in data.measured[:8]] if data is not None else None
     verification = verify_onnx(finished, module, inputs=inputs, adapter=adapter)
-    report(_said("whole passes", verification))
+    report(f"whole passes: {verification.summary}")
     return finished, quantization, verification
 
 
@@ -179,24 +179,12 @@ def _measure(exported: Exported, module: nn.Module, data: UserData, adapter: Arr
         )
     finally:
         runner.close()
-    kind = accuracy.metric.replace("_", " ")
-    report(
-        f"{kind} {accuracy.before:.1%} in torch, {accuracy.after:.1%} in {exported.precision}; "
-        f"{accuracy.agreement:.1%} answered alike; loss {accuracy.loss_before:.4f} and {accuracy.loss_after:.4f}"
-        + ("" if accuracy.held_out else " (on the examples calibrated on: there are too few to hold some out)")
-    )
+    report(accuracy.summary)
     return accuracy
 
 
 def _count(batches: Sequence[Any]) -> int:
     return sum(len(batch.labels) for batch in batches)
-
-
-def _said(what: str, found: Verification) -> str:
-    return (
-        f"{what}: largest difference {found.max_abs_diff:.2g} (tolerance {found.tolerance:.2g}), cosine "
-        f"{found.cosine:.6f}, {found.argmax_agreement:.1%} same answers"
-    )
 
 
 def _end_tokens(module: nn.Module) -> tuple[int, ...]:

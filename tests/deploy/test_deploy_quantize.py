@@ -11,6 +11,7 @@ from tiny_deploy import tiny_model, write_byte_tokenizer
 from tiny_models import prunable
 
 from fedspine_edge.deploy import trt
+from fedspine_edge.deploy.builder import build_plan
 from fedspine_edge.deploy.bundle import Profile, load_bundle
 from fedspine_edge.deploy.calibration import profile_of, read_data
 from fedspine_edge.deploy.compare import random_inputs
@@ -110,8 +111,10 @@ def test_tensorrt_rtx_builds_them(precision, sm, tmp_path):
     backend = rtx()
     exported = finished(wide_model(), precision, tmp_path)[1]
     build = {"device": None, "compute_capabilities": [sm]}
-    plan, _ = trt.build_plan(backend, exported.path, exported.inputs, [Profile(tokens=(1, 8, 16))], **build)
-    assert len(plan) > 100_000
+    built = build_plan(
+        backend, exported.path, exported.inputs, [Profile(tokens=(1, 8, 16))], opset=exported.opset, **build
+    )
+    assert len(built.plan) > 100_000
 
 
 def test_compile_calibrates_measures_and_sizes_the_profile(model_folder, tmp_path):
@@ -191,7 +194,7 @@ def test_a_chip_without_float8_is_explained(tmp_path):
     exported = finished(wide_model(), "fp8", tmp_path)[1]
     build = {"device": None, "compute_capabilities": ["86"]}
     with pytest.raises(EngineBuildError, match="number format that this GPU lacks") as caught:
-        trt.build_plan(rtx(), exported.path, exported.inputs, [Profile(tokens=(1, 8, 16))], **build)
+        build_plan(rtx(), exported.path, exported.inputs, [Profile(tokens=(1, 8, 16))], **build)
     assert "int8" in caught.value.remedy
 
 
