@@ -4,13 +4,13 @@
       model.onnx            always; runs on ONNX Runtime anywhere
       model.onnx.data       weights of models too large for one protobuf file
       engine.plan           a TensorRT or TensorRT-RTX plan, where one was built
+      timing.cache          what the builder measured, for the next build on the same chip (TensorRT)
       adapter.safetensors   the adapter it starts with, where adapters are inputs
       tokenizer.json, …     the tokenizer files of the model folder
       bundle.json           what the others are: names, shapes, widths, producers, hashes, verification
 
-A bundle is written beside its destination and renamed into place, so a failed or interrupted build leaves an
-existing bundle as it was. Every file is size- and hash-checked on load. The hashes find damage and mix-ups;
-they are not a signature. No torch, no transformers and no TensorRT here.
+Every file is size- and hash-checked on load. The hashes find damage and mix-ups; they are not a signature.
+`publish.py` writes bundles. No torch, no transformers and no TensorRT here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,8 +29,8 @@ from msgspec import Meta
 
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 
-FORMAT_VERSION = 1
-MANIFEST, MODEL, PLAN = "bundle.json", "model.onnx", "engine.plan"
+FORMAT_VERSION = 2
+MANIFEST, MODEL, PLAN, TIMINGS = "bundle.json", "model.onnx", "engine.plan", "timing.cache"
 ADAPTER = "adapter.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -48,8 +45,9 @@ TOKENIZER_FILES = (
 )
 MAX_MANIFEST_BYTES = 4 * 1024**2
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Task = Literal["classification", "token_classification", "causal_lm"]
+Metric = Literal["accuracy", "token_accuracy", "next_token_accuracy"]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
@@ -126,6 +124,12 @@ class Profile(_Record, frozen=True, kw_only=True):
                     remedy=f"Give (smallest, most common, largest), each at least {least}.",
                 )
 
+    @property
+    def summary(self) -> str:
+        batch, tokens, past = self.batch, self.tokens, self.past
+        after = f" after {past[0]}–{past[2]}" if past[2] else ""
+        return f"batch {batch[0]}–{batch[2]}, tokens {tokens[0]}–{tokens[2]} (best at {batch[1]} × {tokens[1]}){after}"
+
     def covers(self, batch: int, tokens: int, past: int = 0) -> bool:
         """Whether an input of (batch, tokens) after `past` cached tokens can run under this profile."""
         given = ((self.batch, batch), (self.tokens, tokens), (self.past, past))
@@ -158,6 +162,57 @@ class Verification(_Record, frozen=True, kw_only=True):
     tolerance: float
     """The largest `max_abs_diff` that would have been accepted."""
 
+    @property
+    def summary(self) -> str:
+        return (
+            f"largest difference {self.max_abs_diff:.2g} (tolerance {self.tolerance:.2g}), cosine {self.cosine:.6f}, "
+            f"{self.argmax_agreement:.1%} same answers"
+        )
+
+
+class Accuracy(_Record, frozen=True, kw_only=True):
+    """What the user's own examples say of a model in float32, before, and in the bundle's precision, after."""
+
+    metric: Metric
+    before: float
+    """Share of right answers of the torch model."""
+    after: float
+    loss_before: float
+    """Mean cross entropy, in nats."""
+    loss_after: float
+    agreement: float
+    """Share of answers that both give alike, right or wrong."""
+    num_answers: int
+    held_out: bool
+    """Whether the examples were not those calibrated on; false where there were too few to part them."""
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"{self.metric.replace('_', ' ')} {self.before:.1%} in torch, {self.after:.1%} in the bundle, "
+            f"{self.agreement:.1%} answered alike; loss {self.loss_before:.4f} and {self.loss_after:.4f}; "
+            f"{self.num_answers} answers" + ("" if self.held_out else ", calibrated on them too: there are too few")
+        )
+
+
+class Quantization(_Record, frozen=True, kw_only=True):
+    """How linears became 8 or 4 bits wide."""
+
+    tool: str
+    """Name and version of what placed and scaled the QuantizeLinear and DequantizeLinear nodes."""
+    linears: int
+    """Linears that are quantised."""
+    left_out: int = 0
+    """Linears of layers that are not, because their width is no multiple of the block."""
+    calibration_examples: int = 0
+    block_size: int = 0
+    """Weights that share a scale (int4); 0 for one scale per output channel."""
+
+    @property
+    def summary(self) -> str:
+        how = f"blocks of {self.block_size}" if self.block_size else f"{self.calibration_examples} examples"
+        return f"{self.linears} linears, {self.left_out} left in fp16, by {self.tool}, {how}"
+
 
 class LayerWidths(_Record, frozen=True, kw_only=True):
     """What one layer keeps: attention groups (KV heads) and FFN channels."""
@@ -181,6 +236,8 @@ class EngineInfo(_Record, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
     """Builder flags by name; their integers differ between releases."""
     profiles: tuple[Profile, ...]
+    workspace_bytes: int = 0
+    """Scratch memory that the builder was allowed; 0 for its default."""
     verification: Verification | None = None
     not_verified: str = ""
     """Why the plan was not run after building, when it was not."""
@@ -222,6 +279,11 @@ class Manifest(_Record, frozen=True, kw_only=True):
     """The ONNX model against torch."""
     cache_verification: Verification | None = None
     """A decoder token by token with its KV cache against torch without one."""
+    quantization: Quantization | None = None
+    accuracy: Accuracy | None = None
+    """Where the user gave examples."""
+    default_profile: Profile | None = None
+    """The shapes that the user's examples ask for; what engines are built for unless told otherwise."""
     engine: EngineInfo | None = None
     engine_absent: str = ""
     """Why there is no plan, when there is none."""
@@ -307,24 +369,32 @@ def _read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", remedy=_FROM_SOURCE) from error
-    if manifest.digest != _digest(manifest):
+    if manifest.digest != digest_of(manifest):
         raise CheckpointError(f"{path} was altered after it was written (its own hash differs).", remedy=_FROM_SOURCE)
     return manifest
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
+    problem = _damage(folder / name, entry)
+    if problem and name in (PLAN, TIMINGS):
+        raise EngineIncompatible(f"{folder / name} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
+    if problem:
+        raise CheckpointError(f"{folder / name} {problem}.", remedy=_FROM_SOURCE)
+
+
+def is_intact(folder: Path, name: str, entry: FileEntry) -> bool:
+    """Whether a file of a bundle is the one that bundle.json lists."""
+    return not _damage(folder / name, entry)
+
+
+def _damage(path: Path, entry: FileEntry) -> str:
     if not path.is_file():
-        problem = "is missing"
-    elif path.stat().st_size != entry.size_bytes:
-        problem = f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-    elif hash_file(path) != entry.sha256:
-        problem = "was altered: its sha256 is not the one in bundle.json"
-    else:
-        return
-    if name == PLAN:
-        raise EngineIncompatible(f"{path} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
-    raise CheckpointError(f"{path} {problem}.", remedy=_FROM_SOURCE)
+        return "is missing"
+    if path.stat().st_size != entry.size_bytes:
+        return f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+    if hash_file(path) != entry.sha256:
+        return "was altered: its sha256 is not the one in bundle.json"
+    return ""
 
 
 def hash_file(path: Path) -> str:
@@ -336,7 +406,8 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(manifest: Manifest) -> str:
+def digest_of(manifest: Manifest) -> str:
+    """sha256 of a manifest's own content."""
     bare = msgspec.structs.replace(manifest, digest="")
     return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
 
@@ -348,74 +419,3 @@ def producer_versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
-
-
-@contextlib.contextmanager
-def staging(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well and is sealed.
-
-    When the block raises, the temporary folder goes and `out` stays as it was. An `out` that exists and is
-    neither a bundle nor empty is refused (`ConfigError`): it is not ours to replace.
-    """
-    out = Path(out).absolute()
-    check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private; a service user must be able to read the bundle
-        yield folder
-        if not is_bundle(folder):
-            raise RuntimeError("staging() ended without seal(): a bundle without bundle.json would be published.")
-        _publish(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_target(out: Path) -> None:
-    """Raises `ConfigError` unless `out` is free, an empty folder or a bundle."""
-    if out.is_dir() and not out.is_symlink() and (is_bundle(out) or not any(out.iterdir())):
-        return
-    if out.exists() or out.is_symlink():
-        raise ConfigError(
-            f"{out} exists and is not a bundle; it will not be replaced.", remedy="Choose another output folder."
-        )
-
-
-def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Hashes every file in `folder` and writes bundle.json, all of it flushed to the disk."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name == MANIFEST:
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = FileEntry(size_bytes=path.stat().st_size, sha256=hash_file(path))
-    manifest = msgspec.structs.replace(manifest, files=files)
-    manifest = msgspec.structs.replace(manifest, digest=_digest(manifest))
-    with (folder / MANIFEST).open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    return manifest
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Renames `folder` to `out`. An older bundle is moved aside first and comes back if the rename fails."""
-    if not out.exists():
-        folder.rename(out)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        previous = aside / out.name
-        out.rename(previous)
-        try:
-            folder.rename(out)
-        except BaseException:
-            previous.rename(out)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,8 +16,9 @@ import pytest
 
 from fedspine_edge.deploy import build, cuda
 from fedspine_edge.deploy.archive import pack
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.publish import seal
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError, EngineIncompatible
 
@@ -97,12 +98,12 @@ def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path,
     if cuda.device_info() is not None:
         pytest.skip("with a GPU the rebuilt engine runs; this test is about a machine without one")
     target = pack(stale(bundle), tmp_path / "model.zip") if packed else stale(bundle)
-    real = build.trt.build_plan
+    real = build.build_plan
 
     def for_sm86(*arguments, **settings):  # what a machine with such a GPU would ask for; this one may have none
         return real(*arguments, **(settings | {"device": None, "compute_capabilities": ("86",)}))
 
-    monkeypatch.setattr(build.trt, "build_plan", for_sm86)
+    monkeypatch.setattr(build, "build_plan", for_sm86)
     monkeypatch.setattr(cuda, "open_cuda", lambda index=0: pytest.fail("nothing can be run here"))
     with Session.load(target, backend="auto", rebuild=True) as session:
         assert session.backend == "onnxruntime"

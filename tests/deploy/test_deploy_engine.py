@@ -19,9 +19,10 @@ from fake_tensorrt import FakeTensorRT
 from tiny_deploy import VOCAB, tiny_model, write_byte_tokenizer
 
 from fedspine_edge.deploy import cuda, engine, lanes, trt
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.compile import compile_engine
 from fedspine_edge.deploy.engine import EngineRunner
+from fedspine_edge.deploy.publish import seal
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible, MissingDependency
 

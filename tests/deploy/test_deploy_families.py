@@ -12,6 +12,7 @@ import torch
 from tiny_models import FAMILIES, KINDS, prunable, random_layout, task_of
 
 from fedspine_edge.deploy import trt
+from fedspine_edge.deploy.builder import build_plan
 from fedspine_edge.deploy.bundle import Profile
 from fedspine_edge.deploy.export import export_onnx, merged_module
 from fedspine_edge.deploy.graphs import kv_heads
@@ -57,8 +58,8 @@ def rtx_plan(exported, sm: str = "86") -> bytes:
     except MissingDependency as error:
         pytest.skip(error.message)
     profile = Profile(tokens=(1, 8, 16))
-    plan, _ = trt.build_plan(backend, exported.path, exported.inputs, [profile], device=None, compute_capabilities=[sm])
-    return plan
+    build = {"device": None, "compute_capabilities": [sm]}
+    return build_plan(backend, exported.path, exported.inputs, [profile], **build).plan
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
