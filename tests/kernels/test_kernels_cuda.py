@@ -297,8 +297,7 @@ def test_a_launch_that_does_not_fit_is_an_error(cuda: Cuda) -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_importance_of_anything(cuda: Cuda, data: st.DataObject) -> None:
-    # From 8 on: of a single element whose 512 products cancel, eager torch may be right by luck.
-    rows, cols = data.draw(st.integers(8, 200)), data.draw(st.integers(8, 200))
+    rows, cols = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 200))
     rank = data.draw(st.sampled_from([1, 7, 8, 16, 31, 32, 48, 256]))
     case = adapted(rows, cols, rank, dtype=data.draw(dtypes), device=cuda.device)
     hows = st.sampled_from(["none", "none", "transposed", "every second", "offset"])
@@ -308,7 +307,8 @@ def test_importance_of_anything(cuda: Cuda, data: st.DataObject) -> None:
     options = grouping(length, data.draw(st.integers(1, length)), by_row, cuda.device)
     options["metric"] = data.draw(st.sampled_from(METRICS))
     same_bits_in_every_order(cuda, lambda: ops.importance_accumulate(*case.tensors, 2.0, **options))
-    assert_as_exact_as_eager(case, options)
+    # A few elements whose products cancel: eager torch may be right by luck, so leave room for a random walk.
+    assert_as_exact_as_eager(case, options, spare_ulp=4 + 2 * rank**0.5)
 
 
 dtypes = st.sampled_from(DTYPES)
