@@ -307,7 +307,8 @@ def test_importance_of_anything(cuda: Cuda, data: st.DataObject) -> None:
     options = grouping(length, data.draw(st.integers(1, length)), by_row, cuda.device)
     options["metric"] = data.draw(st.sampled_from(METRICS))
     same_bits_in_every_order(cuda, lambda: ops.importance_accumulate(*case.tensors, 2.0, **options))
-    assert_as_exact_as_eager(case, options)
+    # A few elements whose products cancel: eager torch may be right by luck, so leave room for a random walk.
+    assert_as_exact_as_eager(case, options, spare_ulp=4 + 2 * rank**0.5)
 
 
 dtypes = st.sampled_from(DTYPES)

@@ -25,7 +25,7 @@ case "$*" in
   *get_device_name*) echo Orin ;;
   *torch.__version__*) echo 2.9 ;;
   "-m pybind11 --cmakedir") echo /nowhere ;;
-  *"import peft"*) exit 1 ;;
+  *"import peft"* | *", tensorrt") exit 1 ;;
   "-m pytest"*)
     echo "$*"
     for a in "$@"; do case "$a" in --junitxml=*) cat "$TESTS" >"${a#--junitxml=}" ;; esac; done ;;
@@ -151,7 +151,7 @@ def test_every_step_is_run_and_summed_up(machine: Path) -> None:
     assert result.returncode == 0, result.stderr
     summary = json.loads((machine / "out/summary.json").read_text())
     tools = ("memcheck", "racecheck", "initcheck", "synccheck")
-    steps = ("build", "tests", "benchmarks", *(f"sanitizer-{tool}" for tool in tools))
+    steps = ("build", "tests", "engines", "benchmarks", *(f"sanitizer-{tool}" for tool in tools))
     assert summary["exit_codes"] == dict.fromkeys(sorted(steps), 0)
     assert summary["skipped"] == {"peft": "peft is not installed: no comparison with it"}
     assert (summary["gpu"], summary["sm"], summary["nvcc"]) == ("Orin", "87", "12.6.68")
@@ -164,11 +164,12 @@ def test_every_step_is_run_and_summed_up(machine: Path) -> None:
 def test_a_failed_step_fails_the_check_but_not_the_rest(machine: Path) -> None:
     with_toolkit(machine)
     add(machine, "cmake", 'if [ "$1" = --build ]; then touch "$2/_C.so"; else mkdir -p "$4"; fi')
-    add(machine, "python3", f'case "$*" in "-m pytest"*) exit 1 ;; esac\n{PYTHON}')
+    add(machine, "python3", f'case "$*" in "-m pytest"* | *tensorrt*) exit 1 ;; esac\n{PYTHON}')
     result = gpu_check(machine, str(machine / "out"))
     assert result.returncode == 1
     summary = json.loads((machine / "out/summary.json").read_text())
     assert summary["exit_codes"] == {"benchmarks": 0, "build": 0, "tests": 1}
+    assert "tensorrt_rtx" in summary["skipped"]["engines"]
     assert summary["skipped"]["sanitizer"] == "compute-sanitizer is not installed"
 
 
