@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         tuner.prune(arguments.pruning_ratio)
         tuner.fit(arguments.data, steps=arguments.steps, log_dir=arguments.log_dir)
     metrics = tuner.evaluate(arguments.test) if arguments.test else {}
+    metrics["latency_ms"] = tuner.measure_latency().total_ms
     tuner.save(arguments.out)
     figures = {"model": str(arguments.out), "pruning_ratio": tuner.layout.pruning_ratio, **metrics}
     if arguments.json:
