@@ -196,7 +196,7 @@ def _device(model: PrunableModel) -> str:
 
 def _bytes(*tensors: Tensor) -> int:
     """Of the storages behind them, each once."""
-    storages = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
