@@ -163,7 +163,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
             both = [s for s in seeds if (criterion, ratio, s) in found and ("random", ratio, s) in found]
             return [found[criterion, ratio, s] - found["random", ratio, s] for s in both]
 
-        lines += [f"{model}: {measure} in {unit}, seeds: {len(seeds)}; unpruned {cell(values('none', 0.0), digits)}", ""]
+        lines += [
+            f"{model}: {measure} in {unit}, seeds: {len(seeds)}; unpruned {cell(values('none', 0.0), digits)}",
+            "",
+        ]
         for title, of, shown in (("criterion", values, CRITERIA), ("minus random", gains, CRITERIA[:-1])):
             lines += [f"| {title} | " + " | ".join(f"{r:g}" for r in RATIOS) + " |", "|---" * (len(RATIOS) + 1) + "|"]
             lines += [f"| {c} | " + " | ".join(cell(of(c, r), digits) for r in RATIOS) + " |" for c in shown]
