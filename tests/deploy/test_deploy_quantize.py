@@ -208,3 +208,14 @@ def test_without_examples_int8_says_what_to_pass(model_folder, tmp_path):
     with pytest.raises(ConfigError, match="int8 needs examples") as caught:
         compile_engine(model_folder, tmp_path / "out", precision="int8")
     assert "--calibrate" in caught.value.remedy
+
+
+def test_a_bfloat16_bundle_runs_where_there_are_no_bfloat16_kernels(model_folder, tmp_path):
+    out = compile_engine(model_folder, tmp_path / "out", precision="bf16", backend="onnxruntime")
+    weights = {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer if len(t.dims) == 2}
+    assert onnx.TensorProto.BFLOAT16 in weights
+    reference = compile_engine(model_folder, tmp_path / "reference", backend="onnxruntime")
+    with Session.load(out) as session, Session.load(reference) as exact:
+        text = "good film"
+        assert session.classify(text).probability == pytest.approx(exact.classify(text).probability, abs=0.02)
+        assert session.classify(text).probability != exact.classify(text).probability
