@@ -141,7 +141,7 @@ def available_bytes(path: str = "/proc/meminfo") -> int:
 def _built(backend: trt.Backend, builder: Any, network: Any, config: Any, on_step: OnStep | None) -> Any:
     """The serialized network, or None. Ctrl-C, or an error of `on_step`, stops the builder and is raised again."""
     share = Share()
-    cancelled = threading.Event()
+    cancelled, ended = threading.Event(), threading.Event()
     failed: list[BaseException] = []
     result: list[Any] = []
 
@@ -167,17 +167,19 @@ def _built(backend: trt.Backend, builder: Any, network: Any, config: Any, on_ste
             result.append(builder.build_serialized_network(network, config))
         except BaseException as error:
             failed.append(error)
+        finally:
+            ended.set()
 
     config.progress_monitor = watcher = trt.monitor(backend, started, stepped, share.finish)
     thread = threading.Thread(target=build, name="tensorrt-builder", daemon=True)
     try:
         thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
+        while not ended.wait(0.2):
+            pass
     except KeyboardInterrupt:
         cancelled.set()
-        if thread.ident is not None:  # it may have been about to start
-            thread.join(_CANCEL_WITHIN_S)
+        if thread in threading.enumerate():  # it may have been about to start
+            ended.wait(_CANCEL_WITHIN_S)
         raise
     finally:
         del watcher  # TensorRT holds it by a plain pointer: it must live until here

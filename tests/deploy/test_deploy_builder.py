@@ -73,7 +73,10 @@ def test_ctrl_c_stops_the_builder_and_leaves_the_old_bundle(rtx, bundle):
         compile_engine(bundle, backend="tensorrt_rtx", compute_capabilities=["86"], on_build_step=press)
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
-    assert not [thread for thread in threading.enumerate() if thread.name == "tensorrt-builder" and thread.is_alive()]
+    for thread in threading.enumerate():
+        if thread.name == "tensorrt-builder":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_an_error_of_the_progress_bar_stops_the_builder_too(rtx, tanh):
