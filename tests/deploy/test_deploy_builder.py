@@ -6,6 +6,7 @@ Real failures come from TensorRT-RTX, where that is installed; messages of Tenso
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -60,6 +61,15 @@ def test_progress_rises_from_phase_to_phase(rtx, tanh):
     assert len({phase for phase, _ in seen}) > 3
 
 
+@pytest.fixture
+def listens_to_ctrl_c():
+    """A shell starts programs in the background deaf to SIGINT, pytest among them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_ctrl_c_stops_the_builder_and_leaves_the_old_bundle(rtx, bundle):
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
     steps = []
