@@ -62,7 +62,7 @@ def test_linears_of_the_layers_are_stored_narrow_and_all_else_in_float16(precisi
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("kind", ["bert", "gpt2_lm"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2_lm", marks=pytest.mark.slow)])
 def test_quantised_models_answer_like_torch(kind, precision, tmp_path):
     original, exported, _, module = finished(wide_model(kind), precision, tmp_path)
     batch = random_inputs(original.inputs, [(16, 24)], original.max_tokens, seed=2)[0]
@@ -106,7 +106,14 @@ def rtx() -> trt.Backend:
         pytest.skip(error.message)
 
 
-@pytest.mark.parametrize(("precision", "sm"), [("int8", "86"), ("fp8", "120"), ("int4", "86")])
+@pytest.mark.parametrize(
+    ("precision", "sm"),
+    [
+        ("int8", "86"),
+        pytest.param("fp8", "120", marks=pytest.mark.slow),
+        pytest.param("int4", "86", marks=pytest.mark.slow),
+    ],
+)
 def test_tensorrt_rtx_builds_them(precision, sm, tmp_path):
     backend = rtx()
     exported = finished(wide_model(), precision, tmp_path)[1]
