@@ -12,7 +12,7 @@ EXAMPLE = """fedspine-edge verify model.bundle/ --model model/
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder or .zip file written by `compile`")
     parser.add_argument("--model", type=Path, help="the model folder: compares ONNX Runtime with torch again")
-    parser.add_argument("--data", metavar="DATA", help="with --model: measure accuracy of both on these examples")
+    parser.add_argument("--data", metavar="DATA", help="with --model: compare on these examples, and measure accuracy")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
             from fedspine_edge.deploy.verify import measure_bundle, verify_bundle
 
             try:
-                found = verify_bundle(bundle, arguments.model)
+                found = verify_bundle(bundle, arguments.model, arguments.data)
                 if arguments.data is not None:
                     accuracy = measure_bundle(bundle, arguments.model, arguments.data)
             except ExportMismatch as error:

@@ -141,18 +141,25 @@ def available_bytes(path: str = "/proc/meminfo") -> int:
 def _built(backend: trt.Backend, builder: Any, network: Any, config: Any, on_step: OnStep | None) -> Any:
     """The serialized network, or None. Ctrl-C, or an error of `on_step`, stops the builder and is raised again."""
     share = Share()
-    cancelled = threading.Event()
+    cancelled, ended = threading.Event(), threading.Event()
     failed: list[BaseException] = []
     result: list[Any] = []
 
-    def stepped(phase: str, step: int) -> bool:
-        done = share.step(phase, step)
+    def tell(phase: str) -> None:
         if on_step is not None and not cancelled.is_set():
             try:
-                on_step(phase, done)
+                on_step(phase, share.done)
             except BaseException as error:  # it must not cross TensorRT's frames
                 failed.append(error)
                 cancelled.set()
+
+    def started(phase: str, parent: str, steps: int) -> None:
+        share.start(phase, parent, steps)
+        tell(phase)
+
+    def stepped(phase: str, step: int) -> bool:
+        share.step(phase, step)
+        tell(phase)
         return not cancelled.is_set()
 
     def build() -> None:
@@ -160,16 +167,19 @@ def _built(backend: trt.Backend, builder: Any, network: Any, config: Any, on_ste
             result.append(builder.build_serialized_network(network, config))
         except BaseException as error:
             failed.append(error)
+        finally:
+            ended.set()
 
-    config.progress_monitor = watcher = trt.monitor(backend, share.start, stepped, share.finish)
+    config.progress_monitor = watcher = trt.monitor(backend, started, stepped, share.finish)
     thread = threading.Thread(target=build, name="tensorrt-builder", daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        thread.start()
+        while not ended.wait(0.2):
+            pass
     except KeyboardInterrupt:
         cancelled.set()
-        thread.join(_CANCEL_WITHIN_S)
+        if thread in threading.enumerate():  # it may have been about to start
+            ended.wait(_CANCEL_WITHIN_S)
         raise
     finally:
         del watcher  # TensorRT holds it by a plain pointer: it must live until here
@@ -186,13 +196,14 @@ class Share:
 
     def __init__(self) -> None:
         self._phases: dict[str, tuple[str, int, int]] = {}
-        self._best = 0.0
+        self.done = 0.0
+        """0 to 1; it never falls."""
 
     def start(self, phase: str, parent: str, steps: int) -> None:
         self._phases[phase] = (parent, max(1, steps), 0)
 
     def step(self, phase: str, step: int) -> float:
-        """The share done after a step; it never falls."""
+        """The share done after a step."""
         if phase in self._phases:
             parent, steps, _ = self._phases[phase]
             self._phases[phase] = (parent, steps, min(steps, step + 1))
@@ -201,8 +212,8 @@ class Share:
             parent, steps, done = self._phases[phase]
             share = min(1.0, (done + share) / steps)
             phase = parent
-        self._best = max(self._best, share)
-        return self._best
+        self.done = max(self.done, share)
+        return self.done
 
     def finish(self, phase: str) -> None:
         self._phases.pop(phase, None)

@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from fedspine_edge.deploy.measured import Accuracy, Quantization, Record, Verification
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 
 FORMAT_VERSION = 2
@@ -47,17 +48,12 @@ MAX_MANIFEST_BYTES = 4 * 1024**2
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Task = Literal["classification", "token_classification", "causal_lm"]
-Metric = Literal["accuracy", "token_accuracy", "next_token_accuracy"]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything inside bundle.json."""
-
-
-class TensorInfo(_Record, frozen=True, kw_only=True):
+class TensorInfo(Record, frozen=True, kw_only=True):
     """An input or output of the model. A string in `shape` is a dynamic axis: batch, sequence, past, total, rank."""
 
     name: str
@@ -80,7 +76,7 @@ class TensorInfo(_Record, frozen=True, kw_only=True):
         return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.shape)
 
 
-class LoraModule(_Record, frozen=True, kw_only=True):
+class LoraModule(Record, frozen=True, kw_only=True):
     """A linear whose low-rank factors are inputs; `path` is its name in the model and in PEFT's files."""
 
     path: str
@@ -88,7 +84,7 @@ class LoraModule(_Record, frozen=True, kw_only=True):
     out_features: int
 
 
-class AdapterSpec(_Record, frozen=True, kw_only=True):
+class AdapterSpec(Record, frozen=True, kw_only=True):
     """What an adapter for this bundle must look like."""
 
     modules: tuple[LoraModule, ...]
@@ -105,7 +101,7 @@ class AdapterSpec(_Record, frozen=True, kw_only=True):
         return hashlib.sha256(json.dumps([heads, channels], separators=(",", ":")).encode()).hexdigest()
 
 
-class Profile(_Record, frozen=True, kw_only=True):
+class Profile(Record, frozen=True, kw_only=True):
     """The shapes an engine is built for: (smallest, most common, largest) batch and tokens per sequence."""
 
     batch: tuple[Positive, Positive, Positive] = (1, 1, 8)
@@ -147,81 +143,14 @@ class Profile(_Record, frozen=True, kw_only=True):
         }
 
 
-class Verification(_Record, frozen=True, kw_only=True):
-    """How far one implementation is from its reference over a number of inputs."""
-
-    subject: str
-    reference: str
-    shapes: tuple[tuple[int, int], ...]
-    """(batch, tokens) of each compared input."""
-    max_abs_diff: float
-    cosine: float
-    """Smallest cosine similarity of a row of outputs."""
-    argmax_agreement: float
-    """Share of rows with the same largest output."""
-    tolerance: float
-    """The largest `max_abs_diff` that would have been accepted."""
-
-    @property
-    def summary(self) -> str:
-        return (
-            f"largest difference {self.max_abs_diff:.2g} (tolerance {self.tolerance:.2g}), cosine {self.cosine:.6f}, "
-            f"{self.argmax_agreement:.1%} same answers"
-        )
-
-
-class Accuracy(_Record, frozen=True, kw_only=True):
-    """What the user's own examples say of a model in float32, before, and in the bundle's precision, after."""
-
-    metric: Metric
-    before: float
-    """Share of right answers of the torch model."""
-    after: float
-    loss_before: float
-    """Mean cross entropy, in nats."""
-    loss_after: float
-    agreement: float
-    """Share of answers that both give alike, right or wrong."""
-    num_answers: int
-    held_out: bool
-    """Whether the examples were not those calibrated on; false where there were too few to part them."""
-
-    @property
-    def summary(self) -> str:
-        return (
-            f"{self.metric.replace('_', ' ')} {self.before:.1%} in torch, {self.after:.1%} in the bundle, "
-            f"{self.agreement:.1%} answered alike; loss {self.loss_before:.4f} and {self.loss_after:.4f}; "
-            f"{self.num_answers} answers" + ("" if self.held_out else ", calibrated on them too: there are too few")
-        )
-
-
-class Quantization(_Record, frozen=True, kw_only=True):
-    """How linears became 8 or 4 bits wide."""
-
-    tool: str
-    """Name and version of what placed and scaled the QuantizeLinear and DequantizeLinear nodes."""
-    linears: int
-    """Linears that are quantised."""
-    left_out: int = 0
-    """Linears of layers that are not, because their width is no multiple of the block."""
-    calibration_examples: int = 0
-    block_size: int = 0
-    """Weights that share a scale (int4); 0 for one scale per output channel."""
-
-    @property
-    def summary(self) -> str:
-        how = f"blocks of {self.block_size}" if self.block_size else f"{self.calibration_examples} examples"
-        return f"{self.linears} linears, {self.left_out} left in fp16, by {self.tool}, {how}"
-
-
-class LayerWidths(_Record, frozen=True, kw_only=True):
+class LayerWidths(Record, frozen=True, kw_only=True):
     """What one layer keeps: attention groups (KV heads) and FFN channels."""
 
     heads: Positive
     channels: Positive
 
 
-class EngineInfo(_Record, frozen=True, kw_only=True):
+class EngineInfo(Record, frozen=True, kw_only=True):
     """What a serialized plan was made by and for; checked before TensorRT sees the plan."""
 
     backend: Literal["tensorrt", "tensorrt_rtx"]
@@ -243,14 +172,14 @@ class EngineInfo(_Record, frozen=True, kw_only=True):
     """Why the plan was not run after building, when it was not."""
 
 
-class FileEntry(_Record, frozen=True, kw_only=True):
+class FileEntry(Record, frozen=True, kw_only=True):
     """Size and hash of one file of the bundle."""
 
     size_bytes: Annotated[int, Meta(ge=0)]
     sha256: Sha256
 
 
-class Manifest(_Record, frozen=True, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """The content of bundle.json."""
 
     format_version: int = FORMAT_VERSION

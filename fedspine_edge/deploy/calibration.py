@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.config import DataSettings
-from fedspine_edge.deploy.bundle import TOKENIZER, Accuracy, Metric, Profile, Task, TensorInfo
+from fedspine_edge.deploy.bundle import TOKENIZER, Profile, Task, TensorInfo
+from fedspine_edge.deploy.measured import Accuracy, Metric
 from fedspine_edge.deploy.runner import empty_past
 from fedspine_edge.device.data import Data, Example, examples_of
 from fedspine_edge.errors import DeployError, MissingDependency

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.deploy.bundle import PLAN, EngineInfo, Manifest, Precision, TensorInfo, Verification
+from fedspine_edge.deploy.bundle import PLAN, EngineInfo, Manifest, Precision, TensorInfo
+from fedspine_edge.deploy.measured import Verification
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner, Runner, empty_past
 from fedspine_edge.errors import DataError, ExportMismatch
 

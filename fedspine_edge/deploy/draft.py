@@ -13,16 +13,14 @@ from fedspine_edge.deploy.bundle import (
     MODEL,
     TOKENIZER,
     TOKENIZER_FILES,
-    Accuracy,
     LayerWidths,
     Manifest,
     Precision,
-    Quantization,
-    Verification,
     producer_versions,
 )
 from fedspine_edge.deploy.calibration import UserData, measure, profile_of, read_data
 from fedspine_edge.deploy.export import Exported, export_onnx, load_folder, merged_module, quantized
+from fedspine_edge.deploy.measured import Accuracy, Quantization, Verification
 from fedspine_edge.deploy.quantize import QUANTIZED
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.deploy.trt import opset_for

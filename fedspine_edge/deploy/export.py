@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from fedspine_edge.deploy.bundle import AdapterSpec, Precision, Quantization, Task, TensorInfo
+from fedspine_edge.deploy.bundle import AdapterSpec, Precision, Task, TensorInfo
+from fedspine_edge.deploy.measured import Quantization
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
 
 if TYPE_CHECKING:

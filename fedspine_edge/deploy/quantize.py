@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.deploy.bundle import Precision, Quantization
+from fedspine_edge.deploy.bundle import Precision
+from fedspine_edge.deploy.measured import Quantization
 from fedspine_edge.errors import DeployError, MissingDependency
 
 Array = npt.NDArray[Any]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedspine_edge.deploy.adapters import bundled_adapter
-from fedspine_edge.deploy.bundle import Accuracy, AdapterSpec, Bundle, TensorInfo, Verification
-from fedspine_edge.deploy.calibration import measure, read_data
+from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo
+from fedspine_edge.deploy.calibration import UserData, measure, read_data
 from fedspine_edge.deploy.compare import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.deploy.export import Exported, merged_module, task_of
 from fedspine_edge.deploy.locate import first_difference
+from fedspine_edge.deploy.measured import Accuracy, Verification
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ExportMismatch
@@ -177,8 +178,11 @@ def verify_adapters(
         runner.close()
 
 
-def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
+def verify_bundle(bundle: Bundle, model: str | Path, examples: Data | None = None) -> list[Verification]:
     """Compares a bundle's model.onnx with the model folder it was made from, decoders step by step too.
+
+    Whole passes are compared on `examples` where they are given, else on random tokens, which are harder for 8 and 4
+    bits than what a model was calibrated on.
 
     Raises `ExportMismatch`: the bundle was made from another model, or computes something else.
     """
@@ -199,7 +203,9 @@ def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
         raise ExportMismatch(f"{model} is another kind of model than the one in {bundle.folder}.")
     # Where some rows may differ, a few are too few to tell how many do.
     shapes = ((64, 16), (64, 33)) if manifest.quantization is not None else SHAPES
-    found = [verify_onnx(exported, module, shapes=shapes, adapter=adapter)]
+    batches = _examples_of(bundle, examples).measured[:8] if examples is not None else ()
+    inputs = [batch.inputs(manifest.inputs, adapter) for batch in batches] or None
+    found = [verify_onnx(exported, module, inputs=inputs, shapes=shapes, adapter=adapter)]
     if manifest.cache_verification is not None and manifest.quantization is None:
         found.append(verify_cache(exported, module, adapter=adapter))
     return found
@@ -208,16 +214,7 @@ def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
 def measure_bundle(bundle: Bundle, model: str | Path, examples: Data) -> Accuracy:
     """Accuracy of the model folder in torch and of the bundle on ONNX Runtime, on the user's examples."""
     manifest, module = bundle.manifest, merged_module(model)
-    data = read_data(
-        examples,
-        bundle.folder,
-        task=manifest.task,
-        num_labels=max(2, len(manifest.labels)),
-        inputs=manifest.inputs,
-        max_tokens=manifest.max_tokens,
-        pad_token_id=manifest.pad_token_id,
-        calibrate=False,
-    )
+    data = _examples_of(bundle, examples)
     runner = OnnxRuntimeRunner(bundle.model_path)
     try:
         return measure(
@@ -230,6 +227,20 @@ def measure_bundle(bundle: Bundle, model: str | Path, examples: Data) -> Accurac
         )
     finally:
         runner.close()
+
+
+def _examples_of(bundle: Bundle, examples: Data) -> UserData:
+    manifest = bundle.manifest
+    return read_data(
+        examples,
+        bundle.folder,
+        task=manifest.task,
+        num_labels=max(2, len(manifest.labels)),
+        inputs=manifest.inputs,
+        max_tokens=manifest.max_tokens,
+        pad_token_id=manifest.pad_token_id,
+        calibrate=False,
+    )
 
 
 class _StepByStep:

@@ -6,6 +6,7 @@ Real failures come from TensorRT-RTX, where that is installed; messages of Tenso
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -60,6 +61,15 @@ def test_progress_rises_from_phase_to_phase(rtx, tanh):
     assert len({phase for phase, _ in seen}) > 3
 
 
+@pytest.fixture
+def listens_to_ctrl_c():
+    """A shell starts programs in the background deaf to SIGINT, pytest among them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_ctrl_c_stops_the_builder_and_leaves_the_old_bundle(rtx, bundle):
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
     steps = []
@@ -73,7 +83,10 @@ def test_ctrl_c_stops_the_builder_and_leaves_the_old_bundle(rtx, bundle):
         compile_engine(bundle, backend="tensorrt_rtx", compute_capabilities=["86"], on_build_step=press)
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
-    assert not [thread for thread in threading.enumerate() if thread.name == "tensorrt-builder" and thread.is_alive()]
+    for thread in threading.enumerate():
+        if thread.name == "tensorrt-builder":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_an_error_of_the_progress_bar_stops_the_builder_too(rtx, tanh):

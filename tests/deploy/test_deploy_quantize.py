@@ -62,7 +62,7 @@ def test_linears_of_the_layers_are_stored_narrow_and_all_else_in_float16(precisi
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("kind", ["bert", "gpt2_lm"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2_lm", marks=pytest.mark.slow)])
 def test_quantised_models_answer_like_torch(kind, precision, tmp_path):
     original, exported, _, module = finished(wide_model(kind), precision, tmp_path)
     batch = random_inputs(original.inputs, [(16, 24)], original.max_tokens, seed=2)[0]
@@ -106,7 +106,14 @@ def rtx() -> trt.Backend:
         pytest.skip(error.message)
 
 
-@pytest.mark.parametrize(("precision", "sm"), [("int8", "86"), ("fp8", "120"), ("int4", "86")])
+@pytest.mark.parametrize(
+    ("precision", "sm"),
+    [
+        ("int8", "86"),
+        pytest.param("fp8", "120", marks=pytest.mark.slow),
+        pytest.param("int4", "86", marks=pytest.mark.slow),
+    ],
+)
 def test_tensorrt_rtx_builds_them(precision, sm, tmp_path):
     backend = rtx()
     exported = finished(wide_model(), precision, tmp_path)[1]
@@ -208,3 +215,14 @@ def test_without_examples_int8_says_what_to_pass(model_folder, tmp_path):
     with pytest.raises(ConfigError, match="int8 needs examples") as caught:
         compile_engine(model_folder, tmp_path / "out", precision="int8")
     assert "--calibrate" in caught.value.remedy
+
+
+def test_a_bfloat16_bundle_runs_where_there_are_no_bfloat16_kernels(model_folder, tmp_path):
+    out = compile_engine(model_folder, tmp_path / "out", precision="bf16", backend="onnxruntime")
+    weights = {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer if len(t.dims) == 2}
+    assert onnx.TensorProto.BFLOAT16 in weights
+    reference = compile_engine(model_folder, tmp_path / "reference", backend="onnxruntime")
+    with Session.load(out) as session, Session.load(reference) as exact:
+        text = "good film"
+        assert session.classify(text).probability == pytest.approx(exact.classify(text).probability, abs=0.02)
+        assert session.classify(text).probability != exact.classify(text).probability
