@@ -76,25 +76,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("importance_accumulate_cuda", [](const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b,
                                          const py::tuple& grad_a, const py::tuple& grad_b, float scaling,
                                          uintptr_t group, bool by_row, int64_t num_groups, int metric, uintptr_t scores,
-                                         uintptr_t workspace, int device, uintptr_t stream) {
+                                         bool tensor_cores, uintptr_t workspace, int device, uintptr_t stream) {
     const ImportanceArgs args =
         importance_args(weight, lora_a, lora_b, grad_a, grad_b, scaling, group, by_row, num_groups, metric, scores);
     py::gil_scoped_release release;
-    importance_accumulate_cuda(args, reinterpret_cast<float*>(workspace), device, stream);
+    importance_accumulate_cuda(args, tensor_cores, reinterpret_cast<float*>(workspace), device, stream);
   });
   m.def("lowrank_expand_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& right, float alpha,
-                                  int device, uintptr_t stream) {
+                                  bool tensor_cores, int device, uintptr_t stream) {
     const Matrix o = matrix(out), l = matrix(left), r = matrix(right);
     py::gil_scoped_release release;
-    lowrank_expand_cuda(o, l, r, alpha, device, stream);
+    lowrank_expand_cuda(o, l, r, alpha, tensor_cores, device, stream);
   });
-  using Reduction = void (*)(const Matrix&, const Matrix&, const Matrix&, float, float*, int, uintptr_t);
+  using Reduction = void (*)(const Matrix&, const Matrix&, const Matrix&, float, bool, float*, int, uintptr_t);
   const auto reduction = [&m](const char* name, Reduction run) {
     m.def(name, [run](const py::tuple& out, const py::tuple& first, const py::tuple& second, float alpha,
-                      uintptr_t workspace, int device, uintptr_t stream) {
+                      bool tensor_cores, uintptr_t workspace, int device, uintptr_t stream) {
       const Matrix o = matrix(out), a = matrix(first), b = matrix(second);
       py::gil_scoped_release release;
-      run(o, a, b, alpha, reinterpret_cast<float*>(workspace), device, stream);
+      run(o, a, b, alpha, tensor_cores, reinterpret_cast<float*>(workspace), device, stream);
     });
   };
   reduction("lowrank_project_cuda", &lowrank_project_cuda);

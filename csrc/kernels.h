@@ -53,16 +53,18 @@ std::string cpu_isa();  // the instruction set chosen at run time: avx512, avx2,
 #ifdef FEDSPINE_WITH_CUDA
 // `stream` is a cudaStream_t as an integer, `device` the ordinal the pointers live on.
 // Workspaces are uninitialised device memory of at least the number of floats asked for.
-int64_t importance_workspace_floats(int64_t rows, int64_t cols, bool by_row);
-void importance_accumulate_cuda(const ImportanceArgs& args, float* workspace, int device, uintptr_t stream);
+int64_t importance_workspace_floats(int64_t rows, int64_t cols, int64_t rank, bool by_row);
+// `tensor_cores` needs all matrices of an op in one 16-bit dtype; the results of project and gradient may be fp32.
+void importance_accumulate_cuda(const ImportanceArgs& args, bool tensor_cores, float* workspace, int device,
+                                uintptr_t stream);
 int64_t lowrank_workspace_floats(int64_t rows, int64_t cols,
                                  int64_t depth);  // of an (rows, depth) (depth, cols) product
-void lowrank_expand_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, int device,
-                         uintptr_t stream);
-void lowrank_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, float* workspace,
-                          int device, uintptr_t stream);
-void lowrank_gradient_cuda(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, float* workspace,
-                           int device, uintptr_t stream);
+void lowrank_expand_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, bool tensor_cores,
+                         int device, uintptr_t stream);
+void lowrank_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, bool tensor_cores,
+                          float* workspace, int device, uintptr_t stream);
+void lowrank_gradient_cuda(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, bool tensor_cores,
+                           float* workspace, int device, uintptr_t stream);
 void gather_cuda(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int device,
                  uintptr_t stream);
 int cuda_runtime_version();

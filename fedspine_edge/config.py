@@ -58,6 +58,13 @@ class BanditSettings(_Section, frozen=True, kw_only=True):
         0.25
     )
     max_step: Annotated[float, _doc("Largest rise of a device's pruning ratio in one round.", gt=0, le=1)] = 0.25
+    arm_choice: Annotated[
+        Literal["paced", "uniform"],
+        _doc("`paced`: among arms predicted to take as long as the slowest device must; `uniform`: among all."),
+    ] = "paced"
+    slack: Annotated[float, _doc("How far a paced arm's predicted time may lie from that, as a share.", gt=0, lt=1)] = (
+        0.05
+    )
     prior: Annotated[Literal["none", "class"], _doc("`class` lets a new device start from its class's tree.")] = "class"
 
 
@@ -210,7 +217,19 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     torch_device: Annotated[
         Literal["auto", "cpu", "cuda"], _doc("Where to train; `auto` takes CUDA if a kernel runs.")
     ] = "auto"
-    memory_limit_mib: Annotated[int, _doc("Memory to train in, reported to the server; 0 = not stated.", ge=0)] = 0
+    base_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8", "int4"],
+        _doc(
+            "How this device keeps the frozen base: fewer bits for less memory. Adapters and head are float32 always."
+        ),
+    ] = "float32"
+    memory_limit_mib: Annotated[
+        int,
+        _doc(
+            "Memory to train in, beyond what Python and torch take; rank and micro-batch obey it. 0 = not stated.",
+            ge=0,
+        ),
+    ] = 0
     time_kind: Annotated[
         Literal["measured", "modelled", "simulated"],
         _doc(

@@ -70,7 +70,7 @@ class MissingDependency(FedspineError):
 
 
 _EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "accelerate", "psutil"), "device"),
+    **dict.fromkeys(("torch", "transformers", "huggingface_hub", "accelerate", "psutil"), "device"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "tokenizers"), "export"),
     **dict.fromkeys(("matplotlib", "jinja2", "tomli_w", "gguf"), "demo"),
     "iotcore": "broker",

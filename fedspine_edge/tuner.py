@@ -6,30 +6,35 @@ tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("ou
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedspine_edge.config import DataSettings, TrainingSettings
-from fedspine_edge.device.data import Data, Encoded, encode, examples_of
-from fedspine_edge.device.source import choose_torch_device
-from fedspine_edge.device.state import Document, StateDir
+from fedspine_edge.device.batches import Encoded, encode
+from fedspine_edge.device.data import Data, examples_of
+from fedspine_edge.device.fit_checkpoint import key_of, open_checkpoint
+from fedspine_edge.device.memory import MemoryEstimate, estimate
+from fedspine_edge.device.objective import can_pack
+from fedspine_edge.device.progress import bar, tensorboard
+from fedspine_edge.device.source import check_tokens, choose_torch_device, open_model, text_length
+from fedspine_edge.device.stages import prune_in_stages
 from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
-from fedspine_edge.model.base import MANIFEST
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
-from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
-from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.checkpoint import load_tokenizer
+from fedspine_edge.model.importance import CRITERIA, METRICS, ImportanceTracker, Metric
+from fedspine_edge.model.latency import Latency, measure_latency
+from fedspine_edge.model.layout import Layout, check_ratio, smallest_counts, target_counts
 from fedspine_edge.model.plan import PruningPlan
+from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.pruning import Scope, plan_local
 from fedspine_edge.wire.messages import Training
@@ -38,10 +43,6 @@ log = logging.getLogger("fedspine_edge.tuner")
 
 SCORED_STEPS = 40
 """Steps at the end of a `fit` whose gradients are scored: with a decay of 0.9 the ones before hardly count."""
-
-CHECKPOINT_STEPS = 10
-FIT = "fit"
-"""Name of the state file in a fit's checkpoint folder."""
 
 
 class EdgeTuner:
@@ -56,10 +57,7 @@ class EdgeTuner:
         tokenizer: The model's transformers tokenizer.
         settings: Learning rate, batch size, length, clipping.
         columns: Names of the columns of files.
-        criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
-        scope: "layer" gives every layer the same width, "global" lets widths differ.
-        round_to: Kept channel counts are multiples of this.
-        seed: Of the adapters and the order of the data.
+        criterion, metric, scope, round_to, min_heads, min_channels, pack, seed: As in `from_pretrained`.
     """
 
     def __init__(
@@ -70,14 +68,22 @@ class EdgeTuner:
         settings: TrainingSettings,
         columns: DataSettings,
         criterion: str = "lora",
+        metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
+        min_heads: int = 1,
+        min_channels: int = 1,
+        pack: bool = True,
         seed: int = 0,
     ) -> None:
         if criterion not in CRITERIA:
             raise ConfigError(f"criterion {criterion!r} is unknown.", remedy=f"Use one of {', '.join(CRITERIA)}.")
         if scope not in ("layer", "global"):
             raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
+        if metric not in METRICS:
+            raise ConfigError(f"metric {metric!r} is unknown.", remedy=f"Use one of {', '.join(METRICS)}.")
+        self._at_least = min_heads, min_channels
+        smallest_counts(model.spec, round_to, self._at_least)
         self.model = model
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
@@ -86,11 +92,13 @@ class EdgeTuner:
         self._columns = columns
         self._scope: Scope = scope
         self._round_to = round_to
+        self._pack = pack
         self._seed = seed
-        self._tracker = ImportanceTracker(model, criterion, seed=seed, scope=scope)
+        self._tracker = ImportanceTracker(model, criterion, metric, seed=seed, scope=scope)
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
+        self._latency: Latency | None = None
 
     @classmethod
     def from_pretrained(
@@ -103,14 +111,19 @@ class EdgeTuner:
         lora_alpha: float | None = None,
         learning_rate: float = 1e-3,
         batch_size: int = 8,
-        max_length_tokens: int = 128,
+        max_length_tokens: int | None = None,
         text: str = "text",
         text_pair: str = "",
         label: str = "label",
         criterion: str = "lora",
+        metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
+        min_heads: int = 1,
+        min_channels: int = 1,
+        base_dtype: BaseDtype | None = None,
         gradient_checkpointing: bool = False,
+        pack: bool = True,
         torch_device: str = "auto",
         gguf_file: str | None = None,
         seed: int = 0,
@@ -125,15 +138,22 @@ class EdgeTuner:
             lora_alpha: scaling = lora_alpha / r; default 2·r.
             learning_rate: Peak of each `fit`'s schedule.
             batch_size: Examples per step.
-            max_length_tokens: Longer texts are cut.
+            max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
             text: Column of the text in files.
             text_pair: Column of the second text; empty for single texts.
             label: Column of the integer label.
-            criterion: What ranks heads and channels.
-            scope: "layer" or "global".
+            criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
+            metric: How "lora" sums a group's terms: "abs", "square" or "signed".
+            scope: "layer" gives every layer the same width, "global" lets widths differ.
             round_to: Kept channel counts are multiples of this.
+            min_heads: KV heads that stay in every layer at any ratio; all of them leave the pruning to the channels.
+            min_channels: Channels likewise, rounded up to `round_to`.
+            base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
+                head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
             gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
                 much less memory, about a third more time, the same results.
+            pack: For causal_lm put several examples of a step into one row instead of padding them: the same loss
+                with less work.
             torch_device: "auto", "cpu" or "cuda".
             gguf_file: The file within a GGUF folder, if there are several.
             seed: Of head, adapters and data order.
@@ -144,41 +164,23 @@ class EdgeTuner:
             raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
-        settings = _checked(
-            TrainingSettings,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            max_length_tokens=max_length_tokens,
+        model = open_model(
+            path, task=task, num_labels=num_labels, gguf_file=gguf_file, base_dtype=base_dtype, seed=seed
         )
-        if (Path(path).expanduser() / MANIFEST).exists():
-            model = load_model(path)
-            if model.task != task or (num_labels is not None and model.num_labels != num_labels):
-                raise ConfigError(
-                    f"{path} was saved for {model.task} with {model.num_labels} labels, not {task} with {num_labels}.",
-                    remedy="Pass the task and num_labels it was saved with, or the base model.",
-                )
-        else:
-            classes = 2 if num_labels is None else num_labels
-            model = load_base(path, task=task, num_labels=classes, gguf_file=gguf_file, seed=seed)
         folder = model.folder if model.folder is not None else path
         tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
         model.module.to(choose_torch_device(torch_device))  # type: ignore[arg-type]
         model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
+        limits = {"batch_size": batch_size, "max_length_tokens": text_length(model, max_length_tokens)}
+        settings = _checked(TrainingSettings, learning_rate=learning_rate, **limits)
         columns = _checked(
             DataSettings, path="", text=text, text_pair=text_pair, label=label, num_labels=max(2, model.num_labels)
         )
-        return cls(
-            model,
-            tokenizer,
-            settings=settings,
-            columns=columns,
-            criterion=criterion,
-            scope=scope,
-            round_to=round_to,
-            seed=seed,
-        )
+        ranking: dict[str, Any] = {"criterion": criterion, "metric": metric, "scope": scope}
+        widths: dict[str, Any] = {"round_to": round_to, "min_heads": min_heads, "min_channels": min_channels}
+        return cls(model, tokenizer, settings=settings, columns=columns, pack=pack, seed=seed, **ranking, **widths)
 
     @property
     def layout(self) -> Layout:
@@ -193,6 +195,7 @@ class EdgeTuner:
         steps: int | None = None,
         progress: bool | None = None,
         checkpoint: str | Path | None = None,
+        log_dir: str | Path | None = None,
         on_step: Callable[[int, float | None], None] | None = None,
     ) -> EdgeTuner:
         """Train adapters and head: AdamW, warm-up and cosine over this call's steps.
@@ -204,6 +207,8 @@ class EdgeTuner:
             progress: Show a progress bar; default only on a terminal.
             checkpoint: Folder, one for each `fit`, from which the same call goes on after the process was killed, and
                 ends with the same bits. When the call has finished, repeating it restores its result at once.
+            log_dir: Folder for TensorBoard's event files (extra `tensorboard`): loss, norm of the gradient, learning
+                rate, steps not taken.
             on_step: Called after each step with its number, from 1, and the last loss; what it raises ends the fit.
 
         Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`, and
@@ -219,30 +224,55 @@ class EdgeTuner:
         self._last, self._metrics = train, {}
         trainer = self._trainer(train, total)
         with ExitStack() as stack:
-            advance = stack.enter_context(_bar("fit", total, progress))
-            saver = None if checkpoint is None else stack.enter_context(StateDir(checkpoint))
-            key = self._fit_key(train, total)
-            if saver is not None and self._resume(saver, trainer, key):
-                advance(trainer.step)
+            advance = stack.enter_context(bar("fit", total, progress))
+            saver = None
+            if checkpoint is not None:
+                saver = stack.enter_context(open_checkpoint(checkpoint, self._fit_key(train, total), total))
+                if saver.resume(trainer):
+                    advance(trainer.step)
+            curves = None if log_dir is None else stack.enter_context(tensorboard(log_dir, self._steps_taken))
 
             def stepped() -> None:
                 advance(1)
-                if saver is not None and (trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == total):
-                    saved = trainer.state()
-                    saver.write(FIT, Document({"key": key, "trainer": saved.info}, saved.tensors))
+                if saver is not None:
+                    saver.stepped(trainer)
+                if curves is not None:
+                    curves(trainer)
                 if on_step is not None:
                     on_step(trainer.step, trainer.last_loss)
 
             trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
             trainer.run(total, scored=True, on_step=stepped)
-        self._done(trainer)
+        self._done(trainer, train)
         return self
+
+    def estimate(
+        self, data: Data | None = None, *, batch_size: int | None = None, max_length_tokens: int | None = None
+    ) -> MemoryEstimate:
+        """Peak memory of `fit` and `prune` in bytes, before they begin; `print` shows what it consists of.
+
+        Takes about a second, trains nothing and allocates next to nothing. Measured to be within 15 %: docs/memory.md.
+
+        Args:
+            data: What will be trained on, for the length of its longest text; default `max_length_tokens` of it.
+            batch_size: Examples at a time, if others than the tuner's.
+            max_length_tokens: Likewise for the length.
+
+        Raises `DataError`.
+        """
+        settings = self._settings
+        tokens = settings.max_length_tokens if max_length_tokens is None else max_length_tokens
+        if data is not None:
+            tokens = min(tokens, max(len(example.input_ids) for example in self._encoded(data)))
+        rows = settings.batch_size if batch_size is None else batch_size
+        return estimate(
+            self.model, micro_batch=rows, tokens=tokens, pack_rows=self._pack and can_pack(self.model, tokens)
+        )
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """`loss`, `accuracy` and `num_examples` on `data` (causal_lm: per predicted token, `num_examples` tokens)."""
         examples = self._encoded(data)
-        result = self._trainer(examples, 1).evaluate(examples)
-        self._metrics = {"loss": result.loss, "accuracy": result.accuracy, "num_examples": result.num_examples}
+        self._metrics = asdict(self._trainer(examples, 1).evaluate(examples))
         return dict(self._metrics)
 
     def prune(
@@ -272,11 +302,10 @@ class EdgeTuner:
         check_ratio(pruning_ratio)
         if stages < 1 or steps < 1:
             raise ConfigError(f"stages is {stages} and steps is {steps}; both must be at least 1.")
-        start = self.layout.pruning_ratio
         unit = 1.0 / self.layout.spec.num_kv_heads  # rounding to whole groups may overshoot by less than this
-        if pruning_ratio < start - unit:
+        if pruning_ratio < (present := self.layout.pruning_ratio) - unit:
             raise ConfigError(
-                f"the model is already pruned to {start:.3f}; it cannot go back to {pruning_ratio}.",
+                f"the model is already pruned to {present:.3f}; it cannot go back to {pruning_ratio}.",
                 remedy="Load the base model again to prune less.",
             )
         train = self._last if data is None else self._encoded(data)
@@ -287,26 +316,17 @@ class EdgeTuner:
                 remedy="Call fit(data) first, or pass prune(ratio, data).",
             )
         total = steps * (stages - 1 + unscored)
-        self._metrics = {}
+        self._metrics, self._latency = {}, None
         trainer = self._trainer(train or [], total) if total else None
-        with _bar("prune", total, progress) as advance:
-            if unscored and trainer is not None:
-                log.warning("no training step was scored yet: taking %d scoring steps before pruning", steps)
-                trainer.run(steps, scored=True, on_step=advance)
-            for stage in range(1, stages + 1):
-                share = 1.0 - (1.0 - stage / stages) ** 3
-                target = max(start, start + (pruning_ratio - start) * share)
-                layout = plan_local(
-                    self._tracker.scores(), self.layout, target, scope=self._scope, round_to=self._round_to
-                )
-                if trainer is None:
-                    self.model.compact(layout, importance=self._tracker)
-                else:
-                    trainer.compact(layout)
-                    if stage < stages:
-                        trainer.run(trainer.step + steps, scored=True, on_step=advance)
+        at_least = self._at_least
+        if self._scope == "layer":  # a part must not take channels in place of a head that the last one takes
+            at_least = target_counts(self.layout.spec, pruning_ratio, round_to=self._round_to, at_least=at_least)
+        parts = {"stages": stages, "steps": steps}
+        with bar("prune", total, progress) as advance:
+            layout_at = partial(self._layout_at, at_least=at_least)
+            prune_in_stages(self._tracker, trainer, layout_at, pruning_ratio, advance=advance, **parts)
         if trainer is not None:
-            self._done(trainer)
+            self._done(trainer, train or [])
         return self
 
     def plan(self, pruning_ratio: float) -> PruningPlan:
@@ -319,13 +339,11 @@ class EdgeTuner:
             raise DataError(
                 "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
             )
+        after = self._layout_at(pruning_ratio, self._at_least)
+        length = self._settings.max_length_tokens
+        now, then = (pass_flops(layout, 0, 1, length, backward=False) for layout in (self.layout, after))
         scores = self._tracker.scores()
-        after = plan_local(scores, self.layout, pruning_ratio, scope=self._scope, round_to=self._round_to)
-        flops = [
-            pass_flops(layout, 0, 1, self._settings.max_length_tokens, backward=False)
-            for layout in (self.layout, after)
-        ]
-        return PruningPlan(self.layout, after, scores, *flops)
+        return PruningPlan(self.layout, after, scores, now, then, asked=pruning_ratio, latency=self._latency)
 
     def apply(self, plan: PruningPlan) -> EdgeTuner:
         """Prune to a plan at once; `fit` afterwards lets the smaller model recover.
@@ -333,65 +351,62 @@ class EdgeTuner:
         Raises `LayoutError`, changing nothing, if the model was pruned otherwise since the plan was made.
         """
         self.model.compact(plan.after, importance=self._tracker)
-        self._metrics = {}
+        self._metrics, self._latency = {}, None
         return self
 
+    def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> Latency:
+        """Time of one text through the model as it is now, adapters included, on this machine.
+
+        `plan` then predicts from it, and `save` writes it into the model card.
+
+        Args:
+            length_tokens: Of the text; default the tuner's longest.
+            repeats: Passes, of which the median counts.
+        """
+        length = self._settings.max_length_tokens if length_tokens is None else length_tokens
+        self._latency = measure_latency(self.model, length, repeats=repeats)
+        return self._latency
+
     def save(self, folder: str | Path) -> Path:
-        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back."""
-        return self.model.save(folder, metrics=self._metrics)
+        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back.
+
+        The model card in it, README.md, prints what `evaluate` and `measure_latency` found of the model as it is.
+        """
+        return self.model.save(folder, metrics=self._measured())
 
     def save_merged(self, folder: str | Path) -> Path:
         """Like `save`, with the adapter folded into the weights."""
-        return self.model.save_merged(folder, metrics=self._metrics)
+        return self.model.save_merged(folder, metrics=self._measured())
 
     def merge(self) -> Any:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
         return self.model.merged()
 
+    def _layout_at(self, pruning_ratio: float, at_least: tuple[int, int]) -> Layout:
+        settings: dict[str, Any] = {"scope": self._scope, "round_to": self._round_to, "at_least": at_least}
+        return plan_local(self._tracker.scores(), self.layout, pruning_ratio, **settings)
+
     def _fit_key(self, train: list[Encoded], total: int) -> str:
-        """Digest of everything that a fit's result depends on besides the weights it starts from."""
         model = self.model
-        parts = (
-            [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train],
-            [total, self._seed, self._steps_taken, model.r, model.scaling, model.task],
+        return key_of(
+            train,
+            [total, self._seed, self._steps_taken, model.r, model.scaling, model.task, model.base_dtype, self._pack],
             [model.spec.base_sha256, model.layout.to_dict()],
             msgspec.to_builtins(self._settings),
-            [self._tracker.criterion, self._scope],
+            [self._tracker.criterion, self._tracker.metric, self._scope],
         )
-        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-    def _resume(self, saver: StateDir, trainer: Trainer, key: str) -> bool:
-        saved = saver.read(FIT)
-        if saved is None:
-            return False
-        if saved.info.get("key") != key:
-            raise ConfigError(
-                f"{saver.folder} holds the checkpoint of another fit: other data, settings, steps or widths.",
-                remedy="Give every fit a folder of its own, or delete this one.",
-            )
-        try:
-            trainer.restore(Document(saved.info["trainer"], saved.tensors))
-        except (KeyError, TypeError, ValueError) as error:
-            raise saver.damaged(FIT, f"it is incomplete ({type(error).__name__})") from error
-        log.info("resumed after step %d", trainer.step)
-        return True
 
     def _encoded(self, data: Data) -> list[Encoded]:
         task = self.model.task
         examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
-        return encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
+        encoded = encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
+        check_tokens(self.model, encoded)
+        return encoded
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings
-        training = Training(
-            learning_rate=settings.learning_rate,
-            batch_size=settings.batch_size,
-            max_length_tokens=settings.max_length_tokens,
-            warmup_share=settings.warmup_share,
-            max_grad_norm=settings.max_grad_norm,
-            weight_decay=settings.weight_decay,
-            total_steps=max(1, steps),
-        )
+        names = set(Training.__struct_fields__) & set(settings.__struct_fields__)
+        training = Training(total_steps=max(1, steps), **{name: getattr(settings, name) for name in names})
         return Trainer(
             self.model,
             train,
@@ -401,26 +416,27 @@ class EdgeTuner:
             tracker=self._tracker,
             seed=self._seed + self._steps_taken,  # a second fit sees the data in another order
             pad_id=int(self.tokenizer.pad_token_id),
+            pack=self._pack and can_pack(self.model, settings.max_length_tokens),
         )
 
-    def _done(self, trainer: Trainer) -> None:
+    def _measured(self) -> dict[str, float]:
+        names = {"num_examples": "test tokens" if self.model.task == "causal_lm" else "test examples"}
+        found = {names.get(name, name): value for name, value in self._metrics.items()}
+        if self._latency is not None:
+            found[f"latency in ms ({self._latency.conditions}, adapter not merged)"] = self._latency.total_ms
+        return found
+
+    def _done(self, trainer: Trainer, train: list[Encoded]) -> None:
         self._steps_taken += trainer.step
+        self.model.trained_steps += trainer.step
+        self.model.trained_examples = max(self.model.trained_examples, len(train))
         self.train_loss = trainer.train_loss
         if trainer.micro_batch < self._settings.batch_size:
             log.warning("memory ran out: trained %d examples at a time, gradients accumulated", trainer.micro_batch)
         if trainer.skipped:
             log.warning("%d of %d steps were not finite and were skipped", trainer.skipped, trainer.step)
-
-
-@contextmanager
-def _bar(what: str, total: int, wanted: bool | None) -> Iterator[Any]:
-    """Yields a function to call after each step."""
-    console = Console(stderr=True)
-    shown = console.is_terminal if wanted is None else wanted
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown or total == 0) as progress:
-        task: TaskID = progress.add_task(what, total=total)
-        yield lambda steps=1: progress.advance(task, steps)
+        if trainer.spikes:
+            log.warning("%d of %d steps were skipped: gradients far above the usual", trainer.spikes, trainer.step)
 
 
 def _checked(kind: Any, **values: Any) -> Any:

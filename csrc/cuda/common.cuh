@@ -10,6 +10,11 @@
 
 #include "../kernels.h"
 
+// Shared memory of a block. A macro, because tests/kernels/cuda_on_cpu hands out fresh, guarded memory instead.
+#ifdef __CUDACC__
+#define FEDSPINE_SHARED(Type, name) __shared__ Type name
+#endif
+
 namespace fedspine {
 namespace {
 
@@ -19,9 +24,17 @@ inline void check(const char* op, const char* what, cudaError_t status) {
                            cudaGetErrorString(status));
 }
 
-// A launch leaves its error behind instead of returning it; this takes and clears it.
-inline void check_launch(const char* op) {
-  check(op, "kernel launch", cudaGetLastError());
+// Puts a kernel on the stream. Not <<<>>>: this form returns its error, and a C++ compiler without CUDA understands it.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+            Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (status != cudaSuccess) cudaGetLastError();  // reported here: torch must not find it again
+  check(op, "kernel launch", status);
 }
 
 // Makes `device` current for a scope: the caller's tensors may live on another GPU than the thread's current one.
@@ -50,7 +63,7 @@ inline unsigned grid_size(const char* op, int64_t blocks, int64_t limit) {
 }
 constexpr int64_t kGridX = 2147483647, kGridY = 65535;
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 

@@ -32,8 +32,7 @@ void gather_cuda(const Matrix& out, const Matrix& in, const int64_t* index, bool
                       : item_bytes == 2 ? gather_elements<uint16_t>
                       : item_bytes == 4 ? gather_elements<uint32_t>
                                         : gather_elements<uint64_t>;
-  kernel<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kThreads, 0, stream>>>(out, in, index, by_row);
-  check_launch(op);
+  launch(op, kernel, static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kThreads, stream, out, in, index, by_row);
 }
 
 }  // namespace fedspine

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 MEAN_SPREAD = 0.15
 """How far final ratios may lie from P with `target="mean"`."""
 
+NARROW = 0.01
+"""Least width of an interval of u."""
+
 
 def rounds_needed(target: float, max_step: float) -> int:
     """Pruning rounds without which `target` cannot be reached in steps of at most `max_step`."""
@@ -86,6 +89,19 @@ class Envelope:
             self.ratio(1.0, server_round=server_round, previous=previous),
         )
 
+    def places(self, ratios: tuple[float, float], *, server_round: int, previous: float) -> tuple[float, float]:
+        """The interval of u, not empty, that gives `ratios` (least and largest, within `limits`)."""
+        lo, hi = self.bounds(server_round) if self.prunes_in(server_round) else (0.0, 0.0)
+        first, last = self.limits(server_round=server_round, previous=previous)
+        if hi - lo < 1e-9 or last - first < 1e-9:
+            return 0.0, 1.0
+        # Beyond the limits u has no effect: an interval that touches one goes on to the end.
+        begin = 0.0 if ratios[0] <= first + 1e-9 else (ratios[0] - lo) / (hi - lo)
+        end = 1.0 if ratios[1] >= last - 1e-9 else (ratios[1] - lo) / (hi - lo)
+        begin, end = min(max(begin, 0.0), 1.0), min(max(end, 0.0), 1.0)
+        begin = min(begin, 1.0 - NARROW)
+        return begin, max(end, begin + NARROW)
+
 
 def settle_mean(
     ratios: Mapping[str, float], limits: Mapping[str, tuple[float, float]], mean: float
@@ -109,3 +125,27 @@ def settle_mean(
         else:
             high = middle
     return shifted(high)
+
+
+def spread_by_speed(full: Mapping[str, float], falls: Mapping[str, float], schedule: Envelope) -> dict[str, float]:
+    """Final ratios within `schedule.spread` of its target, of mean `target`, that bring final times together.
+
+    Args:
+        full: By device the log time of a round with nothing removed.
+        falls: By device by how much that falls as the pruning ratio goes from 0 to 1.
+    """
+    least, most = schedule.target - schedule.spread, schedule.target + schedule.spread
+    most = min(most, schedule.max_step * (schedule.last_pruning_round - schedule.start))
+
+    def ratios(pace: float) -> dict[str, float]:
+        return {i: min(max((t - pace) / max(falls[i], 1e-3), least), most) for i, t in full.items()}
+
+    low = min(t - most * max(falls[i], 1e-3) for i, t in full.items()) - 1.0
+    high = max(full.values()) + 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if math.fsum(ratios(middle).values()) > schedule.target * len(full):
+            low = middle
+        else:
+            high = middle
+    return settle_mean(ratios(high), dict.fromkeys(full, (least, most)), schedule.target)

@@ -60,6 +60,7 @@ def rewards(
     weights: Mapping[str, float] = DEFAULT_WEIGHTS,
     *,
     mode: Literal["sum", "product"] = "sum",
+    expected_s: float | None = None,
 ) -> dict[str, RewardTerms | None]:
     """Rewards by device id.
 
@@ -69,9 +70,10 @@ def rewards(
     Args:
         weights: Share of each term in mode `sum`; they sum to 1.
         mode: `product` is the paper's loss · lora / |T - Tbar| with the distance bounded away from 0.
+        expected_s: Tbar where the round was planned to take so long; else the mean of the times.
     """
     done = [o for o in outcomes if o.status == "ok"]
-    mean_time = fmean(o.completion_time_s for o in done) if done else 0.0
+    mean_time = expected_s or (fmean(o.completion_time_s for o in done) if done else 0.0)
     best_fall = max((_relative_fall(o) for o in done), default=0.0)
     best_lora = max((_known(o.lora_importance) for o in done), default=0.0)
     result: dict[str, RewardTerms | None] = {}

@@ -150,6 +150,7 @@ class SUCB:
             "now": now,
             "u": arm.u,
             "r": arm.r,
+            "open": open_leaves,
             "why": self._why(tree, chosen, largest, ties=len(best), masked=len(boxes) - len(open_leaves)),
         }
         return arm
@@ -178,9 +179,11 @@ class SUCB:
     def explain(self, device_id: str) -> dict[str, Any]:
         """The device's leaves with raw and discounted counts, means and bounds, and why its last arm was played.
 
-        A bound of None is infinite: the root was never pulled.
+        A bound of None is infinite: the root was never pulled. `open` says whether the leaf might be played in the
+        round that is being decided, None between rounds.
         """
         tree = self._trees.get(device_id) or self._root()
+        decided = tree.last if tree.last is not None and tree.last["now"] > tree.clock else None
         leaves = [
             {
                 "u": [leaf.u_lo, leaf.u_hi],
@@ -189,8 +192,9 @@ class SUCB:
                 "weight": self._weight(leaf, tree.clock),
                 "mean": leaf.mean,
                 "bound": bound if math.isfinite(bound) else None,
+                "open": None if decided is None else number in decided.get("open", ()),
             }
-            for leaf, bound in zip(tree.leaves, self._bounds(tree))
+            for number, (leaf, bound) in enumerate(zip(tree.leaves, self._bounds(tree)))
         ]
         return {"device_id": device_id, "pulls": tree.count, "leaves": leaves, "last": tree.last}
 
@@ -345,7 +349,7 @@ class SUCB:
         if ties > 1:
             text += f", drawn from {ties} equal ones"
         if masked:
-            text += f", {masked} leaves do not fit the device"
+            text += f", {masked} leaves were not open"
         return text
 
 

@@ -48,8 +48,8 @@ TOKENIZER_FILES = (
 )
 MAX_MANIFEST_BYTES = 4 * 1024**2
 
-Precision = Literal["fp32", "fp16"]
-Task = Literal["classification", "causal_lm"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Task = Literal["classification", "token_classification", "causal_lm"]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]

@@ -176,7 +176,6 @@ def _export(
         ranks = verify_adapters(exported, runtime, adapter)
         report(f"other adapters: largest difference {ranks.max_abs_diff:.2g} (tolerance {ranks.tolerance:.2g})")
     _copy_tokenizer(folder, draft)
-    pad = module.config.pad_token_id
     return Manifest(
         producer=producer_versions("torch", "transformers", "onnx", "onnxruntime"),
         task=exported.task,
@@ -186,7 +185,7 @@ def _export(
         inputs=exported.inputs,
         outputs=exported.outputs,
         max_tokens=exported.max_tokens,
-        pad_token_id=int(pad) if pad is not None else 0,
+        pad_token_id=exported.pad_token_id,
         labels=names,
         end_token_ids=_end_tokens(module),
         adapter=adapter,
@@ -208,7 +207,7 @@ def _end_tokens(module: nn.Module) -> tuple[int, ...]:
 
 
 def _label_names(model: PrunableModel, labels: Sequence[str] | None) -> tuple[str, ...]:
-    if model.task != "classification":
+    if model.task == "causal_lm":
         if labels is not None:
             raise ConfigError("labels were given for a causal language model, which has none.")
         return ()

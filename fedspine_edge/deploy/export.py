@@ -1,8 +1,8 @@
 """torch → ONNX: one graph with dynamic batch and sequence that TensorRT 10.3 and every later release can parse.
 
 Attention and norms are spelled out in basic operators (the fused ONNX operators of opset 23 have no parser in
-10.3). Widths may differ by layer. Classification models give (batch, labels), causal models the logits of all
-positions, (batch, sequence, vocabulary), and their KV cache; `deploy/graphs.py` lists inputs and outputs.
+10.3). Widths may differ by layer. Classification models give (batch, labels), token classification a row of them
+per token, causal models (batch, sequence, vocabulary) and their KV cache; `deploy/graphs.py` lists inputs and outputs.
 Why the TorchScript exporter: docs/decisions/0060-torchscript-exporter.md.
 """
 
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from fedspine_edge.model.prunable import PrunableModel
 
 OPSETS = range(17, 21)
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 MAX_INLINE_BYTES = 1_500_000_000
 """Above this, weights go to a second file: protobuf ends at 2 GiB."""
 
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _FUSED_OPS = frozenset({"Attention", "RotaryEmbedding", "RMSNormalization", "GroupQueryAttention"})
 
 
@@ -48,6 +49,7 @@ class Exported:
     precision: Precision
     opset: int
     max_tokens: int
+    pad_token_id: int
 
 
 def export_onnx(
@@ -90,13 +92,15 @@ def export_onnx(
     _tidy(proto.graph, _transposed_names(module))
     _check_operators(proto.graph)
     inputs, outputs = graph.inputs, graph.outputs
-    if precision == "fp16":
+    if precision != "fp32":
         from fedspine_edge.deploy.half import to_half
 
-        to_half(proto)
+        to_half(proto, precision)
+    if precision == "fp16":
         inputs, outputs = (tuple(_cache_in_half(tensor) for tensor in each) for each in (inputs, outputs))
     _save(proto, path)
-    return Exported(path, inputs, outputs, graph.task, precision, opset, max_tokens)
+    pad = module.config.pad_token_id or 0
+    return Exported(path, inputs, outputs, graph.task, precision, opset, max_tokens, int(pad))
 
 
 def _cache_in_half(tensor: TensorInfo) -> TensorInfo:
@@ -152,10 +156,12 @@ def load_folder(folder: Path) -> PrunableModel:
     except LOAD_FAILURES as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     kinds = " ".join(config.architectures or ())
-    if "ForSequenceClassification" in kinds:
-        labels = [str(config.id2label[index]) for index in range(config.num_labels)]
-        return load_base(folder, task="classification", num_labels=config.num_labels, labels=labels)
-    if "ForCausalLM" in kinds:
+    tasks: dict[str, Task] = {"ForSequence": "classification", "ForToken": "token_classification"}
+    for kind, task in tasks.items():
+        if f"{kind}Classification" in kinds:
+            labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+            return load_base(folder, task=task, num_labels=config.num_labels, labels=labels)
+    if kinds.endswith(_CAUSAL):
         return load_base(folder, task="causal_lm")
     raise DeployError(
         f"{folder} holds {kinds or 'a model without a stated class'}, which has no trained task head.",
@@ -165,7 +171,10 @@ def load_folder(folder: Path) -> PrunableModel:
 
 def task_of(module: nn.Module) -> Task:
     """What a transformers task model is for, by its class."""
-    return "causal_lm" if "ForCausalLM" in type(module).__name__ else "classification"
+    kind = type(module).__name__
+    if "ForTokenClassification" in kind:
+        return "token_classification"
+    return "causal_lm" if kind.endswith(_CAUSAL) else "classification"
 
 
 def max_tokens_of(config: Any) -> int:

@@ -105,10 +105,28 @@ class _Traced(nn.Module):  # type: ignore[misc]
         seen = (key <= query)[None] & (mask[:, None, :] > 0)
         # The position of a token is the number of tokens before it that it sees: right with padding on either side.
         positions = (seen.to(torch.float32).sum(-1) - 1).clamp(min=0).to(torch.int64)
-        bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
-        arguments = {"input_ids": ids, "attention_mask": bias, "position_ids": positions}
+        arguments = {"input_ids": ids, "attention_mask": self._bias(seen, query - key), "position_ids": positions}
         out = self._call(arguments | {"past_key_values": _filled_cache(past), "use_cache": True}, head)
         return (out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)))
+
+    def _bias(self, seen: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+        """What is added to attention scores, (batch, 1, sequence, total); per kind of layer where layers differ.
+
+        A mask that is given is taken as it is, so a sliding window is cut here: a token sees those less than
+        `sliding_window` before it.
+        """
+        config = self.model.config
+        whole, kinds, window = _added(seen), getattr(config, "layer_types", None), None
+        if kinds is None or "sliding_attention" in kinds:
+            window = getattr(config, "sliding_window", None)
+        if window is None:
+            return whole
+        near = _added(seen & (distance < window)[None])
+        return near if kinds is None else {"full_attention": whole, "sliding_attention": near}
+
+
+def _added(seen: Tensor) -> Tensor:
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
 def _filled_cache(past: Sequence[Tensor]) -> Any:
@@ -142,9 +160,18 @@ def kv_heads(module: nn.Module) -> tuple[tuple[int, ...], int]:
     architecture = architecture_of(config)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     layers = len(module.get_submodule(f"{architecture.backbone}.{architecture.layers}"))
-    keys = (module.get_submodule(architecture.path(f"layers.{layer}.k")) for layer in range(layers))
-    rows = (getattr(key, "base", key).weight.shape[0] for key in keys)
-    return tuple(int(count) // head_dim for count in rows), head_dim
+    widths = (_out_features(module, architecture.path(f"layers.{layer}.k")) for layer in range(layers))
+    return tuple(width // head_dim for width in widths), head_dim
+
+
+def _out_features(module: nn.Module, path: str) -> int:
+    """Rows of a linear, which may be one of the equal thirds of a fused `c_attn`."""
+    try:
+        linear = module.get_submodule(path)
+    except AttributeError:
+        fused = module.get_submodule(path.rpartition(".")[0])
+        return int(fused.bias.shape[0]) // 3
+    return int(getattr(linear, "base", linear).weight.shape[0])
 
 
 def task_graph(module: nn.Module, *, max_tokens: int, adapter: AdapterSpec | None = None) -> Graph:
@@ -153,9 +180,13 @@ def task_graph(module: nn.Module, *, max_tokens: int, adapter: AdapterSpec | Non
     tokens = ("batch", "sequence")
     inputs = [TensorInfo(name="input_ids", dtype="int64", shape=tokens, limit=int(config.vocab_size))]
     last = int(config.vocab_size if task == "causal_lm" else config.num_labels)
+    outputs = [
+        TensorInfo(
+            name="logits", dtype="float32", shape=("batch", last) if task == "classification" else (*tokens, last)
+        )
+    ]
     if task == "causal_lm":
         inputs.append(TensorInfo(name="attention_mask", dtype="int64", shape=("batch", "total"), limit=2))
-        outputs = [TensorInfo(name="logits", dtype="float32", shape=(*tokens, last))]
         heads, head_dim = kv_heads(module)
         for layer, count in enumerate(heads):
             for kind in ("key", "value"):
@@ -167,7 +198,6 @@ def task_graph(module: nn.Module, *, max_tokens: int, adapter: AdapterSpec | Non
         types = int(getattr(config, "type_vocab_size", 0) or 0)
         if types > 1:  # RoBERTa has one type: an input that can only be zero
             inputs.append(TensorInfo(name="token_type_ids", dtype="int64", shape=tokens, default=0, limit=types))
-        outputs = [TensorInfo(name="logits", dtype="float32", shape=("batch", last))]
     if adapter is not None:
         inputs += adapter_inputs(adapter)
     traced = _Traced(module, [tensor.name for tensor in inputs])

@@ -1,37 +1,83 @@
-"""Turns a float32 ONNX graph into a mixed one: float16 weights and products, float32 norms and softmax.
+"""Turns a float32 ONNX graph into a mixed one: 16-bit weights and products, float32 norms and softmax.
 
 Strongly typed TensorRT takes precision from the graph, so it is decided here, node by node:
 
 - what does not descend from an embedding (masks, position angles) stays float32;
 - LayerNormalization, decomposed RMSNorm and softmax with the mask addition before it stay float32, because
-  float16 loses them (squares overflow at 256, a mask of -3e38 becomes -inf);
-- all else that computes in floats becomes float16, a decoder's KV cache too; other outputs are cast back to float32.
+  float16 loses them (squares overflow at 256, a mask of -3e38 becomes -inf) and bfloat16 has 8 bits for a sum;
+- all else that computes in floats becomes float16 or bfloat16, what QuantizeLinear and DequantizeLinear scale too;
+- a decoder's KV cache goes in and out in float16, but in float32 for bfloat16, which numpy does not have; other
+  outputs are cast back to float32.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fedspine_edge.errors import DeployError
 
-LARGEST_FP16 = 65504.0
+Kind = Literal["fp16", "bf16"]
+LARGEST: dict[Kind, float] = {"fp16": 65504.0, "bf16": 3.3895e38}
+"""Constants beyond are cut to these: a mask's float32 minimum would round to infinity."""
 _FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Reciprocal", "Cos", "Sin"})
+_SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _NORM_TAIL = frozenset({"Add", "Sqrt", "Div", "Reciprocal", "Mul"})
 
 
-def to_half(model: Any) -> None:
+def to_half(model: Any, kind: Kind = "fp16") -> None:
     """Converts an `onnx.ModelProto` in place. Raises `DeployError` for a graph with nested graphs."""
-    _Converter(model).convert()
+    _Converter(model, kind).convert()
+
+
+def tensor_types(model: Any) -> dict[str, int]:
+    """ONNX element type of every tensor, found by shape inference on a copy without the weights.
+
+    Raises `DeployError`, naming the tensor, where a type cannot be inferred.
+    """
+    import onnx
+
+    skeleton = onnx.ModelProto()
+    skeleton.ir_version = model.ir_version
+    skeleton.opset_import.extend(model.opset_import)
+    graph = skeleton.graph
+    graph.name = "skeleton"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64:
+            graph.initializer.append(tensor)  # shapes: small, and needed to infer others
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    inferred = onnx.shape_inference.infer_shapes(skeleton).graph
+    every = (*inferred.input, *inferred.output, *inferred.value_info, *graph.initializer)
+    types = {
+        info.name: info.data_type if isinstance(info, onnx.TensorProto) else info.type.tensor_type.elem_type
+        for info in every
+    }
+    unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
+    if unknown:
+        raise DeployError(f"The type of the tensor {unknown[0]!r} cannot be inferred, which 16-bit precisions need.")
+    return types
+
+
+def bfloat16_bits(value: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """The upper halves of float32 numbers, rounded to the nearest even."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    rounded: np.ndarray[Any, np.dtype[np.uint16]] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
 
 
 class _Converter:
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kind: Kind) -> None:
         import onnx
 
+        self.kind = kind
+        self.half_type = onnx.TensorProto.FLOAT16 if kind == "fp16" else onnx.TensorProto.BFLOAT16
         self.onnx = onnx
         self.graph = model.graph
         self.nodes = list(model.graph.node)
@@ -40,25 +86,28 @@ class _Converter:
         self.consumers: dict[str, list[int]] = defaultdict(list)
         for index, node in enumerate(self.nodes):
             if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-                raise DeployError(f"Node {node.name!r} ({node.op_type}) has a nested graph, which fp16 does not cover.")
+                raise DeployError(f"Node {node.name!r} ({node.op_type}) has a nested graph, which {kind} lacks.")
             for name in node.input:
                 self.consumers[name].append(index)
-        self.floats = self._float_tensors(model)
-        self.half_tensors = {info.name for info in self.graph.input if info.name.startswith("past_key_values.")}
+        self.floats = {name for name, found in tensor_types(model).items() if found == onnx.TensorProto.FLOAT}
+        self.half_tensors: set[str] = set()
+        self.kept_outputs = {output.name for output in self.graph.output}
+        if kind == "fp16":
+            self.half_tensors |= {t.name for t in self.graph.input if t.name.startswith("past_key_values.")}
+            self.kept_outputs = {name for name in self.kept_outputs if not name.startswith("present.")}
         self.casts: dict[tuple[str, bool], str] = {}
         self.result: list[Any] = []
 
     def convert(self) -> None:
         half = self._descendants_of_embeddings() - self._kept_in_fp32()
-        outputs = {output.name for output in self.graph.output if not output.name.startswith("present.")}
         for index, node in enumerate(self.nodes):
             is_half = index in half and node.op_type not in ("Cast", "Constant")
             self._convert_inputs(node, index, is_half)
             self.result.append(node)
             for position, name in enumerate(node.output):
                 if is_half and name in self.floats:
-                    if name in outputs:
-                        node.output[position] = f"{name}.fp16"
+                    if name in self.kept_outputs:
+                        node.output[position] = self.casts[name, True] = f"{name}.{self.kind}"
                         self.result.append(self._cast(node.output[position], name, to_half=False))
                     else:
                         self.half_tensors.add(name)
@@ -68,7 +117,7 @@ class _Converter:
         del self.graph.value_info[:]  # holds the float32 types
         for info in (*self.graph.input, *self.graph.output):
             if info.name in self.half_tensors:
-                info.type.tensor_type.elem_type = self.onnx.TensorProto.FLOAT16
+                info.type.tensor_type.elem_type = self.half_type
 
     def _convert_inputs(self, node: Any, index: int, is_half: bool) -> None:
         if node.op_type in ("Cast", "Shape"):
@@ -82,14 +131,18 @@ class _Converter:
         key = (name, half)
         if key in self.casts:
             return self.casts[key]
-        other = self.casts[key] = f"{name}.fp16" if half else f"{name}.fp32"
+        other = self.casts[key] = f"{name}.{self.kind}" if half else f"{name}.fp32"
         value = self._constant(name)
         if value is None:
             self.result.append(self._cast(name, other, to_half=half))
         else:
-            clipped = np.clip(value, -LARGEST_FP16, LARGEST_FP16).astype(np.float16)
-            self.graph.initializer.append(self.onnx.numpy_helper.from_array(clipped, other))
+            self.graph.initializer.append(self._rounded(value, other))
         return other
+
+    def _rounded(self, value: Any, name: str) -> Any:
+        clipped = np.clip(value, -LARGEST[self.kind], LARGEST[self.kind])
+        raw = clipped.astype(np.float16) if self.kind == "fp16" else bfloat16_bits(clipped)
+        return self.onnx.TensorProto(name=name, data_type=self.half_type, dims=value.shape, raw_data=raw.tobytes())
 
     def _constant(self, name: str) -> Any:
         """The value of an initialiser or of a Constant node, else None."""
@@ -102,32 +155,8 @@ class _Converter:
         return self.onnx.numpy_helper.to_array(attribute.t) if attribute.name == "value" else None
 
     def _cast(self, source: str, target: str, *, to_half: bool) -> Any:
-        kind = self.onnx.TensorProto.FLOAT16 if to_half else self.onnx.TensorProto.FLOAT
+        kind = self.half_type if to_half else self.onnx.TensorProto.FLOAT
         return self.onnx.helper.make_node("Cast", [source], [target], name=f"Cast.{target}", to=kind)
-
-    def _float_tensors(self, model: Any) -> set[str]:
-        """Names of all float32 tensors, found by shape inference on a copy without the weights."""
-        onnx = self.onnx
-        skeleton = onnx.ModelProto()
-        skeleton.ir_version = model.ir_version
-        skeleton.opset_import.extend(model.opset_import)
-        graph = skeleton.graph
-        graph.name = "skeleton"
-        graph.node.extend(self.nodes)
-        graph.input.extend(self.graph.input)
-        graph.output.extend(self.graph.output)
-        for tensor in self.initializers.values():
-            if tensor.data_type == onnx.TensorProto.FLOAT:
-                graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-            else:
-                graph.initializer.append(tensor)  # shapes: small, and needed to infer others
-        inferred = onnx.shape_inference.infer_shapes(skeleton).graph
-        every = (*inferred.input, *inferred.output, *inferred.value_info)
-        typed = {info.name: info.type.tensor_type.elem_type for info in every}
-        unknown = [name for name in self.producer if name and not typed.get(name)]
-        if unknown:
-            raise DeployError(f"The type of the tensor {unknown[0]!r} cannot be inferred, which fp16 needs.")
-        return {name for name, kind in typed.items() if kind == onnx.TensorProto.FLOAT}
 
     def _descendants_of_embeddings(self) -> set[int]:
         """Nodes that compute floats from an embedding table's rows."""
@@ -142,10 +171,13 @@ class _Converter:
             index = pending.pop()
             if index not in found:
                 found.add(index)
-                floats = [name for name in self.nodes[index].output if name in self.floats]
-                pending.extend(consumer for name in floats for consumer in self.consumers[name])
-        # Comparisons and such yield no floats: their inputs stay in float32.
-        return {index for index in found if any(name in self.floats for name in self.nodes[index].output)}
+                node = self.nodes[index]
+                follow = [name for name in node.output if name in self.floats or node.op_type == "QuantizeLinear"]
+                pending.extend(consumer for name in follow for consumer in self.consumers[name])
+        # Comparisons and such yield no floats: their inputs stay in float32. Weights that are dequantised descend
+        # from no embedding, but are multiplied with what does.
+        quantised = {index for index, node in enumerate(self.nodes) if node.op_type in _SCALED}
+        return quantised | {i for i in found if any(name in self.floats for name in self.nodes[i].output)}
 
     def _kept_in_fp32(self) -> set[int]:
         kept = {index for index, node in enumerate(self.nodes) if node.op_type in _FP32_OPS}
@@ -180,7 +212,7 @@ class _Converter:
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
         rename = {}
         for tensor in kept:
-            original = tensor.name.removesuffix(".fp16")
+            original = tensor.name.removesuffix(f".{self.kind}")
             if original in self.initializers and original not in used:
                 rename[tensor.name] = tensor.name = original
         for node in self.result:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.deploy.bundle import TensorInfo
+from fedspine_edge.deploy.widen import widened_copy
 from fedspine_edge.errors import DeployError, MissingDependency
 
 Array = npt.NDArray[Any]
@@ -66,8 +67,18 @@ class OnnxRuntimeRunner:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
+
+        def load(path: Path) -> Any:
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
         try:
-            self._session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            try:
+                self._session: Any = load(model)
+            except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:  # no bfloat16 kernels on the CPU
+                with widened_copy(model) as copy:
+                    self._session = load(copy)
+        except MissingDependency:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise DeployError(
                 f"ONNX Runtime {onnxruntime.__version__} could not load {model}: {error}",

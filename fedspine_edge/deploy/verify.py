@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from fedspine_edge.deploy.adapters import bundled_adapter
 from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo, Verification
 from fedspine_edge.deploy.compare import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.deploy.export import Exported, merged_module, task_of
+from fedspine_edge.deploy.locate import first_difference
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.errors import ExportMismatch
 
@@ -52,11 +53,13 @@ def verify_onnx(
         adapter: Values of the adapter's inputs, where the file has them.
         seed: Of the random inputs.
 
-    Raises `ExportMismatch`, naming the worst output and the numbers.
+    Raises `ExportMismatch`, naming the worst output, the numbers, and the first layer that differs.
     """
     runner = OnnxRuntimeRunner(exported.path, threads=1)
     if inputs is None:
-        inputs = random_inputs(exported.inputs, shapes, exported.max_tokens, seed, adapter=adapter)
+        inputs = random_inputs(
+            exported.inputs, shapes, exported.max_tokens, seed, pad=exported.pad_token_id, adapter=adapter
+        )
     try:
         return compare(
             runner,
@@ -67,8 +70,26 @@ def verify_onnx(
             subject=f"{exported.path.name} on ONNX Runtime",
             reference="torch",
         )
+    except ExportMismatch as error:
+        where = _first_layer(exported, module, inputs)
+        raise ExportMismatch(f"{error.message} {where}", remedy=error.remedy) from error
     finally:
         runner.close()
+
+
+def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]) -> str:
+    """A sentence on the first layer that differs, on the first inputs where one does."""
+    for batch in inputs:
+        found = first_difference(
+            exported.path,
+            module,
+            batch,
+            lambda batch=batch: _run_torch(module, batch, exported.inputs),  # type: ignore[misc]
+            tolerance=TOLERANCE[exported.precision],
+        )
+        if found is not None:
+            return f"The first layer that differs is {found}."
+    return "Every layer by itself agrees: the outputs are put together differently."
 
 
 def verify_cache(
@@ -87,7 +108,9 @@ def verify_cache(
     """
     runner = OnnxRuntimeRunner(exported.path, threads=1)
     shapes = [(1, prompt + steps), (3, prompt + steps)]
-    inputs = random_inputs(exported.inputs, shapes, exported.max_tokens, seed, adapter=adapter)
+    inputs = random_inputs(
+        exported.inputs, shapes, exported.max_tokens, seed, pad=exported.pad_token_id, adapter=adapter
+    )
     inputs.append(inputs[-1] | {"attention_mask": np.ascontiguousarray(inputs[-1]["attention_mask"][:, ::-1])})
     try:
         return compare(
@@ -124,7 +147,9 @@ def verify_adapters(
         for entry in adapter.modules:
             for side, shape in (("A", (entry.in_features, rank)), ("B", (rank, entry.out_features))):
                 values[f"lora.{entry.path}.{side}"] = rng.normal(0, 0.02, shape).astype(np.float32)
-        inputs += random_inputs(exported.inputs, [(2, 9)], exported.max_tokens, seed, adapter=values)
+        inputs += random_inputs(
+            exported.inputs, [(2, 9)], exported.max_tokens, seed, pad=exported.pad_token_id, adapter=values
+        )
 
     def reference(batch: Inputs) -> Inputs:
         for path, linear in linears.items():
@@ -165,6 +190,7 @@ def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
         manifest.precision,
         manifest.opset,
         manifest.max_tokens,
+        manifest.pad_token_id,
     )
     adapter = bundled_adapter(bundle.folder, manifest)
     if task_of(module) != manifest.task or module.config.vocab_size != manifest.inputs[0].limit:
@@ -198,11 +224,13 @@ def _run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo])
     import torch
 
     device = next(module.parameters()).device
-    names = [tensor.name for tensor in tensors if tensor.kind == "tokens"]
+    given: dict[str, Any] = {
+        tensor.name: torch.from_numpy(inputs[tensor.name]).to(device) for tensor in tensors if tensor.kind == "tokens"
+    }
+    if task_of(module) == "causal_lm":
+        # As transformers' own generate counts them: GPT-2 alone would number padding on the left as well.
+        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        given |= {"use_cache": False, "position_ids": positions}
     with torch.inference_mode():
-        result = module(**{name: torch.from_numpy(inputs[name]).to(device) for name in names}, **_uncached(module))
+        result = module(**given)
     return {"logits": result.logits.float().cpu().numpy()}
-
-
-def _uncached(module: nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if "ForCausalLM" in type(module).__name__ else {}

@@ -8,37 +8,31 @@ its blob are complete.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections import deque
-from pathlib import Path
+from typing import Literal
 
 import torch
 
-from fedspine_edge import __version__
 from fedspine_edge.clock import Clock, RealClock
-from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.data import Encoded, encode, load_examples, split
+from fedspine_edge.config import DeviceConfig, TrainingSettings
+from fedspine_edge.device.batches import Tokenised
+from fedspine_edge.device.data import load_examples, split
+from fedspine_edge.device.failure import failure_report
 from fedspine_edge.device.fetch import Fetch
+from fedspine_edge.device.outbox import Outbox
 from fedspine_edge.device.round import ROUND, LocalRound
 from fedspine_edge.device.source import ModelSource, choose_torch_device
 from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
-from fedspine_edge.device.telemetry import Meter, PeakMemory, conditions
-from fedspine_edge.errors import (
-    BlobError,
-    BrokerUnreachable,
-    FedspineError,
-    MessageError,
-    OutOfMemory,
-    TransportError,
-)
+from fedspine_edge.device.status import status_of
+from fedspine_edge.device.telemetry import Meter, PeakMemory
+from fedspine_edge.errors import BlobError, MessageError, TransportError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Incoming, Transport, Will
 from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import Ack, Plan, Report, Status
 from fedspine_edge.wire.topics import BlobTopic, DeviceTopic, Topics
-from fedspine_edge.wire.transfer import chunk
 
 log = logging.getLogger("fedspine_edge.device")
 
@@ -85,7 +79,8 @@ class FleetDevice:
         self._retry_at: float | None = None
         self._watching = False
         self._inbox: deque[Event] = deque()
-        self._encoded: dict[int, tuple[list[Encoded], list[Encoded]]] = {}
+        self._longest_tokens = TrainingSettings().max_length_tokens
+        """What a plan last asked for; before the first, what fleets use by default."""
 
     def start(self) -> None:
         """Load data, model and state, connect, and say hello.
@@ -102,13 +97,19 @@ class FleetDevice:
         self._state = StateDir(config.state_dir)
         try:
             self._source = ModelSource(
-                config.model, num_labels=config.data.num_labels, torch_device=torch_device, model=self._base
+                config.model,
+                num_labels=config.data.num_labels,
+                torch_device=torch_device,
+                base_dtype=config.base_dtype,
+                model=self._base,
             )
             self._model: PrunableModel | None = self._source.fresh()
             self._spec = self._model.spec
             self._tokenizer = self._source.tokenizer()
+            self._examples = Tokenised(self._tokenizer, self._train, self._holdout)
             self._record = Record.load(self._state, config, self._spec)
             self._retry_at = None if self._record.acked else self._clock.now()
+            self._outbox = Outbox(self._transport, self._topics, config.device_id, self._state.blobs)
             self._fetch = Fetch(self._transport, self._topics, self._state.download)
             will = Will(self._topics.status(config.device_id), codec.encode(self._status("offline")))
             self._transport.connect(timeout_s=min(FIRST_CONNECT_TIMEOUT_S, config.reconnect_timeout_s), will=will)
@@ -217,16 +218,9 @@ class FleetDevice:
         if plan.run_id != self._record.run_id:
             self._record = Record(Standing(Layout.full(self._spec)), run_id=plan.run_id)
         self._plan, self._plan_sha256 = plan, sha256
+        self._longest_tokens = plan.training.max_length_tokens
         self._retry_s = min(15.0, max(1.0, plan.deadline_s * RETRY_SHARE))
-        self._meter = Meter(
-            config.time_kind,
-            time_factor=config.time_factor,
-            up_mbit_s=config.up_mbit_s,
-            down_mbit_s=config.down_mbit_s,
-            clock=self._clock,
-            simulated=config.simulated,
-            conditions=conditions(config, plan.server_round),
-        )
+        self._meter = Meter.of(config, plan.server_round, self._clock)
         log.info("round %d of %d: p=%.3f, r=%d", plan.server_round, plan.num_rounds, plan.pruning_ratio, plan.r)
         if plan.adapter is not None:
             self._fetch.begin(plan.adapter)
@@ -268,7 +262,7 @@ class FleetDevice:
         assert self._meter is not None  # set with the plan
         job = None
         try:
-            train, holdout = self._tokenised(plan.training.max_length_tokens)
+            train, holdout = self._examples.at(plan.training.max_length_tokens)
             job = LocalRound(
                 plan,
                 self._plan_sha256,
@@ -300,16 +294,6 @@ class FleetDevice:
         self._model = job.model
         self._conclude(outcome.report, outcome)
 
-    def _tokenised(self, max_length_tokens: int) -> tuple[list[Encoded], list[Encoded]]:
-        if max_length_tokens not in self._encoded:
-            self._encoded = {
-                max_length_tokens: (
-                    encode(self._train, self._tokenizer, max_length_tokens),
-                    encode(self._holdout, self._tokenizer, max_length_tokens),
-                )
-            }
-        return self._encoded[max_length_tokens]
-
     def _watch(self) -> None:
         """Between two steps: abandon the round when a newer plan is there."""
         while True:
@@ -329,28 +313,17 @@ class FleetDevice:
                 raise _Superseded
 
     def _failure(self, plan: Plan, error: Exception) -> Report:
-        """The report of a round that failed; its reason names our own message or the kind and place, never data."""
-        if isinstance(error, FedspineError):
-            reason = error.message
-        else:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
-        log.error("round %d failed: %s", plan.server_round, reason)
-        meter = self._meter
-        return Report(
-            run_id=plan.run_id,
-            device_id=plan.device_id,
-            server_round=plan.server_round,
-            plan_sha256=self._plan_sha256,
-            status="out_of_memory" if isinstance(error, OutOfMemory) else "failed",
-            reason=reason[:300],
+        report = failure_report(
+            plan,
+            self._plan_sha256,
+            error,
             num_examples=len(self._train),
             pruning_ratio=self._record.standing.pruning_ratio,
-            r=plan.r,
-            completion_time_s=0.0 if meter is None else meter.completion_s(),
             time_kind=self.config.time_kind,
-            bytes_down=0 if meter is None else meter.bytes_down,
+            meter=self._meter,
         )
+        log.error("round %d failed: %s", plan.server_round, report.reason)
+        return report
 
     # Reports
 
@@ -401,47 +374,23 @@ class FleetDevice:
 
     def _send_report(self, report: Report) -> None:
         self._retry_at = self._clock.now() + self._retry_s
-        self._publish(self._topics.report(self.config.device_id), codec.encode(report))
+        self._outbox.report(report)
 
     def _send_chunks(self, report: Report, indices: range | tuple[int, ...]) -> None:
-        if report.update is None:
-            return
         try:
-            data = self._state_dir.blobs.get(report.update.sha256)
+            self._outbox.chunks(report, indices)
         except BlobError as error:
             raise self._state_dir.damaged(DEVICE, f"the update it announces is gone: {error.message}") from error
-        for index in indices:
-            topic = self._topics.upload(self.config.device_id, report.update.sha256, index)
-            if index < report.update.num_chunks and not self._publish(topic, chunk(report.update, data, index)):
-                return
-
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
-        """Hand over one message; False when the broker is away (everything is restated when it returns)."""
-        try:
-            self._transport.publish(topic, payload, retain=retain)
-        except BrokerUnreachable:
-            raise
-        except TransportError as error:
-            log.warning("could not send: %s", error.message)
-            return False
-        return True
 
     def _say_hello(self) -> None:
-        status = codec.encode(self._status("online"))
-        self._publish(self._topics.status(self.config.device_id), status, retain=True)
+        self._outbox.status(self._status("online"))
 
-    def _status(self, state: str) -> Status:
-        config = self.config
-        return Status(
-            device_id=config.device_id,
-            state="online" if state == "online" else "offline",
-            model=self._spec,
-            device_class=config.device_class,
+    def _status(self, state: Literal["online", "offline"]) -> Status:
+        return status_of(
+            *(self.config, self._record, state),
             num_examples=len(self._train),
-            num_labels=config.data.num_labels,
-            memory_bytes=config.memory_limit_mib * 1024 * 1024,
-            pruning_ratio=self._record.standing.pruning_ratio,
-            version=__version__,
+            model=self._model,
+            longest_tokens=self._longest_tokens,
         )
 
     @property

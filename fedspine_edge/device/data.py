@@ -1,4 +1,4 @@
-"""A device's private examples: reading, checking, splitting, tokenising once, and batches that repeat exactly.
+"""A device's private examples: reading, checking and splitting them. What becomes of their tokens is in batches.py.
 
 The text of an example never enters an error, a log line or a `repr`: messages name the file, the row and the
 column only. A label that is not a number is not quoted either, since a wrong `label` column is often the text.
@@ -15,28 +15,20 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
-import numpy.typing as npt
 
 from fedspine_edge.config import DataSettings
 from fedspine_edge.errors import DataError, MissingDependency
 
-Ints = npt.NDArray[np.int64]
 Data = Union[str, "os.PathLike[str]", Iterable[Any], Callable[[], Iterable[Any]]]
 """What the SDK accepts as data: a path, 'module:function', examples, or a callable that returns examples."""
-
-IGNORED = -100
-"""Label of a token that is not to be predicted, as torch's cross entropy and transformers have it."""
 
 _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _PLAIN_NAME = re.compile(r"^[A-Za-z_][\w-]{0,39}$")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-_BUCKET_BATCHES = 16
-"""Batches among which examples are sorted by length: enough to remove most padding, few enough to stay shuffled."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +40,6 @@ class Example:
     text_pair: str | None = field(default=None, repr=False)
     words: tuple[str, ...] = field(default=(), repr=False)
     word_labels: tuple[int, ...] = field(default=(), repr=False)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example as token ids; `token_type_ids` is None for tokenizers without segments.
-
-    `token_labels`, where tokens have labels of their own, is as long as `input_ids`; IGNORED ones do not count.
-    """
-
-    input_ids: list[int] = field(repr=False)
-    label: int
-    token_type_ids: list[int] | None = field(default=None, repr=False)
-    token_labels: list[int] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -143,124 +122,6 @@ def split(examples: Sequence[Example], holdout: int, seed: int, *, where: str) -
     held = sorted(order[:holdout].tolist())
     rest = sorted(order[holdout:].tolist())
     return [examples[i] for i in rest], [examples[i] for i in held]
-
-
-def encode(
-    examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, *, causal: bool = False
-) -> list[Encoded]:
-    """Tokenise once, truncated to `max_length_tokens`, unpadded. `tokenizer` is a transformers tokenizer.
-
-    With `causal` a pair is a prompt and its answer: only the answer and the end token are to be predicted, and a
-    prompt that is too long loses its beginning. Of a word's tokens the first carries its label.
-    """
-    if not examples:
-        return []
-    if examples[0].words:
-        return _encode_words(examples, tokenizer, max_length_tokens)
-    if causal and examples[0].text_pair is not None:
-        return [_encode_answer(example, tokenizer, max_length_tokens) for example in examples]
-    texts = [example.text for example in examples]
-    pairs = [example.text_pair for example in examples]
-    paired = pairs[0] is not None
-    encoded = tokenizer(texts, pairs if paired else None, truncation=True, max_length=max_length_tokens)
-    segments = encoded.get("token_type_ids")
-    return [
-        Encoded(list(ids), example.label, None if segments is None else list(segments[i]))
-        for i, (ids, example) in enumerate(zip(encoded["input_ids"], examples))
-    ]
-
-
-def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
-    encoded = tokenizer(
-        [list(example.words) for example in examples],
-        is_split_into_words=True,
-        truncation=True,
-        max_length=max_length_tokens,
-    )
-    segments = encoded.get("token_type_ids")
-    found = []
-    for i, example in enumerate(examples):
-        labels, before = [], None
-        for word in encoded.word_ids(i):
-            labels.append(IGNORED if word is None or word == before else example.word_labels[word])
-            before = word
-        kinds = None if segments is None else list(segments[i])
-        found.append(Encoded(list(encoded["input_ids"][i]), 0, kinds, labels))
-    return found
-
-
-def _encode_answer(example: Example, tokenizer: Any, max_length_tokens: int) -> Encoded:
-    prompt = list(tokenizer(example.text)["input_ids"])
-    answer = list(tokenizer(example.text_pair, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id is not None:
-        answer.append(int(tokenizer.eos_token_id))
-    answer = answer[: max_length_tokens - 1]
-    prompt = prompt[-(max_length_tokens - len(answer)) :]
-    return Encoded([*prompt, *answer], 0, None, [IGNORED] * len(prompt) + answer)
-
-
-def collate(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int) -> dict[str, Ints]:
-    """One batch padded to its own longest example: int64 arrays (batch, length); `labels` is (batch,).
-
-    Where tokens have labels of their own, `labels` is (batch, length), IGNORED on padding.
-    """
-    chosen = [encoded[i] for i in indices]
-    length = max(len(example.input_ids) for example in chosen)
-    batch = {
-        "input_ids": np.full((len(chosen), length), pad_id, dtype=np.int64),
-        "attention_mask": np.zeros((len(chosen), length), dtype=np.int64),
-        "labels": np.array([example.label for example in chosen], dtype=np.int64),
-    }
-    if chosen[0].token_labels is not None:
-        batch["labels"] = np.full((len(chosen), length), IGNORED, dtype=np.int64)
-    if chosen[0].token_type_ids is not None:
-        batch["token_type_ids"] = np.zeros((len(chosen), length), dtype=np.int64)
-    for row, example in enumerate(chosen):
-        n = len(example.input_ids)
-        batch["input_ids"][row, :n] = example.input_ids
-        batch["attention_mask"][row, :n] = 1
-        if example.token_labels is not None:
-            batch["labels"][row, :n] = example.token_labels
-        if example.token_type_ids is not None:
-            batch["token_type_ids"][row, :n] = example.token_type_ids
-    return batch
-
-
-class BatchOrder:
-    """Which examples make up the batch of a step: a pure function of (lengths, batch size, seed, step).
-
-    So a device that lost power sees the same batches again. Each epoch is shuffled; within stretches of
-    16 batches examples are grouped by length, so that little is computed on padding; batches are shuffled again.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._batch_size = min(batch_size, len(lengths))
-        self._seed = seed
-        self.batches_per_epoch = len(lengths) // self._batch_size
-        self._epoch = lru_cache(maxsize=2)(self._shuffle)
-
-    def indices(self, step: int) -> Ints:
-        """Positions (batch_size,) of the examples of `step` (from 0); fewer when there are fewer examples."""
-        return self._epoch(step // self.batches_per_epoch)[step % self.batches_per_epoch]
-
-    def _shuffle(self, epoch: int) -> list[Ints]:
-        rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(self._lengths.size)[: self.batches_per_epoch * self._batch_size]
-        stretch = _BUCKET_BATCHES * self._batch_size
-        batches: list[Ints] = []
-        for start in range(0, order.size, stretch):
-            part = order[start : start + stretch]
-            part = part[np.argsort(self._lengths[part], kind="stable")]
-            batches += [part[i : i + self._batch_size] for i in range(0, part.size, self._batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def evaluation_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Ints]:
-    """Every example once, sorted by length, so that batches hold almost no padding."""
-    order = np.argsort([len(example.input_ids) for example in encoded], kind="stable")
-    for start in range(0, order.size, batch_size):
-        yield order[start : start + batch_size]
 
 
 def _csv(path: Path, source: _Source) -> Iterator[Example]:

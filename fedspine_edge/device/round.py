@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.data import Encoded
+from fedspine_edge.device.batches import Encoded
+from fedspine_edge.device.memory import fitting_micro_batch
 from fedspine_edge.device.privacy import protect
 from fedspine_edge.device.source import ModelSource
 from fedspine_edge.device.standing import Outcome, Standing
@@ -152,7 +153,7 @@ class LocalRound:
             completion_time_s=self._meter.completion_s(),
             time_kind=self._config.time_kind,
             steps=trainer.step,
-            skipped_steps=trainer.skipped,
+            skipped_steps=trainer.skipped + trainer.spikes,
             peak_memory_bytes=0 if self._peak is None else self._peak.read(),
             bytes_down=self._meter.bytes_down,
             bytes_up=self._meter.bytes_up,
@@ -219,7 +220,16 @@ class LocalRound:
             seed=self._config.seed,
             pad_id=self._pad_id,
             meter=self._meter,
+            micro_batch=self._micro_batch(self.model),
         )
+
+    def _micro_batch(self, model: PrunableModel) -> int:
+        """Examples at a time within the device's memory limit, the whole batch where there is none."""
+        training, limit_bytes = self._plan.training, self._config.memory_limit_mib * 2**20
+        if not limit_bytes:
+            return training.batch_size
+        tokens = max(len(example.input_ids) for example in self._train)
+        return fitting_micro_batch(model, batch_size=training.batch_size, tokens=tokens, limit_bytes=limit_bytes)
 
     def _prune(self, trainer: Trainer) -> None:
         plan, layout = self._plan, trainer.model.layout
@@ -275,12 +285,16 @@ class LocalRound:
         return str(self._config.seed) if self._config.time_kind == "simulated" else self._state.secret()
 
     def _remark(self, trainer: Trainer) -> str:
+        remarks = []
         if trainer.micro_batch < self._plan.training.batch_size:
-            return (
-                f"memory ran out; trained {trainer.micro_batch} instead of {self._plan.training.batch_size} "
+            why = "memory ran out" if trainer.ran_out else f"memory_limit_mib is {self._config.memory_limit_mib}"
+            remarks.append(
+                f"{why}; trained {trainer.micro_batch} instead of {self._plan.training.batch_size} "
                 "examples at a time, gradients accumulated"
             )
-        return ""
+        if trainer.spikes:
+            remarks.append(f"{trainer.spikes} of {trainer.step} steps had a gradient far above the usual")
+        return "; ".join(remarks)
 
     def _stepped(self, trainer: Trainer) -> None:
         now = time.monotonic()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedspine_edge.errors import ConfigError
-from fedspine_edge.model.checkpoint import load_base, load_tokenizer
+from fedspine_edge.device.batches import Encoded
+from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.model.architecture import Task
+from fedspine_edge.model.base import MANIFEST
+from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 
 log = logging.getLogger("fedspine_edge.device")
@@ -25,17 +30,25 @@ class ModelSource:
         path: Folder (or hub id) of the base model.
         num_labels: Classes of the task head.
         torch_device: Where the models go.
+        base_dtype: How the frozen weights are kept; see `PrunableModel.keep_base_in`.
         model: An unpruned model that is already in memory, used instead of reading `path` again and again (a
             simulation's many devices). It is not changed; copies share its frozen weights. Its head stands for the
             fresh head of whatever seed a plan names.
     """
 
     def __init__(
-        self, path: str, *, num_labels: int, torch_device: str = "cpu", model: PrunableModel | None = None
+        self,
+        path: str,
+        *,
+        num_labels: int,
+        torch_device: str = "cpu",
+        base_dtype: BaseDtype = "float32",
+        model: PrunableModel | None = None,
     ) -> None:
         self._path = path
         self._num_labels = num_labels
         self._torch_device = torch_device
+        self._base_dtype = base_dtype
         self._model = model
         self._heads: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         if model is not None:
@@ -44,10 +57,13 @@ class ModelSource:
     def fresh(self, seed: int = 0) -> PrunableModel:
         """A new working copy; `seed` is that of a task head the base does not bring. Raises `ModelError`."""
         if self._model is not None:
-            shared = {id(p): p for n, p in self._model.module.named_parameters() if not p.requires_grad}
+            tensors = (*self._model.module.parameters(), *self._model.module.buffers())
+            kept = self._model.base_dtype == self._base_dtype
+            shared = {id(t): t for t in tensors if kept and not t.requires_grad}
             model = copy.deepcopy(self._model, shared)
+            model.keep_base_in(self._base_dtype)
         else:
-            model = load_base(self._path, num_labels=self._num_labels, seed=seed)
+            model = load_base(self._path, num_labels=self._num_labels, base_dtype=self._base_dtype, seed=seed)
             model.module.to(self._torch_device)
         self._heads[seed] = _head_of(model)
         return model
@@ -63,6 +79,38 @@ class ModelSource:
         if self._model is not None and self._model.folder is not None:
             return load_tokenizer(self._model.folder, gguf_file=self._model.gguf_file)
         return load_tokenizer(self._path)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    task: Task,
+    num_labels: int | None,
+    gguf_file: str | None = None,
+    base_dtype: BaseDtype | None = None,
+    seed: int = 0,
+) -> PrunableModel:
+    """A base model with a head for `num_labels` (default 2), or a model that this package saved.
+
+    `base_dtype` None is float32, or what the saved model has. Raises `ModelError`, and `ConfigError` for a saved model
+    of another task or number of labels, or for an unknown `base_dtype`.
+    """
+    if base_dtype is not None:
+        compute_dtype(base_dtype)  # an unknown name is told before anything is loaded
+    if not (Path(path).expanduser() / MANIFEST).exists():
+        classes = 2 if num_labels is None else num_labels
+        return load_base(
+            path, task=task, num_labels=classes, gguf_file=gguf_file, base_dtype=base_dtype or "float32", seed=seed
+        )
+    model = load_model(path)
+    if model.task != task or (num_labels is not None and model.num_labels != num_labels):
+        raise ConfigError(
+            f"{path} was saved for {model.task} with {model.num_labels} labels, not {task} with {num_labels}.",
+            remedy="Pass the task and num_labels it was saved with, or the base model.",
+        )
+    if base_dtype is not None:
+        model.keep_base_in(base_dtype)
+    return model
 
 
 def choose_torch_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
@@ -90,3 +138,30 @@ def choose_torch_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
 
 def _head_of(model: PrunableModel) -> dict[str, npt.NDArray[np.float32]]:
     return {name: value for name, value in model.adapter_state().items() if name.startswith("head.")}
+
+
+def text_length(model: PrunableModel, asked: int | None) -> int:
+    """Tokens of the longest text: as asked, else 128 or what the model's table of positions allows.
+
+    Raises `ConfigError` for more than that.
+    """
+    longest = model.architecture.max_tokens(model.module.config)
+    if asked is None:
+        return 128 if longest is None else min(128, longest)
+    if longest is not None and asked > longest:
+        raise ConfigError(
+            f"max_length_tokens is {asked}, {model.base or 'the model'} has positions for {longest} tokens.",
+            remedy=f"Use at most {longest}.",
+        )
+    return asked
+
+
+def check_tokens(model: PrunableModel, examples: Iterable[Encoded]) -> None:
+    """Raises `CheckpointError` for a token without an embedding; on a GPU it would end the process."""
+    largest = max(max(example.input_ids) for example in examples)
+    known = model.module.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise CheckpointError(
+            f"the tokenizer gives token {largest}, the model has embeddings for {known}.",
+            remedy=f"The tokenizer files in {model.folder} belong to another model; copy the right ones.",
+        )

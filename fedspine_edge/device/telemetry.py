@@ -93,6 +93,19 @@ class Meter:
         self._working_since: float | None = None
         self._simulated_s = 0.0
 
+    @classmethod
+    def of(cls, config: DeviceConfig, server_round: int, clock: Clock) -> Meter:
+        """The meter of one round of a device."""
+        return cls(
+            config.time_kind,
+            time_factor=config.time_factor,
+            up_mbit_s=config.up_mbit_s,
+            down_mbit_s=config.down_mbit_s,
+            clock=clock,
+            simulated=config.simulated,
+            conditions=conditions(config, server_round),
+        )
+
     @contextmanager
     def working(self) -> Iterator[None]:
         """Count the process CPU time spent inside; not reentrant."""

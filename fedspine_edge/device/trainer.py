@@ -7,6 +7,7 @@ there is no dropout, and `state`/`restore` carry parameters and moments bit for 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
-from fedspine_edge.device.data import IGNORED, BatchOrder, Encoded, Ints, collate, evaluation_batches
+from fedspine_edge.device.batches import BatchOrder, Encoded, Ints, collate, evaluation_batches, pack
+from fedspine_edge.device.objective import loss_sum, num_targets
 from fedspine_edge.device.state import Document, prefixed, unprefixed
 from fedspine_edge.device.telemetry import Meter, pass_flops
 from fedspine_edge.errors import DataError, OutOfMemory
@@ -28,7 +29,23 @@ from fedspine_edge.wire.messages import Training
 T = TypeVar("T")
 
 EVALUATION_BATCH = 32
+FLOAT16_LOSS_SCALE = 2.0**15
+"""What a float16 base's loss is multiplied by at first, so that small gradients do not vanish on their way back."""
+SPIKE_FACTOR = 10.0
+"""A step whose gradient is this many times the usual norm is not taken: clipped, it would still turn the moments."""
+SPIKE_WINDOW = 20
+SPIKE_MIN_STEPS = 10
+"""Steps whose median norm is the usual one (skipped ones too, so that a lasting change is accepted), and the fewest."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """Of one step, taken or not: mean loss, norm of the gradient before clipping, learning rate."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,8 @@ class Trainer:
         seed: Of the data order.
         pad_id: The tokenizer's padding token.
         meter: Told the cost of every pass.
+        pack: Put several examples of a step into one row instead of padding them, where `objective.can_pack` allows.
+        micro_batch: Examples per forward pass to begin with; default the batch size.
     """
 
     def __init__(
@@ -80,6 +99,8 @@ class Trainer:
         seed: int = 0,
         pad_id: int = 0,
         meter: Meter | None = None,
+        pack: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         if not train:
             raise DataError("there are no training examples.", remedy="Provide at least one example.")
@@ -88,7 +109,11 @@ class Trainer:
         self.training = training
         self.step = 0
         self.skipped = 0
-        self.micro_batch = training.batch_size
+        """Steps that were not taken because loss or gradient was not finite."""
+        self.spikes = 0
+        """Steps that were not taken because the gradient was far above the usual."""
+        self.last_step: StepStatistics | None = None
+        self.micro_batch = min(training.batch_size, micro_batch or training.batch_size)
         """Examples per forward pass; below the batch size after memory ran out."""
         self._train = train
         self._holdout = holdout
@@ -96,8 +121,14 @@ class Trainer:
         self._pad_id = pad_id
         self._meter = meter
         self._order = BatchOrder([len(example.input_ids) for example in train], training.batch_size, seed)
-        self._evaluation_batch = EVALUATION_BATCH
+        # One example takes far less memory in an evaluation than in a step.
+        self._evaluation_batch = min(EVALUATION_BATCH, 4 * self.micro_batch)
+        self.ran_out = False
+        """Whether memory ran out, so that fewer examples at a time are trained than at first."""
         self._losses: list[float] = []
+        self._norms: list[float] = []
+        self._loss_scale = FLOAT16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
+        self._pack = pack
         self.optimizer = torch.optim.AdamW(
             self._parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
         )
@@ -154,8 +185,12 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "micro_batch": self.micro_batch,
+            "ran_out": self.ran_out,
             "evaluation_batch": self._evaluation_batch,
             "losses": self._losses,
+            "spikes": self.spikes,
+            "norms": self._norms,
+            "loss_scale": self._loss_scale,
             "optimizer_steps": opt_steps,
         }
         return Document(info, tensors)
@@ -169,7 +204,10 @@ class Trainer:
         self.model.load_adapter(unprefixed("adapter.", saved.tensors))
         self.step, self.skipped = int(info["step"]), int(info["skipped"])
         self.micro_batch, self._evaluation_batch = int(info["micro_batch"]), int(info["evaluation_batch"])
+        self.ran_out = bool(info["ran_out"])
         self._losses = [float(loss) for loss in info["losses"]]
+        self.spikes, self._norms = int(info["spikes"]), [float(norm) for norm in info["norms"]]
+        self._loss_scale = float(info["loss_scale"])
         if self.tracker is not None:
             self.tracker.load_state_dict(unprefixed("tracker.", saved.tensors))
         self.optimizer.state.clear()
@@ -186,61 +224,73 @@ class Trainer:
         return list(self.model.trainable_parameters().values())
 
     def _take_step(self, examples: Ints, scored: bool) -> None:
+        loss, gradients, norm = self._gradients(examples, scored)
+        while self._loss_scale > 1.0 and math.isfinite(loss) and not math.isfinite(norm):
+            self._loss_scale /= 2  # float16 overflowed on its way back, not the step's fault
+            loss, gradients, norm = self._gradients(examples, scored)
+        rate = learning_rate(self.training, self.step, self._round_steps)
+        self.last_step = StepStatistics(loss, norm, rate)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped += 1
+            return
+        usual = statistics.median(self._norms) if len(self._norms) >= SPIKE_MIN_STEPS else math.inf
+        self._norms = [*self._norms, norm][-SPIKE_WINDOW:]
+        if norm > SPIKE_FACTOR * usual:
+            self.spikes += 1
+            return
+        if scored and self.tracker is not None:
+            self.tracker.update(loss_scale=self._loss_scale)
+        if norm > self.training.max_grad_norm:
+            torch._foreach_mul_(gradients, self.training.max_grad_norm / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._losses.append(loss)
+
+    def _gradients(self, examples: Ints, scored: bool) -> tuple[float, list[torch.Tensor], float]:
+        """(mean loss, gradients without the loss scale, their norm) of one step's examples."""
         # transformers recomputes layers in train mode only; with every dropout at 0 the mode changes nothing else
         self.model.module.train(self.model.recomputes)
         self.optimizer.zero_grad(set_to_none=True)
         if self.tracker is not None:
             self.tracker.begin(scored)
-        pieces = [examples[i : i + self.micro_batch] for i in range(0, len(examples), self.micro_batch)]
-        batches = [collate(self._train, piece, self._pad_id) for piece in pieces]
-        count = sum(_num_targets(batch, self.model.task) for batch in batches)
+        batches = [
+            self._batch(self._train, examples[i : i + self.micro_batch])
+            for i in range(0, len(examples), self.micro_batch)
+        ]
+        count = sum(num_targets(batch, self.model.task) for batch in batches)
         loss = 0.0
         for batch in batches:
             piece_sum, _ = self._forward(batch)
-            (piece_sum / count).backward()
+            (piece_sum * (self._loss_scale / count)).backward()
             loss += float(piece_sum.detach()) / count
             self._account(batch, backward=True, scored=scored and batch is batches[0])
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
-        if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-            self.skipped += 1
-            return
-        if scored and self.tracker is not None:
-            self.tracker.update()
-        if norm > self.training.max_grad_norm:
-            shrink = self.training.max_grad_norm / norm
-            for gradient in gradients:
-                gradient.mul_(shrink.to(gradient.dtype))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, self.step, self._round_steps)
-        self.optimizer.step()
-        self._losses.append(loss)
+        if self._loss_scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / self._loss_scale)
+        norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
+        return loss, gradients, float(torch.linalg.vector_norm(norms))
+
+    def _batch(self, examples: Sequence[Encoded], indices: Ints) -> dict[str, Ints]:
+        if self._pack:
+            return pack(examples, indices, self._pad_id, self.training.max_length_tokens)
+        return collate(examples, indices, self._pad_id)
+
+    def _forward(self, batch: Mapping[str, Ints]) -> tuple[torch.Tensor, torch.Tensor]:
+        return loss_sum(self.model, batch)
 
     def _evaluate(self, examples: Sequence[Encoded]) -> Evaluation:
         loss, correct, count = 0.0, 0, 0
         self.model.module.eval()
         with torch.inference_mode():
             for piece in evaluation_batches(examples, self._evaluation_batch):
-                batch = collate(examples, piece, self._pad_id)
+                batch = self._batch(examples, piece)
                 batch_loss, batch_correct = self._forward(batch)
                 loss += float(batch_loss)
-                correct += batch_correct
-                count += _num_targets(batch, self.model.task)
+                correct += int(batch_correct)
+                count += num_targets(batch, self.model.task)
                 self._account(batch, backward=False)
         return Evaluation(loss / count, correct / count, count)
-
-    def _forward(self, batch: Mapping[str, Ints]) -> tuple[Any, int]:
-        """(sum of the losses, number of right answers) of one batch."""
-        device = next(iter(self.model.module.parameters())).device
-        inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
-        del inputs["labels"]
-        labels = torch.from_numpy(_targets(batch, self.model.task).reshape(-1)).to(device)
-        logits = self.model.module(**inputs).logits.float()
-        if self.model.task == "causal_lm":
-            logits = logits[:, :-1]
-        logits = logits.reshape(-1, logits.shape[-1])
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        return loss, int((logits.detach().argmax(-1) == labels).sum())
 
     def _account(self, batch: Mapping[str, Ints], *, backward: bool, scored: bool = False) -> None:
         if self._meter is not None:
@@ -270,21 +320,7 @@ class Trainer:
             if evaluation:
                 self._evaluation_batch = at_once // 2
             else:
-                self.micro_batch = at_once // 2
-
-
-def _targets(batch: Mapping[str, Ints], task: str) -> Ints:
-    """What is to be predicted, IGNORED where nothing is; for causal_lm the token that follows each but the last."""
-    labels = batch["labels"]
-    if task != "causal_lm":
-        return labels
-    if labels.ndim == 1:  # plain text: every token
-        labels = np.where(batch["attention_mask"] == 0, IGNORED, batch["input_ids"])
-    return labels[:, 1:]
-
-
-def _num_targets(batch: Mapping[str, Ints], task: str) -> int:
-    return max(1, int((_targets(batch, task) != IGNORED).sum()))
+                self.micro_batch, self.ran_out = at_once // 2, True
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

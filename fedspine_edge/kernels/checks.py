@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import native
+from fedspine_edge.kernels.quantised import QuantisedWeight
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -37,9 +38,10 @@ def check_matrix(op: str, name: str, t: Tensor, rows: int | None, cols: int | No
         fail(op, f"{name} must be floating point, it is {t.dtype}.")
 
 
-def check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_adapter(op: str, weight: Tensor | QuantisedWeight, lora_A: Tensor, lora_B: Tensor) -> None:
     device = weight.device
-    check_matrix(op, "weight", weight, None, None, device)
+    if not isinstance(weight, QuantisedWeight):
+        check_matrix(op, "weight", weight, None, None, device)
     rank = lora_A.shape[0]
     if not 1 <= rank <= native.MAX_RANK:
         fail(op, f"lora_A has rank {rank}; 1 to {native.MAX_RANK} are supported.")

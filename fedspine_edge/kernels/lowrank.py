@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from fedspine_edge.kernels import native, reference
 from fedspine_edge.kernels.checks import check_adapter, decompose, fail
+from fedspine_edge.kernels.quantised import QuantisedWeight, dense
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantisedWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -32,7 +33,7 @@ def lora_linear(
     Args:
         x: (..., in_features), any strides, 0 tokens allowed.
         weight: (out_features, in_features). bias: (out_features,) or None. If one of the two wants a gradient, plain
-            torch runs instead.
+            torch runs instead. A quantised weight is made dense for each product and dropped again.
         lora_A: (r, in_features), r in 1..256. lora_B: (out_features, r).
         scaling: lora_alpha / r.
         keep_out: (out_features,) int32 or int64. lora_B is then (full_out, r), the adapter of the unpruned model, and
@@ -53,10 +54,10 @@ def lora_linear(
         lora_A = _kept(op, "keep_in", keep_in, "lora_A", lora_A, 1)
     x, weight, bias, lora_A, lora_B = prepare(op, x, weight, bias, lora_A, lora_B)
     if not is_frozen(weight, bias) or decompose():
-        return reference.lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+        return reference.lora_linear(x, dense(weight), bias, lora_A, lora_B, scaling)
     y: Tensor
     if torch.compiler.is_compiling():
-        y, _ = torch.ops.fedspine.lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+        y, _ = torch.ops.fedspine.lora_linear(x, dense(weight), bias, lora_A, lora_B, scaling)
     else:
         # The registered op costs 0.14 ms more per forward and backward, 2 % of a step of a small model on a CPU.
         y, _ = _EagerLoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling)
@@ -64,8 +65,8 @@ def lora_linear(
 
 
 def prepare(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    op: str, x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> tuple[Tensor, Tensor | QuantisedWeight, Tensor | None, Tensor, Tensor]:
     """The arguments, checked and in one dtype. Raises `KernelError`, which names the argument that does not fit."""
     check_adapter(op, weight, lora_A, lora_B)
     out_features, in_features = weight.shape
@@ -80,7 +81,8 @@ def prepare(
             fail(op, f"bias is on {bias.device}, the weight is on {weight.device}.")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.astype(dtype) if isinstance(weight, QuantisedWeight) else weight.to(dtype)
     if x.dtype != weight.dtype:
         fail(op, f"x is {x.dtype}, the weight is {weight.dtype}; they must agree.")
     if bias is not None and bias.dtype != weight.dtype:
@@ -102,7 +104,7 @@ def _kept(op: str, name: str, index: Tensor, of: str, t: Tensor, dim: int) -> Te
     return t.index_select(dim, index)
 
 
-def is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
+def is_frozen(weight: Tensor | QuantisedWeight, bias: Tensor | None) -> bool:
     """Whether neither weight nor bias wants a gradient: the ops have none for them."""
     wants = weight.requires_grad or (bias is not None and bias.requires_grad)
     return not wants or not torch.is_grad_enabled()
@@ -197,21 +199,34 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 
 class _EagerLoraLinear(torch.autograd.Function):  # type: ignore[misc]
-    """The same forward and backward without the dispatcher in between."""
+    """The same forward and backward without the dispatcher in between.
+
+    What backward keeps of a quantised weight is its codes.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | QuantisedWeight,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
-        output = _lora_linear(x, weight, bias, lora_A, lora_B, scaling)
-        _save_for_backward(ctx, (x, weight, bias, lora_A, lora_B, scaling), output)
-        return output
+        y, low = _lora_linear(x, dense(weight), bias, lora_A, lora_B, scaling)
+        ctx.quantised, ctx.scaling = weight if isinstance(weight, QuantisedWeight) else None, scaling
+        ctx.save_for_backward(x, None if ctx.quantised else weight, lora_A, lora_B, low)
+        ctx.mark_non_differentiable(low)
+        return y, low
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, low = ctx.saved_tensors
         needs_x: bool = ctx.needs_input_grad[0]
+        if ctx.quantised and needs_x:
+            weight = ctx.quantised.dense()
         grad_x, grad_A, grad_B = _lora_linear_backward(grad, x, weight, lora_A, lora_B, low, ctx.scaling, needs_x)
         return grad_x if needs_x else None, None, None, grad_A, grad_B, None
 

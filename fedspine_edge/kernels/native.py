@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -85,25 +86,47 @@ def build_info_architectures() -> frozenset[int]:
     return frozenset(build_info().get("cuda_architectures", ()))
 
 
+def tensor_cores(*tensors: Tensor) -> bool:
+    """Whether the CUDA kernels on tensor cores may run: all tensors float16, or all bfloat16.
+
+    Products of such values are exact in float32, where they are summed. Float32 would have to be rounded (TF32 keeps 10
+    bits of 23) and mixtures be split into several products: both stay on the CUDA cores (docs/decisions/0013).
+    """
+    dtype = tensors[0].dtype
+    return dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
+
+
 def _matrix(t: Tensor) -> tuple[int, int, int, int, int, int]:
     return (t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), t.stride(1), DTYPES.get(t.dtype, -1))
 
 
-def _call(op: str, name: str, tensor: Tensor, *args: Any, workspace: Any = None) -> None:
-    """Calls the CPU or CUDA entry of `name` with what that side needs at the end: threads, or device and stream."""
+def _call(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    *args: Any,
+    of_one_dtype: Sequence[Tensor] = (),
+    workspace: Callable[[ModuleType], int] | None = None,
+) -> None:
+    """Calls the CPU or CUDA entry of `name` with what that side needs at the end.
+
+    That is the number of threads on a CPU. On CUDA it is whether tensor cores run (where `of_one_dtype` names the
+    matrices that decide it), a workspace (where `workspace` tells its size), the device and the stream.
+    """
     extension = _load()[0]
     assert extension is not None
     try:
         if tensor.device.type == "cpu":
             getattr(extension, f"{name}_cpu")(*args, torch.get_num_threads())
             return
-        extra: tuple[Tensor, ...] = ()
+        extra: list[Any] = [tensor_cores(*of_one_dtype)] if of_one_dtype else []
+        space = None
         if workspace is not None:
             # Freed on return while the kernel may still run; torch's allocator only hands it out again on this stream.
-            extra = (torch.empty(workspace(extension), dtype=torch.float32, device=tensor.device),)
-        device = tensor.device.index
+            space = torch.empty(workspace(extension), dtype=torch.float32, device=tensor.device)
+            extra.append(space.data_ptr())
         stream = torch.cuda.current_stream(tensor.device).cuda_stream
-        getattr(extension, f"{name}_cuda")(*args, *(t.data_ptr() for t in extra), device, stream)
+        getattr(extension, f"{name}_cuda")(*args, *extra, tensor.device.index, stream)
     except (RuntimeError, ValueError) as error:
         raise KernelError(f"{op}: {str(error).removeprefix(op + ': ')}") from error
 
@@ -124,25 +147,28 @@ def importance_accumulate(
     scores = torch.empty(num_groups, dtype=torch.float32, device=weight.device)
     group = group.contiguous()
     rows, cols = weight.shape
+    matrices = (weight, lora_A, lora_B, grad_A, grad_B)
     _call(
         "importance_accumulate",
         "importance_accumulate",
         weight,
-        *(_matrix(t) for t in (weight, lora_A, lora_B, grad_A, grad_B)),
+        *(_matrix(t) for t in matrices),
         scaling,
         group.data_ptr(),
         by_row,
         num_groups,
         METRICS[metric],
         scores.data_ptr(),
-        workspace=lambda extension: extension.importance_workspace_floats(rows, cols, by_row),
+        of_one_dtype=matrices,
+        workspace=lambda extension: extension.importance_workspace_floats(rows, cols, lora_A.shape[0], by_row),
     )
     return scores
 
 
 def expand_(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """`out (m, n) += alpha left (m, r) right (r, n)` in place. CUDA only."""
-    _call("lora_linear", "lowrank_expand", out, _matrix(out), _matrix(left), _matrix(right), alpha)
+    matrices = (out, left, right)
+    _call("lora_linear", "lowrank_expand", out, *map(_matrix, matrices), alpha, of_one_dtype=matrices)
     return out
 
 
@@ -164,7 +190,9 @@ def _reduction(name: str, out: Tensor, first: Tensor, second: Tensor, alpha: flo
     def workspace(extension: ModuleType) -> int:
         return int(extension.lowrank_workspace_floats(out.shape[0], out.shape[1], depth))
 
-    _call("lora_linear", name, out, _matrix(out), _matrix(first), _matrix(second), alpha, workspace=workspace)
+    operands = (first, second)
+    matrices = map(_matrix, (out, first, second))
+    _call("lora_linear", name, out, *matrices, alpha, of_one_dtype=operands, workspace=workspace)
 
 
 def gather(t: Tensor, index: Tensor, by_row: bool) -> Tensor:

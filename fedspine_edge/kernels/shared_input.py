@@ -16,12 +16,13 @@ from torch.nn import functional
 from fedspine_edge.kernels import reference
 from fedspine_edge.kernels.checks import decompose, fail
 from fedspine_edge.kernels.lowrank import expand_, gradient, is_frozen, prepare, project
+from fedspine_edge.kernels.quantised import QuantisedWeight, dense
 
 
 class Projection(NamedTuple):
     """One linear of several that share their input; shapes as in `lora_linear`. Ranks may differ."""
 
-    weight: Tensor
+    weight: Tensor | QuantisedWeight
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
@@ -52,24 +53,25 @@ def shared_input(
             fail(name, f"its weight is {other.dtype}, that of {names[0]} is {ready[0][0].dtype}; they must agree.")
     x = ready[0][0]
     if decompose() or not all(is_frozen(weight, bias) for _, weight, bias, _, _ in ready):
-        return [reference.lora_linear(x, weight, bias, a, b, scaling) for _, weight, bias, a, b in ready]
+        return [reference.lora_linear(x, dense(weight), bias, a, b, scaling) for _, weight, bias, a, b in ready]
     _, weights, maybe, lora_As, lora_Bs = (list(column) for column in zip(*ready))
     biases = [] if not any(b is not None for b in maybe) else [_bias_of(w, b) for w, b in zip(weights, maybe)]
     if torch.compiler.is_compiling():
-        outputs: list[Tensor] = torch.ops.fedspine.lora_shared_input(x, weights, biases, lora_As, lora_Bs, scaling)
+        matrices = [dense(weight) for weight in weights]
+        outputs: list[Tensor] = torch.ops.fedspine.lora_shared_input(x, matrices, biases, lora_As, lora_Bs, scaling)
         return outputs[:-1]
     flat: tuple[Tensor, ...] = _EagerSharedInput.apply(x, scaling, len(weights), *weights, *lora_As, *lora_Bs, *biases)
     return flat[:-1]
 
 
-def _bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
+def _bias_of(weight: Tensor | QuantisedWeight, bias: Tensor | None) -> Tensor:
     """A bias for every projection where at least one has one: torch.library knows no lists with None in them."""
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device) if bias is None else bias
 
 
 def _forward(
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor | QuantisedWeight],
     biases: list[Tensor],
     lora_As: list[Tensor],
     lora_Bs: list[Tensor],
@@ -80,7 +82,7 @@ def _forward(
     low = project(flat, torch.cat(lora_As).t(), 1.0)
     outputs = []
     for weight, bias, lora_B, low_part in zip(weights, biases or [None] * len(weights), lora_Bs, _split(low, lora_Bs)):
-        y = expand_(functional.linear(flat, weight, bias), low_part, lora_B.t(), scaling)
+        y = expand_(functional.linear(flat, dense(weight), bias), low_part, lora_B.t(), scaling)
         outputs.append(y.view(*x.shape[:-1], weight.shape[0]))
     return [*outputs, low]
 
@@ -105,7 +107,7 @@ def _fake_forward(
 def _backward_op(
     grads: list[Tensor],
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor | QuantisedWeight],
     lora_As: list[Tensor],
     lora_Bs: list[Tensor],
     low: Tensor,
@@ -118,9 +120,9 @@ def _backward_op(
     grad_low = torch.cat([project(grad, lora_B, scaling) for grad, lora_B in zip(flat_grads, lora_Bs)], dim=1)
     grad_x = x.new_empty(0)
     if needs_x:
-        grad_x = flat_grads[0] @ weights[0]
+        grad_x = flat_grads[0] @ dense(weights[0])
         for grad, weight in zip(flat_grads[1:], weights[1:]):
-            grad_x.addmm_(grad, weight)
+            grad_x.addmm_(grad, dense(weight))
         grad_x = expand_(grad_x, grad_low, torch.cat(lora_As), 1.0).view(x.shape)
     # Each gradient owns its memory: a view would keep the stack alive with the smallest of them.
     grad_As = [part.clone() for part in gradient(grad_low, flat, 1.0).split([a.shape[0] for a in lora_As])]
@@ -159,13 +161,18 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
-    """The same forward and backward without the dispatcher in between, on flattened lists."""
+    """The same forward and backward without the dispatcher in between, on flattened lists.
+
+    What backward keeps of a quantised weight is its codes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scaling: float, n: int, *tensors: Any) -> tuple[Tensor, ...]:
         weights, lora_As, lora_Bs, biases = (list(tensors[i : i + n]) for i in range(0, 4 * n, n))
         output = _forward(x, weights, biases, lora_As, lora_Bs, scaling)
-        _save_for_backward(ctx, (x, weights, biases, lora_As, lora_Bs, scaling), output)
+        ctx.quantised = [weight if isinstance(weight, QuantisedWeight) else None for weight in weights]
+        plain = [None if kept else weight for kept, weight in zip(ctx.quantised, weights)]
+        _save_for_backward(ctx, (x, plain, biases, lora_As, lora_Bs, scaling), output)
         ctx.mark_non_differentiable(output[-1])
         return tuple(output)
 
@@ -175,8 +182,9 @@ class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
         x, low, *rest = ctx.saved_tensors
         n = ctx.count
         needs_x: bool = ctx.needs_input_grad[0]
+        weights = [kept or weight for kept, weight in zip(ctx.quantised, rest)]
         grad_x, *others = _backward_op(
-            list(grads[:n]), x, rest[:n], rest[n : 2 * n], rest[2 * n :], low, ctx.scaling, needs_x
+            list(grads[:n]), x, weights, rest[n : 2 * n], rest[2 * n :], low, ctx.scaling, needs_x
         )
         return grad_x if needs_x else None, None, None, *[None] * n, *others, *[None] * ctx.biases
 

@@ -1,6 +1,6 @@
 """The model families, one declarative entry each; the only reader of transformers' module names.
 
-To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/model/tiny_models.py; every
+To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/support/tiny_models.py; every
 test of the room then runs on it. See docs/models.md.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from fedspine_edge.errors import ConfigError, ModelError, UnknownArchitecture
@@ -65,6 +66,8 @@ class Architecture:
     """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
     shared_attention_input: bool = True
     """Whether q, k and v are called with one tensor only; DeBERTa also projects its relative positions."""
+    learned_positions: bool = False
+    """Whether positions are rows of a table, which ends texts."""
     free_head_dim: bool = False
     """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
 
@@ -114,6 +117,11 @@ class Architecture:
                     remedy=f"Of this family only models with {name} = {value!r} are supported.",
                 )
 
+    def max_tokens(self, config: Any) -> int | None:
+        """Tokens of the longest text that the model's table of positions allows; None where there is none."""
+        used = int(config.pad_token_id) + 1 if self.family == "roberta" else 0  # positions start after padding's
+        return int(config.max_position_embeddings) - used if self.learned_positions else None
+
     def set_widths(self, module: nn.Module, layout: Layout) -> None:
         """Write the kept head counts where the attention modules look for them."""
         spec = layout.spec
@@ -142,19 +150,20 @@ class Architecture:
     def standard_config(self, config: Any, layout: Layout) -> Any | None:
         """A config with which transformers itself builds the compact model, or None if it cannot.
 
-        It can when all layers have equal widths and the family's config can state them: BERT derives
-        `head_dim` from the number of heads, and every config wants hidden_size divisible by that number.
+        It can when all layers have equal widths and the family's config can state them: BERT derives `head_dim` from
+        the number of heads, and LLaMA's config wants hidden_size divisible by that number.
         """
-        spec = layout.spec
         if len(set(layout.counts)) != 1:
             return None
         heads, channels = layout.counts[0]
-        if heads == spec.num_kv_heads:
-            return self._with_widths(config, spec, heads, channels)
-        query_heads = heads * (spec.num_heads // spec.num_kv_heads)
-        if not self.free_head_dim or spec.hidden_size % query_heads:
+        if heads != layout.spec.num_kv_heads and not self.free_head_dim:
             return None
-        return self._with_widths(config, spec, heads, channels)
+        changed = self._with_widths(config, layout.spec, heads, channels)
+        try:
+            type(changed).from_dict(changed.to_dict())  # runs the checks that reading the file will run
+        except (ValueError, StrictDataclassError):
+            return None
+        return changed
 
     def _with_widths(self, config: Any, spec: ModelSpec, heads: int, channels: int) -> Any:
         changed = copy.deepcopy(config)
@@ -208,6 +217,7 @@ SUPPORTED: Mapping[str, Architecture] = {
     for entry in (
         Architecture(
             family="bert",
+            learned_positions=True,
             backbone="bert",
             layers="encoder.layer",
             linears=_BERT_LINEARS,
@@ -222,6 +232,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="roberta",
+            learned_positions=True,
             backbone="roberta",
             layers="encoder.layer",
             linears=_BERT_LINEARS,
@@ -233,6 +244,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="distilbert",
+            learned_positions=True,
             backbone="distilbert",
             layers="transformer.layer",
             linears={
@@ -289,6 +301,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="gpt2",
+            learned_positions=True,
             backbone="transformer",
             layers="h",
             linears={

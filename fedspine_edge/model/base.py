@@ -1,4 +1,4 @@
-"""Plain model folders: finding the weights, their digest, the tokenizer, and loading with a fresh task head.
+"""Plain model folders: finding them, the tokenizer, and loading with a fresh task head.
 
 Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` that names the folder and what to do.
 """
@@ -6,26 +6,42 @@ Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` tha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
 from fedspine_edge.model.architecture import Architecture, Task, architecture_of, model_spec
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.seeded import uniform
+from fedspine_edge.model.weights import base_digest, check_finite, check_readable, weight_files
 
 MANIFEST = "layout.json"
-LOAD_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
+)
 """What transformers and safetensors raise for files they cannot use."""
 
 
@@ -36,7 +52,7 @@ def load_base(
     num_labels: int = 2,
     labels: Sequence[str] | None = None,
     gguf_file: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    base_dtype: BaseDtype = "float32",
     seed: int = 0,
 ) -> PrunableModel:
     """Load an unpruned model.
@@ -48,7 +64,8 @@ def load_base(
         num_labels: Number of classes, at least 2.
         labels: Their names, for the config; default LABEL_0, LABEL_1, ...
         gguf_file: Which GGUF file of the folder, if there are several.
-        dtype: Of the weights in memory.
+        base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; see
+            `PrunableModel.keep_base_in`. The head is float32.
         seed: Of a fresh head, which is then the same on every machine. A head of the right shape that the
             checkpoint brings is kept.
 
@@ -63,14 +80,21 @@ def load_base(
         )
     labelled = task != "causal_lm"
     if labelled and num_labels < 2:
-        raise ConfigError(f"num_labels is {num_labels}; classification needs at least 2.")
+        raise ConfigError(
+            f"num_labels is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
+        )
     if labels is not None and len(labels) != num_labels:
-        raise ConfigError(f"{len(labels)} label names for num_labels = {num_labels}.")
+        raise ConfigError(
+            f"{len(labels)} label names for num_labels = {num_labels}.", remedy="Give one name for every class."
+        )
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
     architecture.check_config(config)
     head_modules = architecture.head_modules(task)
+    if gguf_file is None:
+        check_readable(weight_files(folder))
     digest = base_digest(folder, gguf_file)
+    dtype = compute_dtype(base_dtype)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if labelled:
         config.num_labels = num_labels
@@ -80,23 +104,29 @@ def load_base(
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
     kind = auto_class(transformers, task)
-    source = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    settings["ignore_mismatched_sizes"] = True  # named by _prepare_head
     with quiet(transformers):
         try:
             module, info = kind.from_pretrained(folder, local_files_only=True, **settings, **source)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"the weights in {folder} cannot be loaded: {_first_line(error)}.",
-                remedy="A truncated or damaged file is the usual cause; copy the folder again.",
+                f"the weights in {_named(folder, gguf_file)} cannot be loaded: {_first_line(error)}.",
+                remedy="A truncated or damaged file is the usual cause; copy it again.",
             ) from error
-    module = module.to(dtype).eval()
-    head = _prepare_head(module, architecture, head_modules, info, seed, folder)
-    check_finite(module, folder)
+    module.eval()
+    prefixes = tuple(f"{name}." for name in head_modules)
+    for name, parameter in module.named_parameters():  # buffers stay: tables of RoPE need their bits
+        parameter.data = parameter.data.to(torch.float32 if name.startswith(prefixes) else dtype)
+    if dtype != torch.float32 and gguf_file is None:
+        _restore_head(module, architecture, prefixes, weight_files(folder))
+    head = _prepare_head(module, architecture, head_modules, info, seed, _named(folder, gguf_file))
+    check_finite(module, _named(folder, gguf_file))
     if task == "classification" and architecture.last_token_pools:
         module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
     module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
     spec = model_spec(module, digest)
-    return PrunableModel(
+    model = PrunableModel(
         module,
         spec,
         Layout.full(spec),
@@ -106,6 +136,10 @@ def load_base(
         folder=folder,
         gguf_file=gguf_file,
     )
+    if not Path(path_or_id).expanduser().exists():
+        model.base = str(path_or_id)  # a hub id: its folder is called after a commit
+    model.keep_base_in(base_dtype)
+    return model
 
 
 def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> Any:
@@ -140,50 +174,6 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> A
     return tokenizer
 
 
-def base_digest(folder: str | Path, gguf_file: str | None = None) -> str:
-    """SHA-256 that identifies the frozen base weights.
-
-    Of a single weight file it is that file's own hash, as `sha256sum` prints it; of shards, the hash of
-    `sha256sum`'s lines in order of their names. Raises `CheckpointError` if there are no weights.
-    """
-    files = weight_files(Path(folder), gguf_file)
-    if len(files) == 1:
-        return file_sha256(files[0])
-    lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
-    """The files that hold the weights, sorted. Raises `CheckpointError` if one is missing or it is a pickle."""
-    if gguf_file is not None:
-        return [folder / gguf_file]
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(folder / str(name) for name in names)
-        except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}.") from error
-        missing = [file.name for file in files if not file.exists()]
-        if missing or not files:
-            raise CheckpointError(
-                f"{folder} lacks the weight shard {missing[0] if missing else '(none listed)'}.",
-                remedy="Copy the model folder again, with all its files.",
-            )
-        return files
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-        raise CheckpointError(
-            f"{folder} holds pickled weights, which can run code when read.",
-            remedy="Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
-        )
-    raise CheckpointError(
-        f"{folder} has no model.safetensors.", remedy="Point to a complete Hugging Face model folder."
-    )
-
-
 def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path, str | None]:
     """(local folder, GGUF file name or None). Downloads a hub id where the hub can be reached.
 
@@ -197,7 +187,7 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
     if not path.is_dir():
         path = _download(str(path_or_id))
     if gguf_file is not None and not (path / gguf_file).is_file():
-        raise CheckpointError(f"{path} has no file {gguf_file!r}.")
+        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in gguf_file.")
     if gguf_file is None and not (path / "config.json").exists():
         found = sorted(file.name for file in path.glob("*.gguf"))
         if len(found) > 1:
@@ -221,27 +211,6 @@ def _download(name: str) -> Path:
             f"{name!r} is not a local folder, and the hub does not give it: {type(error).__name__}.",
             remedy="Pass a local folder that holds the model, or go online and check the id.",
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file, read in pieces. Raises `CheckpointError` if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}.", remedy="Copy the model folder again, with all its files."
-        ) from error
-    return digest.hexdigest()
-
-
-def check_finite(module: nn.Module, where: Path) -> None:
-    """Raises `CheckpointError` naming the first parameter with NaN or infinity."""
-    for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"{where}: weight {name!r} has non-finite values.", remedy="The file is damaged.")
 
 
 def auto_class(transformers: Any, task: Task) -> Any:
@@ -286,7 +255,10 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             architecture_of(str(declared.get("model_type")))
         except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}.") from error
+            raise CheckpointError(
+                f"{folder / 'config.json'} is damaged: {error}.",
+                remedy="The folder needs config.json as Hugging Face writes it; copy it again.",
+            ) from error
     else:
         try:
             import gguf  # noqa: F401
@@ -298,8 +270,9 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"the config in {folder} cannot be read: {_first_line(error)}.",
-                remedy="The folder needs config.json as Hugging Face writes it.",
+                f"the config in {_named(folder, gguf_file)} cannot be read: {_first_line(error)}.",
+                remedy="A folder needs config.json as Hugging Face writes it; a GGUF file is truncated, damaged or of "
+                "a kind that transformers does not read.",
             ) from error
 
 
@@ -309,7 +282,7 @@ def _prepare_head(
     head_modules: tuple[str, ...],
     info: dict[str, Any],
     seed: int,
-    folder: Path,
+    where: Path,
 ) -> tuple[str, ...]:
     """Initialise what the checkpoint lacks of the head; returns the names of the parameters to train."""
     absent = {str(key) for key in info["missing_keys"]}
@@ -318,7 +291,7 @@ def _prepare_head(
     stray = sorted(name for name in absent if not any(name.startswith(prefix) for prefix in prefixes))
     if stray:
         raise CheckpointError(
-            f"the weights in {folder} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
+            f"the weights in {where} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
             f"first {stray[0]!r}.",
             remedy="config.json and the weight files must belong together.",
         )
@@ -337,6 +310,20 @@ def _prepare_head(
     return names
 
 
+def _restore_head(
+    module: nn.Module, architecture: Architecture, prefixes: tuple[str, ...], files: Sequence[Path]
+) -> None:
+    """Give the head the exact values of the files, which were rounded with the rest on the way in."""
+    head = {name: p for name, p in module.named_parameters() if name.startswith(prefixes)}
+    names = {alias: name for name in head for alias in (name, name.removeprefix(f"{architecture.backbone}."))}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for alias in names.keys() & set(tensors.keys()):
+                parameter, value = head[names[alias]], tensors.get_tensor(alias)
+                if value.shape == parameter.shape:  # another number of labels: a fresh head follows
+                    parameter.data = value.to(torch.float32, copy=True)
+
+
 def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
     """The token that fills short rows: the classifier reads the last token that is something else."""
     pad: Any = config.pad_token_id
@@ -352,6 +339,10 @@ def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
             remedy="Set pad_token_id in config.json and pad_token in tokenizer_config.json to an existing token.",
         )
     return int(pad)
+
+
+def _named(folder: Path, gguf_file: str | None) -> Path:
+    return folder / (gguf_file or "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,37 +17,35 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.architecture import Task, architecture_of
+from fedspine_edge.model.architecture import architecture_of
 from fedspine_edge.model.base import (
     LOAD_FAILURES,
     MANIFEST,
     auto_class,
-    base_digest,
-    check_finite,
-    file_sha256,
     load_base,
     load_tokenizer,
     quiet,
     require_transformers,
 )
+from fedspine_edge.model.card import model_card
 from fedspine_edge.model.fused import from_files, take_apart, to_files
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.lora import plain_linear
+from fedspine_edge.model.manifest import WEIGHTS, Manifest, read_manifest
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.wire.messages import ModelSpec, Sha256
+from fedspine_edge.model.weights import base_digest, check_finite, file_sha256, read_tensors
 
-__all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "save"]
+__all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
 
-WEIGHTS = "model.safetensors"
+_TOGETHER = "The files of a saved folder belong together; copy the whole folder again."
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,29 +59,6 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Contents of layout.json."""
-
-    format: Literal["fedspine_edge"] = "fedspine_edge"
-    version: Literal[1] = 1
-    task: Task
-    num_labels: int
-    labels: list[str]
-    spec: ModelSpec
-    heads: list[list[int]]
-    """Per layer the kept heads, in the unpruned model's numbering."""
-    channels: list[list[int]]
-    pruning_ratio: float
-    sparsity: float
-    r: int | None
-    """Rank of the adapter beside the weights; null if merged or never attached."""
-    scaling: float
-    head_names: list[str]
-    standard: bool
-    """Whether transformers' own from_pretrained can read the folder."""
-    sha256: dict[str, Sha256]
 
 
 def save(
@@ -135,7 +110,7 @@ def load_model(folder: str | Path) -> PrunableModel:
     try:
         layout = Layout.from_dict(manifest.spec, {"heads": manifest.heads, "channels": manifest.channels})
     except LayoutError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: {error.message}") from error
+        raise CheckpointError(f"{folder / MANIFEST}: {error.message}", remedy=_TOGETHER) from error
     architecture = architecture_of(manifest.spec.family)
     with quiet(transformers):
         try:
@@ -143,7 +118,9 @@ def load_model(folder: str | Path) -> PrunableModel:
             config = architecture.full_config(config, manifest.spec)
             module = _empty(auto_class(transformers, manifest.task), config)
         except LOAD_FAILURES as error:
-            raise CheckpointError(f"{folder / 'config.json'} does not describe the model: {error}.") from error
+            raise CheckpointError(
+                f"{folder / 'config.json'} does not describe the model: {error}.", remedy=_TOGETHER
+            ) from error
     take_apart(module, architecture)
     for name in module_names(manifest.spec):
         path = architecture.path(name)
@@ -168,39 +145,11 @@ def load_model(folder: str | Path) -> PrunableModel:
     )
     check_finite(module, folder)
     model.scaling = manifest.scaling
+    model.base = manifest.base
+    model.trained_examples, model.trained_steps = manifest.trained_examples, manifest.trained_steps
     if manifest.r is not None:
         peft_format.load_adapter(model, folder)
     return model
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """layout.json of a saved model. Raises `CheckpointError`."""
-    if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist.", remedy="Check the path.")
-    path = folder / MANIFEST
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}: it was not saved by this package.",
-            remedy="Load a plain Hugging Face folder with load_base(folder).",
-        )
-    try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
-    needed = {WEIGHTS, "config.json"} | (set(peft_format.FILES) if manifest.r is not None else set())
-    if not needed <= set(manifest.sha256):
-        raise CheckpointError(f"{path} has no hash for {sorted(needed - set(manifest.sha256))[0]}.")
-    if any(Path(name).name != name for name in manifest.sha256):
-        raise CheckpointError(f"{path} names files outside its folder.")
-    return manifest
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file. Raises `CheckpointError`."""
-    try:
-        return dict(load_file(path))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.", remedy="It is truncated or damaged.") from error
 
 
 def _empty(kind: Any, config: Any) -> Any:
@@ -215,12 +164,15 @@ def _fill(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} does not have the widths of {MANIFEST}: {error}.") from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not have the widths of {MANIFEST}: {error}.", remedy=_TOGETHER
+        ) from error
     module.tie_weights()
     missing = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder / WEIGHTS} has missing or unknown tensors, first {[*missing, *unexpected][0]!r}."
+            f"{folder / WEIGHTS} has missing or unknown tensors, first {[*missing, *unexpected][0]!r}.",
+            remedy=_TOGETHER,
         )
 
 
@@ -228,7 +180,10 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
     tensors = _base_tensors(model, merged)
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise CheckpointError(f"weight {broken[0]!r} has non-finite values; nothing was written.")
+        raise CheckpointError(
+            f"weight {broken[0]!r} has non-finite values; nothing was written.",
+            remedy="Training diverged: load the base again and lower the learning rate.",
+        )
     save_file(to_files(tensors, model.architecture, model.spec.num_layers), folder / WEIGHTS, metadata={"format": "pt"})
     with_adapter = model.r is not None and not merged
     if with_adapter:
@@ -253,10 +208,13 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
         scaling=model.scaling,
         head_names=list(model.head_names),
         standard=standard is not None,
+        base=model.base,
+        trained_examples=model.trained_examples,
+        trained_steps=model.trained_steps,
         sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir())},
     )
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-    (folder / "README.md").write_text(_card(manifest, metrics), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(manifest, metrics), encoding="utf-8")
 
 
 def _base_tensors(model: PrunableModel, merged: bool) -> dict[str, torch.Tensor]:
@@ -304,27 +262,3 @@ def _swap(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
-    spec = manifest.spec
-    kept = sorted({(len(h), len(c)) for h, c in zip(manifest.heads, manifest.channels)})
-    widths = ", ".join(f"{h}/{spec.num_kv_heads} heads and {c}/{spec.intermediate_size} channels" for h, c in kept)
-    labels = f", labels: {', '.join(manifest.labels)}" if manifest.labels else ""
-    adapter = "none or merged" if manifest.r is None else f"LoRA, r = {manifest.r}, scaling = {manifest.scaling:g}"
-    alone = "or with transformers itself" if manifest.standard else "transformers alone cannot build these widths"
-    lines = [
-        "# Pruned model",
-        "",
-        f"- family: {spec.family}, task: {manifest.task}{labels}",
-        f"- base weights: sha256 {spec.base_sha256}",
-        f"- kept per layer: {widths}",
-        f"- removed: {manifest.pruning_ratio:.4f} of the prunable parameters, {manifest.sparsity:.4f} of all",
-        f"- adapter: {adapter}",
-        "",
-        f"Load with `fedspine_edge.model.checkpoint.load_model(folder)`; {alone}.",
-    ]
-    if metrics:
-        lines += ["", "| measured | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
-    return "\n".join(lines) + "\n"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Criterion = Literal["lora", "apt", "magnitude", "random"]
 CRITERIA: tuple[Criterion, ...] = ("lora", "apt", "magnitude", "random")
 Metric = Literal["abs", "square", "signed"]
+METRICS: tuple[Metric, ...] = ("abs", "square", "signed")
 KINDS = ("heads", "channels")
 
 
@@ -101,8 +102,11 @@ class ImportanceTracker:
             else:
                 self._saliency.stop()
 
-    def update(self) -> bool:
+    def update(self, *, loss_scale: float = 1.0) -> bool:
         """Score one iteration; call after backward (gradients unscaled) and before the optimizer's step.
+
+        Args:
+            loss_scale: What the loss was multiplied by before backward, for criterion "apt", which saw it.
 
         Returns False, changing nothing but `skipped`, if a gradient is not finite. Raises `ModelError` if there
         are no gradients.
@@ -122,7 +126,10 @@ class ImportanceTracker:
             return False
         with torch.no_grad():
             if self.criterion in ("lora", "apt"):
-                fresh = self._iteration(linears) if self._saliency is None else self._salient(self._saliency)
+                if self._saliency is None:
+                    fresh = self._iteration(linears)
+                else:
+                    fresh = self._salient(self._saliency, loss_scale)
                 for kind in KINDS:
                     for ema, score in zip(self._ema[kind], fresh[kind]):
                         ema.mul_(self.decay).add_(score, alpha=1.0 - self.decay)
@@ -215,12 +222,13 @@ class ImportanceTracker:
             total[kind][layer] += self._normalised(sums)
         return total
 
-    def _salient(self, saliency: InputSaliency) -> dict[str, list[Tensor]]:
+    def _salient(self, saliency: InputSaliency, loss_scale: float) -> dict[str, list[Tensor]]:
         total = {kind: self._zeros(kind) for kind in KINDS}
         for name, per_input in saliency.take().items():
             layer, part = split_name(name)
             kind = "channels" if part == "down" else "heads"
-            sums = torch.zeros_like(total[kind][layer]).index_add_(0, self._group_of(name).long(), per_input)
+            sums = torch.zeros_like(total[kind][layer])
+            sums.index_add_(0, self._group_of(name).long(), per_input / loss_scale)
             total[kind][layer] += self._normalised(sums)
         return total
 
@@ -245,7 +253,7 @@ class ImportanceTracker:
     def _group_of(self, name: str) -> Tensor:
         if name not in self._groups:
             index = self.model.layout.group_of(name, by_position=True)
-            self._groups[name] = torch.from_numpy(index).to(self.model.linear(name).weight.device)
+            self._groups[name] = torch.from_numpy(index).to(next(self.model.module.parameters()).device)
         return self._groups[name]
 
     def _random(self, kind: str, kept: tuple[npt.NDArray[np.int64], ...]) -> list[npt.NDArray[np.float32]]:

@@ -82,28 +82,47 @@ def prunable_parameters(spec: ModelSpec) -> int:
 
 
 def target_counts(
-    spec: ModelSpec, pruning_ratio: float, *, round_to: int = 8, at_most: tuple[int, int] | None = None
+    spec: ModelSpec,
+    pruning_ratio: float,
+    *,
+    round_to: int = 8,
+    at_most: tuple[int, int] | None = None,
+    at_least: tuple[int, int] = (1, 1),
 ) -> tuple[int, int]:
     """(heads, channels) that each layer keeps at `pruning_ratio` with `scope="layer"`.
 
     Heads are rounded to the nearest whole head, channels (a multiple of `round_to`) take up the rest, so the
     share of prunable parameters removed meets the ratio within one group. `at_most` are the counts a model
     already has: what is gone stays gone, even where the rounding of heads would give a few channels back.
+    `at_least` are the fewest that stay, channels rounded up to a multiple of `round_to`, whatever the ratio.
     """
     check_ratio(pruning_ratio)
-    if round_to < 1:
-        raise ConfigError(f"round_to is {round_to}; it must be at least 1.")
+    fewest_heads, fewest_channels = smallest_counts(spec, round_to, at_least)
     per_head, per_channel = head_parameters(spec), channel_parameters(spec)
     channels_full = spec.intermediate_size
     to_remove = pruning_ratio * (spec.num_kv_heads * per_head + channels_full * per_channel)
-    heads = max(1, spec.num_kv_heads - int(pruning_ratio * spec.num_kv_heads + 0.5))
+    heads = max(fewest_heads, spec.num_kv_heads - int(pruning_ratio * spec.num_kv_heads + 0.5))
     channels = channels_full - (to_remove - (spec.num_kv_heads - heads) * per_head) / per_channel
     if pruning_ratio > 0:
         channels = int(channels / round_to + 0.5) * round_to
-    channels = int(min(channels_full, max(min(round_to, channels_full), channels)))
+    channels = int(min(channels_full, max(fewest_channels, channels)))
     if at_most is not None:
         heads, channels = min(heads, at_most[0]), min(channels, at_most[1])
     return heads, channels
+
+
+def smallest_counts(spec: ModelSpec, round_to: int, at_least: tuple[int, int]) -> tuple[int, int]:
+    """(heads, channels) that stay in every layer at any ratio. Raises `ConfigError` for impossible minimums."""
+    if round_to < 1:
+        raise ConfigError(f"round_to is {round_to}; it must be at least 1.")
+    heads, channels = at_least
+    if not (1 <= heads <= spec.num_kv_heads and 1 <= channels <= spec.intermediate_size):
+        raise ConfigError(
+            f"the minimum is {heads} heads and {channels} channels; a layer of this model has {spec.num_kv_heads} and "
+            f"{spec.intermediate_size}.",
+            remedy="Ask for at least 1 and at most what a layer has.",
+        )
+    return heads, min(-(-channels // round_to) * round_to, spec.intermediate_size)
 
 
 def check_ratio(pruning_ratio: float) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fedspine_edge.errors import ModelError
 from fedspine_edge.kernels import ops
+from fedspine_edge.kernels.quantised import Bits, QuantisedWeight
 
 
 class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
-    """Wraps `base_layer`, whose weight (out, in) and bias are frozen.
+    """Wraps `base_layer`, whose weight (out, in) and bias are frozen. The adapter is float32, or as wide as the base.
 
     Args:
         base_layer: The linear to adapt.
@@ -26,9 +27,10 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         scaling: lora_alpha / r.
     """
 
-    def __init__(self, base_layer: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def __init__(self, base_layer: nn.Linear | QuantisedLinear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         super().__init__()
-        out_features, in_features = base_layer.weight.shape
+        like = stored_weight(base_layer)
+        out_features, in_features = like.shape
         r = lora_A.shape[0]
         if tuple(lora_A.shape) != (r, in_features) or tuple(lora_B.shape) != (out_features, r):
             raise ModelError(
@@ -36,17 +38,22 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
                 f"{(out_features, in_features)}."
             )
         self.base_layer = base_layer
-        like = base_layer.weight
-        self.lora_A = nn.Parameter(lora_A.to(device=like.device, dtype=like.dtype))
-        self.lora_B = nn.Parameter(lora_B.to(device=like.device, dtype=like.dtype))
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.lora_A = nn.Parameter(lora_A.to(device=like.device, dtype=wide))
+        self.lora_B = nn.Parameter(lora_B.to(device=like.device, dtype=wide))
         self.scaling = scaling
         self.shares_input: SharesInput | None = None
         """The linears beside this one that are called with the same tensor, if any."""
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight (out, in)."""
+        """The frozen weight (out, in); made anew at every access where it is quantised."""
         return self.base_layer.weight
+
+    @property
+    def stored(self) -> Tensor | QuantisedWeight:
+        """The frozen weight as it is kept."""
+        return stored_weight(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:
@@ -61,22 +68,69 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         """x (..., in) → (..., out)."""
         if self.shares_input is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return self.shares_input.forward(self, x)
-        return ops.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+        return ops.lora_linear(x, self.stored, self.bias, self.lora_A, self.lora_B, self.scaling)
 
-    def merged_weight(self) -> Tensor:
-        """W + scaling · B·A, (out, in), summed in float32 or better and returned in W's dtype."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W + scaling · B·A, (out, in), summed in float32 or better and returned in `dtype`, by default W's."""
+        wide = torch.promote_types(self.stored.dtype, torch.float32)
         with torch.no_grad():
             product = self.lora_B.to(wide) @ self.lora_A.to(wide)
-            return (self.weight.to(wide) + self.scaling * product).to(self.weight.dtype)
+            return (self.weight.to(wide) + self.scaling * product).to(dtype or self.stored.dtype)
 
-    def merged(self) -> nn.Linear:
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain linear with the adapter folded in. Raises `ModelError` if the result is not finite."""
-        weight = self.merged_weight()
+        weight = self.merged_weight(dtype)
         if not bool(torch.isfinite(weight).all()):
             raise ModelError("merging gave non-finite weights: the adapter diverged or overflows the base's dtype.")
-        bias = None if self.bias is None else self.bias.detach().clone()
+        bias = None if self.bias is None else self.bias.detach().to(weight.dtype, copy=True)
         return plain_linear(weight, bias)
+
+
+class QuantisedLinear(nn.Module):  # type: ignore[misc]
+    """A frozen linear that keeps its weight in 8 or 4 bits and shows it dense to whoever asks.
+
+    Args:
+        weight: Already quantised.
+        bias: (out,) in the dtype of the activations, or None.
+    """
+
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("group_of_col", weight.group_of_col)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._dtype = weight.dtype
+
+    @classmethod
+    def of(cls, linear: nn.Linear, bits: Bits) -> QuantisedLinear:
+        """`linear` with its weight quantised."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(QuantisedWeight.of(linear.weight, bits), bias)
+
+    @property
+    def stored(self) -> QuantisedWeight:
+        return QuantisedWeight(self.codes, self.scales, self.group_of_col, self._dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), made anew at every access."""
+        return self.stored.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Files hold what the codes stand for: any reader of the family's checkpoints understands that.
+        destination[f"{prefix}weight"] = self.weight
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def stored_weight(linear: nn.Module) -> Tensor | QuantisedWeight:
+    """The frozen weight of a plain or quantised linear, as it is kept."""
+    return linear.stored if isinstance(linear, QuantisedLinear) else linear.weight
 
 
 class SharesInput:
@@ -100,7 +154,7 @@ class SharesInput:
         """The result of one of `linears` for x (..., in)."""
         state = self._state(x)
         if state is None or any(other.scaling != linear.scaling for other in self.linears):
-            return ops.lora_linear(x, linear.weight, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
+            return ops.lora_linear(x, linear.stored, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
         pending = self._pending  # read once: another thread may run the same model
         if pending is not None and pending[0] is x and _same(pending[1], state):
             result = pending[2].pop(id(linear), None)
@@ -114,7 +168,7 @@ class SharesInput:
         return mine
 
     def _compute(self, x: Tensor, scaling: float) -> tuple[Tensor, ...]:
-        parts = [ops.Projection(one.weight, one.bias, one.lora_A, one.lora_B) for one in self.linears]
+        parts = [ops.Projection(one.stored, one.bias, one.lora_A, one.lora_B) for one in self.linears]
         if len(parts) == 3:
             return ops.lora_qkv(x, parts[0], parts[1], parts[2], scaling)
         return ops.lora_gate_up(x, parts[0], parts[1], scaling)
@@ -127,7 +181,7 @@ class SharesInput:
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         state: list[Any] = [torch.is_grad_enabled(), autocast]
-        for t in (x, *(t for one in self.linears for t in (one.weight, one.bias, one.lora_A, one.lora_B))):
+        for t in (x, *(t for one in self.linears for t in (_weight_of(one), one.bias, one.lora_A, one.lora_B))):
             if t is not None:
                 if t.is_inference():
                     return None
@@ -143,6 +197,12 @@ class SharesInput:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"linears": self.linears, "_pending": None}
+
+
+def _weight_of(linear: LoraLinear) -> Tensor:
+    """A tensor that is replaced or written when the frozen weight is."""
+    stored = linear.stored
+    return stored.codes if isinstance(stored, QuantisedWeight) else stored
 
 
 def _same(first: list[Any], second: list[Any]) -> bool:

@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.model.layout import full_shape, module_names, split_name
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.seeded import kaiming_uniform
+from fedspine_edge.model.weights import read_tensors, refuse_pickles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 PREFIX = "base_model.model."
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""PEFT's `init_lora_weights` that subtract the adapter's start from the base: such an adapter fits no other base."""
 TASK_TYPES = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 
 
@@ -84,13 +86,9 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
     folder = Path(folder)
     config = _read_config(folder)
     _check_base(model, folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} cannot be read: {error}.", remedy="It is truncated or damaged."
-        ) from error
-    tensors, ranks = _parts_of_fused(model, tensors)
+    if not (folder / WEIGHTS).exists():
+        refuse_pickles(folder)
+    tensors, ranks = _parts_of_fused(model, read_tensors(folder / WEIGHTS))
     paths = {model.architecture.path(name): name for name in module_names(model.spec)}
     factors: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     state: dict[str, npt.NDArray[np.float32]] = {}
@@ -109,13 +107,24 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
             )
     largest = max((pair["lora_A"].shape[0] for pair in factors.values() if "lora_A" in pair), default=0)
     if largest == 0:
-        raise CheckpointError(f"{folder / WEIGHTS} has no LoRA factors for this model.")
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has no LoRA factors for this model.",
+            remedy="Point to an adapter that PEFT's save_pretrained wrote for this base model.",
+        )
     scaling = _scaling(config, None)
     for path, name in paths.items():
         pair = factors.get(name, {})
         if pair and set(pair) != {"lora_A", "lora_B"}:
-            raise CheckpointError(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
-        ratio = _scaling(config, path, ranks.get(path)) / scaling
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.", remedy="Copy the adapter again."
+            )
+        declared = _rank(config, ranks.get(path, path))
+        if pair and pair["lora_A"].shape[0] != declared and path not in ranks:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {path} has rank {pair['lora_A'].shape[0]}, {CONFIG} says {declared}.",
+                remedy="The two files belong to different adapters; copy both again.",
+            )
+        ratio = _scaling(config, ranks.get(path, path)) / scaling
         state.update(_at_rank(model, name, pair, largest, ratio, seed))
     if any(name.startswith("head.") for name in state):  # PEFT saves the classifier, and not what else we train
         state = {**{n: v for n, v in model.adapter_state().items() if n.startswith("head.")}, **state}
@@ -175,19 +184,22 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def _scaling(config: dict[str, Any], path: str | None, owner: str | None = None) -> float:
-    """lora_alpha / r (or / sqrt(r) with rslora) of a module, or of the fused one it is part of; None is the default."""
-    path = owner or path
-
-    def pattern(name: str, default: float) -> float:
-        for key, value in (config.get(name) or {}).items():
-            if path is not None and (path == key or re.fullmatch(rf"(.*\.)?({key})", path)):
-                return float(value)
-        return default
-
-    r = pattern("rank_pattern", float(config["r"]))
-    alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
+def _scaling(config: dict[str, Any], path: str | None) -> float:
+    """lora_alpha / r (or / sqrt(r) with rslora) of the module that PEFT adapts; None is the default."""
+    r = _rank(config, path)
+    alpha = _pattern(config, "alpha_pattern", path, float(config["lora_alpha"]))
     return alpha / (r**0.5 if config.get("use_rslora") else r)
+
+
+def _rank(config: dict[str, Any], path: str | None) -> float:
+    return _pattern(config, "rank_pattern", path, float(config["r"]))
+
+
+def _pattern(config: dict[str, Any], name: str, path: str | None, default: float) -> float:
+    for key, value in (config.get(name) or {}).items():
+        if path is not None and (path == key or re.fullmatch(rf"(.*\.)?({key})", path)):
+            return float(value)
+    return default
 
 
 def _check_base(model: PrunableModel, folder: Path) -> None:
@@ -198,7 +210,7 @@ def _check_base(model: PrunableModel, folder: Path) -> None:
     try:
         base = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["base_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
+        raise CheckpointError(f"{manifest} is damaged: {error!r}.", remedy="Copy the adapter again.") from error
     mine = model.spec.base_sha256
     if base != mine:
         raise CheckpointError(
@@ -215,9 +227,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {CONFIG}.", remedy="Point to a PEFT adapter folder.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+        raise CheckpointError(
+            f"{path} is damaged: {error!r}.", remedy="Copy the file again from where the adapter was saved."
+        ) from error
     if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none" or r < 1 or alpha <= 0:
         raise CheckpointError(
-            f"{path}: only plain LoRA adapters without biases can be loaded (this is {kind}, r {r}, alpha {alpha:g})."
+            f"{path}: only plain LoRA adapters without biases can be loaded (this is {kind}, r {r}, alpha {alpha:g}).",
+            remedy="Merge it into its base with PEFT's merge_and_unload, and load the merged model.",
+        )
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{path}: this adapter's initialisation ({config['init_lora_weights']}) changed the base weights too.",
+            remedy="Save it from PEFT with path_initial_model_for_weight_conversion, which makes it a plain one.",
         )
     return dict(config)

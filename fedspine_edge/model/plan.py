@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Indices, Layout
 from fedspine_edge.model.pruning import GroupScores, Scores
+
+if TYPE_CHECKING:
+    from fedspine_edge.model.latency import Latency
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class PruningPlan:
         scores: Of the groups that `before` keeps.
         flops_before: Of one forward pass, at the length of the tuner's longest text.
         flops_after: Of the same pass on the pruned model.
+        asked: The ratio that was asked for; rounding and minimum widths may keep `pruning_ratio` from it.
+        latency: Of the model as it is now, if it was measured.
     """
 
     before: Layout
@@ -40,6 +46,8 @@ class PruningPlan:
     scores: GroupScores
     flops_before: float
     flops_after: float
+    asked: float
+    latency: Latency | None = None
 
     @property
     def pruning_ratio(self) -> float:
@@ -75,22 +83,58 @@ class PruningPlan:
             )
         return found
 
-    def predicted_latency_ms(self, base_latency_ms: float) -> float:
-        """Latency after the plan, from the measured latency of the model as it is now.
+    def predicted_latency_ms(self, base_latency_ms: float | None = None) -> float:
+        """Latency after the plan: an estimate, to be measured before it is relied on.
 
-        It assumes that time goes with operations. Embeddings, norms, the head and launches do not shrink, so short
-        texts and small models gain less: a lower bound, to be measured before it is relied on. Raises `ConfigError`.
+        Args:
+            base_latency_ms: Measured latency of the model as it is now, elsewhere for instance, all of which is then
+                taken to go with operations. Default: what `EdgeTuner.measure_latency` found before the plan was made,
+                of which only the part in the layers shrinks.
+
+        Raises `ConfigError` for a time that is not above 0, and where none was measured.
         """
+        share = self.flops_after / self.flops_before
+        if base_latency_ms is None:
+            if self.latency is None:
+                raise ConfigError(
+                    "no latency was measured that a prediction could start from.",
+                    remedy="Call tuner.measure_latency() before tuner.plan(...), or pass base_latency_ms.",
+                )
+            return self.latency.at(share)
         if not base_latency_ms > 0:
             raise ConfigError(f"base_latency_ms is {base_latency_ms}; it must be a measured time above 0.")
-        return base_latency_ms * self.flops_after / self.flops_before
+        return base_latency_ms * share
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan with every index and score as plain numbers, for JSON."""
+        return {
+            "pruning_ratio": {"now": self.before.pruning_ratio, "asked": self.asked, "after": self.pruning_ratio},
+            "parameters_saved": self.parameters_saved,
+            "flops": {"now": self.flops_before, "after": self.flops_after},
+            "latency_ms": None
+            if self.latency is None
+            else {
+                "measured": self.latency.total_ms,
+                "predicted": self.predicted_latency_ms(),
+                "conditions": self.latency.conditions,
+            },
+            "layers": [
+                {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in vars(layer).items()}
+                for layer in self.layers
+            ],
+        }
 
     def __str__(self) -> str:
         lines = [
-            f"pruning ratio {self.before.pruning_ratio:.3f} -> {self.after.pruning_ratio:.3f}: "
-            f"{self.parameters_saved:,} parameters and {self.flops_saved:.1%} of the operations of a forward pass go",
-            "layer  heads removed (kept)  channels removed (kept)  share of the layer's score removed",
+            f"pruning ratio {self.before.pruning_ratio:.3f} -> {self.after.pruning_ratio:.3f} (asked {self.asked:g}): "
+            f"{self.parameters_saved:,} parameters and {self.flops_saved:.1%} of the layers' operations go",
         ]
+        if self.latency is not None:
+            lines.append(
+                f"latency {self.latency.total_ms:.1f} ms -> {self.predicted_latency_ms():.1f} ms predicted "
+                f"({self.latency.conditions})"
+            )
+        lines.append("layer  heads removed (kept)  channels removed (kept)  share of the layer's score removed")
         for i, layer in enumerate(self.layers):
             heads = ", ".join(map(str, layer.heads_removed.tolist())) or "none"
             total = float(self.scores.heads[i].sum() + self.scores.channels[i].sum())

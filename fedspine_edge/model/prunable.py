@@ -12,19 +12,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
+from fedspine_edge.errors import LayoutError, ModelError
 from fedspine_edge.kernels import ops
+from fedspine_edge.model.adapter_check import Arrays, checked_adapter
 from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
 from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
-from fedspine_edge.model.lora import LoraLinear, SharesInput, plain_linear
+from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
+from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
 from fedspine_edge.model.seeded import kaiming_uniform
 from fedspine_edge.wire.messages import ModelSpec
 
 if TYPE_CHECKING:
     from fedspine_edge.model.importance import ImportanceTracker
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+PACKED = (".codes", ".scales", ".group_of_col")
+"""Ends of the names of a quantised weight's tensors."""
 
 
 class PrunableModel:
@@ -67,11 +70,16 @@ class PrunableModel:
         self.r: int | None = None
         self.scaling = 1.0
         self.recomputes = False
+        self.base = "" if folder is None else gguf_file or folder.name
+        """Name of the base model, for the card of a saved one."""
+        self.trained_examples, self.trained_steps = 0, 0
+        """What it was trained on so far, for the card likewise."""
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in head_names)
+        widen_inputs(module, head_names)
 
     @classmethod
     def from_module(cls, module: nn.Module, *, task: Task, base_sha256: str = "0" * 64) -> PrunableModel:
@@ -97,7 +105,30 @@ class PrunableModel:
 
     def num_parameters(self) -> int:
         """Parameters of base and head, adapters excluded."""
-        return sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+        quantised = (m for m in self.module.modules() if isinstance(m, QuantisedLinear))
+        plain: int = sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
+        return plain + sum(int(m.stored.shape.numel()) for m in quantised)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations and of every frozen parameter that is not quantised."""
+        frozen = (p.dtype for n, p in self.module.named_parameters() if n not in self.head_names and ".lora_" not in n)
+        return next(frozen)
+
+    @property
+    def base_dtype(self) -> BaseDtype:
+        """How the frozen weights are kept."""
+        bits = [m.stored.bits for m in self.module.modules() if isinstance(m, QuantisedLinear)]
+        return "int8" if 8 in bits else "int4" if bits else str(self.compute_dtype).removeprefix("torch.")  # type: ignore[return-value]
+
+    def keep_base_in(self, base_dtype: BaseDtype) -> None:
+        """Keep the frozen weights in fewer bits from now on; adapters, head and optimizer stay float32.
+
+        "bfloat16" and "float16" round every frozen parameter and compute in that dtype. "int8" and "int4" do the
+        same with bfloat16 and then quantise the prunable linears, one at a time. What was lost does not come back:
+        widening only changes the dtype. Raises `ConfigError` for an unknown name, `ModelError` for a quantised base.
+        """
+        narrow(self, base_dtype)
 
     def recompute_layers(self, on: bool) -> None:
         """Gradient checkpointing: keep the layers' inputs alone and compute the rest again in the backward pass.
@@ -166,68 +197,17 @@ class PrunableModel:
         Raises `CheckpointError`, before anything has changed, for missing or unknown names, shapes that fit
         neither coordinates, a rank above the state's and non-finite values.
         """
-        adapters: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
-        for name in module_names(self.spec):
-            adapters[name] = self._checked_pair(name, state, r)
-        ranks = {pair[0].shape[0] for pair in adapters.values()}
-        if len(ranks) != 1:
-            raise CheckpointError(f"the adapter mixes ranks {sorted(ranks)}; one rank for all modules is needed.")
-        head = self._checked_head(state)
-        known = {f"{n}.{side}" for n in adapters for side in ("lora_A", "lora_B")} | set(head)
-        unknown = [n for n in state if n.startswith(("layers.", "head.")) and n not in known]
-        if unknown:
-            raise CheckpointError(f"the adapter has {unknown[0]!r}, which this model lacks.")
+        adapters, head = checked_adapter(self, state, r)
         if scaling is not None:
             self.scaling = float(scaling)
         for name, (lora_A, lora_B) in adapters.items():
             self._adapt(name, lora_A, lora_B)
         self._share_inputs()
-        self.r = ranks.pop()
+        self.r = next(iter(adapters.values()))[0].shape[0]
         with torch.no_grad():
             for name, value in head.items():
                 parameter = self.module.get_parameter(name.removeprefix("head."))
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
-
-    def _checked_pair(self, name: str, state: Arrays, r: int | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        try:
-            lora_A, lora_B = np.asarray(state[f"{name}.lora_A"]), np.asarray(state[f"{name}.lora_B"])
-        except KeyError as error:
-            raise CheckpointError(f"the adapter has no {error.args[0]!r}.") from None
-        if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
-            raise CheckpointError(f"{name}: lora_A {lora_A.shape} and lora_B {lora_B.shape} are not (r, in), (out, r).")
-        rank = lora_A.shape[0] if r is None else r
-        if not 1 <= rank <= lora_A.shape[0]:
-            raise CheckpointError(f"{name}: rank {rank} was asked of an adapter of rank {lora_A.shape[0]}.")
-        rows, cols = self.layout.rows(name), self.layout.cols(name)
-        out_full, in_full = full_shape(self.spec, split_name(name)[1])
-        if (lora_B.shape[0], lora_A.shape[1]) == (out_full, in_full):
-            lora_A, lora_B = lora_A[:, cols], lora_B[rows]
-        elif (lora_B.shape[0], lora_A.shape[1]) != (rows.size, cols.size):
-            raise CheckpointError(
-                f"{name}: an adapter for ({lora_B.shape[0]}, {lora_A.shape[1]}) fits neither the full linear "
-                f"({out_full}, {in_full}) nor the kept one ({rows.size}, {cols.size}).",
-                remedy="The adapter belongs to another base model or another layout.",
-            )
-        lora_A, lora_B = lora_A[:rank], lora_B[:, :rank]
-        if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
-            raise CheckpointError(f"{name}: the adapter has non-finite values.")
-        return lora_A, lora_B
-
-    def _checked_head(self, state: Arrays) -> dict[str, npt.NDArray[Any]]:
-        head = {name: np.asarray(value) for name, value in state.items() if name.startswith("head.")}
-        if not head:
-            return {}
-        for name in self.head_names:
-            value = head.get(f"head.{name}")
-            if value is None:
-                raise CheckpointError(f"the adapter's task head lacks {name!r}.")
-            if value.shape != tuple(self.module.get_parameter(name).shape) or not np.isfinite(value).all():
-                raise CheckpointError(
-                    f"head.{name}: got shape {value.shape} or non-finite values, need finite "
-                    f"{tuple(self.module.get_parameter(name).shape)}.",
-                    remedy="Was the adapter trained with another number of labels?",
-                )
-        return {name: value for name, value in head.items() if name.removeprefix("head.") in self.head_names}
 
     def _adapt(self, name: str, lora_A: npt.NDArray[Any], lora_B: npt.NDArray[Any]) -> None:
         linear = self.linear(name)
@@ -284,7 +264,7 @@ class PrunableModel:
     ) -> None:
         linear = self.linear(name)
         base = getattr(linear, "base_layer", linear)
-        device = base.weight.device
+        device = stored_weight(base).device
         row_index = None if rows is None else torch.from_numpy(rows).to(device)
         col_index = None if cols is None else torch.from_numpy(cols).to(device)
 
@@ -297,7 +277,11 @@ class PrunableModel:
             bias = base.bias
             if bias is not None and row_index is not None:
                 bias = bias.index_select(0, row_index)
-            compact = plain_linear(take(base.weight.detach()), None if bias is None else bias.detach())
+            bias = None if bias is None else bias.detach()
+            if isinstance(base, QuantisedLinear):
+                compact = QuantisedLinear(base.stored.take(row_index, col_index), bias)
+            else:
+                compact = plain_linear(take(base.weight.detach()), bias)
             if not isinstance(linear, LoraLinear):
                 self._replace(name, compact)
                 return
@@ -309,26 +293,33 @@ class PrunableModel:
 
     # Results
 
-    def merged(self) -> nn.Module:
+    def merged(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A copy of the transformers model with adapters folded in and nothing of this package left in it.
+
+        Args:
+            dtype: Of all its parameters; default that of the frozen ones.
 
         Raises `ModelError` if a merged weight is not finite.
         """
-        if self.r is None:
-            bare = copy.deepcopy(self.module)
-            put_together(bare, self.architecture)
-            return bare
-        shared = {id(p): p for n, p in self.module.named_parameters() if ".base_layer." in n or ".lora_" in n}
-        module = copy.deepcopy(self.module, shared)  # the adapted linears are replaced, do not copy them
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        shared = {id(t): t for n, t in tensors if n.endswith(PACKED) or ".base_layer." in n or ".lora_" in n}
+        module = copy.deepcopy(self.module, shared)  # what is replaced below is not copied
         for name in module_names(self.spec):
             parent, _, attribute = self.architecture.path(name).rpartition(".")
-            try:
-                merged = self.linear(name).merged()
-            except ModelError as error:
-                raise ModelError(f"{name}: {error.message}", remedy=error.remedy) from None
+            linear = self.linear(name)
+            if isinstance(linear, QuantisedLinear):
+                merged = plain_linear(linear.weight, None if linear.bias is None else linear.bias.detach().clone())
+            elif isinstance(linear, LoraLinear):
+                try:
+                    merged = linear.merged(dtype)
+                except ModelError as error:
+                    raise ModelError(f"{name}: {error.message}", remedy=error.remedy) from None
+            else:
+                continue
             merged.train(self.module.training)
             setattr(module.get_submodule(parent), attribute, merged)
         put_together(module, self.architecture)
+        to_one_dtype(module, dtype or self.compute_dtype)
         return module
 
     def save(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:

@@ -20,6 +20,7 @@ from fedspine_edge.model.layout import (
     check_ratio,
     head_parameters,
     prunable_parameters,
+    smallest_counts,
     target_counts,
 )
 
@@ -47,21 +48,32 @@ class GroupScores:
 
 
 def plan_local(
-    scores: GroupScores, layout: Layout, pruning_ratio: float, *, scope: Scope = "layer", round_to: int = 8
+    scores: GroupScores,
+    layout: Layout,
+    pruning_ratio: float,
+    *,
+    scope: Scope = "layer",
+    round_to: int = 8,
+    at_least: tuple[int, int] = (1, 1),
 ) -> Layout:
     """The layout at `pruning_ratio` that keeps what `scores` rank highest; always within `layout`.
 
     With scope "layer" every layer keeps the same counts; with "global" the parameter-normalised scores are
-    ranked over all layers. Ties keep the lower index. Raises `LayoutError` or `ConfigError`.
+    ranked over all layers. Ties keep the lower index. `at_least` (heads, channels) stay in every layer, as far as
+    they are still there. Raises `LayoutError` or `ConfigError`.
     """
     scores.check(layout)
     check_ratio(pruning_ratio)
+    spec = layout.spec
     order = order_from_scores(scores, layout)
     if scope == "layer":
-        counts = [target_counts(layout.spec, pruning_ratio, round_to=round_to, at_most=kept) for kept in layout.counts]
+        counts = [
+            target_counts(spec, pruning_ratio, round_to=round_to, at_most=kept, at_least=at_least)
+            for kept in layout.counts
+        ]
     else:
-        counts = _global_counts(scores, layout, pruning_ratio, round_to)
-    return Layout.prefix(layout.spec, order, counts)
+        counts = _global_counts(scores, layout, pruning_ratio, round_to, at_least)
+    return Layout.prefix(spec, order, counts)
 
 
 def order_from_scores(scores: GroupScores, layout: Layout, previous: Order | None = None) -> Order:
@@ -89,21 +101,24 @@ def order_from_scores(scores: GroupScores, layout: Layout, previous: Order | Non
     )
 
 
-def _global_counts(scores: GroupScores, layout: Layout, pruning_ratio: float, round_to: int) -> list[tuple[int, int]]:
+def _global_counts(
+    scores: GroupScores, layout: Layout, pruning_ratio: float, round_to: int, at_least: tuple[int, int]
+) -> list[tuple[int, int]]:
     """Kept counts per layer when groups compete over all layers by score per parameter.
 
     Channels compete in blocks of `round_to` (by the block's mean), so that rounding costs nothing afterwards
     and the ratio is met within one group or block. At least one head and one block stay in every layer.
     """
     spec = layout.spec
+    fewest_heads, fewest_channels = smallest_counts(spec, round_to, at_least)
     per_head, per_channel = head_parameters(spec), channel_parameters(spec)
     counts = [list(pair) for pair in layout.counts]
     blocks: list[tuple[float, int, int, int]] = []  # (score per parameter, kind, layer, groups in the block)
     for layer in range(spec.num_layers):
-        heads = np.sort(scores.heads[layer])[::-1][1:]
+        heads = np.sort(scores.heads[layer])[::-1][fewest_heads:]
         blocks += [(float(score) / per_head, 0, layer, 1) for score in heads]
         channels = np.sort(scores.channels[layer])[::-1]
-        for start in range(round_to, channels.size, round_to):
+        for start in range(fewest_channels, channels.size, round_to):
             block = channels[start : start + round_to]
             blocks.append((float(block.mean()) / per_channel, 1, layer, block.size))
     excess = pruning_ratio * prunable_parameters(spec) - layout.removed_parameters

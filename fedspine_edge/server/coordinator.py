@@ -2,7 +2,7 @@
 
 The server may be killed at any moment. Whatever it told anyone was journaled before, so a restart of the same
 command re-publishes the same plans, keeps the reports it has, and ends with the same adapter. It waits only inside
-`transport.receive` and measures with the clock it was given, so the same code runs in virtual time.
+`Hearing.wait` and measures with the clock it was given, so the same code runs in virtual time.
 """
 
 from __future__ import annotations
@@ -20,32 +20,30 @@ import msgspec
 
 from fedspine_edge.clock import Clock, RealClock
 from fedspine_edge.config import FleetConfig
-from fedspine_edge.errors import FedspineError, MessageError
+from fedspine_edge.errors import FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.server import ending
-from fedspine_edge.server.collector import Collector, answer_old
+from fedspine_edge.server.collector import Collector
 from fedspine_edge.server.context import RoundContext
 from fedspine_edge.server.final import RunResult, write_final
 from fedspine_edge.server.fold import fold, initial_tensors
+from fedspine_edge.server.hearing import Hearing
 from fedspine_edge.server.members import Members
-from fedspine_edge.server.plans import idle_plan, round_plan
+from fedspine_edge.server.plans import device_info, idle_plan, round_plan
 from fedspine_edge.server.post import Post
 from fedspine_edge.server.rejected import Rejected
 from fedspine_edge.server.run_dir import RunDir, settings
 from fedspine_edge.server.schema import OutcomeRow, PlanRow, RunState
-from fedspine_edge.strategies import Assignment, DeviceInfo, create
-from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Incoming, Transport
+from fedspine_edge.strategies import Assignment, create
+from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Transport
 from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import Ack, BlobRef, Report, Status
-from fedspine_edge.wire.topics import DeviceTopic, Topics, UploadTopic
+from fedspine_edge.wire.messages import BlobRef, Report
+from fedspine_edge.wire.topics import Topics
 from fedspine_edge.wire.transfer import BlobStore, ref_of
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["FleetServer", "RunResult"]
-
-REPORTED = "reported/"
-"""Before a device id: it has reported in this run. One row each, so that noting it costs the same in any fleet."""
 
 RETRY_SHARE = 1 / 40
 """Retry interval as a share of deadline_s, held within 1..15 s; devices derive theirs alike."""
@@ -81,9 +79,6 @@ class FleetServer:
         self._retry_s = min(15.0, max(1.0, config.deadline_s * RETRY_SHARE))
         self._members = Members(config.base_sha256)
         self._state = RunState()
-        self._collector: Collector | None = None
-        self._context: RoundContext | None = None
-        self._heard: set[str] = set()
 
     def run(self) -> RunResult:
         """Run, or continue, until all rounds are done.
@@ -116,11 +111,11 @@ class FleetServer:
         if not resumed:
             self._wait_for_devices()
             self._open_round()
-        self._context = context = self._new_context()
-        self._collector = collector = self._new_collector(context, resumed)
+        self._hearing.context = context = self._new_context()
+        self._hearing.collector = collector = self._new_collector(context, resumed)
         self._announce(collector)
         self._collect(collector, resumed)
-        self._collector = self._context = None
+        self._hearing.collector = self._hearing.context = None
         reports = context.agreed(self._journal, collector)
         if len(reports) < self.config.min_reports:
             self._repeat_round(collector, reports)
@@ -138,14 +133,15 @@ class FleetServer:
             remaining = until - self._clock.now()
             if remaining <= 0:
                 raise self._members.too_few(needed, config.join_timeout_s)
-            self._wait(remaining)
+            self._hearing.wait(remaining)
 
     def _open_round(self) -> None:
         """Ask the strategy, journal its plans."""
         config, members = self.config, self._members
         spec = members.spec
         assert spec is not None  # set by the first device that is online
-        infos = [self._device_info(device_id) for device_id in members.online()]
+        reported, ranks = self._hearing.reported, config.ranks
+        infos = [device_info(members[i].status, i in reported, ranks) for i in members.online()]
         assignments = self._strategy.assign(infos, self._state.server_round)
         blob = self._round_blob()
         plans = [self._plan(i, assignment, blob) for i, assignment in sorted(assignments.items())]
@@ -166,7 +162,7 @@ class FleetServer:
             remaining = max(remaining, min(config.deadline_s, 2 * self._retry_s))
         until = self._clock.now() + remaining
         while not collector.complete and (left := until - self._clock.now()) > 0:
-            self._wait(left)
+            self._hearing.wait(left)
         if not collector.complete:
             logger.warning(
                 "round %d: deadline passed without %s", collector.server_round, ", ".join(collector.waiting_for[:10])
@@ -274,7 +270,7 @@ class FleetServer:
         )
         until = self._clock.now() + self.config.deadline_s
         while self._post.behind and (left := until - self._clock.now()) > 0:
-            self._wait(left)
+            self._hearing.wait(left)
         # Devices stop when they hear it, so the run is called finished only after it was said.
         self._post.close()
         journal.set_meta(result=json.dumps(result.to_dict()))
@@ -283,12 +279,6 @@ class FleetServer:
         return result
 
     # Parts of a round
-
-    def _device_info(self, device_id: str) -> DeviceInfo:
-        status = self._members[device_id].status
-        # Before its first report in this run, a device may still speak of an earlier run.
-        ratio = status.pruning_ratio if device_id in self._reported else 0.0
-        return DeviceInfo(device_id, status.device_class, status.num_examples, status.memory_bytes, ratio)
 
     def _plan(self, device_id: str, assignment: Assignment, blob: BlobRef) -> PlanRow:
         payload = round_plan(self.config, self._run_id, self._state, device_id, assignment, blob)
@@ -349,61 +339,6 @@ class FleetServer:
             resumed=resumed,
         )
 
-    # Messages
-
-    def _wait(self, timeout_s: float) -> None:
-        """Wait for one event, at most until the next retry, and react to it."""
-        event = self._post.receive(min(timeout_s, self._retry_s))
-        if not isinstance(event, Incoming) or not event.payload:
-            return
-        try:
-            topic = self._topics.parse(event.topic)
-            if isinstance(topic, UploadTopic):
-                if self._collector is not None:
-                    self._answer(self._collector.chunk(topic.device_id, topic.sha256, topic.index, event.payload))
-            elif isinstance(topic, DeviceTopic) and topic.kind == "status":
-                self._on_status(topic, codec.decode(event.payload, Status))
-            elif isinstance(topic, DeviceTopic) and topic.kind == "report":
-                self._on_report(topic, codec.decode(event.payload, Report))
-        except MessageError as error:
-            logger.warning("ignored a message on %s: %s", event.topic, error.message)
-
-    def _on_status(self, topic: DeviceTopic, status: Status) -> None:
-        if status.device_id != topic.device_id:
-            raise MessageError(f"the status is of {status.device_id!r}.")
-        collector, device_id = self._collector, status.device_id
-        was_online = self._members.is_online(device_id)
-        member = self._members.see(status)
-        if member.refused:
-            logger.warning("refused device %s: %s", device_id, member.refused)
-        self._heard.add(device_id)
-        self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=self._wall())
-        if status.state == "online" and self._journal.forget_layout_above(device_id, status.pruning_ratio):
-            logger.warning("%s lost what it had pruned; it starts from %.3f", device_id, status.pruning_ratio)
-            if self._context is not None:
-                self._context.layouts.pop(device_id, None)
-        if was_online and not member.online and collector is not None and device_id in collector.waiting_for:
-            logger.warning("round %d: %s went offline", collector.server_round, device_id)
-            self._journal.note_disconnect(collector.server_round, collector.attempt, device_id)
-
-    def _on_report(self, topic: DeviceTopic, report: Report) -> None:
-        if report.device_id != topic.device_id:
-            raise MessageError(f"the report is of {report.device_id!r}.")
-        self._members.heard(report.device_id)
-        if report.run_id == self._run_id and report.device_id not in self._reported:
-            self._reported.add(report.device_id)
-            self._journal.set_meta(**{f"{REPORTED}{report.device_id}": "yes"})
-        if self._collector is not None:
-            self._answer(self._collector.report(report))
-        else:
-            self._answer(answer_old(self._journal, self._run_id, report))
-
-    def _answer(self, ack: Ack | None) -> None:
-        if ack is not None:
-            self._post.acknowledge(ack)
-            if ack.status != "incomplete":
-                self._tell("report", {"device_id": ack.device_id, "status": ack.status, "reason": ack.reason})
-
     # Start and end
 
     def _begin(self) -> None:
@@ -411,7 +346,6 @@ class FleetServer:
         journal, config = self._journal, self.config
         self._blobs = BlobStore(self._dir.path / "blobs")
         self._expected: set[str] = set()
-        self._reported = journal.meta_names(REPORTED)
         run_id = journal.meta("run_id")
         if run_id is None:
             run_id = secrets.token_hex(8) if isinstance(self._clock, RealClock) else _virtual_run_id(config)
@@ -428,13 +362,26 @@ class FleetServer:
             self._members.recall(status)
             if online and not self._members[status.device_id].refused:
                 self._expected.add(status.device_id)
+        self._hearing = Hearing(
+            self._post,
+            self._topics,
+            journal,
+            self._members,
+            run_id=run_id,
+            retry_s=self._retry_s,
+            wall=self._wall,
+            tell=self._tell,
+        )
 
     def _connect(self) -> None:
         """Connect and, in a resumed run, give the devices that were online a moment to be heard again."""
         self._post.open(min(FIRST_CONNECT_TIMEOUT_S, self.config.join_timeout_s, self.config.deadline_s))
         until = self._clock.now() + self._retry_s
-        while not (self._post.connected and self._heard >= self._expected) and (left := until - self._clock.now()) > 0:
-            self._wait(left)
+        while (
+            not (self._post.connected and self._hearing.heard >= self._expected)
+            and (left := until - self._clock.now()) > 0
+        ):
+            self._hearing.wait(left)
 
     def _blob_ref(self) -> BlobRef:
         return msgspec.json.decode(self._state.blob, type=BlobRef)

@@ -1,15 +1,32 @@
-"""The plans that the server sends: a strategy's assignment as a message, and the two that ask for nothing."""
+"""What a strategy is told of a device, and its assignment as a plan; and the two plans that ask for nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.server.schema import RunState
-from fedspine_edge.strategies import Assignment
+from fedspine_edge.strategies import Assignment, DeviceInfo
 from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import BlobRef, Plan, Training
+from fedspine_edge.wire.messages import BlobRef, Plan, Status, Training
+
+
+def device_info(status: Status, reported: bool, ranks: Sequence[int]) -> DeviceInfo:
+    """A device as its status describes it.
+
+    Before its first report in this run (`reported`) it may still speak of an earlier run, so nothing counts as pruned.
+    """
+    needs = {r: status.memory_base_bytes + r * status.memory_per_rank_bytes for r in ranks}
+    return DeviceInfo(
+        status.device_id,
+        status.device_class,
+        status.num_examples,
+        status.memory_bytes,
+        status.pruning_ratio if reported else 0.0,
+        memory_by_rank=needs if status.memory_base_bytes else None,
+    )
 
 
 def round_plan(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedspine_edge.config import DataSettings
-from fedspine_edge.device.data import encode, load_examples
+from fedspine_edge.device.batches import encode
+from fedspine_edge.device.data import load_examples
 from fedspine_edge.device.source import choose_torch_device
 from fedspine_edge.device.trainer import Evaluation, Trainer
 from fedspine_edge.model.checkpoint import load_tokenizer

@@ -167,7 +167,8 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> 
         draw(axes)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
+    drawn = re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
+    return re.sub(r"(\d\.\d{2})\d+", r"\1", drawn)  # a hundredth of a point is finer than any screen
 
 
 def _colours(rows: Sequence[DeviceView]) -> dict[str, str]:

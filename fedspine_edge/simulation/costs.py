@@ -9,7 +9,7 @@ import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, FleetConfig
-from fedspine_edge.device.telemetry import Meter, pass_flops
+from fedspine_edge.device.telemetry import Conditions, Meter, pass_flops
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, module_names, target_counts
 from fedspine_edge.wire.messages import ModelSpec
@@ -66,8 +66,9 @@ def round_cost_s(
     before: float,
     after: float,
     r: int,
+    conditions: Conditions | None = None,
 ) -> float:
-    """Simulated completion time in seconds of a round from ratio `before` to `after`, without jitter or drift."""
+    """Simulated completion time in seconds of a round from ratio `before` to `after`; no `conditions`, no jitter."""
     meter = Meter(
         "simulated",
         time_factor=device.time_factor,
@@ -75,6 +76,7 @@ def round_cost_s(
         down_mbit_s=device.down_mbit_s,
         clock=VirtualClock(),
         simulated=device.simulated,
+        conditions=conditions,
     )
     layout = work(
         meter,

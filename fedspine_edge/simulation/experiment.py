@@ -35,7 +35,7 @@ FOLDER = Path(__file__).with_name("experiments")
 _T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % points of Student's t by degrees of freedom."""
 
-_CODE_VERSION = 1
+_CODE_VERSION = 2
 """Raise it when results of an older version must not be mixed with new ones."""
 
 
@@ -112,6 +112,7 @@ def run_experiment(
     """
     results = out / "jobs"
     results.mkdir(parents=True, exist_ok=True)
+    _adopt(experiment, out)
     missing = {name: job for name, job in experiment.jobs.items() if _read(results, name, job) is None}
     on_progress(f"{experiment.name} ({experiment.form}): {len(experiment.jobs)} jobs, {len(missing)} to run")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -122,12 +123,21 @@ def run_experiment(
         initializer=pin,
         initargs=(cores,),
     ) as pool:
-        running = {pool.submit(run_job, job, out / "work" / name): name for name, job in missing.items()}
+        # Seed by seed, so that an interrupted run leaves whole comparisons.
+        in_order = sorted(missing.items(), key=lambda item: item[1]["seed"])
+        running = {pool.submit(run_job, job, out / "work" / name): name for name, job in in_order}
         for done in as_completed(running):
             name = running[done]
             _write(results, name, experiment.jobs[name], done.result())
+            conclude(experiment, out)
             on_progress(f"{name} done")
-    found = {name: _read(results, name, job) or {} for name, job in experiment.jobs.items()}
+    return conclude(experiment, out)
+
+
+def conclude(experiment: Experiment, out: Path) -> dict[str, Any]:
+    """Write `summary.json` and `jobs.csv` of the jobs that are done, and return the summary."""
+    read = {name: _read(out / "jobs", name, job) for name, job in experiment.jobs.items()}
+    found = {name: measures for name, measures in read.items() if measures is not None}
     summary = summarise(experiment, found)
     (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     _write_csv(out / "jobs.csv", experiment, found)
@@ -139,7 +149,7 @@ def summarise(experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) ->
     with_target = {name: {**measures, **_target(experiment, found, name)} for name, measures in found.items()}
     table: dict[str, dict[str, Any]] = {}
     for variant in experiment.variants:
-        mine = [with_target[name] for name, job in experiment.jobs.items() if job["variant"] == variant]
+        mine = [m for name, m in with_target.items() if experiment.jobs[name]["variant"] == variant]
         table[variant] = {measure: interval([m.get(measure) for m in mine]) for measure in experiment.measures}
         table[variant]["curve"] = _mean_curve([m["curve"] for m in mine if "curve" in m])
     kinds = sorted({str(job["training"]) for job in experiment.jobs.values()})
@@ -173,8 +183,10 @@ def _target(experiment: Experiment, found: Mapping[str, Mapping[str, Any]], name
     target, job = experiment.target, experiment.jobs[name]
     if not target or "curve" not in found[name]:
         return {}
-    reference = found[job_name(target["of"], job["seed"])]["curve"][-1]["accuracy"]
-    accuracy = reference - target["minus"]
+    reference = found.get(job_name(target["of"], job["seed"]))
+    if reference is None:
+        return {}
+    accuracy = reference["curve"][-1]["accuracy"] - target["minus"]
     return {"target_accuracy": accuracy, "time_to_target_s": time_to(found[name]["curve"], accuracy)}
 
 
@@ -199,7 +211,20 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(job: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([_CODE_VERSION, job], sort_keys=True).encode()).hexdigest()[:16]
+    """Of everything that a result depends on; what an experiment calls its variant is not among it."""
+    what = {key: value for key, value in job.items() if key != "variant"}
+    return hashlib.sha256(json.dumps([_CODE_VERSION, what], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _adopt(experiment: Experiment, out: Path) -> None:
+    """Take over results that another experiment beside `out` has for the same settings and seed."""
+    done = {}
+    for path in out.parent.glob("*/jobs/*.json"):
+        data = json.loads(path.read_text())
+        done[data["digest"]] = data["measures"]
+    for name, job in experiment.jobs.items():
+        if _read(out / "jobs", name, job) is None and _digest(job) in done:
+            _write(out / "jobs", name, job, done[_digest(job)])
 
 
 def _read(results: Path, name: str, job: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -221,5 +246,6 @@ def _write_csv(path: Path, experiment: Experiment, found: Mapping[str, Mapping[s
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", *plain])
-        for name, job in experiment.jobs.items():
-            writer.writerow([job["variant"], job["seed"], *(found[name].get(key, "") for key in plain)])
+        for name, measures in found.items():
+            job = experiment.jobs[name]
+            writer.writerow([job["variant"], job["seed"], *(measures.get(key, "") for key in plain)])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 from fedspine_edge.errors import ConfigError
@@ -15,7 +18,8 @@ def explain(run_dir: Path, device_id: str, *, server_round: int | None = None) -
 
     The keys `plan`, `decision` and `outcome` hold what was asked, the strategy's reasons as they were when it asked
     (for FedSpine the leaves of the device's tree), and status, reward and reward terms; `outcome` is None while the
-    round runs.
+    round runs. Its `decided_by` are the reward terms' shares in how much the round's rewards differed between devices:
+    what the bandit could learn from it.
 
     Raises:
         ConfigError: no such journal, device or round.
@@ -26,6 +30,8 @@ def explain(run_dir: Path, device_id: str, *, server_round: int | None = None) -
             raise _unknown(journal.devices(), run_dir, device_id, server_round)
         row = rows[-1]
         plan = journal.plans(row.server_round, row.attempt, device_id=device_id)[0]
+        together = [other for other in journal.device_rounds(row.server_round) if other.attempt == row.attempt]
+        weights = json.loads(journal.meta("config") or "{}").get("reward", {})
     decided = row.status != "running"
     return {
         "device_id": device_id,
@@ -41,10 +47,19 @@ def explain(run_dir: Path, device_id: str, *, server_round: int | None = None) -
             "time_kind": row.time_kind,
             "reward": row.reward,
             "reward_terms": row.reward_terms,
+            "decided_by": _decided_by([other.reward_terms for other in together if other.reward_terms], weights),
         }
         if decided
         else None,
     }
+
+
+def _decided_by(terms: Sequence[Mapping[str, float]], weights: Mapping[str, Any]) -> dict[str, float]:
+    """Each term's share of the summed variances of weight × term over the devices, largest first."""
+    say = {name: (weights.get(name, 0.0) ** 2) * pvariance([t[name] for t in terms]) for name in (terms or [{}])[0]}
+    total = sum(say.values())
+    shares = {name: round(value / total, 4) for name, value in say.items()} if total > 0 else {}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def describe(explained: dict[str, Any]) -> str:
@@ -60,8 +75,13 @@ def describe(explained: dict[str, Any]) -> str:
         lines.append(f"because   {last['why']}")
     elif "leaves" not in decision:
         lines.append(f"because   strategy {decision.get('strategy', 'unknown')!r} learns nothing from rewards")
+    if decision.get("pace"):
+        lines.append(_pace_line(decision["pace"]))
     if outcome:
         lines.append(_outcome_line(outcome))
+        if outcome["decided_by"]:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome["decided_by"].items() if share >= 0.005)
+            lines.append(f"rewards   differed between devices by {shares}")
     if decision.get("leaves"):
         lines += ["", "u              ranks          pulls  weight   mean    bound"]
         chosen = (plan["u"], plan["r"])
@@ -72,9 +92,16 @@ def describe(explained: dict[str, Any]) -> str:
             ranks = "/".join(map(str, leaf["ranks"]))
             lines.append(
                 f"{f'{lo:g}..{hi:g}':<14} {ranks:<14} {leaf['pulls']:>5}  {leaf['weight']:>6.3f}  {leaf['mean']:>5.3f}"
-                f"  {bound:>6}{'  <- played' if here else ''}"
+                f"  {bound:>6}{'  <- played' if here else '' if leaf.get('open', True) else '  not open'}"
             )
     return "\n".join(lines)
+
+
+def _pace_line(pace: Mapping[str, Any]) -> str:
+    text = f"pace      {pace['predicted_s']:.1f} s predicted in a round of {pace['expected_s']:.1f} s"
+    if pace["sets_the_pace"]:
+        return f"{text}, which is the least this device, the slowest, can do"
+    return f"{text}; it could do it in {pace['shortest_s']:.1f} s"
 
 
 def _outcome_line(outcome: dict[str, Any]) -> str:

@@ -75,6 +75,8 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         measures |= {
             "oracle_idle_share": round(best.idle_share, 6),
             "oracle_work_time_s": round(best.work_time_s, 3),
+            "noisy_oracle_idle_share": round(best.noisy_idle_share, 6),
+            "noisy_oracle_work_time_s": round(best.noisy_work_time_s, 3),
         }
     if job.get("server_costs"):
         measures |= _server_costs(run_dir, stamps)

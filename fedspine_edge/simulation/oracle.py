@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedspine_edge.bandit.envelope import Envelope, spread_by_speed
 from fedspine_edge.config import DeviceConfig, FleetConfig
+from fedspine_edge.device.telemetry import conditions
 from fedspine_edge.simulation.costs import round_cost_s
 from fedspine_edge.strategies.base import envelope
 from fedspine_edge.wire.messages import ModelSpec
@@ -23,22 +25,72 @@ _STEPS = 21
 
 @dataclass(frozen=True)
 class OracleResult:
-    """Idle share, and the sum of the rounds' longest completion times in seconds."""
+    """Idle share, and the sum of the rounds' longest completion times in seconds.
+
+    As the oracle plans them, and as they turn out under the jitter and drift of the rounds, which it cannot foresee:
+    the second is what a scheduler could reach.
+    """
 
     idle_share: float
     work_time_s: float
+    noisy_idle_share: float
+    noisy_work_time_s: float
 
 
 def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int) -> OracleResult:
     """The oracle's run of `fleet` with `devices`."""
-    schedule = envelope(fleet, spread=True)
+    plan = oracle_plan(fleet, devices, spec, tokens)
+    planned = [{device_id: arm.time_s for device_id, arm in arms.items()} for arms in plan]
+    noisy, ratio = [], {device.device_id: 0.0 for device in devices}
+    for server_round, arms in enumerate(plan, start=1):
+        times = {}
+        for device in devices:
+            arm, before = arms[device.device_id], ratio[device.device_id]
+            ratio[device.device_id] = arm.pruning_ratio
+            times[device.device_id] = round_cost_s(
+                device,
+                fleet,
+                spec,
+                tokens,
+                before=before,
+                after=arm.pruning_ratio,
+                r=arm.r,
+                conditions=conditions(device, server_round),
+            )
+        noisy.append(times)
+    return OracleResult(*_idle_and_work(planned), *_idle_and_work(noisy))
+
+
+def _idle_and_work(rounds: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    longest = [max(times.values()) for times in rounds]
+    idle = [1 - time_s / most for times, most in zip(rounds, longest) for time_s in times.values()]
+    return sum(idle) / len(idle), sum(longest)
+
+
+@dataclass(frozen=True)
+class OracleArm:
+    """One device's part in one of the oracle's rounds."""
+
+    pruning_ratio: float
+    r: int
+    time_s: float
+
+
+def oracle_plan(
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
+) -> list[dict[str, OracleArm]]:
+    """What the oracle asks of every device in every round.
+
+    With `target="mean"` it gives each device the final ratio that FedSpine would, had it the exact speeds.
+    """
+    schedules = _schedules(fleet, devices, spec, tokens)
     previous = {device.device_id: 0.0 for device in devices}
-    idle, total = 0.0, 0.0
+    plan = []
     for server_round in range(1, fleet.num_rounds + 1):
         arms = {}
         for device in devices:
             before = previous[device.device_id]
-            lo, hi = schedule.limits(server_round=server_round, previous=before)
+            lo, hi = schedules[device.device_id].limits(server_round=server_round, previous=before)
             ratios = {lo + (hi - lo) * k / (_STEPS - 1) for k in range(_STEPS)}
             arms[device.device_id] = {
                 (p, r): round_cost_s(device, fleet, spec, tokens, before=before, after=p, r=r)
@@ -46,14 +98,30 @@ def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec,
                 for r in fleet.ranks
             }
         longest = max(min(times.values()) for times in arms.values())
-        times_s = []
+        chosen = {}
         for device_id, times in arms.items():
-            (ratio, _), time_s = _longest_within(times, longest)
+            (ratio, r), time_s = _longest_within(times, longest)
             previous[device_id] = ratio
-            times_s.append(time_s)
-        total += max(times_s)
-        idle += sum(1 - time_s / max(times_s) for time_s in times_s) / len(times_s)
-    return OracleResult(idle / fleet.num_rounds, total)
+            chosen[device_id] = OracleArm(ratio, r, time_s)
+        plan.append(chosen)
+    return plan
+
+
+def _schedules(
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
+) -> dict[str, Envelope]:
+    schedule = envelope(fleet, spread=True)
+    if schedule.spread == 0.0:
+        return {device.device_id: schedule for device in devices}
+    r = fleet.ranks[(len(fleet.ranks) - 1) // 2]
+
+    def log_time(device: DeviceConfig, ratio: float) -> float:
+        return math.log(round_cost_s(device, fleet, spec, tokens, before=ratio, after=ratio, r=r))
+
+    full = {device.device_id: log_time(device, 0.0) for device in devices}
+    falls = {d.device_id: (full[d.device_id] - log_time(d, schedule.target)) / schedule.target for d in devices}
+    targets = spread_by_speed(full, falls, schedule)
+    return {i: replace(schedule, target=target, spread=0.0) for i, target in targets.items()}
 
 
 def _longest_within(times: Mapping[tuple[float, int], float], limit: float) -> tuple[tuple[float, int], float]:

@@ -126,12 +126,19 @@ class BaseStrategy:
     # -- for subclasses ---------------------------------------------------------------------------------------
 
     def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Choice:
-        """What `device`, which has removed `previous`, does in `server_round`. Must not depend on other devices."""
+        """What `device`, which has removed `previous`, does in `server_round`; others are looked at in `prepare`."""
         raise NotImplementedError
+
+    def prepare(self, devices: Mapping[str, DeviceInfo], previous: Mapping[str, float], server_round: int) -> None:
+        """A first look at all devices of the round together, before `choose` is asked for each."""
 
     def settle(self, choices: dict[str, Choice], previous: Mapping[str, float], server_round: int) -> dict[str, Choice]:
         """A last look at all choices of the round together."""
         return choices
+
+    def expected_s(self) -> float | None:
+        """What completion times are compared to in the reward; None for the mean of the round's reports."""
+        return None
 
     def learn(self, terms: Mapping[str, RewardTerms | None], server_round: int) -> None:
         """What to do with rewards; by default nothing."""
@@ -141,6 +148,7 @@ class BaseStrategy:
     def assign(self, devices: Sequence[DeviceInfo], server_round: int) -> dict[str, Assignment]:
         by_id = {device.device_id: device for device in sorted(devices, key=lambda d: d.device_id)}
         previous = {device_id: self._previous(device) for device_id, device in by_id.items()}
+        self.prepare(by_id, previous, server_round)
         choices = {i: self.choose(device, server_round, previous[i]) for i, device in by_id.items()}
         assignments: dict[str, Assignment] = {}
         for device_id, choice in self.settle(choices, previous, server_round).items():
@@ -158,7 +166,9 @@ class BaseStrategy:
     def observe(self, outcomes: Sequence[RoundOutcome], server_round: int) -> dict[str, RewardTerms | None]:
         answered = [o for o in outcomes if self._asked.get(o.device_id, {}).get("round") == server_round]
         weights = {name: getattr(self.config.reward, name) for name in TERMS}
-        terms = rewards([self._outcome(o) for o in answered], weights, mode=self.config.reward.mode)
+        terms = rewards(
+            [self._outcome(o) for o in answered], weights, mode=self.config.reward.mode, expected_s=self.expected_s()
+        )
         self.learn(terms, server_round)
         for o in answered:
             asked = self._asked.pop(o.device_id)

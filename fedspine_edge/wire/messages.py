@@ -76,6 +76,10 @@ class Status(Message, frozen=True, kw_only=True):
     num_labels: Count = 0
     memory_bytes: Count = 0
     """Memory the device is willing to train in; 0 means not stated."""
+    memory_base_bytes: Count = 0
+    """Estimated peak of a round at rank 0, one example at a time; 0 means no estimate."""
+    memory_per_rank_bytes: Count = 0
+    """What every rank adds to it."""
     pruning_ratio: Ratio = 0.0
     """What the device has already removed (a device that comes back, or a late joiner)."""
     version: str = ""

@@ -1,10 +1,12 @@
 """From u to a pruning ratio."""
 
+from statistics import fmean
+
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedspine_edge.bandit.envelope import MEAN_SPREAD, Envelope, rounds_needed, settle_mean
+from fedspine_edge.bandit.envelope import MEAN_SPREAD, NARROW, Envelope, rounds_needed, settle_mean, spread_by_speed
 
 schedules = st.builds(
     lambda target, spare, max_step, start: Envelope(
@@ -96,3 +98,44 @@ def test_settling_does_not_depend_on_the_order(ratios, mean):
     settled = settle_mean(named, limits, mean)
     assert settled == settle_mean(reverse, limits, mean)
     assert all(limits[name][0] <= p <= limits[name][1] for name, p in settled.items())
+
+
+@given(
+    server_round=st.integers(1, 10),
+    previous=st.floats(0, 0.6),
+    part=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+)
+@settings(max_examples=150, deadline=None)
+def test_places_are_the_inverse_of_ratios(server_round, previous, part):
+    schedule = Envelope(target=0.6, last_pruning_round=8, max_step=0.25, start=1)
+    first, last = schedule.limits(server_round=server_round, previous=previous)
+    wanted = tuple(first + share * (last - first) for share in part)
+    begin, end = schedule.places(wanted, server_round=server_round, previous=previous)
+    assert 0.0 <= begin < end <= 1.0
+    got = [schedule.ratio(u, server_round=server_round, previous=previous) for u in (begin, end)]
+    if last - first > 1e-6:  # an interval of u is never narrower than NARROW
+        lo, hi = schedule.bounds(server_round)
+        assert got == pytest.approx(wanted, abs=NARROW * (hi - lo) + 1e-6)
+
+
+@given(
+    speeds=st.lists(st.floats(0, 3), min_size=1, max_size=9),
+    target=st.floats(0.1, 0.8),
+    fall=st.floats(0.0, 2.0),
+)
+@settings(max_examples=100, deadline=None)
+def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, fall):
+    schedule = Envelope(target=target, last_pruning_round=8, max_step=0.25, spread=0.15)
+    full = {f"d{i}": speed for i, speed in enumerate(speeds)}
+    found = spread_by_speed(full, dict.fromkeys(full, fall), schedule)
+    assert fmean(found.values()) == pytest.approx(target, abs=1e-6)
+    by_speed = [found[i] for i in sorted(full, key=lambda i: full[i])]
+    assert by_speed == pytest.approx(sorted(by_speed), abs=1e-9)
+    assert all(abs(p - target) <= schedule.spread + 1e-9 for p in found.values())
+
+
+def test_equal_devices_all_end_at_the_target_and_different_ones_use_the_whole_spread():
+    schedule = Envelope(target=0.5, last_pruning_round=8, max_step=0.25, spread=0.15)
+    assert spread_by_speed({"a": 1.0, "b": 1.0}, {"a": 0.7, "b": 0.7}, schedule) == pytest.approx({"a": 0.5, "b": 0.5})
+    found = spread_by_speed({"a": 1.0, "b": 2.0}, {"a": 0.7, "b": 0.7}, schedule)
+    assert found == pytest.approx({"a": 0.35, "b": 0.65})

@@ -292,7 +292,9 @@ def test_explain_says_why():
     told = bandit.explain("d")
     assert (told["last"]["u"], told["last"]["r"]) == arm
     assert "largest bound" in told["last"]["why"]
-    assert "do not fit the device" in told["last"]["why"]
+    assert "leaves were not open" in told["last"]["why"]
+    for leaf in told["leaves"]:
+        assert leaf["open"] == bool({4, 8} & set(leaf["ranks"]))
     json.dumps(told)
 
 

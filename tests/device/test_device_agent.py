@@ -14,6 +14,7 @@ import tiny_fleet
 from tiny_fleet import Fleet, config, round_tensors
 
 from fedspine_edge.clock import RealClock, VirtualClock
+from fedspine_edge.device.memory import estimate
 from fedspine_edge.device.round import gathered
 from fedspine_edge.device.standing import Record
 from fedspine_edge.device.state import StateDir
@@ -23,7 +24,7 @@ from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import Layout, target_counts
 from fedspine_edge.transport.base import Connected
 from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import Report
+from fedspine_edge.wire.messages import Report, Training
 from fedspine_edge.wire.transfer import BlobStore
 
 ROOT = Path(__file__).parents[2]
@@ -543,3 +544,26 @@ def test_a_killed_device_resumes_mid_round_with_the_same_bits(tiny_folder, tiny_
     same(fleet.update(), update)
     assert fleet.reports[-1] == report
     assert report.pruning_ratio == 0.5
+
+
+def test_a_memory_limit_is_obeyed_and_said_to_the_server(fleet, tiny_folder, tmp_path, tiny_base):
+    rows = [("film was " + text, label) for text, label in tiny_bert.sentences(120)]
+    csv = tiny_bert.write_csv(tmp_path / "long.csv", rows)
+    needed = estimate(tiny_base, micro_batch=64, tokens=14, r=4).peak_bytes
+    limit_mib = (needed - 1) // 2**20
+    settings = config(tiny_folder, csv, tmp_path / "tight", memory_limit_mib=limit_mib)
+    driven = fleet.device(settings, model=tiny_base).start()
+    training = Training(learning_rate=1e-2, batch_size=64, max_length_tokens=14, total_steps=60)
+    fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)), training=training)
+    driven.settle()
+    report = fleet.reports[-1]
+    assert report.status == "ok"
+    assert report.reason.startswith(f"memory_limit_mib is {limit_mib}; trained ")
+    assert "instead of 64 examples at a time, gradients accumulated" in report.reason
+    hello = fleet.statuses[-1]
+    assert hello.memory_bytes == limit_mib * 2**20
+    of_one = hello.memory_base_bytes + 4 * hello.memory_per_rank_bytes
+    assert of_one == pytest.approx(estimate(tiny_base, micro_batch=1, tokens=14, r=4).peak_bytes, rel=0.02)
+    assert of_one < hello.memory_bytes
+    assert fleet.statuses[0].memory_base_bytes > 0
+    driven.device.close()

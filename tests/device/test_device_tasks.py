@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaMo
 
 from fedspine_edge import EdgeTuner
 from fedspine_edge.config import DataSettings
-from fedspine_edge.device import data
+from fedspine_edge.device import batches, data
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import DataError
 from fedspine_edge.model.checkpoint import load_tokenizer
@@ -61,7 +61,7 @@ def test_words_are_classified_pruned_saved_and_read_back(tiny_folder, tmp_path):
 
 def test_only_the_first_token_of_a_word_carries_its_label(tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
-    [encoded] = data.encode(
+    [encoded] = batches.encode(
         data.examples_of([(["films", "films"], [1, 2])], DataSettings(path="", num_labels=3), words=True), tokenizer, 24
     )
     assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["[CLS]", "film", "##s", "film", "##s", "[SEP]"]
@@ -95,7 +95,7 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
     assert before["num_examples"] == 12 * 2  # two words; this tokenizer has no end token
     tuner.fit(pairs, steps=30)
     assert tuner.evaluate(pairs)["accuracy"] > 0.95
-    examples = data.encode(
+    examples = batches.encode(
         data.examples_of(pairs[:1], DataSettings(path=""), labelled=False), tuner.tokenizer, 24, causal=True
     )
     trainer: Trainer = tuner._trainer(examples, 1)
@@ -107,7 +107,7 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
 def test_a_long_prompt_loses_its_beginning_and_never_the_answer(language_model):
     tokenizer = load_tokenizer(language_model)
     pair = data.Example("film " * 40 + "bad", 0, "good fine")
-    [encoded] = data.encode([pair], tokenizer, 10, causal=True)
+    [encoded] = batches.encode([pair], tokenizer, 10, causal=True)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     assert len(words) == 10
     assert words[-4:] == ["bad", "[SEP]", "good", "fine"]

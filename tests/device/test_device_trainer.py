@@ -7,7 +7,7 @@ import pytest
 import tiny_bert
 import torch
 
-from fedspine_edge.device import data
+from fedspine_edge.device import batches, data
 from fedspine_edge.device.source import ModelSource, choose_torch_device
 from fedspine_edge.device.trainer import Trainer, learning_rate
 from fedspine_edge.errors import ConfigError, DataError, OutOfMemory
@@ -22,7 +22,7 @@ TRAINING = Training(learning_rate=1e-2, batch_size=8, max_length_tokens=24, tota
 @pytest.fixture(scope="session")
 def encoded(tiny_folder):
     examples = [data.Example(text, label) for text, label in tiny_bert.sentences(330)]
-    return data.encode(examples, load_tokenizer(tiny_folder), 24)
+    return batches.encode(examples, load_tokenizer(tiny_folder), 24)
 
 
 @pytest.fixture
@@ -124,6 +124,49 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(make):
     trainer.run(6)
     assert trainer.skipped == 3
     assert math.isfinite(trainer.train_loss)
+
+
+def test_a_step_whose_gradient_is_far_above_the_usual_is_skipped_and_counted(make):
+    trainer = make()
+    trainer.run(10)
+    before = trainer.model.adapter_state()
+    real = trainer._forward
+    trainer._forward = lambda batch: (real(batch)[0] * 100, 0)
+    trainer.run(12, scored=True)
+    same(before, trainer.model.adapter_state())
+    assert (trainer.spikes, trainer.skipped, trainer.tracker.steps) == (2, 0, 0)
+    trainer._forward = real
+    trainer.run(13)
+    assert trainer.spikes == 2
+    assert trainer.last_step.grad_norm > 0
+    assert trainer.last_step.learning_rate == learning_rate(TRAINING, 12, 30)
+
+
+def test_gradients_that_stay_larger_are_accepted_in_the_end(make):
+    trainer = make()
+    trainer.run(10)
+    real = trainer._forward
+    trainer._forward = lambda batch: (real(batch)[0] * 100, 0)
+    trainer.run(30)
+    assert 10 <= trainer.spikes <= 12
+    assert trainer.last_loss > 1
+
+
+def test_float16_gradients_are_scaled_up_on_their_way_and_down_at_their_end(make):
+    trainer = make()
+    trainer.model.keep_base_in("float16")
+    trainer = Trainer(trainer.model, trainer._train, trainer._holdout, TRAINING, round_steps=30)
+    exact = make()
+    assert trainer._loss_scale == 2**15
+    examples = trainer._order.indices(0)
+    (loss, ours, _), (expected, theirs, _) = (one._gradients(examples, False) for one in (trainer, exact))
+    assert loss == pytest.approx(expected, rel=1e-2)
+    flat, truth = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours, theirs))
+    assert float((flat - truth).norm() / truth.norm()) < 0.02
+    trainer._loss_scale = 2.0**60  # overflows on the way back: halved until it does not, no step is lost
+    trainer.run(1)
+    assert (trainer.skipped, trainer.step) == (0, 1)
+    assert 1.0 < trainer._loss_scale < 2.0**60
 
 
 def test_gradients_are_clipped_to_the_norm(make):

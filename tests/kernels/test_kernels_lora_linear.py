@@ -229,28 +229,6 @@ def test_projection(device: str, dtype: torch.dtype, tokens: int, width: int, ra
     torch.testing.assert_close(native.project(columns, small.t(), 0.5, dtype).double(), exact, **tolerance)
 
 
-@pytest.mark.parametrize("device", DEVICES[1:])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "width", "rank"), [(1, 1, 1), (5, 700, 3), (1067, 130, 16), (9, 33, 256)])
-def test_cuda_expand_and_gradient(device: str, dtype: torch.dtype, tokens: int, width: int, rank: int) -> None:
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, width, generator=generator).to(device, dtype)
-    left = torch.randn(tokens, rank, generator=generator).to(device, dtype)
-    small = torch.randn(rank, width, generator=generator).to(device, dtype)
-    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-4}
-    grown = x.double() + 0.5 * left.double() @ small.double()
-    torch.testing.assert_close(native.expand_(x.clone(), left, small, 0.5).double(), grown, **tolerance)
-    exact = 0.5 * left.double().t() @ x.double()
-    torch.testing.assert_close(native.gradient(left, x, 0.5, dtype).double(), exact, **tolerance)
-
-
-@pytest.mark.parametrize("device", DEVICES[1:])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_low_rank_half_on_request(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDSPINE_LORA_LINEAR", "native")
-    assert_as_exact_as_eager(inputs((2, 600), 97, 61, 8), dtype, device)
-
-
 BAD = {
     "x width": ({"x": torch.zeros(3, 7)}, r"x must have shape \(\.\.\., 8\), it has \(3, 7\)"),
     "x scalar": ({"x": torch.zeros(())}, r"x must have shape"),

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from fedspine_edge.errors import CheckpointError, ModelError
 from fedspine_edge.model.architecture import SUPPORTED
@@ -62,6 +64,29 @@ def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
         assert head in layout.heads[layer]
         assert set(channels) <= set(layout.channels[layer])
     assert layout.pruning_ratio > 0.3
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(group=st.integers(0, 3), head=st.integers(0, 5), seed=st.integers(0, 99))
+def test_pruning_to_the_groups_that_matter_changes_no_answer(kind, group, head, seed):
+    """All others are silent: had a wrong KV group, query head or channel been kept, the logits would tell.
+
+    Adapters start at B = 0: a live B gives silent rows a share through the gradient of A, which all rows share.
+    """
+    kv_heads = (6, 3, 2, 1)[group] if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim else 6
+    model = tiny.prunable(kind, heads=6, kv_heads=kv_heads, bias=True, seed=seed, live_b=False)
+    rng = np.random.default_rng(seed)
+    for layer in range(model.spec.num_layers):
+        plant(model, layer, (head + layer) % kv_heads, rng.permutation(24)[:8])
+    tracker = ImportanceTracker(model)
+    backward(model, seed)
+    tracker.update()
+    before = model(**tiny.batch(model)).logits.detach()
+    model.compact(plan_local(tracker.scores(), model.layout, 0.95))
+    assert model.layout.counts == [(1, 8)] * model.spec.num_layers
+    after = model(**tiny.batch(model)).logits.detach()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-5 * max(1.0, float(before.abs().max())))
 
 
 def test_scores_follow_the_formula_by_hand():

@@ -346,6 +346,17 @@ def test_a_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, optio
     assert reason in devices["odd"]
 
 
+def test_a_device_short_of_memory_is_given_only_ranks_that_it_can_train(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_devices=2, strategy="fedlora", ranks=[2, 4, 8])
+    fleet.add("roomy", memory=(1000, 100, 10))
+    fleet.add("tight", memory=(130, 100, 10))  # rank 2 takes 120, rank 4 140
+    fleet.serve(config)
+    ranks = {
+        name: {plan.r for plan in device.plans if plan.action == "round"} for name, device in fleet.devices.items()
+    }
+    assert ranks == {"roomy": {4}, "tight": {2}}
+
+
 def test_the_brokers_retained_chunks_are_cleared(fleet, tmp_path):
     fleet.add_three()
     fleet.serve(make_config(tmp_path / "run"))

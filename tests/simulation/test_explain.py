@@ -18,7 +18,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_leaves_partition_the_arms_and_the_played_one_had_the_largest_bound(run_dir: Path) -> None:
+def test_the_leaves_partition_the_arms_and_the_played_one_had_the_largest_bound_of_the_open_ones(run_dir: Path) -> None:
     for server_round in range(2, 7):
         told = explain(run_dir, "tx2-2", server_round=server_round)
         leaves, plan = told["decision"]["leaves"], told["plan"]
@@ -27,7 +27,7 @@ def test_the_leaves_partition_the_arms_and_the_played_one_had_the_largest_bound(
         assert sum(leaf["pulls"] for leaf in leaves) == server_round - 1
         played = [x for x in leaves if x["u"][0] <= plan["u"] < x["u"][1] and plan["r"] in x["ranks"]]
         assert len(played) == 1
-        assert played[0]["bound"] == max(leaf["bound"] for leaf in leaves)
+        assert played[0]["bound"] == max(leaf["bound"] for leaf in leaves if leaf["open"])
 
 
 def test_the_outcome_is_what_the_journal_holds(run_dir: Path) -> None:
@@ -39,6 +39,20 @@ def test_the_outcome_is_what_the_journal_holds(run_dir: Path) -> None:
     assert told["outcome"]["reward_terms"] == row.reward_terms
     assert row.reward is not None
     assert f"reward {row.reward:.3f}" in describe(told)
+
+
+def test_pace_and_deciding_terms_are_told(run_dir: Path) -> None:
+    told = {i: explain(run_dir, i, server_round=5) for i in ("nx-1", "nx-3", "tx2-2", "tx2-4")}
+    paces = {i: one["decision"]["pace"] for i, one in told.items()}
+    assert [i for i, pace in paces.items() if pace["sets_the_pace"]] == [
+        max(paces, key=lambda i: paces[i]["shortest_s"])
+    ]
+    assert len({pace["expected_s"] for pace in paces.values()}) == 1
+    assert all(pace["predicted_s"] <= 1.001 * pace["expected_s"] for pace in paces.values())
+    shares = told["nx-1"]["outcome"]["decided_by"]
+    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3)
+    assert "pace      " in describe(told["nx-1"])
+    assert "differed between devices by" in describe(told["nx-1"])
 
 
 def test_the_command_prints_text_and_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedspine_edge.bandit.sucb import SUCB
 from fedspine_edge.config import BanditSettings, FleetConfig, RewardSettings, TrainingSettings
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.strategies import DeviceInfo, RoundOutcome, Strategy, create
@@ -258,6 +259,80 @@ def test_fedspine_moves_to_the_ranks_that_are_rewarded():
     rounds = [[a.r for a in fleet.round(strategy, t)[0].values()] for t in range(1, 41)]
     assert fmean(r for ranks in rounds[20:] for r in ranks) > 20  # uniform draws: 15
     assert fmean(r == 32 for ranks in rounds[20:] for r in ranks) > 0.4  # uniform draws: 0.25
+
+
+# -- pace ----------------------------------------------------------------------------------------------------------
+
+
+def played(arm_choice, num_rounds=16, **values):
+    """Per round every device's completion time; and the fleet at the end."""
+    settings = BanditSettings(arm_choice=arm_choice)
+    strategy, fleet = create(config(num_rounds=num_rounds, bandit=settings, **values)), Fleet(9)
+    rounds = []
+    for server_round in range(1, num_rounds + 1):
+        assignments, _ = fleet.round(strategy, server_round)
+        rounds.append(
+            {d.device_id: fleet.outcome(d, assignments[d.device_id]).completion_time_s for d in fleet.devices}
+        )
+    return rounds, fleet
+
+
+def idle(rounds):
+    return fmean(1 - t / max(times.values()) for times in rounds for t in times.values())
+
+
+def test_paced_arms_wait_less_and_finish_sooner_than_uniform_ones():
+    paced, uniform = played("paced")[0], played("uniform")[0]
+    assert idle(paced) < 0.6 * idle(uniform)
+    assert sum(max(times.values()) for times in paced) < 0.95 * sum(max(times.values()) for times in uniform)
+
+
+def test_before_any_time_is_known_all_play_one_rank_so_that_times_can_be_compared():
+    strategy, fleet = create(config()), Fleet()
+    assert {a.r for a in fleet.round(strategy, 1)[0].values()} == {strategy.middle_rank()}
+    assert strategy.explain("d0")["pace"] is None
+    strategy.assign(fleet.devices, 2)
+    told = [strategy.explain(d.device_id)["pace"] for d in fleet.devices]
+    slowest = [d.device_class for d, pace in zip(fleet.devices, told) if pace["sets_the_pace"]]
+    assert set(slowest) == {"tx2"}
+    assert all(pace["predicted_s"] <= pace["expected_s"] * 1.001 for pace in told)
+
+
+def test_uniform_arms_are_s_ucb_and_nothing_else():
+    strategy, fleet = create(config(bandit=BanditSettings(arm_choice="uniform"))), Fleet()
+    twin = SUCB((4, 8, 16, 32))
+    for server_round in range(1, 7):
+        arms = {
+            d.device_id: twin.decide(d.device_id, device_class=d.device_class, now=server_round) for d in fleet.devices
+        }
+        assignments, rewards = fleet.round(strategy, server_round)
+        assert {i: (a.u, a.r) for i, a in assignments.items()} == arms
+        for device_id, arm in arms.items():
+            twin.update(device_id, arm, rewards[device_id].total, now=server_round)
+
+
+def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
+    equal, _ = played("paced")
+    rounds, fleet = played("paced", target="mean")
+    final = {d.device_class: d.pruning_ratio for d in fleet.devices}
+    assert final["tx2"] > final["nx"] > final["agx"]
+    assert fmean(d.pruning_ratio for d in fleet.devices) == pytest.approx(0.5, abs=1e-6)
+    assert sum(max(times.values()) for times in rounds) < sum(max(times.values()) for times in equal)
+
+
+def test_a_saved_run_without_times_goes_on_and_begins_to_learn_them():
+    strategy, fleet = create(config()), Fleet()
+    fleet.round(strategy, 1)
+    older = {k: v for k, v in strategy.to_dict().items() if k not in ("times", "targets", "class_of", "pace")}
+    restarted = create(config())
+    restarted.load_dict(older)
+    fleet.round(restarted, 2)
+    fleet.round(restarted, 3)
+    assert restarted.assign(fleet.devices, 4)
+    assert restarted.explain("d0")["pace"]["predicted_s"] > 0
+
+
+# -- the baselines -------------------------------------------------------------------------------------------------
 
 
 def test_fedapt_follows_the_cubic_schedule_with_one_rank():

@@ -1,0 +1,210 @@
+"""What a round will take on a device, learned from what its rounds took. Source: ours; docs/algorithms.md, "Pace".
+
+    log T = a_i + θ_i · (k, r / r_max)        k = share of the model that is there, averaged over the round's steps
+
+θ is a ridge regression within devices: a device's slopes lean on those of its class, a class's on the fleet's, the
+fleet's on a weak guess; all three levels are sums of the same few numbers. Nothing is known of models or links: the
+reported times alone say what a share or a rank costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+GUESS = (0.7, 0.3)
+"""Slopes of log T in k and r / r_max before anything is known."""
+
+LEAN = (0.02, 0.05, 0.1)
+"""Ridge of the fleet, a class and a device: pulls of spread 1 that the level above counts for."""
+
+
+@dataclass
+class _Sums:
+    """Discounted sums over one device's rounds, as of round `when`; x is (k, r / r_max), y is log T."""
+
+    n: float = 0.0
+    x1: float = 0.0
+    x2: float = 0.0
+    y: float = 0.0
+    x11: float = 0.0
+    x12: float = 0.0
+    x22: float = 0.0
+    x1y: float = 0.0
+    x2y: float = 0.0
+    when: int = 0
+
+    def add(self, x1: float, x2: float, y: float, now: int, discount: float) -> None:
+        old = discount ** max(0, now - self.when)
+        new = (1.0, x1, x2, y, x1 * x1, x1 * x2, x2 * x2, x1 * y, x2 * y)
+        (self.n, self.x1, self.x2, self.y, self.x11, self.x12, self.x22, self.x1y, self.x2y) = (
+            old * s + v for s, v in zip(astuple(self), new)
+        )
+        self.when = max(now, self.when)
+
+    def spread(self) -> tuple[float, float, float, float, float]:
+        """Sums of squares and products around the means: (xx11, xx12, xx22, xy1, xy2)."""
+        n = self.n
+        return (
+            self.x11 - self.x1 * self.x1 / n,
+            self.x12 - self.x1 * self.x2 / n,
+            self.x22 - self.x2 * self.x2 / n,
+            self.x1y - self.x1 * self.y / n,
+            self.x2y - self.x2 * self.y / n,
+        )
+
+
+Slopes = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """log T = level + slopes · (k, r / r_max), of one device."""
+
+    level: float
+    slopes: Slopes
+
+    def log_time(self, kept: float, rank_share: float) -> float:
+        return self.level + self.slopes[0] * kept + self.slopes[1] * rank_share
+
+
+class TimeModel:
+    """Completion times of a fleet's devices, by kept share and rank.
+
+    Args:
+        r_max: The largest rank that is played.
+        discount: Weight of a time that is one round older, in (0, 1].
+    """
+
+    def __init__(self, r_max: int, discount: float = 0.9) -> None:
+        self.r_max = r_max
+        self.discount = discount
+        self._sums: dict[str, _Sums] = {}
+        self._class_of: dict[str, str] = {}
+
+    def observe(self, device_id: str, device_class: str, *, kept: float, r: int, time_s: float, now: int) -> None:
+        """A round at mean kept share `kept` and rank `r` took `time_s`; a time that is not above 0 says nothing."""
+        if time_s > 0.0 and math.isfinite(time_s):
+            self._class_of[device_id] = device_class
+            sums = self._sums.setdefault(device_id, _Sums(when=now))
+            sums.add(kept, r / self.r_max, math.log(time_s), now, self.discount)
+
+    def speeds(self, classes: Mapping[str, str]) -> dict[str, Speed]:
+        """The speed of every device of `classes` (device id → class) of which, or of whose fleet, a time is known.
+
+        A device without times of its own gets its class's mean level, or the fleet's.
+        """
+        if not self._sums:
+            return {}
+        spreads = {device_id: sums.spread() for device_id, sums in self._sums.items()}
+        members: dict[str, list[str]] = {}
+        for device_id, name in self._class_of.items():
+            members.setdefault(name, []).append(device_id)
+        fleet = _ridge(_total(spreads.values()), GUESS, LEAN[0])
+        by_class = {name: _ridge(_total(spreads[i] for i in ids), fleet, LEAN[1]) for name, ids in members.items()}
+        found = {
+            device_id: self._speed(sums, _ridge(spreads[device_id], by_class[self._class_of[device_id]], LEAN[2]))
+            for device_id, sums in self._sums.items()
+        }
+        means: dict[str, Speed] = {}
+        for device_id, name in classes.items():
+            if device_id not in found:
+                ids = members.get(name)
+                if name not in means:
+                    level, slopes = [found[i].level for i in ids or found], by_class.get(name, fleet)
+                    means[name] = Speed(math.fsum(level) / len(level), slopes)
+                found[device_id] = means[name]
+        return {device_id: found[device_id] for device_id in classes}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON data."""
+        return {
+            "discount": self.discount,
+            "r_max": self.r_max,
+            "sums": {device_id: list(astuple(sums)) for device_id, sums in self._sums.items()},
+            "class_of": dict(self._class_of),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TimeModel:
+        """Inverse of `to_dict`."""
+        model = cls(data["r_max"], data["discount"])
+        model._sums = {device_id: _Sums(*values) for device_id, values in data["sums"].items()}
+        model._class_of = dict(data["class_of"])
+        return model
+
+    @staticmethod
+    def _speed(sums: _Sums, slopes: Slopes) -> Speed:
+        return Speed((sums.y - slopes[0] * sums.x1 - slopes[1] * sums.x2) / sums.n, slopes)
+
+
+def _total(spreads: Any) -> tuple[float, float, float, float, float]:
+    a, b, c, d, e = (math.fsum(column) for column in zip(*spreads))
+    return a, b, c, d, e
+
+
+def _ridge(spread: tuple[float, float, float, float, float], toward: Slopes, lean: float) -> Slopes:
+    """argmin over θ of Σ (y - θ·x)² + lean |θ - toward|², not below 0: more work never takes less time."""
+    a, b, c = spread[0] + lean, spread[1], spread[2] + lean
+    p, q = spread[3] + lean * toward[0], spread[4] + lean * toward[1]
+    determinant = a * c - b * b
+    first, second = (p * c - q * b) / determinant, (q * a - p * b) / determinant
+    if first < 0.0:
+        first, second = 0.0, q / c
+    if second < 0.0:
+        first, second = p / a, 0.0
+    return max(0.0, first), max(0.0, second)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where a device's next round can lie.
+
+    Args:
+        speed: Of the device.
+        limits: Least and largest pruning ratio of the round.
+        kept: Mean kept share of the round at either; it falls linearly between them.
+        ranks: Ranks that fit the device, ascending.
+        r_max: The largest rank of the fleet.
+    """
+
+    speed: Speed
+    limits: tuple[float, float]
+    kept: tuple[float, float]
+    ranks: tuple[int, ...]
+    r_max: int
+
+    def log_times(self, r: int) -> tuple[float, float]:
+        """(longest, shortest) log time at rank `r`: at the least and at the largest ratio."""
+        share = r / self.r_max
+        return self.speed.log_time(self.kept[0], share), self.speed.log_time(self.kept[1], share)
+
+    @property
+    def shortest(self) -> float:
+        """log of the shortest time of any arm."""
+        return self.log_times(self.ranks[0])[1]
+
+    def within(self, pace: float, slack: float) -> dict[int, tuple[float, float]]:
+        """By rank the interval of ratios whose predicted log time lies up to `slack` below `pace`.
+
+        Where no arm lies there, those up to `slack` below the longest time under it: the device waits for the others
+        whatever it does. Nothing above `pace` is offered, since one slow device delays all. `pace` must not lie below
+        `shortest`.
+        """
+        times = {r: self.log_times(r) for r in self.ranks}
+        aim = max((min(longest, pace) for longest, shortest in times.values() if shortest <= pace), default=pace)
+        return {
+            r: self._ratios(longest, shortest, aim - slack, aim)
+            for r, (longest, shortest) in times.items()
+            if longest >= aim - slack and shortest <= aim
+        }
+
+    def _ratios(self, longest: float, shortest: float, least: float, most: float) -> tuple[float, float]:
+        if longest - shortest < 1e-9:
+            return self.limits
+        lo, hi = self.limits
+        begin = (longest - min(longest, most)) / (longest - shortest)
+        end = (longest - max(shortest, least)) / (longest - shortest)
+        return lo + begin * (hi - lo), lo + end * (hi - lo)

@@ -1,0 +1,77 @@
+"""A training run of one device that may be killed at any moment: what it writes, and how it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedspine_edge.device.batches import Encoded
+from fedspine_edge.device.state import Document, StateDir
+from fedspine_edge.device.trainer import Trainer
+from fedspine_edge.errors import ConfigError
+
+log = logging.getLogger("fedspine_edge.tuner")
+
+CHECKPOINT_STEPS = 10
+FIT = "fit"
+"""Name of the state file in the folder."""
+
+
+class FitCheckpoint:
+    """One fit's state in a folder of its own, which belongs to that fit alone.
+
+    Args:
+        folder: Open for as long as this object is used.
+        key: Digest of what the fit's result depends on besides the weights it starts from; see `key_of`.
+        total: Steps of the whole fit.
+    """
+
+    def __init__(self, folder: StateDir, key: str, total: int) -> None:
+        self._folder = folder
+        self._key = key
+        self._total = total
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Bring `trainer` to where the fit was; False if it had not begun.
+
+        Raises `ConfigError` for another fit's folder, `CheckpointError` for a damaged one.
+        """
+        saved = self._folder.read(FIT)
+        if saved is None:
+            return False
+        if saved.info.get("key") != self._key:
+            raise ConfigError(
+                f"{self._folder.folder} holds the checkpoint of another fit: other data, settings, steps or widths.",
+                remedy="Give every fit a folder of its own, or delete this one.",
+            )
+        try:
+            trainer.restore(Document(saved.info["trainer"], saved.tensors))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._folder.damaged(FIT, f"it is incomplete ({type(error).__name__})") from error
+        log.info("resumed after step %d", trainer.step)
+        return True
+
+    def stepped(self, trainer: Trainer) -> None:
+        """Write every ten steps, and after the last."""
+        if trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == self._total:
+            saved = trainer.state()
+            self._folder.write(FIT, Document({"key": self._key, "trainer": saved.info}, saved.tensors))
+
+
+@contextmanager
+def open_checkpoint(folder: str | Path, key: str, total: int) -> Iterator[FitCheckpoint]:
+    """The checkpoint in `folder`, which is created. Raises `ConfigError` while another process uses it."""
+    with StateDir(folder) as state:
+        yield FitCheckpoint(state, key, total)
+
+
+def key_of(train: Iterable[Encoded], *settings: Any) -> str:
+    """Digest of the examples and of everything else given."""
+    examples = [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train]
+    return hashlib.sha256(msgspec.json.encode((examples, settings))).hexdigest()

@@ -1,0 +1,113 @@
+"""Weight files: which ones a model has, their digest, and whether they can be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from fedspine_edge.errors import CheckpointError
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def base_digest(folder: str | Path, gguf_file: str | None = None) -> str:
+    """SHA-256 that identifies the frozen base weights.
+
+    Of a single weight file it is that file's own hash, as `sha256sum` prints it; of shards, the hash of
+    `sha256sum`'s lines in order of their names. Raises `CheckpointError` if there are no weights.
+    """
+    files = weight_files(Path(folder), gguf_file)
+    if len(files) == 1:
+        return file_sha256(files[0])
+    lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
+    """The files that hold the weights, sorted. Raises `CheckpointError` if one is missing or it is a pickle."""
+    if gguf_file is not None:
+        return [folder / gguf_file]
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / str(name) for name in names)
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{index} is damaged: {error!r}.") from error
+        missing = [file.name for file in files if not file.exists()]
+        if missing or not files:
+            raise CheckpointError(
+                f"{folder} lacks the weight shard {missing[0] if missing else '(none listed)'}.",
+                remedy="Copy the model folder again, with all its files.",
+            )
+        return files
+    refuse_pickles(folder)
+    raise CheckpointError(
+        f"{folder} has no model.safetensors.", remedy="Point to a complete Hugging Face model folder."
+    )
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises `CheckpointError` naming a pickled weight file in `folder`, if there is one."""
+    found = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if found:
+        raise CheckpointError(
+            f"{folder} holds pickled weights ({found[0]}), which can run code when read.",
+            remedy="Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
+        )
+
+
+def check_readable(files: list[Path]) -> None:
+    """Raises `CheckpointError` naming the first safetensors file whose header and size do not fit together."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise unreadable(file, error) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises `CheckpointError`."""
+    try:
+        return dict(load_file(path))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that safetensors refuses."""
+    return CheckpointError(
+        f"{path} cannot be read: {str(error).strip().rstrip('.')}.",
+        remedy="It is truncated, damaged or no safetensors file; copy it again and compare its sha256sum.",
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, read in pieces. Raises `CheckpointError` if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}.", remedy="Copy the model folder again, with all its files."
+        ) from error
+    return digest.hexdigest()
+
+
+def check_finite(module: nn.Module, where: Path) -> None:
+    """Raises `CheckpointError` naming the first parameter with NaN or infinity."""
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(f"{where}: weight {name!r} has non-finite values.", remedy="The file is damaged.")

@@ -1,0 +1,116 @@
+"""Every family of docs/models.md, every task, at every kind of width: export, ONNX Runtime against torch, TensorRT-RTX.
+
+One row per family runs by default; the whole table (families × tasks × widths × precisions, each through the real
+builder) is marked slow.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FAMILIES, KINDS, prunable, random_layout, task_of
+
+from fedspine_edge.deploy import trt
+from fedspine_edge.deploy.bundle import Profile
+from fedspine_edge.deploy.export import export_onnx, merged_module
+from fedspine_edge.deploy.graphs import kv_heads
+from fedspine_edge.deploy.verify import verify_cache, verify_onnx
+from fedspine_edge.errors import MissingDependency
+from fedspine_edge.model.layout import Layout, Order
+from fedspine_edge.model.prunable import PrunableModel
+
+WIDTHS = ("unpruned", "layer-pruned", "unequal")
+LARGEST = {"fp32": 5e-5, "fp16": 0.1, "bf16": 0.6}
+"""Of outputs up to 7 in size; tiny models with large weights are hostile to 16 bits."""
+
+
+def model_of(kind: str, widths: str) -> PrunableModel:
+    model = prunable(kind)
+    if widths == "unequal":
+        model.compact(random_layout(model, seed=3))
+        assert len(set(model.layout.counts)) > 1
+    elif widths == "layer-pruned":
+        spec = model.spec
+        order = Order(
+            (np.arange(spec.num_kv_heads),) * spec.num_layers, (np.arange(spec.intermediate_size),) * spec.num_layers
+        )
+        half = (spec.num_kv_heads // 2, spec.intermediate_size // 2)
+        model.compact(Layout.prefix(spec, order, [half] * spec.num_layers))
+    return model
+
+
+def verified(model: PrunableModel, path, precision: str):
+    """Exported and compared: whole passes, and token by token where it is a decoder."""
+    exported = export_onnx(model, path, precision=precision)
+    module = merged_module(model)
+    assert verify_onnx(exported, module).max_abs_diff < LARGEST[precision]
+    if exported.task == "causal_lm":
+        assert verify_cache(exported, module).max_abs_diff < LARGEST[precision]
+    return exported
+
+
+def rtx_plan(exported, sm: str = "86") -> bytes:
+    """A plan of the real builder, or skip."""
+    try:
+        backend = trt.find_backend("tensorrt_rtx")
+    except MissingDependency as error:
+        pytest.skip(error.message)
+    profile = Profile(tokens=(1, 8, 16))
+    plan, _ = trt.build_plan(backend, exported.path, exported.inputs, [profile], device=None, compute_capabilities=[sm])
+    return plan
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_agrees_with_torch_at_unequal_widths(kind, tmp_path):
+    model = model_of(kind, "unequal")
+    exported = verified(model, tmp_path / "model.onnx", "fp32")
+    assert exported.task == task_of(kind)[1]
+    if exported.task == "causal_lm":
+        assert kv_heads(merged_module(model))[0] == tuple(heads for heads, _ in model.layout.counts)
+
+
+@pytest.mark.parametrize("kind", ["bert_tokens", "mistral_tokens"])
+def test_token_classifiers_give_a_row_per_token(kind, tmp_path):
+    exported = verified(model_of(kind, "layer-pruned"), tmp_path / "model.onnx", "fp32")
+    assert exported.task == "token_classification"
+    assert exported.outputs[0].shape == ("batch", "sequence", 3)
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("deberta-v2", "bf16"), ("gpt2_lm", "fp16"), ("mistral_lm", "bf16")])
+def test_a_sample_of_families_in_16_bits_through_the_real_builder(kind, precision, tmp_path):
+    assert len(rtx_plan(verified(model_of(kind, "unequal"), tmp_path / "model.onnx", precision))) > 100_000
+
+
+def test_a_sliding_window_holds_across_prompt_and_steps(tmp_path):
+    """Mistral's window is 4 here: with it, tokens far back cannot matter; without it they do."""
+    model = model_of("mistral_lm", "unpruned")
+    module = merged_module(model)
+    ids = torch.randint(1, 60, (1, 12))
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % 60 + 1
+    with torch.no_grad():
+        assert torch.equal(module(input_ids=ids).logits[0, -1], module(input_ids=changed).logits[0, -1])
+    assert verify_cache(verified(model, tmp_path / "model.onnx", "fp32"), module, prompt=6, steps=8).tolerance > 0
+
+
+def test_layers_with_and_without_a_window_in_one_model(tmp_path):
+    model = prunable("qwen2_lm", layers=2)
+    config = model.module.config
+    config.layer_types, config.sliding_window, config.use_sliding_window = (
+        ["full_attention", "sliding_attention"],
+        4,
+        True,
+    )
+    model.module.model.has_sliding_layers = True
+    model.module.model.layers[1].self_attn.sliding_window = 4
+    verified(model, tmp_path / "model.onnx", "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_table(kind, widths, tmp_path):
+    model = model_of(kind, widths)
+    for precision in ("fp32", "fp16", "bf16") if widths == "unequal" else ("fp16",):
+        assert len(rtx_plan(verified(model, tmp_path / f"{precision}.onnx", precision))) > 100_000

@@ -1,0 +1,99 @@
+"""Builds the CUDA kernels for a CPU: the same .cu files with g++ and tests/kernels/cuda_on_cpu in CUDA's place."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedspine_edge.errors import KernelError
+from fedspine_edge.kernels import native
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent / "cuda_on_cpu"
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+# Ascending, descending, shuffled order of threads and blocks; cp.async early or late.
+ORDERS = [(0, False), (1, True), (5, True), (6, False)]
+OPTIONS = [
+    "-std=c++17",
+    "-g",
+    "-fPIC",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DFEDSPINE_WITH_CUDA",
+    f"-I{HERE}",
+    f"-I{ROOT}/csrc",
+]
+
+
+def compile_units(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path, flags: Sequence[str]) -> list[Path]:
+    """Object files of (source, its own flags); skips the test without a C++ compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+
+    def compile_unit(item: tuple[Path, Sequence[str]]) -> Path:
+        source, own = item
+        out = folder / f"{source.stem}.o"
+        subprocess.run([compiler, *OPTIONS, *flags, *own, "-x", "c++", "-c", source, "-o", out], check=True)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_unit, sources))
+
+
+class EmulatedCuda:
+    """The extension with its CUDA kernels on a CPU, and `call`, which takes the place of `native._call`."""
+
+    device = "cpu"
+
+    def __init__(self, folder: Path) -> None:
+        pybind11 = pytest.importorskip("pybind11")
+        quoted = ["FEDSPINE_VERSION", "FEDSPINE_COMPILER", "FEDSPINE_CUDA_ARCHITECTURES"]
+        bindings = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        bindings += ["-O0", "-g0", *(f'-D{name}=""' for name in quoted)]
+        sources: list[tuple[Path, Sequence[str]]] = [(ROOT / "csrc/bindings.cpp", bindings)]
+        sources += [(path, []) for path in (*KERNELS, *sorted(HERE.glob("*.cpp")))]
+        objects = compile_units(sources, folder, ["-O1"])
+        library = folder / "_C.so"
+        subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
+        spec = importlib.util.spec_from_file_location("_C", library)
+        assert spec is not None
+        assert spec.loader is not None
+        self.module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._library = ctypes.CDLL(str(library))
+
+    def order(self, seed: int, late_async: bool) -> None:
+        """0: ascending, 1: descending, others: shuffled; whether cp.async lands as late as it may."""
+        self._library.emulation_order(seed, int(late_async))
+
+    def call(
+        self,
+        op: str,
+        name: str,
+        tensor: Tensor,
+        *args: Any,
+        of_one_dtype: Sequence[Tensor] = (),
+        workspace: Callable[[ModuleType], int] | None = None,
+    ) -> None:
+        extra: list[Any] = [native.tensor_cores(*of_one_dtype)] if of_one_dtype else []
+        space = None
+        if workspace is not None:
+            space = torch.full((workspace(self.module),), torch.nan)
+            extra.append(space.data_ptr())
+        try:
+            getattr(self.module, f"{name}_cuda")(*args, *extra, 0, 0)
+        except (RuntimeError, ValueError) as error:
+            raise KernelError(f"{op}: {str(error).removeprefix(op + ': ')}") from error

@@ -1,0 +1,165 @@
+"""A frozen base in fewer bits: what is trained stays float32, pruning is exact, files and merges stay right."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+import torch
+
+from fedspine_edge.errors import ConfigError, ModelError
+from fedspine_edge.model.checkpoint import load_base, load_model
+from fedspine_edge.model.importance import ImportanceTracker
+from fedspine_edge.model.layout import module_names
+from fedspine_edge.model.lora import QuantisedLinear
+from fedspine_edge.model.precision import BASE_DTYPES
+
+FEWER = tuple(name for name in BASE_DTYPES if name != "float32")
+ON_CPU = ("bfloat16", "int8", "int4")  # float16 products take minutes on a CPU
+
+
+def kept_in(kind: str, base_dtype: str, **shape):
+    model = tiny.prunable(kind, **shape)
+    model.keep_base_in(base_dtype)
+    return model
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+@pytest.mark.parametrize("base_dtype", ON_CPU)
+def test_every_family_trains_scores_and_prunes(kind, base_dtype):
+    model = kept_in(kind, base_dtype)
+    assert model.base_dtype == base_dtype
+    assert model.compute_dtype == torch.bfloat16
+    assert {p.dtype for p in model.trainable_parameters().values()} == {torch.float32}
+    tracker = ImportanceTracker(model)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-2)
+    for layout in (tiny.random_layout(model, 1), None):
+        loss = model(**tiny.batch(model)).loss
+        loss.backward()
+        assert tracker.update()
+        assert all(p.grad.dtype == torch.float32 for p in model.trainable_parameters().values())
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {name: model.linear(name).weight for name in module_names(model.spec)}
+        old = model.layout
+        if layout is not None:
+            model.compact(layout, optimizer=optimizer, importance=tracker)
+            for name, weight in before.items():
+                rows = torch.from_numpy(np.isin(old.rows(name), layout.rows(name)))
+                cols = torch.from_numpy(np.isin(old.cols(name), layout.cols(name)))
+                assert torch.equal(model.linear(name).weight, weight[rows][:, cols])
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama_lm", "gpt2_lm", "qwen2_lm"])
+@pytest.mark.parametrize("base_dtype", ON_CPU)
+def test_a_compact_model_is_the_masked_one(kind, base_dtype):
+    full, small = kept_in(kind, base_dtype), kept_in(kind, base_dtype)
+    layout = tiny.random_layout(full, 3)
+    tiny.mask(full, layout)
+    small.compact(layout)
+    inputs = tiny.batch(full)
+    expected, got = full(**inputs).logits.float(), small(**inputs).logits.float()
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama_lm"])
+@pytest.mark.parametrize("base_dtype", ON_CPU)
+def test_a_saved_model_answers_the_same_and_a_merged_one_nearly(kind, base_dtype, tmp_path):
+    model = kept_in(kind, base_dtype)
+    model.compact(tiny.random_layout(model, 2))
+    inputs = tiny.batch(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        loaded = load_model(model.save(tmp_path / "out"))
+        assert loaded.base_dtype == "bfloat16"  # the codes' values, which any reader understands
+        assert {p.dtype for p in loaded.trainable_parameters().values()} == {torch.float32}
+        assert torch.equal(loaded(**inputs).logits, expected)
+        scale = float(expected.float().abs().max())
+        for dtype in (None, torch.float32):
+            merged = model.merged(dtype)
+            assert {p.dtype for p in merged.parameters()} == {dtype or torch.bfloat16}
+            assert not any(isinstance(child, QuantisedLinear) for child in merged.modules())
+            assert not any(child._forward_pre_hooks for child in merged.modules())
+            got = merged(**inputs).logits.float()
+            torch.testing.assert_close(
+                got, expected.float(), rtol=0.0, atol=0.1 * scale
+            )  # activations of random weights
+        again = load_model(model.save_merged(tmp_path / "merged"))
+        assert float((again(**inputs).logits.float() - expected.float()).abs().max()) < 0.1 * scale
+
+
+@pytest.mark.parametrize("base_dtype", ON_CPU)
+def test_the_head_of_a_checkpoint_keeps_its_exact_values(base_dtype, tmp_path):
+    tiny.module("bert", num_labels=3).save_pretrained(tmp_path / "base")
+    exact = load_base(tmp_path / "base", num_labels=3, seed=1).adapter_state()
+    rounded = load_base(tmp_path / "base", num_labels=3, seed=1, base_dtype=base_dtype).adapter_state()
+    assert set(exact) == set(rounded)
+    for name, value in exact.items():
+        np.testing.assert_array_equal(rounded[name], value, err_msg=name)
+    fresh = [load_base(tmp_path / "base", num_labels=5, seed=1, base_dtype=d) for d in ("float32", base_dtype)]
+    first, second = (model.adapter_state()["head.classifier.weight"] for model in fresh)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_tables_of_positions_keep_their_bits():
+    model = kept_in("llama", "bfloat16")
+    tables = {name: b.dtype for name, b in model.module.named_buffers() if b.is_floating_point()}
+    assert tables
+    assert set(tables.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("base_dtype", ON_CPU)
+def test_recomputed_layers_give_the_same_gradients(base_dtype):
+    found = []
+    for recompute in (False, True):
+        model = kept_in("llama_lm", base_dtype)
+        model.recompute_layers(recompute)
+        model.module.train(recompute)
+        model(**tiny.batch(model)).loss.backward()
+        found.append({name: p.grad for name, p in model.trainable_parameters().items()})
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+def test_what_was_quantised_is_not_quantised_again_and_unknown_names_are_told():
+    model = kept_in("bert", "int8")
+    model.keep_base_in("int8")
+    with pytest.raises(ModelError, match="already kept in int8"):
+        model.keep_base_in("float32")
+    with pytest.raises(ConfigError, match=r"'int3' is unknown"):
+        model.keep_base_in("int3")
+
+
+def test_parameters_are_counted_whatever_they_are_kept_in():
+    plain = tiny.prunable("bert")
+    counts = {name: kept_in("bert", name).num_parameters() for name in ON_CPU}
+    assert set(counts.values()) == {plain.num_parameters()}
+
+
+@pytest.mark.parametrize("criterion", ["lora", "apt", "magnitude"])
+def test_importance_of_a_rounded_base_ranks_nearly_the_same(criterion):
+    def scores(base_dtype):
+        model = kept_in("bert", base_dtype, channels=64)
+        tracker = ImportanceTracker(model, criterion)
+        model(**tiny.batch(model)).loss.backward()
+        tracker.update()
+        return np.concatenate([*tracker.scores().heads, *tracker.scores().channels])
+
+    exact = scores("float32")
+    for base_dtype, least in (("bfloat16", 0.98), ("int8", 0.98), ("int4", 0.8)):
+        assert np.corrcoef(exact, scores(base_dtype))[0, 1] > least
+
+
+def test_a_standard_checkpoint_of_a_rounded_model_is_read_by_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = kept_in("llama_lm", "int8")
+    folder = model.save_merged(tmp_path / "out")
+    assert json.loads((folder / "layout.json").read_text())["standard"]
+    alone = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.bfloat16).eval()
+    inputs = tiny.batch(model)
+    with torch.no_grad():
+        expected = model.merged()(**inputs).logits
+        assert torch.equal(alone(**inputs).logits, expected)

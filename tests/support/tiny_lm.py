@@ -1,0 +1,52 @@
+"""Tiny random decoders for tests that need a language model and no file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from fedspine_edge.model.prunable import PrunableModel
+
+VOCAB = 61
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+_LLAMA = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SHARED, **_LLAMA),
+    "mistral": lambda: MistralConfig(**_SHARED, **_LLAMA, sliding_window=8),
+    "qwen3": lambda: Qwen3Config(**_SHARED, **_LLAMA),
+    "gpt2": lambda: GPT2Config(**_SHARED, n_inner=48),
+}
+
+
+def model(family: str = "llama", *, task: Any = "causal_lm", seed: int = 0) -> PrunableModel:
+    """With adapters whose B is not zero, without dropout."""
+    torch.manual_seed(seed)
+    config = CONFIGS[family]()
+    config.use_cache = False
+    auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    made = PrunableModel.from_module(auto.from_config(config).eval(), task=task)
+    made.attach_lora(3, 0.5, seed)
+    with torch.no_grad():
+        for name, parameter in made.trainable_parameters().items():
+            if name.endswith("lora_B"):
+                parameter.normal_(0.0, 0.3)
+    return made
