@@ -225,6 +225,9 @@ def test_pycuda_does_the_same_without_graphs(driver, pycuda, shared_bundle, modu
     closer.start()
     closer.join(10)
     assert driver.alive() == {}
+    driver.reset(absent=1)
+    with pytest.raises(DeployError, match="CUDA driver call failed"):
+        cuda.PyCuda(0)
 
 
 def test_waiting_for_a_lane_has_an_end(runner, monkeypatch):
