@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedspine_edge.aggregation.factored import decompose_dense
 from fedspine_edge.aggregation.rules import Aggregator
-from fedspine_edge.bandit.sucb import SUCB
+from fedspine_edge.config import FleetConfig
+from fedspine_edge.strategies import DeviceInfo, RoundOutcome, create
 
 MINILM = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
 LLAMA = {
@@ -91,24 +92,31 @@ def generate(shapes: dict[str, tuple[int, int]], devices: int) -> None:
 
 
 def bandit(devices: int, rounds: int) -> dict[str, Any]:
-    """Seconds to decide all devices once, and the state's size after `rounds`."""
-    sucb, rng = SUCB((4, 8, 16, 32)), random.Random(0)
-    names = [f"d{number}" for number in range(devices)]
-    slowest = 0.0
-    for now in range(1, rounds + 1):
-        began = time.perf_counter()
-        arms = [sucb.decide(name, device_class=f"c{hash_of(name)}", now=now) for name in names]
-        slowest = max(slowest, time.perf_counter() - began)
-        for name, arm in zip(names, arms):
-            sucb.update(name, arm, rng.random(), now=now)
+    """Seconds in which the FedSpine strategy decides all devices once, and its state half-way and at the end."""
+    strategy = create(FleetConfig(num_rounds=rounds, pruning_ratio=0.6))
+    rng, ratio, slowest, sizes = random.Random(0), [0.0] * devices, 0.0, []
+    for server_round in range(1, rounds + 1):
+        infos = [DeviceInfo(f"d{i:05}", f"c{i % 3}", 256, 0, ratio[i]) for i in range(devices)]
+        began = time.process_time()
+        asked = strategy.assign(infos, server_round)
+        slowest = max(slowest, time.process_time() - began)
+        outcomes = []
+        for i, info in enumerate(infos):
+            arm = asked[info.device_id]
+            ratio[i] = arm.pruning_ratio
+            time_s = (1 + i % 3) * (10 - 6 * ratio[i] + arm.r / 16) * rng.uniform(0.95, 1.05)
+            outcomes.append(
+                RoundOutcome(info.device_id, "ok", time_s, 0.6, rng.uniform(0.5, 0.6), rng.random(), ratio[i])
+            )
+        strategy.observe(outcomes, server_round)
+        if server_round in (rounds // 2, rounds):
+            sizes.append(len(json.dumps(strategy.to_dict())))
     return {
-        "slowest_round_decide_s": round(slowest, 3),
-        "state_json_bytes": len(json.dumps(sucb.to_dict())),
+        "rounds": rounds,
+        "slowest_round_decide_cpu_s": round(slowest, 3),
+        "state_json_bytes_half_way": sizes[0],
+        "state_json_bytes": sizes[1],
     }
-
-
-def hash_of(name: str) -> int:
-    return int(name[1:]) % 3
 
 
 def measured(what: str, case: str, devices: int, pipe: Any) -> None:
@@ -116,7 +124,7 @@ def measured(what: str, case: str, devices: int, pipe: Any) -> None:
     began, cpu = time.perf_counter(), time.process_time()
     extra: dict[str, Any] = {}
     if what == "bandit":
-        extra = bandit(devices, 200 if devices >= 1000 else 50)
+        extra = bandit(devices, 40)
     else:
         shapes = SHAPES[case]
         {"factored": factored, "dense": dense, "generate": generate}[what](shapes, devices)

@@ -110,7 +110,8 @@ class Run:
         return sum(max(round_.values()) for round_ in self.times)
 
 
-def play(fleet: FleetConfig, devices: Sequence[DeviceConfig], record: Record) -> Run:
+def play(fleet: FleetConfig, devices: Sequence[DeviceConfig], record: Record, costs: FleetConfig) -> Run:
+    """A run of `fleet`'s strategy, its rounds paid for as in a fleet with the settings `costs`."""
     strategy, run = create(fleet), Run([], [], [])
     ratio = {device.device_id: 0.0 for device in devices}
     by_id = {device.device_id: device for device in devices}
@@ -120,7 +121,7 @@ def play(fleet: FleetConfig, devices: Sequence[DeviceConfig], record: Record) ->
         outcomes, times = [], {}
         for device_id, a in asked.items():
             device = by_id[device_id]
-            times[device_id] = time_s(device, fleet, server_round, ratio[device_id], a.pruning_ratio, a.r)
+            times[device_id] = time_s(device, costs, server_round, ratio[device_id], a.pruning_ratio, a.r)
             draw = random.Random(f"{device.seed}/{device_id}/{server_round}")
             point = record.draw((server_round - 1) / fleet.num_rounds, a.pruning_ratio, a.r, draw)
             ratio[device_id] = a.pruning_ratio
@@ -165,8 +166,10 @@ def compare(variants: Mapping[str, Mapping[str, Any]], fleets: int, rounds: int,
         fleet = convert(base, FleetConfig)
         best = oracle_run(fleet, devices, noise=False)
         runs = {"oracle": best, "oracle, jitter and drift": oracle_run(fleet, devices, noise=True)}
-        for name, settings in variants.items():
-            runs[name] = play(convert({**base, **settings}, FleetConfig), devices, record)
+        configs = {name: convert({**base, **settings}, FleetConfig) for name, settings in variants.items()}
+        for name, config in configs.items():
+            # The blob that is sent down is as large as the largest rank, also where a variant plays smaller ones.
+            runs[name] = play(config, devices, record, costs=fleet)
         for name, run in runs.items():
             figures = {
                 "idle_share": run.idle_share,
@@ -175,7 +178,7 @@ def compare(variants: Mapping[str, Mapping[str, Any]], fleets: int, rounds: int,
                 "mean_ratio": fmean(p for arms in run.arms for _, _, p in arms.values()),
             }
             if run.terms:
-                figures |= {f"say_{term}": v for term, v in weighted_variances(run, fleet).items()}
+                figures |= {f"say_{term}": v for term, v in weighted_variances(run, configs[name]).items()}
             for key, value in figures.items():
                 rows.setdefault(name, {}).setdefault(key, []).append(value)
     return {name: {key: summary(values) for key, values in row.items()} for name, row in rows.items()}
@@ -218,7 +221,10 @@ def main() -> int:
         says = "  ".join(f"{key[4:]} {1e3 * value['mean']:.2f}" for key, value in row.items() if key[:3] == "say")
         print(f"{name:<30} {shown}   weighted variance ×1000: {says}")
     if arguments.out:
-        results = {"fleets": arguments.fleets, "rounds": arguments.rounds, "variants": found}
+        settings = {"fleets": arguments.fleets, "first": arguments.first, "rounds": arguments.rounds}
+        old = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        same = all(old.get(key) == value for key, value in settings.items())
+        results = {**settings, "variants": {**(old["variants"] if same else {}), **found}}
         arguments.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return 0
 

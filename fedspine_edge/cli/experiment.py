@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the form that takes minutes; the other takes hours")
     parser.add_argument("--out", type=Path, default=None, help="folder (default: runs/experiments/NAME-FORM)")
     parser.add_argument("--workers", type=int, default=1, help="processes, each kept on one core (default: 1)")
+    parser.add_argument(
+        "--engine",
+        choices=["processes", "ray"],
+        default="processes",
+        help="ray: on the cluster at RAY_ADDRESS, or a local one (extra: ray)",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
@@ -32,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    summary = run_experiment(experiment, out.resolve(), workers=arguments.workers, on_progress=say)
+    summary = run_experiment(
+        experiment, out.resolve(), workers=arguments.workers, engine=arguments.engine, on_progress=say
+    )
     page = write_page(summary, out / "index.html")
     if arguments.json:
         print_json({**summary, "page": str(page)})

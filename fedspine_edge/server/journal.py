@@ -12,7 +12,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import msgspec
@@ -198,7 +198,8 @@ class Journal(JournalReader):
 
 
 def _state_text(state: RunState) -> str:
-    return json.dumps(asdict(state))
+    # not asdict, which copies the whole strategy's state
+    return json.dumps({field.name: getattr(state, field.name) for field in fields(state)})
 
 
 def _text(value: msgspec.Struct) -> str:

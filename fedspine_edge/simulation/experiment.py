@@ -14,16 +14,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from fedspine_edge import __version__
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.simulation.jobs import pin, run_job
+from fedspine_edge.simulation.engines import Engine, run_all
 from fedspine_edge.simulation.measures import time_to
 
 if sys.version_info >= (3, 11):
@@ -101,12 +99,14 @@ def run_experiment(
     out: Path,
     *,
     workers: int = 1,
+    engine: Engine = "processes",
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run what is missing below `out` and write `summary.json` and `jobs.csv`; returns the summary.
 
     Args:
         workers: Processes, each kept on a core of its own.
+        engine: Where the jobs run, see `engines.run_all`.
 
     Raises whatever a job raises; finished jobs stay.
     """
@@ -115,22 +115,12 @@ def run_experiment(
     _adopt(experiment, out)
     missing = {name: job for name, job in experiment.jobs.items() if _read(results, name, job) is None}
     on_progress(f"{experiment.name} ({experiment.form}): {len(experiment.jobs)} jobs, {len(missing)} to run")
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    # Started afresh: a forked child would inherit torch's threads, and each job's memory peak should be its own.
-    with ProcessPoolExecutor(
-        max_workers=max(1, workers),
-        mp_context=get_context("spawn"),
-        initializer=pin,
-        initargs=(cores,),
-    ) as pool:
-        # Seed by seed, so that an interrupted run leaves whole comparisons.
-        in_order = sorted(missing.items(), key=lambda item: item[1]["seed"])
-        running = {pool.submit(run_job, job, out / "work" / name): name for name, job in in_order}
-        for done in as_completed(running):
-            name = running[done]
-            _write(results, name, experiment.jobs[name], done.result())
-            conclude(experiment, out)
-            on_progress(f"{name} done")
+    # Seed by seed, so that an interrupted run leaves whole comparisons.
+    in_order = dict(sorted(missing.items(), key=lambda item: item[1]["seed"]))
+    for name, measures in run_all(in_order, out / "work", engine=engine, workers=workers):
+        _write(results, name, experiment.jobs[name], measures)
+        conclude(experiment, out)
+        on_progress(f"{name} done")
     return conclude(experiment, out)
 
 
@@ -220,8 +210,9 @@ def _adopt(experiment: Experiment, out: Path) -> None:
     """Take over results that another experiment beside `out` has for the same settings and seed."""
     done = {}
     for path in out.parent.glob("*/jobs/*.json"):
-        data = json.loads(path.read_text())
-        done[data["digest"]] = data["measures"]
+        if (path.parent.parent / "summary.json").is_file():
+            data = json.loads(path.read_text())
+            done[data.get("digest")] = data.get("measures")
     for name, job in experiment.jobs.items():
         if _read(out / "jobs", name, job) is None and _digest(job) in done:
             _write(out / "jobs", name, job, done[_digest(job)])

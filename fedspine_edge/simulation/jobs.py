@@ -67,7 +67,7 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     shared = Shared(Record.load(BUILT_IN), spec=spec)
     fleet, devices = _fleet(job, folder, model="none", shares=[Path("none.csv")])
     stamps: list[tuple[str, float]] = []
-    simulate_recorded(fleet, devices, shared, on_event=lambda name, _: stamps.append((name, time.perf_counter())))
+    simulate_recorded(fleet, devices, shared, on_event=lambda name, _: stamps.append((name, time.process_time())))
     run_dir = Path(fleet.run_dir)
     measures = measure(run_dir)
     if fleet.pruning_ratio > 0 and len(devices) <= 200:
@@ -85,7 +85,7 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _server_costs(run_dir: Path, stamps: list[tuple[str, float]]) -> dict[str, Any]:
-    """Seconds and bytes of the server: deciding, ending a round, journal, memory of the whole process."""
+    """CPU seconds and bytes of the server: deciding, ending a round, journal, memory of the whole process."""
     from fedspine_edge.config import FleetConfig, convert
     from fedspine_edge.strategies import DeviceInfo, create
 
@@ -103,9 +103,9 @@ def _server_costs(run_dir: Path, stamps: list[tuple[str, float]]) -> dict[str, A
             for status, _, _ in journal.devices()
         ]
         last_round = journal.rounds()[-1].server_round
-    began = time.perf_counter()
+    began = time.process_time()
     strategy.assign(infos, last_round)
-    decide_s = time.perf_counter() - began
+    decide_s = time.process_time() - began
     return {
         "decide_s": round(decide_s, 4),
         "end_round_s": round(sum(ending) / len(ending), 3) if ending else None,

@@ -14,6 +14,9 @@ from fedspine_edge.bandit.sucb import SUCB, Arm
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.strategies.base import BaseStrategy, Choice, DeviceInfo, RoundOutcome, envelope
 
+DEADLINE_SHARE = 0.8
+"""Nobody is planned to work longer than this share of the deadline for the sake of a slower device."""
+
 
 class FedSpine(BaseStrategy):
     """One S-UCB tree per device, rewarded by what its round was worth.
@@ -44,7 +47,7 @@ class FedSpine(BaseStrategy):
         """log of the time that the round is expected to take."""
 
     def prepare(self, devices: Mapping[str, DeviceInfo], previous: Mapping[str, float], server_round: int) -> None:
-        """What the round must take: as long as the fastest arm of the slowest device."""
+        """What the round must take: as long as the fastest arm of the slowest device, but not past the deadline."""
         self._class_of.update((i, device.device_class) for i, device in devices.items())
         self._reach, self._pace = {}, None
         if self.config.bandit.arm_choice == "uniform":
@@ -55,12 +58,14 @@ class FedSpine(BaseStrategy):
         if self.envelope.spread > 0.0 and not self._targets:
             self._targets = self._spread_targets(speeds)
         self._reach = {i: self._reach_of(devices[i], speeds[i], previous[i], server_round) for i in devices}
-        self._pace = max(reach.shortest for reach in self._reach.values())
+        slowest = max(reach.shortest for reach in self._reach.values())
+        self._pace = min(slowest, math.log(DEADLINE_SHARE * self.config.deadline_s))
 
     def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Choice:
         schedule = self._envelope(device.device_id)
         if self._pace is not None:
-            ratios = self._reach[device.device_id].within(self._pace, self.config.bandit.slack)
+            reach = self._reach[device.device_id]
+            ratios = reach.within(max(self._pace, reach.shortest), self.config.bandit.slack)
             feasible = {
                 r: schedule.places(interval, server_round=server_round, previous=previous)
                 for r, interval in ratios.items()
@@ -86,13 +91,15 @@ class FedSpine(BaseStrategy):
     def observe(self, outcomes: Sequence[RoundOutcome], server_round: int) -> dict[str, RewardTerms | None]:
         for o in sorted(outcomes, key=lambda o: o.device_id):
             asked = self._asked.get(o.device_id, {})
-            if o.status == "ok" and asked.get("round") == server_round:
+            if o.status in ("ok", "late") and asked.get("round") == server_round:
+                # A late device took the deadline at least; its ratio is then what was asked for.
+                late = o.status == "late"
                 self.times.observe(
                     o.device_id,
                     self._class_of.get(o.device_id, ""),
-                    kept=self._kept(asked["previous"], o.pruning_ratio),
+                    kept=self._kept(asked["previous"], asked["pruning_ratio"] if late else o.pruning_ratio),
                     r=asked["r"],
-                    time_s=o.completion_time_s,
+                    time_s=self.config.deadline_s if late else o.completion_time_s,
                     now=server_round,
                 )
         return super().observe(outcomes, server_round)
@@ -161,5 +168,5 @@ class FedSpine(BaseStrategy):
             "expected_s": math.exp(self._pace),
             "predicted_s": math.exp(reach.speed.log_time(kept, asked["r"] / reach.r_max)),
             "shortest_s": math.exp(reach.shortest),
-            "sets_the_pace": reach.shortest == self._pace,
+            "sets_the_pace": reach.shortest >= self._pace,
         }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspine_edge.bandit.pace import GUESS, Reach, Speed, TimeModel
+from fedspine_edge.bandit.pace import GUESS, Reach, Speed, TimeModel, _ridge, _Sums
 
 RANKS = (4, 8, 16, 32)
 
@@ -92,6 +92,23 @@ def test_more_work_is_never_predicted_to_take_less_time_and_state_survives(rows)
         assert math.isfinite(speed.level)
     restored = TimeModel.from_dict(json.loads(json.dumps(model.to_dict())))
     assert restored.speeds(classes) == model.speeds(classes)
+
+
+@given(rows=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(-2, 2)), min_size=2, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_no_other_slopes_of_that_sign_fit_better(rows):
+    sums = _Sums()
+    for x1, x2, y in rows:
+        sums.add(x1, x2, y, 1, 1.0)
+    means = [math.fsum(column) / len(rows) for column in zip(*rows)]
+
+    def cost(slopes):
+        lean = 0.1 * sum((s - g) ** 2 for s, g in zip(slopes, GUESS))
+        around = [(x1 - means[0], x2 - means[1], y - means[2]) for x1, x2, y in rows]
+        return lean + math.fsum((y - slopes[0] * x1 - slopes[1] * x2) ** 2 for x1, x2, y in around)
+
+    found = cost(_ridge(sums.spread(), GUESS, 0.1))
+    assert all(found <= cost((i / 20, 0.0)) + 1e-9 and found <= cost((0.0, i / 20)) + 1e-9 for i in range(80))
 
 
 def test_10_000_devices_are_predicted_in_a_second():

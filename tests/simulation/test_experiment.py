@@ -1,6 +1,7 @@
 """Experiments: every committed config loads and says what is compared; runs resume; intervals and pages are right."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from recorded_fleet import lay_out
 
 from fedspine_edge.cli.main import main
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.errors import ConfigError, MissingDependency
 from fedspine_edge.simulation import experiment as module
 from fedspine_edge.simulation.costs import MINILM, round_cost_s
 from fedspine_edge.simulation.experiment import Experiment, interval, load_experiment, names, run_experiment
@@ -48,6 +49,7 @@ def small(seeds: list[int]) -> Experiment:
 
 def test_an_interrupted_experiment_runs_only_what_is_missing(tmp_path: Path) -> None:
     lines: list[str] = []
+    tmp_path = tmp_path / "alone" / "it"
     run_experiment(small([0]), tmp_path, on_progress=lines.append)
     first = json.loads((tmp_path / "jobs" / "reconstruct-mixed-ranks-half-kept-0.json").read_text())
     summary = run_experiment(small([0, 1]), tmp_path, on_progress=lines.append)
@@ -70,6 +72,56 @@ def test_a_changed_job_is_run_again(tmp_path: Path) -> None:
     module._write(tmp_path / "jobs", "a-0", job, {"error": 1.0})
     assert module._read(tmp_path / "jobs", "a-0", job) == {"error": 1.0}
     assert module._read(tmp_path / "jobs", "a-0", {**job, "num_devices": 4}) is None
+
+
+def test_what_exists_after_an_interruption_is_whole_seeds_and_a_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_then_power_loss(jobs: Any, work: Path, **_: Any) -> Any:
+        assert [job["seed"] for job in jobs.values()] == [0, 0, 0, 0, 1, 1, 1, 1]
+        yield next(iter(jobs)), {"error": 0.5}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_all", one_then_power_loss)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(small([0, 1]), tmp_path / "alone" / "it")
+    tmp_path = tmp_path / "alone" / "it"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    counts = {name: row["error"]["n"] for name, row in summary["variants"].items()}
+    assert sorted(counts.values()) == [0, 0, 0, 1]
+    assert (tmp_path / "jobs.csv").read_text().count("\n") == 2
+
+
+def test_a_job_that_another_experiment_has_done_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = small([0])
+    name, job = next(iter(first.jobs.items()))
+    (tmp_path / "other" / "jobs").mkdir(parents=True)
+    (tmp_path / "other" / "summary.json").write_text("{}")
+    module._write(tmp_path / "other" / "jobs", "other-name-0", {**job, "variant": "another name"}, {"error": 0.25})
+    asked: list[str] = []
+    monkeypatch.setattr(module, "run_all", lambda jobs, work, **_: asked.extend(jobs) or iter(()))
+    summary = run_experiment(first, tmp_path / "mine")
+    assert name not in asked
+    assert len(asked) == 3
+    assert summary["variants"][job["variant"]]["error"]["mean"] == 0.25
+
+
+def test_ray_without_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependency) as error:
+        run_experiment(small([0]), tmp_path, engine="ray")
+    assert "fedspine-edge[ray]" in error.value.remedy
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # Ray's own
+def test_a_ray_cluster_gives_the_same_results(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the optional extra ray is not installed")
+    here = run_experiment(small([0]), tmp_path / "a" / "here")
+    there = run_experiment(small([0]), tmp_path / "b" / "there", engine="ray")
+    assert there["variants"] == here["variants"]
 
 
 def test_the_interval_is_students() -> None:
@@ -108,6 +160,7 @@ def test_the_command_lists_runs_and_names_what_is_unknown(
     assert main(["experiment", "nothing"]) == 2
     assert "One of: aggregation" in capsys.readouterr().err
     monkeypatch.setattr(module, "load_experiment", lambda name, quick: small([0]))
+    tmp_path = tmp_path / "alone"
     assert main(["experiment", "aggregation", "--quick", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "index.html").read_text()
     assert "The paper" in page

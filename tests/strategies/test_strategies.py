@@ -320,6 +320,17 @@ def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
     assert sum(max(times.values()) for times in rounds) < sum(max(times.values()) for times in equal)
 
 
+def test_a_late_device_is_taken_for_slow_and_nobody_is_planned_past_the_deadline():
+    strategy, fleet = create(config(num_rounds=12, deadline_s=15.0)), Fleet(3)
+    for server_round in range(1, 5):
+        fleet.round(strategy, server_round, {"d2": "late"})
+    assigned = strategy.assign(fleet.devices, 5)
+    told = {d.device_id: strategy.explain(d.device_id)["pace"] for d in fleet.devices}
+    assert assigned["d2"].r == 4  # its fastest arm
+    assert told["d2"]["sets_the_pace"]
+    assert all(told[i]["predicted_s"] <= 0.8 * 15.0 * 1.001 for i in ("d0", "d1"))
+
+
 def test_a_saved_run_without_times_goes_on_and_begins_to_learn_them():
     strategy, fleet = create(config()), Fleet()
     fleet.round(strategy, 1)
