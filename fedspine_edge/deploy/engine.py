@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedspine_edge.deploy.buffers import KvCache, Part
 from fedspine_edge.deploy.bundle import EngineInfo, TensorInfo
 from fedspine_edge.deploy.cuda import Cuda
-from fedspine_edge.deploy.lanes import Job, KvCache, Lane, Part
+from fedspine_edge.deploy.lanes import Job, Lane
 from fedspine_edge.deploy.runner import past_name
 from fedspine_edge.deploy.trt import Backend, OpenEngine, open_engine
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible

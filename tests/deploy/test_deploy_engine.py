@@ -12,15 +12,13 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
 import numpy as np
 import pytest
 from fake_tensorrt import FakeTensorRT
-from tiny_deploy import VOCAB, tiny_model, write_byte_tokenizer
+from tiny_deploy import VOCAB
 
-from fedspine_edge.deploy import cuda, engine, lanes, trt
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
-from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy import cuda, engine, lanes
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.engine import EngineRunner
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
@@ -332,12 +330,12 @@ def test_a_plan_that_does_not_deserialise_carries_tensorrts_words(driver, shared
     assert driver.alive() == {}
 
 
-def test_a_plan_of_another_model_is_refused(driver, shared_bundle, decoder, module):
+def test_a_plan_of_another_model_is_refused(driver, shared_bundle, decoder_bundle, module):
     manifest = load_bundle(shared_bundle).manifest
     info = EngineInfo(backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=PROFILES)
     with pytest.raises(EngineIncompatible, match="past_key_values"):
         EngineRunner(
-            str(load_bundle(decoder).model_path).encode(),
+            str(load_bundle(decoder_bundle).model_path).encode(),
             info,
             manifest.inputs,
             manifest.outputs,
@@ -346,131 +344,3 @@ def test_a_plan_of_another_model_is_refused(driver, shared_bundle, decoder, modu
             rebuild="",
         )
     assert driver.alive() == {}
-
-
-# --- through a session ---
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    """The bundle of a tiny LLaMA whose layers keep 2 and 3 KV heads."""
-    folder = tmp_path_factory.mktemp("decoder") / "model"
-    tiny_model("llama", "causal_lm", kv_heads=4).save(folder)
-    write_byte_tokenizer(folder)
-    return compile_engine(folder, backend="onnxruntime")
-
-
-@pytest.fixture
-def on_engine(driver, tmp_path, monkeypatch):
-    """Loads a bundle on the fake engine: (bundle, profiles) → session."""
-    sessions = []
-
-    def load(bundle, profiles, **kind):
-        module = FakeTensorRT(driver, profiles, **kind)
-        monkeypatch.setattr(trt, "find_backend", lambda name: module.backend)
-        folder = tmp_path / f"engine-{len(sessions)}"
-        folder.mkdir()
-        for file in bundle.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        (folder / "engine.plan").write_bytes(str(bundle / "model.onnx").encode())
-        info = EngineInfo(
-            backend=module.backend.name, version="10.3.0", compute_capabilities=("87",), profiles=tuple(profiles)
-        )
-        seal(folder, msgspec.structs.replace(load_bundle(folder).manifest, engine=info))
-        sessions.append(Session.load(folder))
-        return sessions[-1]
-
-    yield load
-    for session in sessions:
-        session.close()
-    assert driver.alive() == {}
-
-
-def test_a_session_takes_the_engine_and_says_why(on_engine, shared_bundle):
-    session = on_engine(shared_bundle, PROFILES)
-    assert session.backend == "tensorrt"
-    assert "built for this GPU" in session.why
-    assert "cuda-python" in session.why
-    with Session.load(shared_bundle, threads=1) as plain:
-        texts = ["a good film", "bad", ("not good", "the board")]
-        for a, b in zip(session.classify(texts), plain.classify(texts)):
-            assert (a.label, a.probability) == (b.label, pytest.approx(b.probability, abs=1e-6))
-
-
-@pytest.mark.parametrize("unified", [0, 1])
-def test_text_is_onnxruntimes_and_the_cache_stays_on_the_device(driver, on_engine, decoder, unified):
-    driver.set("unified", unified)
-    session = on_engine(decoder, STEPS)
-    with Session.load(decoder, threads=1) as plain:
-        expected = plain.generate("Once upon", max_new_tokens=40)
-    up, down = driver.count("bytes up"), driver.count("bytes down")
-    assert session.generate("Once upon", max_new_tokens=40).tokens == expected.tokens
-    up, down = driver.count("bytes up") - up, driver.count("bytes down") - down
-    steps, prompt = len(expected.tokens), expected.prompt_tokens
-    if unified:
-        assert up == down == 0
-    else:
-        masks = sum(range(prompt, prompt + steps))
-        assert up == 8 * (prompt + steps - 1 + masks)  # tokens and masks, nothing else
-        assert down == 4 * VOCAB * steps  # the logits of last tokens, nothing else
-    allocations = driver.count("cuMemAlloc_v2")
-    assert session.generate("Once upon", max_new_tokens=40).tokens == expected.tokens
-    assert driver.count("cuMemAlloc_v2") - allocations == 4  # the two halves of its cache, each grown once
-
-
-def test_the_full_pass_of_a_decoder_gives_all_logits(on_engine, decoder):
-    session = on_engine(decoder, STEPS)
-    inputs = {"input_ids": np.arange(10, 19)[None], "attention_mask": np.ones((1, 9), np.int64)}
-    with Session.load(decoder, threads=1) as plain:
-        np.testing.assert_allclose(session.run(**inputs), plain.run(**inputs), atol=1e-5)
-
-
-def test_two_texts_at_once_keep_their_caches_apart(on_engine, decoder):
-    session = on_engine(decoder, STEPS)
-    alone = [session.generate(prompt, max_new_tokens=20).text for prompt in ("one", "other")]
-    streams = [session.stream(prompt, max_new_tokens=20) for prompt in ("one", "other")]
-    together = ["", ""]
-    for index in (0, 1) * 25:
-        together[index] += next(streams[index], "")
-    assert together == alone
-
-
-def test_a_text_that_is_given_up_gives_its_memory_back(driver, on_engine, decoder):
-    session = on_engine(decoder, STEPS)
-    before = driver.alive()
-    for _ in range(3):
-        stream = session.stream("abc", max_new_tokens=30)
-        next(stream)
-        assert driver.alive()["device"] == before["device"] + 2
-        stream.close()
-        assert driver.alive() == before
-    unfinished = session.stream("abc", max_new_tokens=30)
-    next(unfinished)
-    session.close()
-    assert driver.alive() == {}
-    with pytest.raises(DeployError, match="closed"):
-        list(unfinished)
-
-
-def test_a_step_that_fails_gives_the_cache_back(driver, on_engine, decoder):
-    session = on_engine(decoder, STEPS)
-    before = driver.alive()["device"]
-    for ahead in (1, 4):
-        driver.fail("cuStreamSynchronize", driver.count("cuStreamSynchronize") + ahead)
-        with pytest.raises(DeployError):
-            session.generate("abc", max_new_tokens=8)
-        driver.set("fail cuStreamSynchronize", 0)
-        session.generate("abc", max_new_tokens=2)
-        assert driver.alive()["device"] == before
-
-
-def test_an_adapter_goes_to_the_device_once(driver, on_engine, model_folder, tmp_path):
-    bundle = compile_engine(model_folder, tmp_path / "adapters", backend="onnxruntime", lora="inputs")
-    session = on_engine(bundle, PROFILES)
-    with Session.load(bundle, threads=1) as plain:
-        for text in ("good", "bad", "good", "the film"):
-            before = driver.count("bytes up")
-            found, expected = session.classify(text), plain.classify(text)
-            assert found.probability == pytest.approx(expected.probability, abs=1e-6)
-        tokens = session.tokenize(["the film"])
-        assert driver.count("bytes up") - before == sum(array.nbytes for array in tokens.values())
