@@ -151,7 +151,7 @@ def test_every_step_is_run_and_summed_up(machine: Path) -> None:
     assert result.returncode == 0, result.stderr
     summary = json.loads((machine / "out/summary.json").read_text())
     tools = ("memcheck", "racecheck", "initcheck", "synccheck")
-    steps = ("build", "tests", "benchmarks", *(f"sanitizer-{tool}" for tool in tools))
+    steps = ("build", "tests", "deploy", "benchmarks", *(f"sanitizer-{tool}" for tool in tools))
     assert summary["exit_codes"] == dict.fromkeys(sorted(steps), 0)
     assert summary["skipped"] == {"peft": "peft is not installed: no comparison with it"}
     assert (summary["gpu"], summary["sm"], summary["nvcc"]) == ("Orin", "87", "12.6.68")
@@ -168,7 +168,7 @@ def test_a_failed_step_fails_the_check_but_not_the_rest(machine: Path) -> None:
     result = gpu_check(machine, str(machine / "out"))
     assert result.returncode == 1
     summary = json.loads((machine / "out/summary.json").read_text())
-    assert summary["exit_codes"] == {"benchmarks": 0, "build": 0, "tests": 1}
+    assert summary["exit_codes"] == {"benchmarks": 0, "build": 0, "deploy": 1, "tests": 1}
     assert summary["skipped"]["sanitizer"] == "compute-sanitizer is not installed"
 
 
