@@ -9,8 +9,9 @@ from fake_tensorrt import FakeTensorRT
 from tiny_deploy import VOCAB
 
 from fedspine_edge.deploy import trt
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.publish import seal
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import DeployError
 
