@@ -42,7 +42,7 @@ struct Bundle {
 
   explicit Bundle(const std::string& where) : folder(where) {
     manifest = json::Value::parse(read(where + "/bundle.json"));
-    if (manifest["format_version"].number() != 1) throw std::runtime_error("bundle.json is of another format than 1");
+    if (manifest["format_version"].number() != 2) throw std::runtime_error("bundle.json is of another format than 2");
     if (manifest["task"].string() != "classification")
       throw std::runtime_error("this example runs classifiers; the bundle holds a " + manifest["task"].string() +
                                " model");
