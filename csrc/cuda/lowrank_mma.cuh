@@ -117,17 +117,25 @@ __global__ void __launch_bounds__(kMmaThreads)
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int tile_row = warp_row + g + i / 2 * 8, tile_col = warp_col + 8 * n + 2 * t + i % 2;
-      const int64_t row = row0 + tile_row, col = col0 + tile_col;
+    for (int half = 0; half < 2; ++half) {
+      const float first = alpha * sums[n][2 * half], second = alpha * sums[n][2 * half + 1];
+      const int tile_row = warp_row + g + 8 * half, tile_col = warp_col + 8 * n + 2 * t;
       if (kAccumulate) {
-        T* c = reinterpret_cast<T*>(&tiles.out[tile_row][tile_col]);
-        from_float(to_float(*c) + alpha * sums[n][i], c);
-      } else if (row < rows && col < cols) {
+        auto* at = reinterpret_cast<Pair<T>*>(&tiles.out[tile_row][tile_col]);
+        Pair<T> pair = *at;
+        from_float(to_float(pair.first) + first, &pair.first);
+        from_float(to_float(pair.second) + second, &pair.second);
+        *at = pair;
+        continue;
+      }
+      const int64_t row = row0 + tile_row, col = col0 + tile_col;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (row >= rows || col + j >= cols) continue;
         if (gridDim.z == 1) {
-          store(out.matrix, row, col, alpha * sums[n][i]);
+          store(out.matrix, row, col + j, j == 0 ? first : second);
         } else {
-          partial[(blockIdx.z * rows + row) * cols + col] = sums[n][i];
+          partial[(blockIdx.z * rows + row) * cols + col + j] = sums[n][2 * half + j];
         }
       }
     }

@@ -61,6 +61,12 @@ __device__ inline void copy_tile(uint16_t* tile, const Matrix& m, int row0, int 
   }
 }
 
+// Two neighbouring elements of a tile, read and written at once: half of the shared memory's accesses otherwise.
+template <typename T>
+struct __align__(4) Pair {
+  T first, second;
+};
+
 // The fragments of a 16 x 16 tile of A, and of two neighbouring 16 x 8 tiles of B (registers 0, 1 and 2, 3), from
 // shared memory that holds the operand as the product has it or transposed. `at` is the tile's first element.
 template <int kPitch, bool kTransposed>

@@ -22,8 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json(read_sidecar(folder))
             return 0
-        bundle = load_bundle(folder, ignore=("engine.plan",))
+        bundle = load_bundle(folder, ignore=("engine.plan", "timing.cache"))
     manifest, engine = bundle.manifest, bundle.manifest.engine
+    profiles = engine.profiles if engine else tuple(filter(None, [manifest.default_profile]))
     checks = (manifest.verification, manifest.cache_verification, engine.verification if engine else None)
     rows = {
         "model": f"{manifest.family}, {manifest.task}, {manifest.precision}, opset {manifest.opset}",
@@ -33,9 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
         "kv cache": f"{sum(t.kind == 'past' for t in manifest.inputs)} tensors"
         if manifest.task == "causal_lm"
         else "-",
+        "quantised": manifest.quantization.summary if manifest.quantization else "-",
         "adapter": f"input, rank up to {manifest.adapter.max_rank}" if manifest.adapter else "merged or none",
         "labels": ", ".join(manifest.labels) or "-",
         "limit": f"{manifest.max_tokens} tokens",
+        "profiles": "; ".join(profile.summary for profile in profiles) or "-",
         "engine": f"{engine.backend} {engine.version} for SM {', '.join(engine.compute_capabilities)}"
         if engine
         else f"none: {manifest.engine_absent}",
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name:>10}  {value}")
     for check in checks:
         if check is not None:
-            print(f"{'compared':>10}  {check.subject} with {check.reference}: {check.max_abs_diff:.2g}", end="")
-            print(f" (tolerance {check.tolerance:.2g}), cosine {check.cosine:.6f}")
+            print(f"{'compared':>10}  {check.subject} with {check.reference}: {check.summary}")
+    if manifest.accuracy is not None:
+        print(f"{'measured':>10}  {manifest.accuracy.summary}")
     return 0

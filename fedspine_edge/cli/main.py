@@ -30,7 +30,7 @@ _COMMANDS = {
     "run": "classify or continue texts with a compiled bundle",
     "inspect": "say what is in a compiled bundle",
     "verify": "check a bundle's files and, given its model, compare it with torch again",
-    "bench": "measure the latency of compiled bundles",
+    "bench": "time bundles against each other and against torch",
     "explain": "say why a device got its pruning ratio and rank, from the server's journal",
     "report": "write the HTML report of a fleet run",
     "doctor": "say what this machine has, what is missing and how to mend it",

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-labels", type=int, default=2, help="number of classes; default 2")
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank; default 8")
+    parser.add_argument(
+        "--base-dtype",
+        choices=("float32", "bfloat16", "float16", "int8", "int4"),
+        help="how the frozen weights are kept: fewer bits for less memory; default float32",
+    )
+    parser.add_argument("--log-dir", type=Path, help="write TensorBoard curves there (extra: tensorboard)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -32,13 +38,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_ratio(arguments.pruning_ratio)
     tuner = EdgeTuner.from_pretrained(
-        arguments.model, num_labels=arguments.num_labels, r=arguments.rank, seed=arguments.seed
+        arguments.model,
+        num_labels=arguments.num_labels,
+        r=arguments.rank,
+        base_dtype=arguments.base_dtype,
+        seed=arguments.seed,
     )
-    tuner.fit(arguments.data, steps=arguments.steps)
+    tuner.fit(arguments.data, steps=arguments.steps, log_dir=arguments.log_dir)
     if arguments.pruning_ratio > 0:
         tuner.prune(arguments.pruning_ratio)
-        tuner.fit(arguments.data, steps=arguments.steps)
+        tuner.fit(arguments.data, steps=arguments.steps, log_dir=arguments.log_dir)
     metrics = tuner.evaluate(arguments.test) if arguments.test else {}
+    metrics["latency_ms"] = tuner.measure_latency().total_ms
     tuner.save(arguments.out)
     figures = {"model": str(arguments.out), "pruning_ratio": tuner.layout.pruning_ratio, **metrics}
     if arguments.json:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge verify model.bundle/ --model model/"
+EXAMPLE = """fedspine-edge verify model.bundle/ --model model/
+  fedspine-edge verify model.bundle/ --model model/ --data test.csv   # and accuracy, torch against the bundle"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder or .zip file written by `compile`")
     parser.add_argument("--model", type=Path, help="the model folder: compares ONNX Runtime with torch again")
+    parser.add_argument("--data", metavar="DATA", help="with --model: compare on these examples, and measure accuracy")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -20,24 +22,32 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.deploy.archive import opened
     from fedspine_edge.deploy.bundle import load_bundle
-    from fedspine_edge.errors import ExportMismatch
+    from fedspine_edge.errors import ConfigError, ExportMismatch
 
+    if arguments.data is not None and arguments.model is None:
+        raise ConfigError("--data needs --model, to compare with.", remedy="Add --model MODEL_FOLDER.")
     with opened(arguments.bundle) as folder:
         bundle = load_bundle(folder)
-        found, problem = [], ""
+        found, problem, accuracy = [], "", None
         if arguments.model is not None:
-            from fedspine_edge.deploy.verify import verify_bundle
+            from fedspine_edge.deploy.verify import measure_bundle, verify_bundle
 
             try:
-                found = verify_bundle(bundle, arguments.model)
+                found = verify_bundle(bundle, arguments.model, arguments.data)
+                if arguments.data is not None:
+                    accuracy = measure_bundle(bundle, arguments.model, arguments.data)
             except ExportMismatch as error:
                 problem = error.message
     if arguments.json:
-        print_json({"files": len(bundle.manifest.files), "mismatch": problem, "compared": msgspec.to_builtins(found)})
+        compared, measured = msgspec.to_builtins(found), msgspec.to_builtins(accuracy)
+        files = len(bundle.manifest.files)
+        print_json({"files": files, "mismatch": problem, "compared": compared, "accuracy": measured})
         return int(bool(problem))
     print(f"{len(bundle.manifest.files)} files, every size and hash is right")
     for check in found:
-        print(f"{check.subject} against {check.reference}: {check.max_abs_diff:.2g} (tolerance {check.tolerance:.2g})")
+        print(f"{check.subject} against {check.reference}: {check.summary}")
+    if accuracy is not None:
+        print(accuracy.summary)
     if problem:
         print(problem)
     return int(bool(problem))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedspine_edge.deploy.bundle import ADAPTER, AdapterSpec, Manifest
+from fedspine_edge.deploy.bundle import ADAPTER, AdapterSpec, LoraModule, Manifest
 from fedspine_edge.errors import CheckpointError, DeployError
 
 Array = npt.NDArray[Any]
@@ -52,11 +52,16 @@ def read_adapter(folder: str | Path, manifest: Manifest, default: dict[str, Arra
     tensors = _tensors(folder / WEIGHTS)
     inputs = {name: array for name, array in default.items() if name.startswith("head.")}
     factors: dict[str, dict[str, Array]] = {entry.path: {} for entry in spec.modules}
+    parts: dict[str, list[LoraModule]] = {}
+    for entry in spec.modules:
+        parts.setdefault(entry.path.rpartition(".")[0], []).append(entry)
     for key, array in tensors.items():
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match and match[1] in factors:
             factors[match[1]][match[2]] = array
+        elif match and match[1] in parts:
+            _take_apart(match[2], array, parts[match[1]], factors, f"{folder / WEIGHTS}: {name}")
         elif not match and name in spec.head:
             _expect(array, tuple(spec.head[name]), f"{folder / WEIGHTS}: {name}")
             inputs[f"head.{name}"] = np.ascontiguousarray(array, np.float32)
@@ -65,6 +70,11 @@ def read_adapter(folder: str | Path, manifest: Manifest, default: dict[str, Arra
                 f"{folder / WEIGHTS} adapts {name!r}, which this bundle has no input for.",
                 remedy="The adapter belongs to another base model or task.",
             )
+    for pair in factors.values():
+        if len(pair) == 2 and pair["B"].ndim == 2 and pair["B"].shape[1] == pair["A"].shape[0]:
+            # A fused adapter that was put together from one per part has zeros where the others are.
+            used = np.any(pair["B"] != 0, axis=0) | ~np.isfinite(pair["B"]).all(axis=0)
+            pair["A"], pair["B"] = pair["A"][used], pair["B"][:, used]
     rank = max((pair["A"].shape[0] for pair in factors.values() if pair.get("A", np.zeros(0)).ndim == 2), default=0)
     if rank > spec.max_rank:
         raise CheckpointError(f"{folder / WEIGHTS} has rank {rank}; the bundle takes at most {spec.max_rank}.")
@@ -75,13 +85,24 @@ def read_adapter(folder: str | Path, manifest: Manifest, default: dict[str, Arra
         if pair:
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{where} has only one of lora_A and lora_B.")
-            r = pair["A"].shape[0]
+            r = len(pair["A"])
             _expect(pair["A"], (r, entry.in_features), f"{where}.lora_A")
             _expect(pair["B"], (entry.out_features, r), f"{where}.lora_B")
             lora_A[:, :r] = pair["A"].T
             lora_B[:r] = pair["B"].T * np.float32(_scaling(config, entry.path))
         inputs[f"lora.{entry.path}.A"], inputs[f"lora.{entry.path}.B"] = lora_A, lora_B
     return inputs
+
+
+def _take_apart(
+    side: str, array: Array, entries: list[LoraModule], factors: dict[str, dict[str, Array]], where: str
+) -> None:
+    """PEFT's one adapter on a matrix of several linears (GPT-2's c_attn): they share A and split the rows of B."""
+    ends = np.cumsum([entry.out_features for entry in entries])
+    if side == "B" and (array.ndim != 2 or array.shape[0] != ends[-1]):
+        raise CheckpointError(f"{where} is {array.shape}; {ends[-1]} rows are needed.", remedy=_REMEDY)
+    for entry, end in zip(entries, ends):
+        factors[entry.path][side] = array if side == "A" else array[end - entry.out_features : end]
 
 
 def _expect(array: Array, shape: tuple[int, ...], where: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedspine_edge.deploy import cuda, trt
 from fedspine_edge.deploy.archive import pack
 from fedspine_edge.deploy.build import BackendChoice, rebuild_engine
-from fedspine_edge.deploy.bundle import PLAN, Bundle, load_bundle, rebuild_command
+from fedspine_edge.deploy.bundle import PLAN, TIMINGS, Bundle, load_bundle, rebuild_command
 from fedspine_edge.deploy.engine import EngineRunner
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner, Runner
 from fedspine_edge.errors import EngineBuildError, EngineIncompatible, FedspineError, MissingDependency
@@ -33,7 +33,7 @@ def open_bundle(
         archive: The single file that `folder` was unpacked from, to pack a rebuilt engine into.
     """
     if backend == "onnxruntime":
-        checked = load_bundle(folder, ignore=(PLAN,))  # a damaged plan does no harm here
+        checked = load_bundle(folder, ignore=(PLAN, TIMINGS))  # a damaged plan does no harm here
         return _on_onnxruntime(checked, threads, "ONNX Runtime, as asked for.")
     try:
         return _on_engine(load_bundle(folder), backend)
@@ -50,7 +50,7 @@ def open_bundle(
     # With auto, what remains is ONNX Runtime; a damaged plan, though, is never passed over in silence.
     if backend != "auto" or (not rebuild and _plan_is_damaged(folder)):
         raise reason
-    checked = load_bundle(folder, ignore=(PLAN,))
+    checked = load_bundle(folder, ignore=(PLAN, TIMINGS))
     return _on_onnxruntime(checked, threads, f"ONNX Runtime, because: {reason.message}")
 
 

@@ -10,18 +10,21 @@ from typing import Literal
 import msgspec
 
 from fedspine_edge.deploy import cuda, trt
+from fedspine_edge.deploy.builder import OnStep, build_plan
 from fedspine_edge.deploy.bundle import (
     MODEL,
     PLAN,
+    TIMINGS,
     EngineInfo,
     Manifest,
     Precision,
     Profile,
+    is_intact,
     load_bundle,
     rebuild_command,
-    seal,
-    staging,
 )
+from fedspine_edge.deploy.publish import seal, staging
+from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
 
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
@@ -34,7 +37,7 @@ def rebuild_engine(folder: Path, backend: BackendChoice = "auto", progress: Repo
 
     Raises `EngineBuildError`, `MissingDependency` or `EngineIncompatible`; the bundle is then as it was.
     """
-    manifest = load_bundle(folder, ignore=(PLAN,)).manifest
+    manifest = load_bundle(folder, ignore=(PLAN, TIMINGS)).manifest
     profiles = manifest.engine.profiles if manifest.engine is not None else None
     flags = manifest.engine.flags if manifest.engine is not None else ()
     asked = ("TF32",) if "TF32" in flags else ()  # the others are the builder's own defaults
@@ -83,8 +86,11 @@ def choose_backend(request: EngineRequest) -> trt.Backend | str:
 
 
 def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: Sequence[str] | None) -> Manifest:
-    """The bundle without its plan. A damaged plan does not matter: it is what will be replaced."""
-    bundle = load_bundle(folder, ignore=(PLAN,))
+    """The bundle without its plan. A damaged plan does not matter: it is what will be replaced.
+
+    The timings stay: TensorRT refuses those of another release or chip. Damaged ones are left behind.
+    """
+    bundle = load_bundle(folder, ignore=(PLAN, TIMINGS))
     manifest = bundle.manifest
     if precision not in (None, manifest.precision):
         raise ConfigError(
@@ -93,22 +99,45 @@ def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: 
         )
     if labels is not None and len(labels) != len(manifest.labels):
         raise ConfigError(f"{len(labels)} labels were given for a model with {len(manifest.labels)} classes.")
-    for name in manifest.files:
-        if name != PLAN:
+    for name, entry in manifest.files.items():
+        if name != PLAN and (name != TIMINGS or is_intact(folder, name, entry)):
             shutil.copyfile(folder / name, draft / name)
     return msgspec.structs.replace(
         manifest, engine=None, engine_absent="", labels=tuple(labels) if labels is not None else manifest.labels
     )
 
 
+def with_profile_of(examples: Data, draft: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the profile that the user's examples ask for."""
+    from fedspine_edge.deploy.calibration import profile_of, read_data
+
+    data = read_data(
+        examples,
+        draft,
+        task=manifest.task,
+        num_labels=max(2, len(manifest.labels)),
+        inputs=manifest.inputs,
+        max_tokens=manifest.max_tokens,
+        pad_token_id=manifest.pad_token_id,
+    )
+    return msgspec.structs.replace(manifest, default_profile=profile_of(data.lengths, manifest.max_tokens))
+
+
 def add_engine(
-    draft: Path, manifest: Manifest, request: EngineRequest, chosen: trt.Backend | str, rebuild: str, report: Report
+    draft: Path,
+    manifest: Manifest,
+    request: EngineRequest,
+    chosen: trt.Backend | str,
+    rebuild: str,
+    report: Report,
+    on_step: OnStep | None = None,
 ) -> Manifest:
     if isinstance(chosen, str):
         report(f"no engine: {chosen}")
         return msgspec.structs.replace(manifest, engine_absent=chosen)
     device = cuda.device_info()
-    plan, info = trt.build_plan(
+    timings = (draft / TIMINGS).read_bytes() if (draft / TIMINGS).is_file() else b""
+    plan, info, timings = build_plan(
         chosen,
         draft / MODEL,
         manifest.inputs,
@@ -117,8 +146,13 @@ def add_engine(
         compute_capabilities=request.compute_capabilities,
         workspace_bytes=request.workspace_bytes,
         flags=request.flags,
+        opset=manifest.opset,
+        timings=timings,
         progress=report,
+        on_step=on_step,
     )
+    if timings:
+        (draft / TIMINGS).write_bytes(timings)
     (draft / PLAN).write_bytes(plan)
     info = _verify_plan(draft, plan, manifest, info, chosen, device, rebuild, report)
     producer = manifest.producer | {chosen.name: chosen.version}
@@ -129,7 +163,7 @@ def _profiles_for(wanted: tuple[Profile, ...] | None, manifest: Manifest) -> tup
     max_tokens = manifest.max_tokens
     if wanted is None:
         low, common, high = (min(tokens, max_tokens) for tokens in Profile().tokens)
-        whole = Profile(tokens=(low, common, high))
+        whole = manifest.default_profile or Profile(tokens=(low, common, high))
         if manifest.task != "causal_lm" or max_tokens < 2:
             return (whole,)
         longest = min(max_tokens, 1024) - 1

@@ -4,13 +4,13 @@
       model.onnx            always; runs on ONNX Runtime anywhere
       model.onnx.data       weights of models too large for one protobuf file
       engine.plan           a TensorRT or TensorRT-RTX plan, where one was built
+      timing.cache          what the builder measured, for the next build on the same chip (TensorRT)
       adapter.safetensors   the adapter it starts with, where adapters are inputs
       tokenizer.json, …     the tokenizer files of the model folder
       bundle.json           what the others are: names, shapes, widths, producers, hashes, verification
 
-A bundle is written beside its destination and renamed into place, so a failed or interrupted build leaves an
-existing bundle as it was. Every file is size- and hash-checked on load. The hashes find damage and mix-ups;
-they are not a signature. No torch, no transformers and no TensorRT here.
+Every file is size- and hash-checked on load. The hashes find damage and mix-ups; they are not a signature.
+`publish.py` writes bundles. No torch, no transformers and no TensorRT here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,10 +27,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from fedspine_edge.deploy.measured import Accuracy, Quantization, Record, Verification
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 
-FORMAT_VERSION = 1
-MANIFEST, MODEL, PLAN = "bundle.json", "model.onnx", "engine.plan"
+FORMAT_VERSION = 2
+MANIFEST, MODEL, PLAN, TIMINGS = "bundle.json", "model.onnx", "engine.plan", "timing.cache"
 ADAPTER = "adapter.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -48,18 +46,14 @@ TOKENIZER_FILES = (
 )
 MAX_MANIFEST_BYTES = 4 * 1024**2
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Task = Literal["classification", "token_classification", "causal_lm"]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything inside bundle.json."""
-
-
-class TensorInfo(_Record, frozen=True, kw_only=True):
+class TensorInfo(Record, frozen=True, kw_only=True):
     """An input or output of the model. A string in `shape` is a dynamic axis: batch, sequence, past, total, rank."""
 
     name: str
@@ -82,7 +76,7 @@ class TensorInfo(_Record, frozen=True, kw_only=True):
         return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.shape)
 
 
-class LoraModule(_Record, frozen=True, kw_only=True):
+class LoraModule(Record, frozen=True, kw_only=True):
     """A linear whose low-rank factors are inputs; `path` is its name in the model and in PEFT's files."""
 
     path: str
@@ -90,7 +84,7 @@ class LoraModule(_Record, frozen=True, kw_only=True):
     out_features: int
 
 
-class AdapterSpec(_Record, frozen=True, kw_only=True):
+class AdapterSpec(Record, frozen=True, kw_only=True):
     """What an adapter for this bundle must look like."""
 
     modules: tuple[LoraModule, ...]
@@ -107,7 +101,7 @@ class AdapterSpec(_Record, frozen=True, kw_only=True):
         return hashlib.sha256(json.dumps([heads, channels], separators=(",", ":")).encode()).hexdigest()
 
 
-class Profile(_Record, frozen=True, kw_only=True):
+class Profile(Record, frozen=True, kw_only=True):
     """The shapes an engine is built for: (smallest, most common, largest) batch and tokens per sequence."""
 
     batch: tuple[Positive, Positive, Positive] = (1, 1, 8)
@@ -126,6 +120,12 @@ class Profile(_Record, frozen=True, kw_only=True):
                     remedy=f"Give (smallest, most common, largest), each at least {least}.",
                 )
 
+    @property
+    def summary(self) -> str:
+        batch, tokens, past = self.batch, self.tokens, self.past
+        after = f" after {past[0]}–{past[2]}" if past[2] else ""
+        return f"batch {batch[0]}–{batch[2]}, tokens {tokens[0]}–{tokens[2]} (best at {batch[1]} × {tokens[1]}){after}"
+
     def covers(self, batch: int, tokens: int, past: int = 0) -> bool:
         """Whether an input of (batch, tokens) after `past` cached tokens can run under this profile."""
         given = ((self.batch, batch), (self.tokens, tokens), (self.past, past))
@@ -143,30 +143,14 @@ class Profile(_Record, frozen=True, kw_only=True):
         }
 
 
-class Verification(_Record, frozen=True, kw_only=True):
-    """How far one implementation is from its reference over a number of inputs."""
-
-    subject: str
-    reference: str
-    shapes: tuple[tuple[int, int], ...]
-    """(batch, tokens) of each compared input."""
-    max_abs_diff: float
-    cosine: float
-    """Smallest cosine similarity of a row of outputs."""
-    argmax_agreement: float
-    """Share of rows with the same largest output."""
-    tolerance: float
-    """The largest `max_abs_diff` that would have been accepted."""
-
-
-class LayerWidths(_Record, frozen=True, kw_only=True):
+class LayerWidths(Record, frozen=True, kw_only=True):
     """What one layer keeps: attention groups (KV heads) and FFN channels."""
 
     heads: Positive
     channels: Positive
 
 
-class EngineInfo(_Record, frozen=True, kw_only=True):
+class EngineInfo(Record, frozen=True, kw_only=True):
     """What a serialized plan was made by and for; checked before TensorRT sees the plan."""
 
     backend: Literal["tensorrt", "tensorrt_rtx"]
@@ -181,19 +165,21 @@ class EngineInfo(_Record, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
     """Builder flags by name; their integers differ between releases."""
     profiles: tuple[Profile, ...]
+    workspace_bytes: int = 0
+    """Scratch memory that the builder was allowed; 0 for its default."""
     verification: Verification | None = None
     not_verified: str = ""
     """Why the plan was not run after building, when it was not."""
 
 
-class FileEntry(_Record, frozen=True, kw_only=True):
+class FileEntry(Record, frozen=True, kw_only=True):
     """Size and hash of one file of the bundle."""
 
     size_bytes: Annotated[int, Meta(ge=0)]
     sha256: Sha256
 
 
-class Manifest(_Record, frozen=True, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """The content of bundle.json."""
 
     format_version: int = FORMAT_VERSION
@@ -222,6 +208,11 @@ class Manifest(_Record, frozen=True, kw_only=True):
     """The ONNX model against torch."""
     cache_verification: Verification | None = None
     """A decoder token by token with its KV cache against torch without one."""
+    quantization: Quantization | None = None
+    accuracy: Accuracy | None = None
+    """Where the user gave examples."""
+    default_profile: Profile | None = None
+    """The shapes that the user's examples ask for; what engines are built for unless told otherwise."""
     engine: EngineInfo | None = None
     engine_absent: str = ""
     """Why there is no plan, when there is none."""
@@ -307,24 +298,32 @@ def _read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", remedy=_FROM_SOURCE) from error
-    if manifest.digest != _digest(manifest):
+    if manifest.digest != digest_of(manifest):
         raise CheckpointError(f"{path} was altered after it was written (its own hash differs).", remedy=_FROM_SOURCE)
     return manifest
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
+    problem = _damage(folder / name, entry)
+    if problem and name in (PLAN, TIMINGS):
+        raise EngineIncompatible(f"{folder / name} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
+    if problem:
+        raise CheckpointError(f"{folder / name} {problem}.", remedy=_FROM_SOURCE)
+
+
+def is_intact(folder: Path, name: str, entry: FileEntry) -> bool:
+    """Whether a file of a bundle is the one that bundle.json lists."""
+    return not _damage(folder / name, entry)
+
+
+def _damage(path: Path, entry: FileEntry) -> str:
     if not path.is_file():
-        problem = "is missing"
-    elif path.stat().st_size != entry.size_bytes:
-        problem = f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-    elif hash_file(path) != entry.sha256:
-        problem = "was altered: its sha256 is not the one in bundle.json"
-    else:
-        return
-    if name == PLAN:
-        raise EngineIncompatible(f"{path} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
-    raise CheckpointError(f"{path} {problem}.", remedy=_FROM_SOURCE)
+        return "is missing"
+    if path.stat().st_size != entry.size_bytes:
+        return f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+    if hash_file(path) != entry.sha256:
+        return "was altered: its sha256 is not the one in bundle.json"
+    return ""
 
 
 def hash_file(path: Path) -> str:
@@ -336,7 +335,8 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(manifest: Manifest) -> str:
+def digest_of(manifest: Manifest) -> str:
+    """sha256 of a manifest's own content."""
     bare = msgspec.structs.replace(manifest, digest="")
     return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
 
@@ -348,74 +348,3 @@ def producer_versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
-
-
-@contextlib.contextmanager
-def staging(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well and is sealed.
-
-    When the block raises, the temporary folder goes and `out` stays as it was. An `out` that exists and is
-    neither a bundle nor empty is refused (`ConfigError`): it is not ours to replace.
-    """
-    out = Path(out).absolute()
-    check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private; a service user must be able to read the bundle
-        yield folder
-        if not is_bundle(folder):
-            raise RuntimeError("staging() ended without seal(): a bundle without bundle.json would be published.")
-        _publish(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_target(out: Path) -> None:
-    """Raises `ConfigError` unless `out` is free, an empty folder or a bundle."""
-    if out.is_dir() and not out.is_symlink() and (is_bundle(out) or not any(out.iterdir())):
-        return
-    if out.exists() or out.is_symlink():
-        raise ConfigError(
-            f"{out} exists and is not a bundle; it will not be replaced.", remedy="Choose another output folder."
-        )
-
-
-def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Hashes every file in `folder` and writes bundle.json, all of it flushed to the disk."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name == MANIFEST:
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = FileEntry(size_bytes=path.stat().st_size, sha256=hash_file(path))
-    manifest = msgspec.structs.replace(manifest, files=files)
-    manifest = msgspec.structs.replace(manifest, digest=_digest(manifest))
-    with (folder / MANIFEST).open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    return manifest
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Renames `folder` to `out`. An older bundle is moved aside first and comes back if the rename fails."""
-    if not out.exists():
-        folder.rename(out)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        previous = aside / out.name
-        out.rename(previous)
-        try:
-            folder.rename(out)
-        except BaseException:
-            previous.rename(out)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

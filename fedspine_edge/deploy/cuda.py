@@ -251,13 +251,14 @@ class PyCuda:
         import pycuda.driver as driver
 
         self._driver = driver
-        driver.init()
-        device = driver.Device(index)
-        attributes = driver.device_attribute
-        self.unified = all(
-            device.get_attribute(attribute) for attribute in (attributes.INTEGRATED, attributes.CAN_MAP_HOST_MEMORY)
-        )
-        self._context = device.retain_primary_context()
+        try:
+            driver.init()
+            device = driver.Device(index)
+            attributes = driver.device_attribute
+            self.unified = all(map(device.get_attribute, (attributes.INTEGRATED, attributes.CAN_MAP_HOST_MEMORY)))
+            self._context = device.retain_primary_context()
+        except driver.Error as error:
+            raise _failure(str(error)) from error
         # pycuda frees what its objects stand for when their last reference goes, so they are kept here.
         self._streams: dict[int, Any] = {}
         self._buffers: dict[int, Any] = {}

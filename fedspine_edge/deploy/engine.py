@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedspine_edge.deploy.buffers import KvCache, Part
 from fedspine_edge.deploy.bundle import EngineInfo, TensorInfo
 from fedspine_edge.deploy.cuda import Cuda
-from fedspine_edge.deploy.lanes import Job, KvCache, Lane, Part
+from fedspine_edge.deploy.lanes import Job, Lane
 from fedspine_edge.deploy.runner import past_name
 from fedspine_edge.deploy.trt import Backend, OpenEngine, open_engine
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
@@ -74,14 +75,14 @@ class EngineRunner:
                 self._idle.append(self._new_lane(self._open))
                 self._count = 1
         except BaseException:
-            with cuda.active():  # TensorRT's objects must go inside the context
-                self._open = None
+            if self._open is not None:
+                with suppress(DeployError), cuda.active():  # TensorRT's objects must go inside the context
+                    self._open.close()
             cuda.close()
             raise
 
     def _check_tensors(self, opened: OpenEngine) -> None:
-        engine = opened.engine
-        found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        found = {opened.engine.get_tensor_name(index) for index in range(opened.engine.num_io_tensors)}
         if found != self._tensors.keys():
             raise EngineIncompatible(
                 f"The engine's tensors {sorted(found)} are not the bundle's {sorted(self._tensors)}.",

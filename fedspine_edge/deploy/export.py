@@ -9,10 +9,11 @@ Why the TorchScript exporter: docs/decisions/0060-torchscript-exporter.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import msgspec
 import numpy as np
 
 from fedspine_edge.deploy.bundle import AdapterSpec, Precision, Task, TensorInfo
+from fedspine_edge.deploy.measured import Quantization
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 OPSETS = range(17, 21)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+"""What a model is exported in; narrower linears are put into a float32 file by `quantized`."""
 MAX_INLINE_BYTES = 1_500_000_000
 """Above this, weights go to a second file: protobuf ends at 2 GiB."""
 
@@ -67,7 +70,7 @@ def export_onnx(
             merged in a copy), or a transformers task model.
         path: The file to write; weights above 1.5 GB go beside it.
         opset: 17 to 20.
-        precision: "fp16" halves the weights and the KV cache and keeps norms, softmax and logits in float32.
+        precision: "fp16" and "bf16" halve the weights and keep norms, softmax and logits in float32.
         adapter: The adapters that become inputs; `model` is then what `graphs.with_runtime_lora` returned.
 
     Raises:
@@ -91,16 +94,53 @@ def export_onnx(
         proto = onnx.load(raw)
     _tidy(proto.graph, _transposed_names(module))
     _check_operators(proto.graph)
-    inputs, outputs = graph.inputs, graph.outputs
-    if precision != "fp32":
+    pad = module.config.pad_token_id or 0
+    exported = Exported(path, graph.inputs, graph.outputs, graph.task, "fp32", opset, max_tokens, int(pad))
+    return _finished(proto, exported, precision)
+
+
+def quantized(
+    exported: Exported,
+    path: Path,
+    precision: Precision,
+    module: nn.Module,
+    calibration: Sequence[Mapping[str, Any]] = (),
+) -> tuple[Exported, Quantization]:
+    """A float32 file with the linears of its layers in "int8", "fp8" or "int4", the rest in float16.
+
+    Args:
+        exported: What `export_onnx` returned for "fp32" and opset 19 or later.
+        path: The file to write.
+        precision: Of the linears.
+        module: The module it was exported from, which knows where its layers are.
+        calibration: Inputs to take activations' ranges from; int4 needs none.
+    """
+    from fedspine_edge.deploy.quantize import quantize
+    from fedspine_edge.model.architecture import architecture_of
+
+    onnx = _import_onnx()
+    architecture = architecture_of(module.config)
+    scope = "/model/" + f"{architecture.backbone}.{architecture.layers}.".replace(".", "/")[:-1] + "."
+    with tempfile.TemporaryDirectory(prefix="fedspine-quantize-") as scratch:
+        raw = Path(scratch) / "raw.onnx"
+        quantization = quantize(exported.path, raw, precision, scope, [dict(batch) for batch in calibration])
+        proto = onnx.load(raw)
+    opset = int(proto.opset_import[0].version)
+    finished = _finished(proto, dataclasses.replace(exported, path=path, opset=opset), "fp16")
+    return dataclasses.replace(finished, precision=precision), quantization
+
+
+def _finished(proto: Any, exported: Exported, precision: Precision) -> Exported:
+    """Converts to 16 bits where asked, and saves."""
+    if precision == "fp16" or precision == "bf16":
         from fedspine_edge.deploy.half import to_half
 
         to_half(proto, precision)
+    inputs, outputs = exported.inputs, exported.outputs
     if precision == "fp16":
         inputs, outputs = (tuple(_cache_in_half(tensor) for tensor in each) for each in (inputs, outputs))
-    _save(proto, path)
-    pad = module.config.pad_token_id or 0
-    return Exported(path, inputs, outputs, graph.task, precision, opset, max_tokens, int(pad))
+    _save(proto, exported.path)
+    return dataclasses.replace(exported, precision=precision, inputs=inputs, outputs=outputs)
 
 
 def _cache_in_half(tensor: TensorInfo) -> TensorInfo:
@@ -134,7 +174,7 @@ def merged_module(model: PrunableModel | nn.Module | str | Path) -> nn.Module:
 
     if isinstance(model, (str, Path)):
         model = load_folder(Path(model))
-    module = model.merged() if isinstance(model, PrunableModel) else model
+    module = model.merged(torch.float32) if isinstance(model, PrunableModel) else model
     if module.training or any(p.dtype != torch.float32 for p in module.parameters()):
         module = (module if isinstance(model, PrunableModel) else copy.deepcopy(module)).float().eval()
     return module

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fedspine_edge.deploy.bundle import AdapterSpec, LoraModule, Task, TensorInfo
 from fedspine_edge.deploy.export import task_of
 from fedspine_edge.model.architecture import architecture_of
-from fedspine_edge.model.layout import module_names
+from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
 from fedspine_edge.model.prunable import PrunableModel
 
@@ -236,6 +236,16 @@ def _example(module: nn.Module, inputs: Sequence[TensorInfo], max_tokens: int) -
     return tuple(example)
 
 
+def _in_file_order(model: PrunableModel) -> list[str]:
+    """Names of the linears; those that files keep as one matrix in the order of its rows, which adapters follow."""
+    fused = model.architecture.fused
+    order = {f"{path}.{part}": row for path, parts in fused.items() for row, part in enumerate(parts)}
+    return sorted(
+        module_names(model.spec),
+        key=lambda name: (split_name(name)[0], order.get(model.architecture.linears[split_name(name)[1]], -1)),
+    )
+
+
 def with_runtime_lora(model: PrunableModel) -> tuple[nn.Module, AdapterSpec, dict[str, Tensor]]:
     """A copy of the model whose adapters are inputs, their description, and the model's own adapter as inputs.
 
@@ -244,7 +254,7 @@ def with_runtime_lora(model: PrunableModel) -> tuple[nn.Module, AdapterSpec, dic
     shared = {id(p): p for p in model.module.parameters()}
     module = copy.deepcopy(model.module, shared)
     modules, values = [], {}
-    for name in module_names(model.spec):
+    for name in _in_file_order(model):
         path = model.architecture.path(name)
         linear = model.linear(name)
         base = linear.base_layer if isinstance(linear, LoraLinear) else linear

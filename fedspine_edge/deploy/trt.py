@@ -1,6 +1,6 @@
 """Everything that differs between TensorRT releases, in one place: 10.3 to 11, and TensorRT-RTX.
 
-The rest of the package sees `find_backend`, `build_plan` and `open_engine`. Networks are always strongly typed,
+`builder.py` builds with what is here, `engine.py` runs what `open_engine` returns. Networks are always strongly typed,
 so precision is what the ONNX file says: the way weak typing was set (FP16 and INT8 builder flags) is gone in 11.
 Flags are kept and compared by name, because their integers differ between releases. Every return value is
 checked; TensorRT reports most failures as None or False plus a line in its log, which the errors raised here carry.
@@ -12,17 +12,37 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, TensorInfo
+from fedspine_edge.deploy.bundle import EngineInfo, Precision
 from fedspine_edge.deploy.cuda import DeviceInfo
+from fedspine_edge.deploy.failures import last_words, translate
 from fedspine_edge.errors import ConfigError, DeployError, EngineBuildError, EngineIncompatible, MissingDependency
 
+Started = Callable[[str, str, int], None]
+Stepped = Callable[[str, int], bool]
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
 OLDEST = (10, 3)
 """JetPack 6.2's TensorRT; older ones have neither int64 inputs nor the strong typing this relies on."""
+
+
+_NEWEST_OPSET = (((11, 0), 25), ((10, 6), 22), ((10, 3), 21))
+"""Newest opset that the parser of a release knows (the ONNX release it is built with). For 10.3 NVIDIA documents 20,
+and int4, whose DequantizeLinear in blocks is of opset 21."""
+
+
+def opset_for(precision: Precision) -> int:
+    """The lowest opset that has a precision, so that the oldest parsers read it: 19 scales in float16 and has
+    float8, 21 has int4 in blocks."""
+    return {"int8": 19, "fp8": 19, "int4": 21}.get(precision, 17)
+
+
+def newest_opset(backend: Backend) -> int:
+    """What the parser reads at most."""
+    if backend.name == "tensorrt_rtx":  # 1.x carries the parser of 10.12 and later
+        return 22
+    return next((opset for version, opset in _NEWEST_OPSET if _numbers(backend.version) >= version), 17)
 
 
 @dataclass(frozen=True)
@@ -81,84 +101,14 @@ def make_logger(backend: Backend, messages: list[str]) -> Any:
     return Collector()
 
 
-def build_plan(
-    backend: Backend,
-    model: Path,
-    inputs: Sequence[TensorInfo],
-    profiles: Sequence[Profile],
-    *,
-    device: DeviceInfo | None,
-    compute_capabilities: Sequence[str] = (),
-    workspace_bytes: int | None = None,
-    flags: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
-) -> tuple[bytes, EngineInfo]:
-    """Parses an ONNX file and builds a serialized plan.
-
-    Args:
-        model: The ONNX file; external weights are looked up beside it.
-        inputs: The model's inputs; the profiles size their dynamic axes.
-        profiles: Shapes to optimise for; at least one.
-        device: The GPU of this machine, or None.
-        compute_capabilities: SM numbers such as "86" to build for without that GPU; TensorRT-RTX only.
-        workspace_bytes: Scratch memory the builder may use; None leaves TensorRT's default.
-        flags: Further builder flags by name, such as "TF32". TF32 is off unless named, so that fp32 means fp32.
-
-    Raises:
-        EngineBuildError: With TensorRT's own words and what to do about them.
-    """
-    trt = backend.module
-    log: list[str] = []
-    logger = make_logger(backend, log)
-    builder = trt.Builder(logger)
-    if not builder:
-        raise translate(backend, log, "could not create a builder")
-    network = _checked(backend, log, builder.create_network(_network_flags(trt)), "could not create a network")
-    parser = trt.OnnxParser(network, logger)
-    if progress:
-        progress(f"{backend.name} {backend.version}: parsing {model.name}")
-    if not parser.parse_from_file(str(model)):
-        errors = [str(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise translate(backend, [f"error: {text}" for text in errors] or log, f"could not parse {model}")
-    config = _checked(backend, log, builder.create_builder_config(), "could not create a builder configuration")
-    _set_flags(backend, config, flags)
-    if workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
-    for profile in profiles:
-        optimization_profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            shapes = [tensor.sized(profile.sizes(corner)) for corner in range(3)]
-            if shapes[0] != tensor.shape:  # a fixed shape takes no profile
-                optimization_profile.set_shape(tensor.name, *shapes)
-        if config.add_optimization_profile(optimization_profile) < 0:
-            raise translate(backend, log, f"refused the profile {profile}")
-    targets = _set_targets(backend, config, device, compute_capabilities, log)
-    if progress:
-        progress(f"{backend.name} {backend.version}: building for SM {', '.join(targets)}")
-    plan = builder.build_serialized_network(network, config)
-    if plan is None or plan.nbytes == 0:
-        raise translate(backend, log, "could not build an engine")
-    info = EngineInfo(
-        backend=backend.name,
-        version=backend.version,
-        compute_capabilities=targets,
-        built_on=device.name if device is not None else "",
-        l4t=device.l4t if device is not None else "",
-        flags=tuple(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)),
-        profiles=tuple(profiles),
-        not_verified="not run yet",
-    )
-    return bytes(plan), info
-
-
-def _network_flags(trt: ModuleType) -> int:
+def network_flags(trt: ModuleType) -> int:
     """Strongly typed where that is still a choice (10.x), plus explicit batch where it still has to be asked for."""
     members = trt.NetworkDefinitionCreationFlag.__members__
     asked = [members[name] for name in ("STRONGLY_TYPED", "EXPLICIT_BATCH") if name in members]
     return sum(1 << int(flag) for flag in asked)
 
 
-def _set_flags(backend: Backend, config: Any, names: Sequence[str]) -> None:
+def set_flags(backend: Backend, config: Any, names: Sequence[str]) -> None:
     members = backend.module.BuilderFlag.__members__
     for name in names:
         if name not in members:
@@ -172,7 +122,7 @@ def _set_flags(backend: Backend, config: Any, names: Sequence[str]) -> None:
         config.set_flag(members[name])
 
 
-def _set_targets(
+def set_targets(
     backend: Backend, config: Any, device: DeviceInfo | None, wanted: Sequence[str], log: list[str]
 ) -> tuple[str, ...]:
     """Tells the builder which chips to build for and returns their SM numbers."""
@@ -196,14 +146,51 @@ def _set_targets(
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
         if not config.set_compute_capability(members[name], index):
-            raise translate(backend, log, f"refused compute capability {name}")
+            raise translate(backend.name, backend.version, log, f"refused compute capability {name}")
     return tuple(name[2:] for name in names)
 
 
-def _checked(backend: Backend, log: list[str], value: Any, problem: str) -> Any:
-    if value is None:
-        raise translate(backend, log, problem)
-    return value
+def keeps_timings(backend: Backend) -> bool:
+    """Whether a timing cache speeds later builds up; TensorRT-RTX times kernels where they run, and keeps none."""
+    return backend.name == "tensorrt"
+
+
+def use_timings(config: Any, timings: bytes) -> bool:
+    """Starts from the timings of an earlier build; False where TensorRT refused them (another release or chip)."""
+    cache = config.create_timing_cache(timings)
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return bool(timings)
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return False
+
+
+def timings_of(config: Any) -> bytes:
+    """The timings of the build that has just ended."""
+    cache = config.get_timing_cache()
+    return bytes(cache.serialize()) if cache is not None else b""
+
+
+def monitor(backend: Backend, started: Started, stepped: Stepped, finished: Callable[[str], None]) -> Any:
+    """An IProgressMonitor that calls back: phase, phase around it and steps; phase and step; phase.
+
+    TensorRT calls it on the thread that builds. `stepped` answers whether to go on.
+    """
+    trt = backend.module
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            started(phase_name, parent_phase or "", num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return stepped(phase_name, step)
+
+        def phase_finish(self, phase_name: str) -> None:
+            finished(phase_name)
+
+    return Monitor()
 
 
 def check_engine(info: EngineInfo, backend: Backend, device: DeviceInfo | None, rebuild: str) -> None:
@@ -281,7 +268,7 @@ class OpenEngine:
     def refused(self, action: str) -> DeployError:
         """The error for a call that answered False or None, with what TensorRT logged."""
         return DeployError(
-            f"{self.backend.name} {self.backend.version} could not {action}. {_last_words(self.log)}",
+            f"{self.backend.name} {self.backend.version} could not {action}. {last_words(self.log)}",
             remedy="Check free memory and the GPU with: fedspine-edge doctor; then build the engine anew.",
         )
 
@@ -297,55 +284,7 @@ def open_engine(backend: Backend, plan: bytes, rebuild: str) -> OpenEngine:
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineIncompatible(
-            f"{backend.name} {backend.version} could not deserialise the plan. {_last_words(log)}",
+            f"{backend.name} {backend.version} could not deserialise the plan. {last_words(log)}",
             remedy=f"Build it anew: {rebuild}",
         )
     return OpenEngine(backend, logger, runtime, engine, log)
-
-
-_REMEDIES: tuple[tuple[str, str, str], ...] = (
-    (
-        r"no (?:importer|checker) registered for op|unsupported .{0,40}op|UNSUPPORTED_NODE|plugin not found",
-        "the ONNX file has an operator this release cannot parse",
-        "Export with opset 17 (the default), which spells attention and norms out in basic operators.",
-    ),
-    (
-        r"could not find any implementation for node|out ?of ?memory|insufficient memory|MEM_ALLOC|cudaError 2\b",
-        "it ran out of memory (an operator without an implementation is how TensorRT most often reports that)",
-        "Close other programs, never train while building, lower the profile's largest batch and tokens, or set "
-        "workspace_bytes below the free memory.",
-    ),
-    (
-        r"strongly.?typed|must have the same type|types? mismatch|input types.*differ",
-        "the ONNX file mixes types that a strongly typed network does not allow",
-        "Export it anew with this release and report the model if it persists.",
-    ),
-    (
-        r"opset|IR version",
-        "the ONNX file is of a version this release does not read",
-        "Export with opset 17, the default.",
-    ),
-    (
-        r"cudaError 35|driver version is insufficient|no CUDA-capable device",
-        "it found no usable CUDA driver",
-        "Check the GPU with: fedspine-edge doctor",
-    ),
-    (
-        r"compute capability|unsupported SM|architecture is not supported",
-        "it does not support this GPU",
-        "Build on the device that will run the engine, with the TensorRT of that device.",
-    ),
-)
-
-
-def translate(backend: Backend, log: Sequence[str], problem: str) -> EngineBuildError:
-    """An `EngineBuildError` from TensorRT's log: the likely cause, its last errors, and the remedy."""
-    text = "\n".join(line for line in log if not line.startswith("warning"))
-    unknown = ("", "for a reason of its own", "Use backend='onnxruntime', which needs no TensorRT.")
-    _, cause, remedy = next((row for row in _REMEDIES if re.search(row[0], text, flags=re.IGNORECASE)), unknown)
-    return EngineBuildError(f"{backend.name} {backend.version} {problem}: {cause}. {_last_words(log)}", remedy=remedy)
-
-
-def _last_words(log: Sequence[str], count: int = 3) -> str:
-    errors = [line for line in log if not line.startswith("warning")]
-    return "It said: " + " | ".join(errors[-count:] or log[-count:]) if log else "It gave no reason."

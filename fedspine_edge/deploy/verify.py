@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedspine_edge.deploy.adapters import bundled_adapter
-from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo, Verification
+from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo
+from fedspine_edge.deploy.calibration import UserData, measure, read_data
 from fedspine_edge.deploy.compare import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.deploy.export import Exported, merged_module, task_of
 from fedspine_edge.deploy.locate import first_difference
+from fedspine_edge.deploy.measured import Accuracy, Verification
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
+from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ExportMismatch
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ def verify_onnx(
     try:
         return compare(
             runner,
-            lambda batch: _run_torch(module, batch, exported.inputs),
+            lambda batch: run_torch(module, batch, exported.inputs),
             inputs,
             logits_of(exported.outputs),
             precision=exported.precision,
@@ -84,7 +87,7 @@ def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]
             exported.path,
             module,
             batch,
-            lambda batch=batch: _run_torch(module, batch, exported.inputs),  # type: ignore[misc]
+            lambda batch=batch: run_torch(module, batch, exported.inputs),  # type: ignore[misc]
             tolerance=TOLERANCE[exported.precision],
         )
         if found is not None:
@@ -115,7 +118,7 @@ def verify_cache(
     try:
         return compare(
             _StepByStep(runner, exported.inputs, prompt),
-            lambda batch: _run_torch(module, batch, exported.inputs),
+            lambda batch: run_torch(module, batch, exported.inputs),
             inputs,
             logits_of(exported.outputs),
             precision=exported.precision,
@@ -155,7 +158,7 @@ def verify_adapters(
         for path, linear in linears.items():
             linear.factors = tuple(torch.from_numpy(batch[f"lora.{path}.{side}"]) for side in "AB")
         try:
-            return _run_torch(module, batch, exported.inputs)
+            return run_torch(module, batch, exported.inputs)
         finally:
             for linear in linears.values():
                 linear.factors = None
@@ -175,8 +178,11 @@ def verify_adapters(
         runner.close()
 
 
-def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
+def verify_bundle(bundle: Bundle, model: str | Path, examples: Data | None = None) -> list[Verification]:
     """Compares a bundle's model.onnx with the model folder it was made from, decoders step by step too.
+
+    Whole passes are compared on `examples` where they are given, else on random tokens, which are harder for 8 and 4
+    bits than what a model was calibrated on.
 
     Raises `ExportMismatch`: the bundle was made from another model, or computes something else.
     """
@@ -195,10 +201,46 @@ def verify_bundle(bundle: Bundle, model: str | Path) -> list[Verification]:
     adapter = bundled_adapter(bundle.folder, manifest)
     if task_of(module) != manifest.task or module.config.vocab_size != manifest.inputs[0].limit:
         raise ExportMismatch(f"{model} is another kind of model than the one in {bundle.folder}.")
-    found = [verify_onnx(exported, module, adapter=adapter)]
-    if manifest.cache_verification is not None:
+    # Where some rows may differ, a few are too few to tell how many do.
+    shapes = ((64, 16), (64, 33)) if manifest.quantization is not None else SHAPES
+    batches = _examples_of(bundle, examples).measured[:8] if examples is not None else ()
+    inputs = [batch.inputs(manifest.inputs, adapter) for batch in batches] or None
+    found = [verify_onnx(exported, module, inputs=inputs, shapes=shapes, adapter=adapter)]
+    if manifest.cache_verification is not None and manifest.quantization is None:
         found.append(verify_cache(exported, module, adapter=adapter))
     return found
+
+
+def measure_bundle(bundle: Bundle, model: str | Path, examples: Data) -> Accuracy:
+    """Accuracy of the model folder in torch and of the bundle on ONNX Runtime, on the user's examples."""
+    manifest, module = bundle.manifest, merged_module(model)
+    data = _examples_of(bundle, examples)
+    runner = OnnxRuntimeRunner(bundle.model_path)
+    try:
+        return measure(
+            data,
+            manifest.task,
+            lambda batch: run_torch(module, batch, manifest.inputs),
+            runner.run,
+            inputs=manifest.inputs,
+            adapter=bundled_adapter(bundle.folder, manifest),
+        )
+    finally:
+        runner.close()
+
+
+def _examples_of(bundle: Bundle, examples: Data) -> UserData:
+    manifest = bundle.manifest
+    return read_data(
+        examples,
+        bundle.folder,
+        task=manifest.task,
+        num_labels=max(2, len(manifest.labels)),
+        inputs=manifest.inputs,
+        max_tokens=manifest.max_tokens,
+        pad_token_id=manifest.pad_token_id,
+        calibrate=False,
+    )
 
 
 class _StepByStep:
@@ -220,7 +262,8 @@ class _StepByStep:
         return {"logits": np.concatenate(found, axis=1)}
 
 
-def _run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) -> Inputs:
+def run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) -> Inputs:
+    """Logits of a task model for the inputs that are tokens."""
     import torch
 
     device = next(module.parameters()).device

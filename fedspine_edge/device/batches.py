@@ -141,16 +141,7 @@ def pack(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int, max_to
     `position_ids` start anew in every example and `segments` (rows, tokens) numbers the examples of a row from 1, 0 for
     padding. No token is asked to predict the beginning of the next example.
     """
-    rows: list[list[Encoded]] = []
-    free: list[int] = []
-    for example in sorted((encoded[i] for i in indices), key=lambda x: len(x.input_ids), reverse=True):
-        size = len(example.input_ids)
-        row = next((i for i, left in enumerate(free) if left >= size), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(max(max_tokens, size))
-        rows[row].append(example)
-        free[row] -= size
+    rows = _fullest([encoded[i] for i in indices], max_tokens)
     length = max(sum(len(x.input_ids) for x in row) for row in rows)
     batch = {name: np.zeros((len(rows), length), dtype=np.int64) for name in ("position_ids", "segments")}
     batch["input_ids"] = np.full((len(rows), length), pad_id, dtype=np.int64)
@@ -165,6 +156,29 @@ def pack(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int, max_to
             batch["position_ids"][r, where] = np.arange(len(example.input_ids))
             batch["segments"][r, where] = number
     return batch
+
+
+def _fullest(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """The examples in rows of the width that leaves the least padding; one to a row is among the choices."""
+    ordered = sorted(examples, key=lambda x: len(x.input_ids), reverse=True)
+    longest, total = len(ordered[0].input_ids), sum(len(x.input_ids) for x in ordered)
+    widths = {max(longest, -(-total // count)) for count in range(1, len(ordered) + 1)}
+    choices = [_first_fit(ordered, width) for width in sorted(widths) if width <= max(longest, max_tokens)]
+    return min(choices, key=lambda rows: len(rows) * max(sum(len(x.input_ids) for x in row) for row in rows))
+
+
+def _first_fit(ordered: Sequence[Encoded], width: int) -> list[list[Encoded]]:
+    rows: list[list[Encoded]] = []
+    free: list[int] = []
+    for example in ordered:
+        size = len(example.input_ids)
+        row = next((i for i, left in enumerate(free) if left >= size), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(width)
+        rows[row].append(example)
+        free[row] -= size
+    return rows
 
 
 class BatchOrder:

@@ -127,7 +127,7 @@ def project(x: Tensor, small: Tensor, alpha: float) -> Tensor:
     fits = x.device.type == "cpu" and rank <= _CPU_MAX_RANK and x.shape[0] >= _CPU_MIN_TOKENS
     if fits and x.dtype != torch.bfloat16 and native.cpu_isa() in _CPU_ISAS and native.runs(x):
         return native.project(x, small, alpha, x.dtype)
-    return (x @ small).mul_(alpha) if alpha != 1.0 else x @ small
+    return _scaled_product(x, small, alpha)
 
 
 def expand_(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
@@ -138,8 +138,25 @@ def expand_(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
 def gradient(left: Tensor, x: Tensor, alpha: float) -> Tensor:
     """`alpha leftᵀ (r, tokens) x (tokens, n)` → (r, n). MKL is four times slower at its transpose, xᵀ left."""
     if _all_native(x):
-        return native.gradient(left, x, alpha, x.dtype)
-    return (left.t() @ x).mul_(alpha) if alpha != 1.0 else left.t() @ x
+        out = torch.empty(left.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+        return native.gradient_(out, left, x, alpha)
+    return _scaled_product(left.t(), x, alpha)
+
+
+def gradient_transposed(left: Tensor, x: Tensor, alpha: float) -> Tensor:
+    """`alpha xᵀ (n, tokens) left (tokens, r)` → (n, r), contiguous as lora_B is."""
+    if _all_native(x):
+        out = torch.empty(x.shape[1], left.shape[1], dtype=x.dtype, device=x.device)
+        native.gradient_(out.t(), left, x, alpha)
+        return out
+    return _scaled_product(x.t(), left, alpha) if x.is_cuda else gradient(left, x, alpha).t().contiguous()
+
+
+def _scaled_product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    if alpha == 1.0:
+        return a @ b
+    # On a GPU each operator is a launch, of which a small batch has as many as it has work; on a CPU `mul_` is cheaper.
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha) if a.is_cuda else (a @ b).mul_(alpha)
 
 
 def _all_native(x: Tensor) -> bool:
@@ -173,7 +190,7 @@ def _lora_linear_backward(
     grad_low = project(grad, lora_B, scaling)
     if needs_x:
         grad_x = expand_(grad_x, grad_low, lora_A, 1.0).view(x.shape)
-    return grad_x, gradient(grad_low, flat, 1.0), gradient(low, grad, scaling).t().contiguous()
+    return grad_x, gradient(grad_low, flat, 1.0), gradient_transposed(low, grad, scaling)
 
 
 def _fake_lora_linear_backward(

@@ -179,9 +179,8 @@ def project(x: Tensor, small: Tensor, alpha: float, dtype: torch.dtype) -> Tenso
     return out
 
 
-def gradient(left: Tensor, x: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """`alpha leftᵀ (r, m) x (m, n)` → (r, n). CUDA only."""
-    out = torch.empty(left.shape[1], x.shape[1], dtype=dtype, device=x.device)
+def gradient_(out: Tensor, left: Tensor, x: Tensor, alpha: float) -> Tensor:
+    """`out (r, n) = alpha leftᵀ (r, m) x (m, n)`, any strides. CUDA only."""
     _reduction("lowrank_gradient", out, left, x, alpha, depth=x.shape[0])
     return out
 

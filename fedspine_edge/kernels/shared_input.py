@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedspine_edge.kernels import reference
 from fedspine_edge.kernels.checks import decompose, fail
-from fedspine_edge.kernels.lowrank import expand_, gradient, is_frozen, prepare, project
+from fedspine_edge.kernels.lowrank import expand_, gradient, gradient_transposed, is_frozen, prepare, project
 from fedspine_edge.kernels.quantised import QuantisedWeight, dense
 
 
@@ -127,7 +127,7 @@ def _backward_op(
     # Each gradient owns its memory: a view would keep the stack alive with the smallest of them.
     grad_As = [part.clone() for part in gradient(grad_low, flat, 1.0).split([a.shape[0] for a in lora_As])]
     parts = zip(_split(low, lora_Bs), flat_grads)
-    return [grad_x, *grad_As, *(gradient(low_part, grad, scaling).t().contiguous() for low_part, grad in parts)]
+    return [grad_x, *grad_As, *(gradient_transposed(low_part, grad, scaling) for low_part, grad in parts)]
 
 
 def _fake_backward_op(

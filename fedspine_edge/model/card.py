@@ -47,14 +47,20 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
         "    import fedspine_edge",
         '    model = fedspine_edge.load_model("this-folder")',
         "",
-        f"or with transformers' `{_AUTO[manifest.task]}.from_pretrained`."
-        if manifest.standard
-        else "since transformers alone cannot build these widths.",
+        _alone(manifest),
         "",
     ]
     if metrics:
         lines += ["| measured | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+        names = {"num_examples": "test tokens" if manifest.task == "causal_lm" else "test examples"}
+        lines += [f"| {names.get(name, name)} | {value:.6g} |" for name, value in metrics.items()]
     else:
         lines.append("Accuracy and latency were not measured before it was saved.")
     return "\n".join(lines) + "\n"
+
+
+def _alone(manifest: Manifest) -> str:
+    if not manifest.standard:
+        return "since transformers alone cannot build these widths."
+    adapter = "" if manifest.r is None else ", with peft installed: without it transformers leaves the adapter out"
+    return f"or with transformers' `{_AUTO[manifest.task]}.from_pretrained`{adapter}."

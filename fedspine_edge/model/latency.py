@@ -71,5 +71,5 @@ def measure_latency(model: PrunableModel, length_tokens: int, *, repeats: int = 
         for handle in handles:
             handle.remove()
     total, inside = (median(times[i] for times in passes[_WARM_UP:]) * 1e3 for i in (0, 1))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     return Latency(total, inside, f"torch, {where}, one text of {length_tokens} tokens, median of {repeats}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_deploy import tiny_model, write_byte_tokenizer
+from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
 from fedspine_edge.cli.main import main
 
@@ -44,3 +44,28 @@ def test_run_continues_a_text(decoder, capsys):
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert streamed == result["text"] + "\n"
     assert len(result["tokens"]) == 6
+
+
+def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
+    tiny_model("bert").save(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    rows = [f"{'good very ' * (i % 6)}film,{i % 3}" for i in range(64)]
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(["text,label", *rows]))
+    compile_it = ["compile", str(tmp_path / "model"), "--backend", "onnxruntime", "--precision", "int8"]
+    assert main([*compile_it, "--calibrate", str(data)]) == 0
+    said = capsys.readouterr().err
+    assert "calibrating on 32 examples" in said
+    assert "answered alike" in said
+    bundle = str(tmp_path / "model.bundle")
+    assert main(["inspect", bundle]) == 0
+    text = capsys.readouterr().out
+    for words in ("int8, opset 19", "12 linears, 0 left in fp16", "32 examples", "tokens 1–24", "accuracy"):
+        assert words in text
+    assert main(["verify", bundle, "--model", str(tmp_path / "model"), "--data", str(data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"]["num_answers"] == 64
+    assert main(["verify", bundle, "--data", str(data)]) == 2
+    assert "--data needs --model" in capsys.readouterr().err
+    assert main(compile_it) == 2
+    assert "--calibrate" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_tensorrt import FakeDriver
-from tiny_deploy import tiny_model, write_tokenizer
+from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
 from fedspine_edge.deploy.compile import compile_engine
 
@@ -37,6 +37,15 @@ def shared_bundle(model_folder, tmp_path_factory) -> Path:
     """Its bundle for ONNX Runtime; not to be altered."""
     out = tmp_path_factory.mktemp("bundles") / "bert.bundle"
     return compile_engine(model_folder, out, backend="onnxruntime", labels=("bad", "mixed", "good"))
+
+
+@pytest.fixture(scope="session")
+def decoder_bundle(tmp_path_factory) -> Path:
+    """A tiny LLaMA whose layers keep 3 and 2 KV heads, for ONNX Runtime; not to be altered."""
+    folder = tmp_path_factory.mktemp("decoders") / "model"
+    tiny_model("llama", "causal_lm", kv_heads=4).save(folder)
+    write_byte_tokenizer(folder)
+    return compile_engine(folder, backend="onnxruntime")
 
 
 @pytest.fixture

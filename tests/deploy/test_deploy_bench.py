@@ -6,22 +6,12 @@ import json
 import shutil
 
 import pytest
-from tiny_deploy import tiny_model, write_byte_tokenizer
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.deploy import bench
 from fedspine_edge.deploy.bench import Subject, run_benchmark
-from fedspine_edge.deploy.compile import compile_engine
 from fedspine_edge.deploy.power import PowerMeter, PowerSensor
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "model"
-    tiny_model("llama", "causal_lm").save(folder)
-    write_byte_tokenizer(folder)
-    return compile_engine(folder, backend="onnxruntime")
 
 
 def board(root, rails):
@@ -58,11 +48,17 @@ def test_bundles_and_torch_are_timed_in_one_run(shared_bundle, model_folder, tmp
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_decoder_has_a_prompt_and_steps(decoder, tmp_path, monkeypatch):
+def test_a_decoder_has_a_prompt_and_steps(decoder_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SPIN_S", 0.1)
     root = board(tmp_path, {"VDD_IN": (5000, 2000)})
     report = run_benchmark(
-        [Subject(name="a", path=str(decoder))], batches=[2], tokens=6, new_tokens=5, repeats=4, threads=1, sysfs=root
+        [Subject(name="a", path=str(decoder_bundle))],
+        batches=[2],
+        tokens=6,
+        new_tokens=5,
+        repeats=4,
+        threads=1,
+        sysfs=root,
     )
     assert [row.phase for row in report.rows] == ["prompt", "token"]
     assert report.rows[1].tokens_per_s == report.rows[1].sequences_per_s == pytest.approx(2e3 / report.rows[1].mean_ms)
@@ -72,12 +68,12 @@ def test_a_decoder_has_a_prompt_and_steps(decoder, tmp_path, monkeypatch):
     assert 0 < contender.joules_per_turn < 1
 
 
-def test_what_fails_in_a_subject_is_said_with_its_name(shared_bundle, decoder, tmp_path):
+def test_what_fails_in_a_subject_is_said_with_its_name(shared_bundle, decoder_bundle, tmp_path):
     one = Subject(name="one", path=str(shared_bundle))
     with pytest.raises(CheckpointError, match=r"two: .*absent"):
         run_benchmark([one, Subject(name="two", path=str(tmp_path / "absent"))])
     with pytest.raises(ConfigError, match="do not do the same"):
-        run_benchmark([one, Subject(name="two", path=str(decoder))])
+        run_benchmark([one, Subject(name="two", path=str(decoder_bundle))])
     for wrong in ({"repeats": 0}, {"batches": [0]}, {"tokens": 0}):
         with pytest.raises(ConfigError):
             run_benchmark([one], **wrong)

@@ -9,16 +9,8 @@ import re
 import msgspec
 import pytest
 
-from fedspine_edge.deploy.bundle import (
-    EngineInfo,
-    Profile,
-    is_bundle,
-    load_bundle,
-    producer_versions,
-    read_sidecar,
-    seal,
-    staging,
-)
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, is_bundle, load_bundle, producer_versions, read_sidecar
+from fedspine_edge.deploy.publish import seal, staging
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 
 
@@ -115,7 +107,7 @@ def test_a_truncated_sidecar_is_refused(bundle, keep):
 def test_a_sidecar_of_another_format_names_both(bundle):
     values = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps(values | {"format_version": 9, "new_field": 1}))
-    with pytest.raises(CheckpointError, match="format 9; this release reads format 1"):
+    with pytest.raises(CheckpointError, match="format 9; this release reads format 2"):
         load_bundle(bundle)
 
 

@@ -40,6 +40,14 @@ def session(decoder):
         yield session
 
 
+def test_texts_are_generated_in_the_background(session):
+    futures = [session.generate_async(prompt, max_new_tokens=6) for prompt in ("one", "other")]
+    found = [future.result(timeout=30).tokens for future in futures]
+    assert found == [session.generate(prompt, max_new_tokens=6).tokens for prompt in ("one", "other")]
+    with pytest.raises(DataError, match="empty"):
+        session.generate_async("", max_new_tokens=6).result(timeout=30)
+
+
 def torch_greedy(folder, ids, count):
     """Greedy text by full passes in torch, without any cache."""
     module, ids = load_model(folder).merged(), list(ids)

@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_deploy import tiny_model, write_byte_tokenizer
-
-from fedspine_edge.deploy.compile import compile_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,14 +36,6 @@ print(json.dumps({"growth": resident() - before, "resident": before}))
 """
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lasting") / "model"
-    tiny_model("llama", "causal_lm").save(folder)
-    write_byte_tokenizer(folder)
-    return compile_engine(folder, backend="onnxruntime")
-
-
 def growth_bytes(bundle, runs, timeout):
     command = [sys.executable, "-c", LASTING, str(bundle), str(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
@@ -57,16 +46,16 @@ def growth_bytes(bundle, runs, timeout):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])
-def test_memory_does_not_grow_over_2_000_runs(shared_bundle, decoder, kind):
+def test_memory_does_not_grow_over_2_000_runs(shared_bundle, decoder_bundle, kind):
     # A leak of one KiB a run would show as 2,000 KiB.
-    assert growth_bytes(shared_bundle if kind == "classifier" else decoder, 2_000, 100) < 1024 * 1024
+    assert growth_bytes(shared_bundle if kind == "classifier" else decoder_bundle, 2_000, 100) < 1024 * 1024
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])
-def test_memory_does_not_grow_over_100_000_runs(shared_bundle, decoder, kind):
-    assert growth_bytes(shared_bundle if kind == "classifier" else decoder, 100_000, 1100) < 2 * 1024 * 1024
+def test_memory_does_not_grow_over_100_000_runs(shared_bundle, decoder_bundle, kind):
+    assert growth_bytes(shared_bundle if kind == "classifier" else decoder_bundle, 100_000, 1100) < 2 * 1024 * 1024
 
 
 FOOTPRINT = """

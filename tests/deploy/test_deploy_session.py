@@ -14,8 +14,9 @@ import torch
 from tiny_deploy import tiny_model, write_tokenizer
 
 from fedspine_edge.deploy import cuda, trt
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle, seal
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.publish import seal
 from fedspine_edge.deploy.session import Session, compare_latency
 from fedspine_edge.errors import (
     CheckpointError,

@@ -13,6 +13,7 @@ import tiny_lm
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from fedspine_edge.device import memory
 from fedspine_edge.device.memory import estimate, fitting_micro_batch, rank_costs
 from fedspine_edge.kernels.quantised import GROUP_COLUMNS
 from fedspine_edge.model.importance import ImportanceTracker
@@ -89,11 +90,20 @@ def test_nothing_of_the_model_changes(bert):
     assert type(bert.linear("layers.0.q").lora_A) is torch.nn.Parameter
 
 
-@pytest.mark.parametrize("family", list(tiny_lm.CONFIGS))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_language_models_are_rehearsed_too_packed_or_not(family):
     model = tiny_lm.model(family)
     assert peak(model, 8, 32) > peak(model, 4, 32)
     assert peak(model, 8, 8, pack_rows=True) > 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_deep_models_peak_follows_from_two_shallow_ones(recompute):
+    model = tiny_lm.model("llama", layers=9)
+    model.recompute_layers(recompute)
+    batch = memory._batch(model, 4, 16, pack_rows=False)
+    assert memory._rehearsed(model, batch) == memory._peak(model, batch)
+    assert len(model.module.model.layers) == model.module.config.num_hidden_layers == 9
 
 
 def test_costs_by_rank_are_a_straight_line(bert):

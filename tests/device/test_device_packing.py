@@ -55,16 +55,22 @@ def test_a_token_sees_its_own_example_only():
     assert loss_sum(model, batch)[0].item() == before
 
 
-def test_rows_are_filled_but_never_beyond_their_length():
+@pytest.mark.parametrize("max_tokens", [14, 20, 60])
+def test_rows_are_filled_but_never_beyond_their_length(max_tokens):
     encoded = examples(40, seed=3)
-    batch = batches.pack(encoded, range(40), 0, 20)
+    batch, padded = batches.pack(encoded, range(40), 0, max_tokens), batches.collate(encoded, range(40), 0)
     tokens = sum(len(x.input_ids) for x in encoded)
-    assert batch["input_ids"].shape[1] <= 20
+    assert batch["input_ids"].shape[1] <= max_tokens
     assert (batch["segments"] > 0).sum() == tokens
-    assert tokens / batch["input_ids"].size > 0.9
+    assert tokens / batch["input_ids"].size > 0.9 > tokens / padded["input_ids"].size
     starts = batch["position_ids"] == 0
     assert (starts & (batch["segments"] > 0)).sum() == 40
     assert (batch["labels"][starts] == batches.IGNORED).all()
+
+
+def test_examples_of_one_length_gain_nothing_and_lose_nothing():
+    encoded = [batches.Encoded([5] * 10, 0)] * 8
+    assert batches.pack(encoded, range(8), 0, 16)["input_ids"].size == 80
 
 
 def test_a_window_shorter_than_a_row_and_other_tasks_are_not_packed():

@@ -1,5 +1,7 @@
 """A plan says what would go and why, changes nothing, and is carried out as it says; memory can be traded for time."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny_bert
@@ -31,7 +33,15 @@ def test_a_plan_explains_itself_changes_nothing_and_is_carried_out(tiny_folder, 
     assert 0.3 < plan.flops_saved < 0.6
     text = str(plan)
     assert f"{plan.parameters_saved:,} parameters" in text
+    assert "(asked 0.5)" in text
     assert len(text.splitlines()) == 2 + 2
+    found = json.loads(json.dumps(plan.to_dict()))
+    assert found["pruning_ratio"] == {"now": 0.0, "asked": 0.5, "after": plan.pruning_ratio}
+    assert found["latency_ms"] is None
+    for layer, planned in zip(found["layers"], plan.layers):
+        assert layer["heads_removed"] == planned.heads_removed.tolist()
+        assert layer["channel_scores"] == planned.channel_scores.tolist()
+        assert (layer["heads_kept"], layer["channels_kept"]) == (planned.heads_kept, planned.channels_kept)
     tuner.apply(plan)
     assert tuner.model.num_parameters() == size - plan.parameters_saved
     assert tuner.layout.pruning_ratio == plan.pruning_ratio == pytest.approx(0.5, abs=0.05)
@@ -83,3 +93,72 @@ def test_recomputing_layers_trains_the_same_and_keeps_less(tiny_folder, criterio
         np.testing.assert_array_equal(results[True][0][name], value, err_msg=name)
     np.testing.assert_array_equal(results[True][1].channels[1], results[False][1].channels[1])
     assert kept[True] < 0.5 * kept[False]
+
+
+def test_a_measured_latency_is_what_a_plan_predicts_from(tiny_folder):
+    tuner = tuner_of(tiny_folder, criterion="magnitude")
+    with pytest.raises(ConfigError, match="no latency was measured"):
+        tuner.plan(0.5).predicted_latency_ms()
+    with pytest.raises(ConfigError, match="repeats is 0"):
+        tuner.measure_latency(repeats=0)
+    latency = tuner.measure_latency(length_tokens=32, repeats=3)
+    assert 0 < latency.layers_ms < latency.total_ms
+    assert "one text of 32 tokens, median of 3" in latency.conditions
+    plan = tuner.plan(0.5)
+    share = plan.flops_after / plan.flops_before
+    rest = latency.total_ms - latency.layers_ms
+    assert plan.predicted_latency_ms() == pytest.approx(rest + latency.layers_ms * share)
+    assert plan.predicted_latency_ms() > latency.total_ms * share  # embeddings and head do not shrink
+    assert f"latency {latency.total_ms:.1f} ms -> {plan.predicted_latency_ms():.1f} ms predicted" in str(plan)
+    assert plan.to_dict()["latency_ms"]["measured"] == latency.total_ms
+    tuner.apply(plan)
+    with pytest.raises(ConfigError, match="no latency was measured"):  # it was of the wider model
+        tuner.plan(0.6).predicted_latency_ms()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_minimum_widths_stay_at_any_ratio(tiny_folder, scope):
+    tuner = tuner_of(tiny_folder, criterion="magnitude", scope=scope, min_heads=3, min_channels=20)
+    plan = tuner.plan(0.95)
+    assert plan.after.counts == [(3, 24)] * 2  # 20 channels rounded up to a multiple of 8
+    assert "(asked 0.95)" in str(plan)
+    tuner.apply(plan)
+    assert tuner.plan(0.95).after.counts == [(3, 24)] * 2
+    for wrong in ({"min_heads": 5}, {"min_heads": 0}, {"min_channels": 65}, {"round_to": 0}):
+        with pytest.raises(ConfigError):
+            tuner_of(tiny_folder, **wrong)
+
+
+def test_channels_alone_go_where_all_heads_must_stay(tiny_folder, tmp_path):
+    """So that a BERT remains a checkpoint that transformers reads by itself."""
+    from transformers import AutoModelForSequenceClassification
+
+    tuner = tuner_of(tiny_folder, criterion="magnitude", min_heads=4)
+    tuner.fit(tiny_bert.sentences(40), steps=2).prune(0.3, stages=2, steps=1)
+    assert {heads for heads, _ in tuner.layout.counts} == {4}
+    assert tuner.layout.pruning_ratio == pytest.approx(0.3, abs=0.05)
+    alone = AutoModelForSequenceClassification.from_pretrained(tuner.save_merged(tmp_path / "out")).eval()
+    inputs = dict(tuner.tokenizer("a good film", return_tensors="pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(alone(**inputs).logits, tuner.model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_pruning_in_parts_ends_at_the_widths_of_pruning_at_once(tiny_folder, ratio, stages):
+    """The rounding of an early part to whole heads must not take channels that the end would keep."""
+    tuner = tuner_of(tiny_folder, criterion="magnitude")
+    expected = tuner.plan(ratio).after.counts
+    tuner.prune(ratio, tiny_bert.sentences(16), stages=stages, steps=1)
+    assert tuner.layout.counts == expected
+
+
+@pytest.mark.parametrize("metric", ["square", "signed"])
+def test_other_sums_of_the_lora_criterion_rank_otherwise(tiny_folder, metric):
+    scores = []
+    for one in ("abs", metric):
+        tuner = tuner_of(tiny_folder, metric=one).fit(tiny_bert.sentences(40), steps=3)
+        scores.append(tuner.plan(0.5).scores.channels[0])
+        tuner.prune(0.5, stages=1)
+        assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.05)
+    assert (np.argsort(scores[0]) != np.argsort(scores[1])).any()

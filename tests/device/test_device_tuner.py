@@ -104,6 +104,8 @@ def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
         ({"criterion": "luck"}, "luck"),
         ({"scope": "world"}, "world"),
         ({"torch_device": "tpu"}, "tpu"),
+        ({"metric": "mean"}, "metric 'mean' is unknown"),
+        ({"max_length_tokens": 65}, "positions for 64 tokens"),
     ],
 )
 def test_impossible_settings_are_config_errors(tiny_folder, options, told):
@@ -145,3 +147,61 @@ def test_a_language_model_learns_texts_without_labels(tmp_path, tiny_folder):
     after = tuner.evaluate(texts)
     assert after["loss"] < before["loss"]
     assert after["num_examples"] == sum(len(tuner.tokenizer(text)["input_ids"]) - 1 for text in texts)
+
+
+def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_folder, tmp_path):
+    tuner.fit(tiny_bert.sentences(40), steps=4)
+    assert "not measured" in (tuner.save(tmp_path / "out") / "README.md").read_text()
+    tuner.prune(0.5, stages=1)
+    accuracy = tuner.evaluate(tiny_bert.sentences(30, seed=9))["accuracy"]
+    latency = tuner.measure_latency(length_tokens=16, repeats=2)
+    card = (tuner.save(tmp_path / "out") / "README.md").read_text()
+    heads, channels = tuner.layout.counts[0]
+    for said in (
+        f"base model: {tiny_folder.name}, weights with sha256 {tuner.model.spec.base_sha256}",
+        "trained on: 40 examples, 4 steps",
+        f"kept per layer: {heads}/4 heads and {channels}/64 channels",
+        f"removed: {tuner.layout.pruning_ratio:.4f} of the prunable parameters, {tuner.layout.sparsity:.4f} of all",
+        f"| accuracy | {accuracy:.6g} |",
+        "| test examples | 30 |",
+        f"latency in ms (torch, CPU, threads: 1, one text of 16 tokens, median of 2) | {latency.total_ms:.6g} |",
+        "fedspine_edge.load_model",
+        "since transformers alone cannot build these widths",
+    ):
+        assert said in card
+    again = EdgeTuner.from_pretrained(tmp_path / "out", torch_device="cpu").fit(tiny_bert.sentences(60), steps=2)
+    card = (again.save(tmp_path / "again") / "README.md").read_text()
+    assert f"base model: {tiny_folder.name}" in card  # what was known of the base and its training goes along
+    assert "trained on: 60 examples, 6 steps" in card
+    assert "accuracy |" not in card  # what was measured was of the weights before this fit
+
+
+def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folder, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig.from_pretrained(tiny_folder, vocab_size=20)
+    BertModel(config).save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "small" / name).write_bytes((tiny_folder / name).read_bytes())
+    tuner = EdgeTuner.from_pretrained(tmp_path / "small", torch_device="cpu")
+    with pytest.raises(CheckpointError, match=r"(?s)gives token 2\d, the model has embeddings for 20.*copy the right"):
+        tuner.fit(tiny_bert.sentences(40), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"num_labels": 3}, "with 2 labels, not classification with 3"), ({"task": "token_classification"}, "was saved")],
+)
+def test_a_saved_model_is_not_opened_for_another_task(tuner, tmp_path, options, told):
+    folder = tuner.save(tmp_path / "out")
+    with pytest.raises(ConfigError, match=told) as caught:
+        EdgeTuner.from_pretrained(folder, torch_device="cpu", **options)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("label", [2, -1, 7])
+def test_labels_out_of_range_are_found_before_a_step_is_taken(tuner, label):
+    with pytest.raises(DataError, match=f"row 2: label {label} is out of range") as caught:
+        tuner.fit([("good", 1), ("bad", label)], steps=1)
+    assert caught.value.remedy
+    assert tuner._steps_taken == 0

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import tiny_bert
-import torch
 
 from fedspine_edge import EdgeTuner
 from fedspine_edge.errors import ConfigError, MissingDependency
@@ -13,7 +12,7 @@ def tuner_of(folder, **options):
     return EdgeTuner.from_pretrained(folder, r=4, learning_rate=1e-2, torch_device="cpu", **options)
 
 
-@pytest.mark.parametrize("base_dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("base_dtype", ["bfloat16", "int4"])
 def test_a_base_in_fewer_bits_learns_prunes_and_is_read_back(base_dtype, tiny_folder, tmp_path):
     data, test = tiny_bert.sentences(240), tiny_bert.sentences(60, seed=9)
     tuner = tuner_of(tiny_folder, base_dtype=base_dtype)
@@ -73,5 +72,5 @@ def test_without_tensorboard_the_extra_is_named(tiny_folder, tmp_path, monkeypat
 
 
 def test_packing_is_used_for_language_models_only(tiny_folder):
-    assert not tuner_of(tiny_folder)._trainer(tuner_of(tiny_folder)._encoded(tiny_bert.sentences(20)), 1)._pack
-    assert torch.is_grad_enabled()
+    tuner = tuner_of(tiny_folder, pack=True)
+    assert not tuner._trainer(tuner._encoded(tiny_bert.sentences(20)), 1)._pack

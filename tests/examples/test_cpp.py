@@ -1,4 +1,4 @@
-"""examples/cpp: the ONNX Runtime program runs and agrees with Python; the TensorRT one compiles."""
+"""examples/cpp: the ONNX Runtime program agrees with Python; the TensorRT one runs on a stand-in for its libraries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer
 
+from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.deploy.publish import seal
 from fedspine_edge.deploy.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +106,68 @@ def test_wrong_bundles_are_named(program, bundle, tmp_path):
     assert "holds a causal_lm model" in run(program, compile_engine(folder, backend="onnxruntime"), "1\n").stderr
 
 
-def test_the_tensorrt_program_compiles_against_declarations():
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{DECLARATIONS}"]
-    done = subprocess.run([*command, SOURCES / "tensorrt.cpp"], capture_output=True, text=True, timeout=60)
+# --- tensorrt.cpp, on a TensorRT that is not there ---
+
+
+@pytest.fixture(scope="module")
+def on_tensorrt(tmp_path_factory):
+    """run_tensorrt, compiled against declarations and linked with fake_nvinfer.cpp."""
+    program = tmp_path_factory.mktemp("tensorrt") / "run_tensorrt"
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{DECLARATIONS}", "-o", program]
+    sources = [SOURCES / "tensorrt.cpp", ROOT / "tests/support/fake_nvinfer.cpp"]
+    done = subprocess.run([*command, *sources], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.fixture
+def with_engine(bundle, tmp_path):
+    """A copy of the bundle with a plan for SM 87 and TensorRT 10.3.0, or other values."""
+
+    def make(plan=b"plan", **changes):
+        folder = Path(shutil.copytree(bundle, tmp_path / "engine.bundle", dirs_exist_ok=True))
+        profiles = (Profile(batch=(2, 4, 8), tokens=(1, 8, 66)), Profile(tokens=(1, 4, 8)), Profile(tokens=(9, 16, 32)))
+        known = {"backend": "tensorrt", "version": "10.3.0", "compute_capabilities": ("86", "87"), "profiles": profiles}
+        (folder / "engine.plan").write_bytes(plan)
+        seal(folder, msgspec.structs.replace(load_bundle(bundle).manifest, engine=EngineInfo(**(known | changes))))
+        return folder
+
+    return make
+
+
+def test_the_tensorrt_program_sets_shapes_addresses_and_profiles(on_tensorrt, with_engine):
+    rows = [[5, 6, 7], list(range(1, 21)), [9], list(range(1, 10))]
+    done = run(on_tensorrt, with_engine(), "".join(" ".join(map(str, ids)) + "\n" for ids in rows))
+    assert done.returncode == 0, done.stderr
+    found = [[float(value) for value in line.split()] for line in done.stdout.splitlines()]
+    assert found == [[sum(ids), len(ids), 1 if len(ids) <= 8 else 2] for ids in rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": "10.3.1"}, "the engine is of TensorRT 10.3.1, the library's number is 100300"),
+        ({"compute_capabilities": ("110",)}, "was not built for this GPU, SM 87"),
+        ({"backend": "tensorrt_rtx"}, "is for tensorrt_rtx, not TensorRT"),
+    ],
+)
+def test_a_plan_for_another_machine_is_refused_with_the_command(on_tensorrt, with_engine, changes, words):
+    folder = with_engine(**changes)
+    done = run(on_tensorrt, folder, "1 2\n")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert f"fedspine-edge compile {folder} --out {folder}" in done.stderr
+
+
+def test_what_tensorrt_and_cuda_refuse_is_an_error(on_tensorrt, with_engine, bundle, monkeypatch):
+    assert "the bundle has no engine" in run(on_tensorrt, bundle, "1\n").stderr
+    assert "no profile for one sequence of 33 tokens" in run(on_tensorrt, with_engine(), "1 " * 33).stderr
+    damaged = run(on_tensorrt, with_engine(plan=b"something"), "1\n").stderr
+    assert "magic tag" in damaged
+    assert "could not read the plan" in damaged
+    monkeypatch.setenv("FAKE_REFUSE", "1")
+    assert "could not start the engine" in run(on_tensorrt, with_engine(), "1\n").stderr
+    monkeypatch.setenv("FAKE_NO_DEVICE", "1")
+    done = run(on_tensorrt, with_engine(), "1\n")
+    assert done.returncode == 2
+    assert "no CUDA-capable device" in done.stderr

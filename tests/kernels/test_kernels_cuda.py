@@ -57,10 +57,10 @@ def same_bits_in_every_order(cuda: Cuda, function: Callable[[], Tensor]) -> Tens
     results = []
     for seed, late in ORDERS:
         cuda.order(seed, late)
-        results.append(function())
+        results.append(function().contiguous())
     cuda.order(0, False)
     for other in results[1:]:
-        assert torch.equal(results[0].view(torch.uint8), other.view(torch.uint8))
+        assert torch.equal(results[0].view(torch.uint8), other.view(torch.uint8))  # bits: NaN is NaN
     return results[0]
 
 
@@ -154,6 +154,18 @@ def test_groups(cuda: Cuda, dtype: torch.dtype) -> None:
         assert torch.isnan(scores(ascending, 4)).all()
 
 
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 65, 1000, 1025])
+def test_ascending_groups_are_found_whatever_their_sizes(cuda: Cuda, length: int) -> None:
+    case = adapted(length, 1, 1, device=cuda.device)
+    for num_groups in (1, 3, length):
+        drawn = torch.randint(0, num_groups, (length,), generator=torch.Generator().manual_seed(length))
+        group = drawn.sort().values.int().to(cuda.device)
+        options = {"group_of_row": group, "num_groups": num_groups}
+        ours = ops.importance_accumulate(*case.tensors, 1.0, **options)
+        exact = reference.importance_accumulate(*case.double().tensors, 1.0, **options)
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
+
+
 def test_empty_weight_scores_zero(cuda: Cuda) -> None:
     case = adapted(0, 8, 2, dtype=torch.bfloat16, device=cuda.device)
     group = torch.zeros(0, dtype=torch.int32, device=cuda.device)
@@ -199,8 +211,9 @@ def test_low_rank_products(cuda: Cuda, dtype: torch.dtype, tokens: int, width: i
         grown = x.double() + 0.5 * left.double() @ small.double()
         out = same_bits_in_every_order(cuda, lambda factor=factor: native.expand_(x.clone(), left, factor, 0.5))
         torch.testing.assert_close(out.double(), grown, **tolerance)
-    out = same_bits_in_every_order(cuda, lambda: native.gradient(left, x, 0.5, dtype))
-    torch.testing.assert_close(out.double(), 0.5 * left.double().t() @ x.double(), **tolerance)
+    for function in (lowrank.gradient, lambda *of: lowrank.gradient_transposed(*of).t()):
+        out = same_bits_in_every_order(cuda, lambda function=function: function(left, x, 0.5))
+        torch.testing.assert_close(out.double(), 0.5 * left.double().t() @ x.double(), **tolerance)
 
 
 @pytest.mark.parametrize("how", ["transposed", "every second", "offset"])
@@ -212,7 +225,7 @@ def test_low_rank_products_of_strided_input(cuda: Cuda, how: str, dtype: torch.d
     exact = 0.5 * x.double() @ small.double().t()
     torch.testing.assert_close(native.project(xs, smalls.t(), 0.5, dtype).double(), exact, **tolerance)
     exact = 0.5 * left.double().t() @ x.double()
-    torch.testing.assert_close(native.gradient(lefts, xs, 0.5, dtype).double(), exact, **tolerance)
+    torch.testing.assert_close(lowrank.gradient(lefts, xs, 0.5).double(), exact, **tolerance)
     exact = x.double() + 0.5 * left.double() @ small.double()
     torch.testing.assert_close(native.expand_(xs, lefts, smalls, 0.5).double(), exact, **tolerance)
 
@@ -294,7 +307,8 @@ def test_importance_of_anything(cuda: Cuda, data: st.DataObject) -> None:
     options = grouping(length, data.draw(st.integers(1, length)), by_row, cuda.device)
     options["metric"] = data.draw(st.sampled_from(METRICS))
     same_bits_in_every_order(cuda, lambda: ops.importance_accumulate(*case.tensors, 2.0, **options))
-    assert_as_exact_as_eager(case, options)
+    # A few elements whose products cancel: eager torch may be right by luck, so leave room for a random walk.
+    assert_as_exact_as_eager(case, options, spare_ulp=4 + 2 * rank**0.5)
 
 
 dtypes = st.sampled_from(DTYPES)

@@ -29,15 +29,15 @@ def grouping(length: int, num_groups: int, by_row: bool, device: str = "cpu", se
     return {"group_of_row" if by_row else "group_of_col": group, "num_groups": num_groups}
 
 
-def assert_as_exact_as_eager(case: Any, options: dict[str, Any]) -> None:
-    """The op's error against float64 is at most twice eager torch's, with 2 ulp of the sum to spare."""
+def assert_as_exact_as_eager(case: Any, options: dict[str, Any], *, spare_ulp: float = 2.0) -> None:
+    """The op's error against float64 is at most twice eager torch's, with some ulp of the sum to spare."""
     exact = reference.importance_accumulate(*case.double().tensors, case.scaling, **options).double()
     eager = reference.importance_accumulate(*case.tensors, case.scaling, **options).double()
     ours = ops.importance_accumulate(*case.tensors, case.scaling, **options).double()
     # Cancellation in "signed" sums: the scale is the sum of magnitudes, not of signed terms.
     metric = "square" if options.get("metric") == "square" else "abs"
     scale = reference.importance_accumulate(*case.double().tensors, case.scaling, **{**options, "metric": metric})
-    bound = 2 * (eager - exact).abs().max() + 2.4e-7 * scale.double()
+    bound = 2 * (eager - exact).abs().max() + 1.2e-7 * spare_ulp * scale.double()
     assert ((ours - exact).abs() <= bound).all()
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer, read_manifest
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.pruning import plan_local
 
@@ -71,4 +72,9 @@ def test_smollm2_from_gguf_answers_and_prunes_by_kv_group(tmp_path):
         loaded = load_model(model.save(tmp_path / "out"))
         assert torch.equal(loaded(**inputs).logits, expected)
     assert load_tokenizer(tmp_path / "out")("The capital").input_ids == tokenizer("The capital").input_ids
-    loaded.module.generate(**inputs, max_new_tokens=4, do_sample=False)
+    text = loaded.module.generate(**inputs, max_new_tokens=8, do_sample=False)
+    folder = model.save_merged(tmp_path / "merged")
+    assert read_manifest(folder).standard  # one of three KV heads with its three query heads, of head_dim 64
+    alone = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert alone.config.num_key_value_heads < 3
+    assert alone.generate(**inputs, max_new_tokens=8, do_sample=False).tolist() == text.tolist()

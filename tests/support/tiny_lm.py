@@ -37,11 +37,11 @@ CONFIGS = {
 }
 
 
-def model(family: str = "llama", *, task: Any = "causal_lm", seed: int = 0) -> PrunableModel:
+def model(family: str = "llama", *, task: Any = "causal_lm", layers: int = 2, seed: int = 0) -> PrunableModel:
     """With adapters whose B is not zero, without dropout."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
-    config.use_cache = False
+    config.use_cache, config.num_hidden_layers = False, layers
     auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     made = PrunableModel.from_module(auto.from_config(config).eval(), task=task)
     made.attach_lora(3, 0.5, seed)

@@ -112,6 +112,14 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulated::shuffle(value, emulated::lane() ^ mask);
 }
 
+inline unsigned __ballot_sync(unsigned, bool bit) {
+  unsigned bits = bit ? 1u << emulated::lane() : 0u;
+  for (int offset = 16; offset > 0; offset /= 2) bits |= __shfl_xor_sync(0xffffffffu, bits, offset);
+  return bits;
+}
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
 inline float __int_as_float(int bits) {
   float value;
   std::memcpy(&value, &bits, 4);

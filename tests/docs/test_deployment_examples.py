@@ -1,0 +1,41 @@
+"""The Python of docs/deployment.md, executed in order, and its links."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
+
+from fedspine_edge.deploy.compile import compile_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_examples_run(tmp_path):
+    tiny_model("bert").save(tmp_path / "out")
+    write_tokenizer(tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "other-adapter")
+    tiny_model("llama", "causal_lm").save(tmp_path / "decoder")
+    write_byte_tokenizer(tmp_path / "decoder")
+    compile_engine(tmp_path / "decoder", backend="onnxruntime")
+    rows = [f"good film {'very ' * (i % 7)}board,{i % 3}" for i in range(60)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 5
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "Prediction(" in done.stdout
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", PAGE)
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
