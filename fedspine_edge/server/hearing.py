@@ -101,8 +101,9 @@ class Hearing:
             self._journal.set_meta(**{f"{REPORTED}{report.device_id}": "yes"})
         if self.collector is not None:
             self._answer(self.collector.report(report))
-        else:
+        elif not self._journal.is_open(report.device_id, report.plan_sha256):
             self._answer(answer_old(self._journal, self._run_id, report))
+        # else a server that starts again is about to take its round up: the device repeats the report
 
     def _answer(self, ack: Ack | None) -> None:
         if ack is not None:

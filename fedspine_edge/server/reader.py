@@ -143,6 +143,17 @@ class JournalReader:
             is not None
         )
 
+    def is_open(self, device_id: str, plan_sha256: str) -> bool:
+        """Whether the round of this plan has not ended."""
+        return (
+            self._db.execute(
+                "SELECT 1 FROM plans JOIN rounds USING (number, attempt) "
+                "WHERE device_id = ? AND plan_sha256 = ? AND ended_wall_s IS NULL",
+                (device_id, plan_sha256),
+            ).fetchone()
+            is not None
+        )
+
     def reports(self, server_round: int, attempt: int) -> list[ReportRow]:
         """Answers of a round, by device id."""
         rows = self._db.execute(

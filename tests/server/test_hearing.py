@@ -1,0 +1,45 @@
+"""What the server answers between rounds, and before a server that starts again has taken its round up."""
+
+from __future__ import annotations
+
+import msgspec
+from test_journal import close_first, open_first, report_row
+from test_post import TOPICS, connected
+
+from fedspine_edge.server.hearing import Hearing
+from fedspine_edge.server.journal import Journal
+from fedspine_edge.server.members import Members
+from fedspine_edge.transport.base import Incoming
+from fedspine_edge.transport.memory import MemoryBroker, MemoryTransport
+from fedspine_edge.wire import codec
+from fedspine_edge.wire.messages import Ack, Report
+
+
+def acks_after_a_report(journal: Journal) -> list[str]:
+    """The statuses that d0 hears when its report arrives while no round is being collected."""
+    broker = MemoryBroker()
+    device = MemoryTransport(broker, "d0")
+    device.connect(timeout_s=1.0)
+    device.subscribe(TOPICS.ack("d0"))
+    post = connected(broker)
+    hearing = Hearing(
+        post, TOPICS, journal, Members(), run_id="r", retry_s=0.1, wall=lambda: 1.0, tell=lambda name, data: None
+    )
+    report = msgspec.json.decode(report_row().report, type=Report)
+    device.publish(TOPICS.report("d0"), codec.encode(report))
+    hearing.wait(0.1)
+    events = iter(lambda: device.receive(timeout_s=0.05), None)
+    return [codec.decode(event.payload, Ack).status for event in events if isinstance(event, Incoming)]
+
+
+def test_a_report_to_a_round_that_is_open_waits_until_it_is_taken_up_again(tmp_path):
+    with Journal.open(tmp_path / "j") as journal:
+        open_first(journal)
+        assert acks_after_a_report(journal) == []  # "late" would make the device give its work up
+
+
+def test_a_report_to_a_round_that_ended_is_late(tmp_path):
+    with Journal.open(tmp_path / "j") as journal:
+        open_first(journal)
+        close_first(journal)
+        assert acks_after_a_report(journal) == ["late"]
