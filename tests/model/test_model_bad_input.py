@@ -20,22 +20,6 @@ from fedspine_edge.model.peft_format import load_adapter
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A plain folder with a tiny BERT encoder."""
-    folder = tmp_path / "base"
-    tiny.module("bert").bert.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def saved(base, tmp_path):
-    model = load_base(base, num_labels=3)
-    model.attach_lora(3, 2.0, 0)
-    model.compact(tiny.random_layout(model, 1))
-    return model.save(tmp_path / "saved")
-
-
 def refused(match, call, folder, *args, error=CheckpointError, **kwargs):
     """`call(folder)` fails as it should and leaves every file as it was."""
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.is_dir() else {}

@@ -12,22 +12,6 @@ from fedspine_edge.errors import CheckpointError, UnknownArchitecture
 from fedspine_edge.model.checkpoint import base_digest, load_base, load_model, read_manifest
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A plain folder with a tiny BERT encoder: no head, as a pretrained model has none."""
-    folder = tmp_path / "base"
-    tiny.module("bert").bert.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def saved(base, tmp_path):
-    model = load_base(base, num_labels=3)
-    model.attach_lora(3, 2.0, 0)
-    model.compact(tiny.random_layout(model, 1))
-    return model.save(tmp_path / "saved")
-
-
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
