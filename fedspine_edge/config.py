@@ -153,6 +153,9 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
         _doc("`layer`: equal widths; `global`: layers compete, which needs layout `local`."),
     ] = "layer"
     round_to: Annotated[int, _doc("Kept channel counts are multiples of this.", ge=1)] = 8
+    download_dtype: Annotated[
+        Literal["float32", "float16"], _doc("Precision of the fleet's adapter and head on their way to the devices.")
+    ] = "float16"
     min_devices: Annotated[int, _doc("Devices that must be online before round 1 starts.", ge=1)] = 1
     join_timeout_s: Annotated[float, _doc("How long to wait for min_devices.", gt=0)] = 600.0
     deadline_s: Annotated[float, _doc("Wall-clock limit of one round; all other timeouts derive from it.", gt=0)] = (

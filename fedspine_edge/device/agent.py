@@ -20,13 +20,14 @@ from fedspine_edge.device.data import load_examples, split
 from fedspine_edge.device.failure import failure_report
 from fedspine_edge.device.fetch import Fetch
 from fedspine_edge.device.outbox import Outbox
-from fedspine_edge.device.round import ROUND, LocalRound
+from fedspine_edge.device.round import ROUND, LocalRound, order_of
 from fedspine_edge.device.source import ModelSource, choose_torch_device
 from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
 from fedspine_edge.device.status import status_of
 from fedspine_edge.device.telemetry import Meter, PeakMemory
 from fedspine_edge.errors import BlobError, MessageError, TransportError
+from fedspine_edge.model.bands import join
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Incoming, Transport, Will
@@ -222,7 +223,7 @@ class FleetDevice:
         self._retry_s = min(15.0, max(1.0, plan.deadline_s * RETRY_SHARE))
         self._meter = Meter.of(config, plan.server_round, self._clock)
         log.info("round %d of %d: p=%.3f, r=%d", plan.server_round, plan.num_rounds, plan.pruning_ratio, plan.r)
-        if plan.adapter is not None:
+        if plan.adapter:
             self._fetch.begin(plan.adapter)
             self._ask()
         self._proceed(plan)
@@ -233,13 +234,14 @@ class FleetDevice:
             self._proceed(self._plan)
 
     def _proceed(self, plan: Plan) -> None:
-        """Train as soon as the blob is complete."""
+        """Train as soon as all of the adapter that this device needs is here."""
         if self._fetch.pending:
             return
         tensors: Tensors | None = {}
-        if plan.adapter is not None:
+        if plan.adapter:
             try:
-                tensors = self._fetch.take()
+                bands = self._fetch.take()
+                tensors = None if bands is None else self._joined(plan, bands)
             except BlobError as error:
                 self._fetch.discard()
                 self._conclude(self._failure(plan, error), None)
@@ -247,6 +249,17 @@ class FleetDevice:
         if tensors is not None:
             self._retry_at = None
             self._train_round(plan, tensors)
+
+    def _joined(self, plan: Plan, bands: list[Tensors]) -> Tensors:
+        """The adapter of `bands`. Raises `BlobError` when it lacks what this device keeps."""
+        tensors, held = join(bands, self._spec)
+        order = order_of(tensors, self._spec) if plan.layout == "consensus" else None
+        if not self._record.standing.starts_at(order).is_within(held):
+            raise BlobError(
+                "the round's adapter was cut for devices that have pruned more than this one.",
+                remedy="The server sends more once it has heard this device's status; no action is needed.",
+            )
+        return tensors
 
     def _ask(self) -> None:
         self._retry_at = self._clock.now() + self._retry_s

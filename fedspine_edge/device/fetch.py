@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedspine_edge.device.state import Tensors
@@ -20,11 +21,11 @@ WINDOW = 16
 """Chunk topics subscribed to at a time: below the in-flight limit of every broker's default."""
 
 MAX_ATTEMPTS = 3
-"""Times a blob whose hash is wrong is fetched anew before that is an error."""
+"""Wrong hashes of a round's blobs, which are then fetched anew, before that is an error."""
 
 
 class Fetch:
-    """One blob of the fleet at a time.
+    """The blobs of one round at a time.
 
     Args:
         transport: Connected when chunks are asked for.
@@ -36,22 +37,23 @@ class Fetch:
         self._transport = transport
         self._topics = topics
         self._folder = folder
-        self._download: Download | None = None
+        self._downloads: dict[str, Download] = {}
         self._attempts = 0
-        self._window: set[int] = set()
+        self._window: set[tuple[str, int]] = set()
         self._asked: tuple[str, ...] = ()
 
     @property
     def pending(self) -> bool:
         """Whether chunks are still missing."""
-        return self._download is not None and not self._download.complete
+        return not all(download.complete for download in self._downloads.values())
 
-    def begin(self, ref: BlobRef) -> None:
-        """Turn to another blob; the chunks of any other on the disk are deleted. Raises `BlobError`."""
+    def begin(self, refs: Sequence[BlobRef]) -> None:
+        """Turn to other blobs; the chunks of any other on the disk are deleted. Raises `BlobError`."""
+        wanted = tuple(ref.sha256 for ref in refs)
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if not path.name.startswith(ref.sha256):
+            if not path.name.startswith(wanted):
                 shutil.rmtree(path, ignore_errors=True)
-        self._download, self._attempts = Download(ref, self._folder), 0
+        self._downloads, self._attempts = {ref.sha256: Download(ref, self._folder) for ref in refs}, 0
 
     def ask(self) -> None:
         """Subscribe to the next window of chunks and to nothing else; what is retained is delivered at once.
@@ -68,54 +70,57 @@ class Fetch:
     def _ask(self) -> None:
         if self._asked:
             self._transport.unsubscribe(*self._asked)
-        download = self._download
-        self._window = set() if download is None else set(download.missing(WINDOW))
-        self._asked = tuple(
-            self._topics.blob(download.ref.sha256, index) for index in sorted(self._window) if download is not None
-        )
+        window: list[tuple[str, int]] = []
+        for sha256, download in self._downloads.items():
+            window += ((sha256, index) for index in download.missing(WINDOW - len(window)))
+        self._window = set(window)
+        self._asked = tuple(self._topics.blob(sha256, index) for sha256, index in window)
         if self._asked:
             self._transport.subscribe(*self._asked)
 
     def feed(self, sha256: str, index: int, payload: bytes) -> bool:
-        """Take a chunk; True when it is one of this blob's. After the last of a window the next is asked for."""
-        if self._download is None or sha256 != self._download.ref.sha256:
+        """Take a chunk; True when it is one that was wanted. After the last of a window the next is asked for."""
+        download = self._downloads.get(sha256)
+        if download is None:
             return False
         try:
-            self._download.feed(index, payload)
+            download.feed(index, payload)
         except BlobError as error:
             log.warning("ignored a chunk: %s", error.message)
             return False
-        self._window.discard(index)
+        self._window.discard((sha256, index))
         if not self._window:
             self.ask()
         return True
 
-    def take(self) -> Tensors | None:
-        """The blob's tensors; None after a wrong hash, when it is fetched anew.
+    def take(self) -> list[Tensors] | None:
+        """The tensors of every blob; None after a wrong hash, when that blob is fetched anew.
 
-        Raises `BlobError` when it was wrong `MAX_ATTEMPTS` times, or right but not a round's adapter.
+        Raises `BlobError` when a hash was wrong `MAX_ATTEMPTS` times, or right for what is no part of a round.
         """
-        assert self._download is not None  # begin comes first
-        try:
-            data = self._download.data()
-        except BlobError as error:
-            self._attempts += 1
-            if self._attempts >= MAX_ATTEMPTS:
-                raise
-            log.warning("%s", error.message)
-            self.ask()
-            return None
-        tensors = unpack(data)
-        check_tensors(tensors, "round")
-        return tensors
+        found = []
+        for download in self._downloads.values():
+            try:
+                data = download.data()
+            except BlobError as error:
+                self._attempts += 1
+                if self._attempts >= MAX_ATTEMPTS:
+                    raise
+                log.warning("%s", error.message)
+                self.ask()
+                return None
+            tensors = unpack(data)
+            check_tensors(tensors, "round")
+            found.append(tensors)
+        return found
 
     def stop(self) -> None:
-        """Forget the blob; its chunks stay on the disk for a restart."""
-        self._download = None
+        """Forget the blobs; their chunks stay on the disk for a restart."""
+        self._downloads = {}
         self.ask()
 
     def discard(self) -> None:
-        """Forget the blob and delete its chunks."""
-        if self._download is not None:
-            self._download.discard()
+        """Forget the blobs and delete their chunks."""
+        for download in self._downloads.values():
+            download.discard()
         self.stop()

@@ -163,14 +163,9 @@ class LocalRound:
 
     def _begin(self) -> Trainer:
         standing = self._standing
-        layout = standing.layout
-        if self._plan.layout == "consensus" and self._order is not None:
-            # The base is frozen and the adapter comes from the fleet, so a device whose earlier prune step the
-            # fleet never heard of can return to the common order; what it lacks is read from the base again.
-            layout = Layout.prefix(layout.spec, self._order, layout.counts)
+        layout = standing.starts_at(self._order if self._plan.layout == "consensus" else None)
         self._info = {"pruning_ratio": standing.pruning_ratio}
-        if self._plan.adapter is not None:
-            self._meter.transfer(down_bytes=self._plan.adapter.size_bytes)
+        self._meter.transfer(down_bytes=sum(ref.size_bytes for ref in self._plan.adapter))
         trainer = self._trainer(layout)
         if standing.importance is not None and layout.to_dict() == standing.layout.to_dict():
             _tracker_of(trainer).load_state_dict(standing.importance)
@@ -337,7 +332,7 @@ def global_adapter(
 ) -> dict[str, npt.NDArray[Any]]:
     """The adapter and head that every device of the fleet starts the round from, in full coordinates."""
     state = {name: value for name, value in blob.items() if name.startswith(("layers.", "head."))}
-    if plan.adapter is None:
+    if not plan.adapter:
         for name in module_names(spec):
             out_features, in_features = full_shape(spec, split_name(name)[1])
             state[f"{name}.lora_A"] = kaiming_uniform(plan.seed, name, plan.r, in_features)

@@ -17,7 +17,7 @@ from fedspine_edge.device.state import (
     unprefixed,
 )
 from fedspine_edge.errors import LayoutError
-from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.layout import Layout, Order
 from fedspine_edge.wire.messages import ModelSpec, Report
 
 DEVICE = "device"
@@ -32,6 +32,15 @@ class Standing:
     """What the plans so far asked for; the layout fulfils it within one group."""
     importance: Tensors | None = None
     """The tracker's state, aligned with `layout`; None before the first round."""
+
+    def starts_at(self, order: Order | None) -> Layout:
+        """The layout that the next round starts from, given the fleet's order, if there is one.
+
+        The base is frozen and the adapter comes from the fleet, so a device whose earlier prune step the fleet never
+        heard of can return to the common order; what it lacks is read from the base again.
+        """
+        layout = self.layout
+        return layout if order is None else Layout.prefix(layout.spec, order, layout.counts)
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,15 @@ def intersection(layouts: Sequence[Layout]) -> Layout:
     return Layout(layouts[0].spec, common([x.heads for x in layouts]), common([x.channels for x in layouts]))
 
 
+def union(layouts: Sequence[Layout]) -> Layout:
+    """What any of `layouts` keeps."""
+
+    def either(per_device: Sequence[Sequence[Indices]]) -> tuple[Indices, ...]:
+        return tuple(np.unique(np.concatenate(layer)) for layer in zip(*per_device))
+
+    return Layout(layouts[0].spec, either([x.heads for x in layouts]), either([x.channels for x in layouts]))
+
+
 def keep_positions(kept: Indices, wanted: Indices) -> Indices:
     """Positions within `kept` of the elements of `wanted`. Raises `LayoutError` if one was already removed."""
     positions = np.searchsorted(kept, wanted)

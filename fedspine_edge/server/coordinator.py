@@ -23,6 +23,7 @@ from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.server import ending
+from fedspine_edge.server.bands import packed
 from fedspine_edge.server.collector import Collector
 from fedspine_edge.server.context import RoundContext
 from fedspine_edge.server.final import RunResult, write_final
@@ -121,7 +122,8 @@ class FleetServer:
             self._repeat_round(collector, reports)
         else:
             self._commit_round(context, collector, reports)
-        self._clear_blobs()
+        if self._state.server_round > collector.server_round:  # a repeated round may send the same again
+            self._clear_blobs()
 
     def _wait_for_devices(self) -> None:
         """Until enough devices are online. Raises `ConfigError` at the join timeout."""
@@ -144,10 +146,21 @@ class FleetServer:
         infos = [device_info(members[i].status, i in reported, ranks) for i in members.online()]
         assignments = self._strategy.assign(infos, self._state.server_round)
         blob = self._round_blob()
-        plans = [self._plan(i, assignment, blob) for i, assignment in sorted(assignments.items())]
+        tensors = codec.unpack(self._blobs.get(blob.sha256))
+        bands = [
+            ref_of(self._blobs.get(self._blobs.put(data)))
+            for data in packed(tensors, assignments, self._journal.layouts(spec), config=config, spec=spec)
+        ]
+        plans = [self._plan(i, assignment, bands) for i, assignment in sorted(assignments.items())]
         self._state = replace(self._state, strategy=self._strategy.to_dict(), blob=_json(blob), open=True)
         self._journal.open_round(
-            self._state, plans, blob=blob, wall_s=self._wall(), spec=_json(spec), num_labels=str(members.num_labels)
+            self._state,
+            plans,
+            blob=blob,
+            published=bands,
+            wall_s=self._wall(),
+            spec=_json(spec),
+            num_labels=str(members.num_labels),
         )
         logger.info("round %d of %d: %d devices", self._state.server_round, config.num_rounds, len(plans))
         self._tell("round_opened", {"server_round": self._state.server_round, "devices": sorted(assignments)})
@@ -280,23 +293,23 @@ class FleetServer:
 
     # Parts of a round
 
-    def _plan(self, device_id: str, assignment: Assignment, blob: BlobRef) -> PlanRow:
-        payload = round_plan(self.config, self._run_id, self._state, device_id, assignment, blob)
+    def _plan(self, device_id: str, assignment: Assignment, bands: list[BlobRef]) -> PlanRow:
+        payload = round_plan(self.config, self._run_id, self._state, device_id, assignment, bands)
         return PlanRow(device_id, payload, codec.digest(payload), assignment.u, self._strategy.explain(device_id))
 
     def _announce(self, collector: Collector) -> None:
         """Publish the round: chunks, plans, and `wait` for whoever is away, else it would take up an older plan."""
-        number, ref = collector.server_round, self._blob_ref()
+        number = collector.server_round
         plans = {row.device_id: row.payload for row in self._journal.plans(number, collector.attempt)}
         away = [device_id for device_id in self._members.offline() if device_id not in plans]
         waiting = {i: idle_plan(self.config, self._run_id, number, i, "wait") for i in away}
-        self._post.announce({**plans, **waiting}, (ref, self._blobs.get(ref.sha256)))
+        refs = {ref.sha256: ref for plan in collector.plans.values() for ref in plan.adapter}
+        self._post.announce({**plans, **waiting}, [(ref, self._blobs.get(ref.sha256)) for ref in refs.values()])
 
     def _clear_blobs(self) -> None:
-        """Remove chunks from the broker that the next round does not need."""
-        needed = "" if self._state.server_round > self.config.num_rounds else self._blob_ref().sha256
+        """Remove the chunks of rounds that are over from the broker."""
         for ref in self._journal.published():
-            if ref.sha256 != needed and self._post.clear(ref):
+            if self._post.clear(ref):
                 self._journal.forget_published(ref.sha256)
 
     def _round_blob(self) -> BlobRef:

@@ -86,10 +86,12 @@ class Journal(JournalReader):
         plans: Sequence[PlanRow],
         *,
         blob: BlobRef,
+        published: Sequence[BlobRef],
         wall_s: float,
         **meta: str,
     ) -> None:
-        """Begin the round of `state`: its plans, and the strategy's state after making them."""
+        """Begin the round of `state`, which starts from `blob`: its plans, the blobs that will be at the broker, and
+        the strategy's state after making them."""
         key = (state.server_round, state.attempt)
         with self._transaction():
             self._set_meta({"state": _state_text(replace(state, open=True)), **meta})
@@ -101,7 +103,9 @@ class Journal(JournalReader):
                 "INSERT INTO plans (number, attempt, device_id, plan, plan_sha256, u, explain) VALUES (?,?,?,?,?,?,?)",
                 [(*key, p.device_id, p.payload, p.sha256, p.u, json.dumps(p.explain)) for p in plans],
             )
-            self._db.execute("INSERT OR IGNORE INTO published VALUES (?, ?)", (blob.sha256, _text(blob)))
+            self._db.executemany(
+                "INSERT OR IGNORE INTO published VALUES (?, ?)", [(ref.sha256, _text(ref)) for ref in published]
+            )
 
     def put_report(self, server_round: int, attempt: int, row: ReportRow, *, wall_s: float) -> None:
         """Keep the final answer to a plan, before it is acknowledged. A second one for the same plan is ignored."""

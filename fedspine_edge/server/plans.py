@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fedspine_edge.config import FleetConfig
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.server.bands import needed
 from fedspine_edge.server.schema import RunState
 from fedspine_edge.strategies import Assignment, DeviceInfo
 from fedspine_edge.wire import codec
@@ -30,16 +30,19 @@ def device_info(status: Status, reported: bool, ranks: Sequence[int]) -> DeviceI
 
 
 def round_plan(
-    config: FleetConfig, run_id: str, state: RunState, device_id: str, assignment: Assignment, blob: BlobRef
+    config: FleetConfig,
+    run_id: str,
+    state: RunState,
+    device_id: str,
+    assignment: Assignment,
+    bands: Sequence[BlobRef],
 ) -> bytes:
-    """The encoded plan of one device for the round of `state`.
+    """The encoded plan of one device for the round of `state`, whose adapter is in `bands`.
 
     The learning rate's cosine runs over all rounds as configured, so a round's place on it depends on its number
-    alone. Raises `ConfigError` for a rank that the round's blob does not hold.
+    alone. Raises `ConfigError` for a rank that the adapter does not have.
     """
     training = config.training
-    if assignment.r > max(config.ranks):
-        raise ConfigError(f"the strategy assigned rank {assignment.r}; the largest of ranks is {max(config.ranks)}.")
     steps = training.tau + training.recovery_steps
     plan = Plan(
         run_id=run_id,
@@ -59,7 +62,7 @@ def round_plan(
         round_to=config.round_to,
         deadline_s=config.deadline_s,
         seed=config.seed,
-        adapter=blob,
+        adapter=needed(bands, config, assignment.r),
         training=Training(
             learning_rate=training.learning_rate,
             batch_size=training.batch_size,

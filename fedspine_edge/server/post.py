@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedspine_edge.errors import BrokerUnreachable, TransportError
 from fedspine_edge.transport.base import Connected, Event, Transport
@@ -27,7 +27,7 @@ class Post:
         self._transport = transport
         self._topics = topics
         self._plans: dict[str, bytes] = {}
-        self._blob: tuple[BlobRef, bytes] | None = None
+        self._blobs: Sequence[tuple[BlobRef, bytes]] = ()
         self._open = False
         self.connected = False
         """Whether the broker has said so since `open`."""
@@ -60,15 +60,14 @@ class Post:
             self._restate()
         return event
 
-    def announce(self, plans: Mapping[str, bytes], blob: tuple[BlobRef, bytes] | None = None) -> None:
-        """Publish the blob's chunks, then the plans by device id, and keep them published; replaces the last call."""
-        self._plans, self._blob = dict(plans), blob
+    def announce(self, plans: Mapping[str, bytes], blobs: Sequence[tuple[BlobRef, bytes]] = ()) -> None:
+        """Publish the blobs' chunks, then the plans by device id, and keep them published; replaces the last call."""
+        self._plans, self._blobs = dict(plans), blobs
         self._restate()
 
     def clear(self, ref: BlobRef) -> bool:
         """Remove the blob's chunks from the broker; False when not all could be."""
-        if self._blob is not None and self._blob[0].sha256 == ref.sha256:
-            self._blob = None
+        self._blobs = [blob for blob in self._blobs if blob[0].sha256 != ref.sha256]
         return all(self._publish(self._topics.blob(ref.sha256, i), b"", retain=True) for i in range(ref.num_chunks))
 
     def acknowledge(self, ack: Ack) -> None:
@@ -77,8 +76,7 @@ class Post:
 
     def _restate(self) -> None:
         self.behind = False
-        if self._blob is not None:
-            ref, data = self._blob
+        for ref, data in self._blobs:
             for index in range(ref.num_chunks):
                 self._publish(self._topics.blob(ref.sha256, index), chunk(ref, data, index), retain=True)
         for device_id, payload in self._plans.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -89,8 +90,10 @@ def round_cost_s(
         round_to=fleet.round_to,
         holdout=device.data.holdout,
     )
-    down_bytes = 4 * max(fleet.ranks) * factor_elements(Layout.full(spec))
-    meter.transfer(down_bytes=down_bytes, up_bytes=2 * r * factor_elements(layout))
+    meter.transfer(
+        down_bytes=2 * band_end(fleet.ranks, r) * factor_elements(costed(spec, before, fleet.round_to)),
+        up_bytes=2 * r * factor_elements(layout),
+    )
     return meter.completion_s()
 
 
@@ -107,7 +110,7 @@ def work(
     holdout: int,
 ) -> Layout:
     """Tell `meter` the passes of a round, as a real device would; returns the layout after pruning."""
-    before, after = (_costed(spec, ratio, round_to) for ratio in ratios)
+    before, after = (costed(spec, ratio, round_to) for ratio in ratios)
     for layout in (before, after):
         evaluation = _flops(spec, layout.counts[0], r, min(_EVALUATION_BATCH, holdout), tokens)
         for _ in range(math.ceil(holdout / _EVALUATION_BATCH)):
@@ -119,12 +122,17 @@ def work(
     return after
 
 
+def band_end(ranks: Sequence[int], r: int) -> int:
+    """How many components a device of rank `r` fetches: those of the bands of model/bands.py up to it."""
+    return min(end for end in ranks if end >= r)
+
+
 def factor_elements(layout: Layout) -> int:
     """Elements of A and B at rank 1."""
     return _factor_elements(layout.spec, *layout.counts[0])
 
 
-def _costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
+def costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
     """A layout of `spec` at `ratio`; which groups it keeps costs the same."""
     return _layout(spec, *target_counts(spec, ratio, round_to=round_to))
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from fedspine_edge.config import DeviceConfig
 from fedspine_edge.device.round import order_of
 from fedspine_edge.device.telemetry import Meter, conditions
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.bands import Tensors, join
 from fedspine_edge.model.layout import Layout, module_names, target_counts
-from fedspine_edge.simulation.costs import MINILM, SMALL, factor_elements, work
+from fedspine_edge.simulation.costs import MINILM, SMALL, costed, factor_elements, work
 from fedspine_edge.simulation.network import VirtualTransport
 from fedspine_edge.simulation.runview import read_run
 from fedspine_edge.transport.base import Connected, Event, Will
@@ -122,13 +123,21 @@ class Shared:
     spec: ModelSpec = SMALL
     cost_spec: ModelSpec = MINILM
     tokens: int = 32
-    blob: tuple[str, dict[str, Any]] = ("", {})
+    joined: dict[tuple[str, ...], tuple[Tensors, Layout]] = field(default_factory=dict)
+    """The adapters of one round and what they hold, by the blobs that they are made of."""
 
-    def tensors(self, download: Download) -> dict[str, Any]:
-        """The round's blob, decoded once for all devices."""
-        if self.blob[0] != download.ref.sha256:
-            self.blob = (download.ref.sha256, codec.unpack(download.data()))
-        return self.blob[1]
+    def adapter(self, downloads: Mapping[str, Download]) -> tuple[Tensors, Layout]:
+        """The round's adapter and what it holds, decoded once for all devices of one rank."""
+        key = tuple(downloads)
+        if key not in self.joined:
+            if any(other[0] != key[0] for other in self.joined):
+                self.joined.clear()
+            self.joined[key] = join([codec.unpack(one.data()) for one in downloads.values()], self.spec)
+        return self.joined[key]
+
+    def modelled_down(self, r: int, held: Layout, round_to: int) -> int:
+        """Bytes of `r` components in half precision for the model that is paid for, cut to as much as `held` is."""
+        return 2 * r * factor_elements(costed(self.cost_spec, held.pruning_ratio, round_to))
 
 
 class RecordedDevice:
@@ -147,7 +156,7 @@ class RecordedDevice:
         self._topics = Topics(config.fleet)
         self._layout, self._ratio = Layout.full(shared.spec), 0.0
         self._plan: tuple[Plan, str] | None = None
-        self._download: Download | None = None
+        self._downloads: dict[str, Download] = {}
         self._report: Report | None = None
         self._chunks: list[bytes] = []
         self._retry_s = 15.0
@@ -170,11 +179,11 @@ class RecordedDevice:
             return
         topic = self._topics.parse(event.topic)
         if isinstance(topic, BlobTopic):
-            download = self._download
-            if event.payload and download is not None and topic.sha256 == download.ref.sha256:
+            download = self._downloads.get(topic.sha256)
+            if event.payload and download is not None:
                 download.feed(topic.index, event.payload)
-                if download.complete:
-                    self._take_part(download)
+                if all(one.complete for one in self._downloads.values()):
+                    self._take_part()
         elif isinstance(topic, DeviceTopic) and event.payload and topic.kind == "plan":
             self._on_plan(event.payload)
         elif isinstance(topic, DeviceTopic) and event.payload and topic.kind == "ack":
@@ -193,22 +202,21 @@ class RecordedDevice:
             return
         plan = codec.decode(payload, Plan)
         self._retry_at = None
-        if plan.action != "round" or plan.adapter is None:
+        if plan.action != "round":
             return
         self._plan = (plan, sha256)
         self._retry_s = min(15.0, max(1.0, plan.deadline_s * _RETRY_SHARE))
-        self._download = Download(plan.adapter)
+        self._downloads = {ref.sha256: Download(ref) for ref in plan.adapter}
         self._transport.subscribe(*self._chunk_topics(plan))
 
     def _chunk_topics(self, plan: Plan) -> list[str]:
-        ref = plan.adapter
-        return [] if ref is None else [self._topics.blob(ref.sha256, index) for index in range(ref.num_chunks)]
+        return [self._topics.blob(ref.sha256, index) for ref in plan.adapter for index in range(ref.num_chunks)]
 
-    def _take_part(self, download: Download) -> None:
-        assert self._plan is not None  # the download came with it
+    def _take_part(self) -> None:
+        assert self._plan is not None  # the downloads came with it
         plan, sha256 = self._plan
-        blob = self._shared.tensors(download)
-        self._download = None
+        blob, held = self._shared.adapter(self._downloads)
+        self._downloads = {}
         self._transport.unsubscribe(*self._chunk_topics(plan))
         before, ratio_before = self._layout, self._ratio
         rng = np.random.default_rng([self.config.seed, plan.server_round, *self.config.device_id.encode()])
@@ -216,7 +224,10 @@ class RecordedDevice:
         self._prune(plan, blob, scores)
         tensors = self._update(plan, blob, before, scores, rng)
         ref, self._chunks = split(codec.pack(tensors))
-        meter = self._meter(plan, ratio_before, ref.size_bytes)
+        bytes_down = sum(ref.size_bytes for ref in plan.adapter)
+        if self._shared.cost_spec != self._shared.spec:
+            bytes_down = self._shared.modelled_down(blob["layers.0.q.lora_A"].shape[0], held, plan.round_to)
+        meter = self._meter(plan, ratio_before, ref.size_bytes, bytes_down)
         draw = random.Random(f"{self.config.seed}/{self.config.device_id}/{plan.server_round}")
         point = self._shared.record.draw((plan.server_round - 1) / plan.num_rounds, self._ratio, plan.r, draw)
         self._report = Report(
@@ -298,7 +309,7 @@ class RecordedDevice:
                 tensors[f"scores.{layer}.{kind}"] = scores[kind][layer]
         return tensors
 
-    def _meter(self, plan: Plan, ratio_before: float, size_bytes: int) -> Meter:
+    def _meter(self, plan: Plan, ratio_before: float, bytes_up: int, bytes_down: int) -> Meter:
         """What the round costs on the device, by the cost model."""
         config, shared = self.config, self._shared
         meter = Meter(
@@ -321,11 +332,9 @@ class RecordedDevice:
             round_to=plan.round_to,
             holdout=config.data.holdout,
         )
-        down = plan.adapter.size_bytes if plan.adapter else 0
         if shared.cost_spec != shared.spec:
-            share = factor_elements(Layout.full(shared.cost_spec)) / factor_elements(Layout.full(shared.spec))
-            down, size_bytes = int(down * share), 2 * plan.r * factor_elements(after)
-        meter.transfer(down_bytes=down, up_bytes=size_bytes)
+            bytes_up = 2 * plan.r * factor_elements(after)
+        meter.transfer(down_bytes=bytes_down, up_bytes=bytes_up)
         return meter
 
     def _on_ack(self, ack: Ack) -> None:

@@ -40,7 +40,7 @@ _ADAPTER = (
     (re.compile(r"head(?:\.[A-Za-z0-9_]{1,64}){1,6}"), _FLOAT),
 )
 _ALLOWED: dict[str, tuple[tuple[re.Pattern[str], frozenset[str]], ...]] = {
-    "round": (*_ADAPTER, (re.compile(rf"order\.{_LAYER}\.(?:heads|channels)"), _INDEX)),
+    "round": (*_ADAPTER, (re.compile(rf"(?:order|held)\.{_LAYER}\.(?:heads|channels)"), _INDEX)),
     "update": (
         *_ADAPTER,
         (re.compile(rf"(?:keep|scored)\.{_LAYER}\.(?:heads|channels)"), _INDEX),

@@ -127,8 +127,8 @@ class Plan(Message, frozen=True, kw_only=True):
     round_to: Positive = 8
     deadline_s: Annotated[float, Meta(gt=0.0)] = 600.0
     seed: Count = 0
-    adapter: BlobRef | None = None
-    """The fleet-wide round blob: global adapter at the largest rank, task head, consensus order."""
+    adapter: Annotated[tuple[BlobRef, ...], Meta(max_length=64)] = ()
+    """What the round starts from: task head, consensus order and the bands of the fleet's adapter up to rank r."""
     training: Training = Training()
 
 

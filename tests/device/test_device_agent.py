@@ -15,11 +15,12 @@ from tiny_fleet import Fleet, config, round_tensors
 
 from fedspine_edge.clock import RealClock, VirtualClock
 from fedspine_edge.device.memory import estimate
-from fedspine_edge.device.round import gathered
+from fedspine_edge.device.round import gathered, order_of
 from fedspine_edge.device.standing import Record
 from fedspine_edge.device.state import StateDir
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import BrokerUnreachable, CheckpointError, ConfigError, DataError
+from fedspine_edge.model.bands import cut
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import Layout, target_counts
 from fedspine_edge.transport.base import Connected
@@ -290,6 +291,42 @@ def test_an_adapter_that_does_not_fit_is_a_failed_round(fleet, driven, tiny_base
     driven.settle()
     assert fleet.reports[-1].status == "failed"
     assert "rank 4" in fleet.reports[-1].reason
+
+
+def test_only_the_bands_of_the_plan_are_fetched_and_they_are_one_adapter(fleet, driven, tiny_base):
+    spec = tiny_base.spec
+    tensors = round_tensors(spec, r=8, order=True)
+    bands = [fleet.offer(band) for band in cut(tensors, [4, 8], Layout.full(spec), "float32")]
+    fleet.send(server_round=2, adapter=bands[:1], r=4)
+    driven.settle()
+    assert fleet.reports[-1].bytes_down == bands[0].size_bytes
+    short = fleet.update()
+    fleet.send(server_round=3, adapter=bands, r=8)
+    driven.settle()
+    assert fleet.reports[-1].bytes_down == sum(ref.size_bytes for ref in bands)
+    assert fleet.update()["layers.0.q.lora_A"].shape[0] == 8
+
+    same_start = Fleet()
+    settings = replace(driven.device.config, state_dir=driven.device.config.state_dir + "2")
+    again = same_start.device(settings, model=tiny_base).start()
+    same_start.send(server_round=2, adapter=same_start.offer(tensors), r=4)
+    again.settle()
+    same(same_start.update(), short)
+    again.device.close()
+
+
+def test_an_adapter_cut_for_devices_that_pruned_more_fails_the_round_with_the_reason(fleet, driven, tiny_base):
+    spec = tiny_base.spec
+    tensors = round_tensors(spec, order=True)
+    order = order_of(tensors, spec)
+    small = Layout.prefix(spec, order, [target_counts(spec, 0.5)] * spec.num_layers)
+    fleet.send(server_round=2, adapter=[fleet.offer(band) for band in cut(tensors, [8], small)])
+    driven.settle()
+    assert fleet.reports[-1].status == "failed"
+    assert "pruned more" in fleet.reports[-1].reason
+    fleet.send(server_round=3, adapter=[fleet.offer(band) for band in cut(tensors, [8], Layout.full(spec))])
+    driven.settle()
+    assert fleet.reports[-1].status == "ok"
 
 
 def test_a_device_whose_pruning_the_fleet_never_saw_returns_to_the_order(fleet, driven, tiny_base):

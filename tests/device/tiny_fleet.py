@@ -16,7 +16,7 @@ from fedspine_edge.model.seeded import kaiming_uniform
 from fedspine_edge.transport.base import Incoming
 from fedspine_edge.transport.memory import MemoryBroker, MemoryTransport
 from fedspine_edge.wire import codec, transfer
-from fedspine_edge.wire.messages import Ack, Plan, Report, Status, Training
+from fedspine_edge.wire.messages import Ack, BlobRef, Plan, Report, Status, Training
 from fedspine_edge.wire.topics import Topics, UploadTopic
 
 TOPICS = Topics("tiny")
@@ -46,6 +46,9 @@ def round_tensors(spec: Any, r: int = 8, *, order: bool = False, seed: int = 3) 
         rows, cols = full_shape(spec, split_name(name)[1])
         tensors[f"{name}.lora_A"] = kaiming_uniform(seed, name, r, cols)
         tensors[f"{name}.lora_B"] = rng.normal(0, 0.02 * order, (rows, r)).astype(np.float32)
+    for i in range(spec.num_layers):
+        tensors[f"held.{i}.heads"] = np.arange(spec.num_kv_heads, dtype=np.int32)
+        tensors[f"held.{i}.channels"] = np.arange(spec.intermediate_size, dtype=np.int32)
     for i in range(spec.num_layers if order else 0):
         tensors[f"order.{i}.heads"] = rng.permutation(spec.num_kv_heads).astype(np.int32)
         tensors[f"order.{i}.channels"] = rng.permutation(spec.intermediate_size).astype(np.int32)
@@ -87,6 +90,8 @@ class Fleet:
             "seed": 3,
             **options,
         }
+        if isinstance(plan.get("adapter"), BlobRef):
+            plan["adapter"] = (plan["adapter"],)
         payload = codec.encode(Plan(**plan))
         self.transport.publish(TOPICS.plan("d1"), payload, retain=True)
         return payload

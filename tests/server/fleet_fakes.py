@@ -16,6 +16,7 @@ import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import FleetConfig, convert
+from fedspine_edge.model.bands import join
 from fedspine_edge.model.layout import Layout, module_names, prunable_parameters, target_counts
 from fedspine_edge.server.coordinator import FleetServer
 from fedspine_edge.server.fold import order_of
@@ -121,7 +122,7 @@ class FakeDevice:
         self.corrupt_chunks = 0
         self.silent: Callable[[Plan], bool] = lambda plan: False
         self.plan: tuple[Plan, str] | None = None
-        self.download: Download | None = None
+        self.downloads: dict[str, Download] = {}
         self.chunks: list[bytes] = []
         self.report: Report | None = None
         self.retry_at = math.inf
@@ -160,8 +161,8 @@ class FakeDevice:
             return
         topic = self.topics.parse(event.topic)
         if isinstance(topic, BlobTopic):
-            if event.payload and self.download is not None and topic.sha256 == self.download.ref.sha256:
-                self.download.feed(topic.index, event.payload)
+            if event.payload and topic.sha256 in self.downloads:
+                self.downloads[topic.sha256].feed(topic.index, event.payload)
                 self._train_if_complete()
         elif event.payload and topic.kind == "plan":
             self._on_plan(event.payload)
@@ -191,17 +192,20 @@ class FakeDevice:
         self.plan = (plan, sha256)
         if self.silent(plan):
             return
-        self.download = Download(plan.adapter)
-        for index in range(plan.adapter.num_chunks):
-            self.transport.subscribe(self.topics.blob(plan.adapter.sha256, index))
+        self.downloads = {ref.sha256: Download(ref) for ref in plan.adapter}
+        for ref in plan.adapter:
+            for index in range(ref.num_chunks):
+                self.transport.subscribe(self.topics.blob(ref.sha256, index))
 
     def _train_if_complete(self) -> None:
-        if not self.download.complete:
+        if not all(download.complete for download in self.downloads.values()):
             return
-        blob = codec.unpack(self.download.data())
-        self.download = None
+        bands = [codec.unpack(download.data()) for download in self.downloads.values()]
+        self.downloads = {}
         plan, sha256 = self.plan
-        codec.check_tensors(blob, "round")
+        for band in bands:
+            codec.check_tensors(band, "round")
+        blob, _ = join(bands, self.spec)
         order, before = order_of(blob, self.spec), self.layout
         if order is not None:
             counts = [
@@ -235,7 +239,7 @@ class FakeDevice:
             r=plan.r,
             completion_time_s=self.duration_s,
             time_kind="simulated",
-            bytes_down=plan.adapter.size_bytes,
+            bytes_down=sum(ref.size_bytes for ref in plan.adapter),
         )
         tensors, report = self.mutate(plan, tensors, report)
         data = codec.pack(tensors)

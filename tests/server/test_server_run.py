@@ -394,6 +394,24 @@ def test_a_device_that_lost_its_disk_may_start_again_from_the_full_model(fleet, 
     assert rows[3].achieved_ratio == pytest.approx(rows[3].pruning_ratio, abs=0.1)
 
 
+def test_the_adapter_shrinks_with_the_fleet_and_comes_in_bands(fleet, tmp_path):
+    """Fewer bytes for a smaller rank, and for everybody once nobody holds the rows any more."""
+    config = make_config(tmp_path / "run", num_rounds=7, pruning_ratio=0.6)
+    fleet.add_three()
+    fleet.serve(config)
+    by_rank: dict[int, dict[int, int]] = {}
+    for device in fleet.devices.values():
+        for plan in device.plans:
+            if plan.action == "round":
+                assert len(plan.adapter) == [2, 4].index(plan.r) + 1
+                size = sum(ref.size_bytes for ref in plan.adapter)
+                assert by_rank.setdefault(plan.server_round, {}).setdefault(plan.r, size) == size
+    for sizes in by_rank.values():
+        assert sizes.get(2, 0) < sizes.get(4, 10**9)
+    of_four = [sizes[4] for _, sizes in sorted(by_rank.items()) if 4 in sizes]
+    assert of_four[-1] < of_four[1], "though names and order weigh more than numbers in so small a model"
+
+
 def test_what_an_earlier_run_pruned_does_not_count(fleet, tmp_path):
     config = make_config(tmp_path / "run", strategy="fixed")
     fleet.add_three()

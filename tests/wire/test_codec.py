@@ -36,7 +36,9 @@ REF = BlobRef(sha256=SHA, size_bytes=200_000)
 MESSAGES = [
     Status(device_id="agx-0", state="online", model=SPEC, num_examples=10),
     Status(device_id="agx-0", state="offline"),
-    Plan(run_id="r", action="round", device_id="agx-0", server_round=3, adapter=REF, training=Training(total_steps=9)),
+    Plan(
+        run_id="r", action="round", device_id="agx-0", server_round=3, adapter=(REF,), training=Training(total_steps=9)
+    ),
     Report(run_id="r", device_id="agx-0", server_round=3, plan_sha256=SHA, status="ok", update=REF, loss_before=0.5),
     Ack(run_id="r", device_id="agx-0", server_round=3, status="incomplete", missing=(0, 7)),
 ]
@@ -90,9 +92,9 @@ def test_non_finite_optional_number_travels_as_absent():
         ({"action": "reboot"}, "reboot"),
         ({"shell": "ls"}, "shell"),
         ({"training": {"learning_rate": -1}}, r"\$\.training\.learning_rate"),
-        ({"adapter": {"sha256": "../etc", "size_bytes": 1}}, r"\$\.adapter\.sha256"),
-        ({"adapter": {"sha256": SHA, "size_bytes": 10**15}}, r"\$\.adapter\.size_bytes"),
-        ({"adapter": {"sha256": SHA, "size_bytes": 1, "chunk_bytes": 1}}, r"\$\.adapter\.chunk_bytes"),
+        ({"adapter": [{"sha256": "../etc", "size_bytes": 1}]}, r"\$\.adapter\[0\]\.sha256"),
+        ({"adapter": [{"sha256": SHA, "size_bytes": 10**15}]}, r"\$\.adapter\[0\]\.size_bytes"),
+        ({"adapter": [{"sha256": SHA, "size_bytes": 1, "chunk_bytes": 1}]}, r"\$\.adapter\[0\]\.chunk_bytes"),
         ({"scaling": float("inf")}, "invalid"),
     ],
 )
