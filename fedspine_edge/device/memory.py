@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
+from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,44 +101,73 @@ def estimate(
     )
 
 
-def rank_costs(model: PrunableModel, *, tokens: int) -> tuple[int, int]:
+def rank_costs(model: PrunableModel, *, tokens: int, limit_bytes: int = 0) -> tuple[int, int]:
     """(bytes at rank 0, bytes each rank adds) of a step on one example of `tokens` tokens, at the model's layout.
 
-    The model may have adapters of any rank, or none. Repeated calls for the same widths cost nothing.
+    The model may have adapters of any rank, or none. Where every rank fits into `limit_bytes` at a wider layout that
+    was asked about before, the answer is that layout's, since a rehearsal takes about a second.
     """
     tokens = min(tokens, _most_tokens(model))
-    peak = _peak_of_one(model, tokens)
+    size, known = (*_widths(model), tokens), _known_costs(*_kind(model))
+    for other, costs in known:
+        if other == size or (_covers(other, size) and costs[0] + LARGEST_RANK * costs[1] <= limit_bytes):
+            return costs
+    peak = estimate(model, micro_batch=1, tokens=tokens, r=REFERENCE_RANK).peak_bytes
     spec = model.spec
     adapters = sum(model.layout.rows(name).size + model.layout.cols(name).size for name in module_names(spec))
     # parameter, gradient and two moments in float32, and x·Aᵀ of every linear
     per_rank = 16 * adapters + model.compute_dtype.itemsize * tokens * len(module_names(spec))
-    return peak - REFERENCE_RANK * per_rank, per_rank
+    costs = (peak - REFERENCE_RANK * per_rank, per_rank)
+    known.appendleft((size, costs))
+    return costs
 
 
 def fitting_micro_batch(model: PrunableModel, *, batch_size: int, tokens: int, limit_bytes: int) -> int:
     """The most examples at a time, out of the batch size halved again and again, with which a step fits; at least 1."""
-    micro_batch = batch_size
+    known, micro_batch = _known_peaks(*_kind(model)), batch_size
     while micro_batch > 1:
-        if estimate(model, micro_batch=micro_batch, tokens=tokens).peak_bytes <= limit_bytes:
+        size = (*_widths(model), model.r or 0, micro_batch, tokens)
+        if any(_covers(other, size) and peak <= limit_bytes for other, peak in known):
+            break  # a step that is larger in every respect fits
+        peak = estimate(model, micro_batch=micro_batch, tokens=tokens).peak_bytes
+        known.appendleft((size, peak))
+        if peak <= limit_bytes:
             break
         micro_batch //= 2
     return max(1, micro_batch)
 
 
+LARGEST_RANK = 256
 REFERENCE_RANK = 8
 FEW_LAYERS, MORE_LAYERS = 3, 5
 """Rehearsed depths from which that of a deeper model with equal layers follows: the peak is a straight line in it."""
-_peaks: OrderedDict[tuple[Any, ...], int] = OrderedDict()
+
+Size = tuple[int, ...]
+"""Kept heads and channels of every layer, and other numbers that no peak falls with."""
 
 
-def _peak_of_one(model: PrunableModel, tokens: int) -> int:
-    what = (model.spec, tuple(model.layout.counts), model.task, tokens)
-    key = (*what, model.base_dtype, model.recomputes, _device(model))
-    if key not in _peaks:
-        _peaks[key] = estimate(model, micro_batch=1, tokens=tokens, r=REFERENCE_RANK).peak_bytes
-        if len(_peaks) > 64:
-            _peaks.popitem(last=False)
-    return _peaks[key]
+@lru_cache(maxsize=16)
+def _known_costs(*kind: Any) -> deque[tuple[Size, tuple[int, int]]]:
+    """`rank_costs` so far for one kind of model, the latest first."""
+    return deque(maxlen=64)
+
+
+@lru_cache(maxsize=16)
+def _known_peaks(*kind: Any) -> deque[tuple[Size, int]]:
+    """Peaks so far for one kind of model, the latest first."""
+    return deque(maxlen=64)
+
+
+def _kind(model: PrunableModel) -> tuple[Any, ...]:
+    return (model.spec, model.task, model.base_dtype, model.recomputes, _device(model))
+
+
+def _widths(model: PrunableModel) -> Size:
+    return tuple(count for counts in model.layout.counts for count in counts)
+
+
+def _covers(larger: Size, smaller: Size) -> bool:
+    return all(a >= b for a, b in zip(larger, smaller, strict=True))
 
 
 def _rehearsed(model: PrunableModel, batch: dict[str, Ints]) -> int:

@@ -33,7 +33,7 @@ def status_of(
     """
     costs = (0, 0)
     if config.memory_limit_mib and model is not None and state == "online":
-        costs = rank_costs(model, tokens=longest_tokens)
+        costs = rank_costs(model, tokens=longest_tokens, limit_bytes=config.memory_limit_mib * 2**20)
     return Status(
         device_id=config.device_id,
         state=state,

@@ -17,7 +17,7 @@ from fedspine_edge.device import memory
 from fedspine_edge.device.memory import estimate, fitting_micro_batch, rank_costs
 from fedspine_edge.kernels.quantised import GROUP_COLUMNS
 from fedspine_edge.model.importance import ImportanceTracker
-from fedspine_edge.model.layout import module_names
+from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.pruning import plan_local
 
@@ -119,6 +119,28 @@ def test_the_micro_batch_is_the_largest_half_that_fits(bert):
     assert fitting(peak(bert, 16)) == 16
     assert fitting(peak(bert, 4)) == 4
     assert fitting(0) == 1
+
+
+def test_what_fits_at_a_larger_size_is_not_rehearsed_again(bert, monkeypatch):
+    memory._known_costs.cache_clear()
+    memory._known_peaks.cache_clear()
+    rehearsed = []
+    monkeypatch.setattr(memory, "estimate", lambda *args, **kw: (rehearsed.append(kw), estimate(*args, **kw))[1])
+    small = fresh(bert)
+    half = (np.arange(2),) * 3, (np.arange(128),) * 3
+    small.compact(Layout(small.spec, *half))
+    plenty = peak(bert, 16)
+    assert fitting_micro_batch(bert, batch_size=16, tokens=64, limit_bytes=plenty) == 16
+    full = rank_costs(bert, tokens=64, limit_bytes=10 * 2**30)
+    assert len(rehearsed) == 2
+    assert fitting_micro_batch(small, batch_size=16, tokens=64, limit_bytes=plenty) == 16
+    assert fitting_micro_batch(bert, batch_size=8, tokens=48, limit_bytes=plenty) == 8
+    assert rank_costs(small, tokens=48, limit_bytes=10 * 2**30) == full
+    assert len(rehearsed) == 2, "all of these are smaller"
+
+    assert rank_costs(small, tokens=64, limit_bytes=plenty)[0] < full[0], "where it is tight, the layout counts"
+    assert fitting_micro_batch(small, batch_size=16, tokens=64, limit_bytes=peak(small, 16)) == 16
+    assert len(rehearsed) == 4
 
 
 def run(script, *arguments, env=TRIMMED):
