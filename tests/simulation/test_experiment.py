@@ -12,7 +12,14 @@ from fedspine_edge.cli.main import main
 from fedspine_edge.errors import ConfigError, MissingDependency
 from fedspine_edge.simulation import experiment as module
 from fedspine_edge.simulation.costs import MINILM, round_cost_s
-from fedspine_edge.simulation.experiment import Experiment, interval, load_experiment, names, run_experiment
+from fedspine_edge.simulation.experiment import (
+    Experiment,
+    interval,
+    load_experiment,
+    names,
+    run_experiment,
+    summarise,
+)
 from fedspine_edge.simulation.measures import time_to
 from fedspine_edge.simulation.oracle import oracle
 from fedspine_edge.simulation.profiles import load_profiles, parse_mix
@@ -134,6 +141,28 @@ def test_time_to_a_target_is_the_first_round_that_reached_it() -> None:
     curve = [{"time_s": 10.0 * k, "accuracy": a} for k, a in enumerate((0.5, 0.7, 0.65, 0.8), start=1)]
     assert time_to(curve, 0.66) == 20.0
     assert time_to(curve, 0.9) is None
+
+
+def test_the_target_of_averaged_curves_is_not_reached_by_one_lucky_seed() -> None:
+    """Seed 0 crosses the target early by luck; the mean of both does in the third round."""
+    experiment = load_experiment("time-to-accuracy", quick=True)
+
+    def curve(*accuracies: float) -> dict[str, Any]:
+        nothing = dict.fromkeys(("loss", "ratio", "reward", "idle_share"))
+        points = [{"round": k, "time_s": 10.0 * k, "accuracy": a, **nothing} for k, a in enumerate(accuracies, start=1)]
+        return {"curve": points}
+
+    found = {
+        "fedlora-0": curve(0.6, 0.7, 0.8),
+        "fedlora-1": curve(0.6, 0.7, 0.84),
+        "fedspine-0": curve(0.78, 0.7, 0.8),
+        "fedspine-1": curve(0.5, 0.7, 0.79),
+    }
+    variants = summarise(experiment, found)["variants"]
+    assert variants["fedspine"]["target_accuracy_of_mean"]["mean"] == pytest.approx(0.79)
+    assert variants["fedspine"]["time_to_target_s"] == {"mean": 10.0, "half": None, "n": 1}
+    assert variants["fedspine"]["time_to_target_of_mean_s"] == {"mean": 30.0, "half": None, "n": 2}
+    assert variants["fedapt"]["time_to_target_of_mean_s"]["mean"] is None
 
 
 def test_the_oracle_is_no_slower_and_idles_less_than_one_arm_for_all(tmp_path: Path) -> None:
