@@ -36,7 +36,7 @@ from fedspine_edge.server.rejected import Rejected
 from fedspine_edge.server.run_dir import RunDir, settings
 from fedspine_edge.server.schema import OutcomeRow, PlanRow, RunState
 from fedspine_edge.strategies import Assignment, create
-from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Transport
+from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, LONGEST_PAUSE_S, Transport
 from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import BlobRef, Report
 from fedspine_edge.wire.topics import Topics
@@ -387,9 +387,12 @@ class FleetServer:
         )
 
     def _connect(self) -> None:
-        """Connect and, in a resumed run, give the devices that were online a moment to be heard again."""
+        """Connect and, in a resumed run, give the devices that were online time to be heard again.
+
+        If the broker went down with the server they pause before they look for it again.
+        """
         self._post.open(min(FIRST_CONNECT_TIMEOUT_S, self.config.join_timeout_s, self.config.deadline_s))
-        until = self._clock.now() + self._retry_s
+        until = self._clock.now() + self._retry_s + min(LONGEST_PAUSE_S, self.config.deadline_s)
         while (
             not (self._post.connected and self._hearing.heard >= self._expected)
             and (left := until - self._clock.now()) > 0

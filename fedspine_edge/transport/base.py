@@ -8,6 +8,9 @@ from typing import Protocol, Union
 FIRST_CONNECT_TIMEOUT_S = 10.0
 """A broker that is not there when a program starts is a mistake told at once; later its absence is waited for."""
 
+LONGEST_PAUSE_S = 30.0
+"""The longest that a client pauses between two attempts to reach a broker that was there before."""
+
 
 @dataclass(frozen=True)
 class Incoming:

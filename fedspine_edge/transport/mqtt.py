@@ -22,7 +22,7 @@ from typing import Any
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.errors import BrokerUnreachable, FedspineError, TransportError
 from fedspine_edge.transport.access import NotConnected, password, tls_context
-from fedspine_edge.transport.base import Connected, Event, Incoming, Will
+from fedspine_edge.transport.base import LONGEST_PAUSE_S, Connected, Event, Incoming, Will
 from fedspine_edge.transport.connection import Connection, Outgoing
 from fedspine_edge.transport.filters import check_filter, check_topic
 from fedspine_edge.transport.inbox import Inbox
@@ -30,7 +30,7 @@ from fedspine_edge.transport.inbox import Inbox
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.2, 30.0
+_FIRST_PAUSE_S = 0.2
 _STABLE_AFTER_S, _SHORT_LIVED_IS_ODD = 5.0, 3
 _SESSION_TAKEN_OVER, _NOT_AUTHORIZED, _TOPIC_NAME_INVALID = 0x8E, 0x87, 0x90
 
@@ -259,7 +259,7 @@ class MqttTransport:
 
         The first attempt is made at once, unless the last connections were `short_lived`.
         """
-        pause_s = min(_FIRST_BACKOFF_S * 2 ** min(short_lived, 10), _LAST_BACKOFF_S)
+        pause_s = min(_FIRST_PAUSE_S * 2 ** min(short_lived, 10), LONGEST_PAUSE_S)
         if short_lived and not self._pause(random.uniform(0.5, 1.0) * pause_s):
             return None
         while True:
@@ -274,7 +274,7 @@ class MqttTransport:
                         f"no connection to the MQTT broker at {self._address}: {failed.reason}.", remedy=failed.remedy
                     ) from None
                 log.info("%s: %s; next attempt in %.1f s", self._address, failed.reason, wait_s)
-            pause_s = min(2 * pause_s, _LAST_BACKOFF_S)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if not self._pause(wait_s):
                 return None
 
@@ -283,7 +283,7 @@ class MqttTransport:
         with self.changed:
             self.changed.wait_for(self._closed, duration_s)
             if self._flushing():
-                self.changed.wait(_FIRST_BACKOFF_S)
+                self.changed.wait(_FIRST_PAUSE_S)
             return self._flushing() or not self._closed()
 
     def _attempt(self, timeout_s: float) -> Connection:

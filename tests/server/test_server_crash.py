@@ -12,6 +12,7 @@ import pytest
 from fleet_fakes import Fleet, make_config
 
 from fedspine_edge.server.journal import Journal
+from fedspine_edge.transport.base import LONGEST_PAUSE_S
 
 CHILD = Path(__file__).with_name("crash_child.py")
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,34 @@ def test_a_restarted_server_publishes_the_same_plans_again(tmp_path):
     assert [data["server_round"] for data in opened] == [2, 3, 4, 5]
     # The report that was acknowledged is not asked for again: its device is not among those that answer round 1.
     assert [ack.status for ack in second.devices["d0"].acks if ack.server_round == 1] == ["accepted"]
+
+
+def test_a_server_back_after_the_deadline_waits_for_devices_that_pause(tmp_path):
+    """A broker that went down with the server and lost everything: devices look for it again after their pause."""
+    folder = tmp_path / "devices"
+    folder.mkdir()
+    config = make_config(tmp_path / "run", min_reports=1)
+    first = Fleet(folder)
+    first.add_three()
+
+    class Killed(BaseException):
+        pass
+
+    def die(name, data):
+        if name == "report":
+            raise Killed
+
+    with pytest.raises(Killed):
+        first.serve(config, on_event=die)
+    second = Fleet(folder)
+    second.clock.advance_to(first.clock.now() + 3 * config.deadline_s)
+    for device_id, pause_s in (("d0", 0.0), ("d1", 10.0), ("d2", LONGEST_PAUSE_S)):
+        device = second.add(device_id, start=False, duration_s=0.0)
+        device.clock.advance_to(second.clock.now() + pause_s)
+        device.start()
+    second.serve(config)
+    with Journal.open_readonly(config.run_dir) as journal:
+        assert journal.rounds()[0].accepted == 3
 
 
 def test_the_deadline_goes_on_while_the_server_is_down(tmp_path):
