@@ -145,16 +145,17 @@ def _rehearsed(model: PrunableModel, batch: dict[str, Ints]) -> int:
     depth = model.spec.num_layers
     if depth <= MORE_LAYERS or len(set(model.layout.counts)) > 1:
         return _peak(model, batch)
-    few, more = (_peak(_first_layers(model, count), batch) for count in (FEW_LAYERS, MORE_LAYERS))
+    few, more = (_peak(_fewer_layers(model, count), batch) for count in (FEW_LAYERS, MORE_LAYERS))
     return few + (more - few) * (depth - FEW_LAYERS) // (MORE_LAYERS - FEW_LAYERS)
 
 
-def _first_layers(model: PrunableModel, count: int) -> PrunableModel:
-    """A shallower model on the same tensors."""
+def _fewer_layers(model: PrunableModel, count: int) -> PrunableModel:
+    """A shallower model on the same tensors; its last layer is the model's, which may have less to do."""
     shallow = _shared_copy(model)
     path, _, attribute = f"{model.architecture.backbone}.{model.architecture.layers}".rpartition(".")
     parent = shallow.module.get_submodule(path)
-    setattr(parent, attribute, getattr(parent, attribute)[:count])
+    layers = getattr(parent, attribute)
+    setattr(parent, attribute, layers[: count - 1] + layers[-1:])
     shallow.module.config.num_hidden_layers = count
     return shallow
 
