@@ -88,13 +88,11 @@ def estimate(
     # After backward only the gradients are left, and the scoring of one linear; where this is more, it is the peak.
     quantised = any(isinstance(weight, QuantisedWeight) for weight in stored)
     scoring = 4 * widest * (3 * (not native.available()) + quantised)
-    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
-    updating = moments if _device(model) == "cuda" else 0  # torch updates all at once there
     return MemoryEstimate(
         weights_bytes=everything - _bytes(*adapters),
         adapters_bytes=_bytes(*adapters),
-        optimizer_bytes=moments,
-        step_bytes=max(step, _bytes(*trained) + max(scoring, updating)),
+        optimizer_bytes=2 * sum(p.numel() * p.element_size() for p in trained),
+        step_bytes=max(step, _bytes(*trained) + scoring),
         allowance_bytes=_allowance(model),
         micro_batch=micro_batch,
     )
