@@ -89,13 +89,11 @@ def estimate(
     # After backward only the gradients are left, and the scoring of one linear; where this is more, it is the peak.
     quantised = any(isinstance(weight, QuantisedWeight) for weight in stored)
     scoring = 4 * widest * (3 * (not native.available()) + quantised)
-    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
-    updating = moments if _device(model) == "cuda" else 0  # torch updates all at once there
     return MemoryEstimate(
         weights_bytes=everything - _bytes(*adapters),
         adapters_bytes=_bytes(*adapters),
-        optimizer_bytes=moments,
-        step_bytes=max(step, _bytes(*trained) + max(scoring, updating)),
+        optimizer_bytes=2 * sum(p.numel() * p.element_size() for p in trained),
+        step_bytes=max(step, _bytes(*trained) + scoring),
         allowance_bytes=_allowance(model),
         micro_batch=micro_batch,
     )
@@ -175,16 +173,17 @@ def _rehearsed(model: PrunableModel, batch: dict[str, Ints]) -> int:
     depth = model.spec.num_layers
     if depth <= MORE_LAYERS or len(set(model.layout.counts)) > 1:
         return _peak(model, batch)
-    few, more = (_peak(_first_layers(model, count), batch) for count in (FEW_LAYERS, MORE_LAYERS))
+    few, more = (_peak(_fewer_layers(model, count), batch) for count in (FEW_LAYERS, MORE_LAYERS))
     return few + (more - few) * (depth - FEW_LAYERS) // (MORE_LAYERS - FEW_LAYERS)
 
 
-def _first_layers(model: PrunableModel, count: int) -> PrunableModel:
-    """A shallower model on the same tensors."""
+def _fewer_layers(model: PrunableModel, count: int) -> PrunableModel:
+    """A shallower model on the same tensors; its last layer is the model's, which may have less to do."""
     shallow = _shared_copy(model)
     path, _, attribute = f"{model.architecture.backbone}.{model.architecture.layers}".rpartition(".")
     parent = shallow.module.get_submodule(path)
-    setattr(parent, attribute, getattr(parent, attribute)[:count])
+    layers = getattr(parent, attribute)
+    setattr(parent, attribute, layers[: count - 1] + layers[-1:])
     shallow.module.config.num_hidden_layers = count
     return shallow
 

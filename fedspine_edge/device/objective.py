@@ -37,7 +37,7 @@ def loss_sum(model: PrunableModel, batch: Mapping[str, Ints]) -> tuple[Tensor, T
         head = model.module.get_output_embeddings()
         loss, right = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1)[counted], head.weight, head.bias, labels)
         return loss, right
-    logits = model.module(**inputs).logits.float()
+    logits = model(**inputs).logits.float()
     labels, logits = torch.from_numpy(wanted.reshape(-1)).to(device), logits.reshape(-1, logits.shape[-1])
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     return loss, (logits.detach().argmax(-1) == labels).sum()

@@ -130,7 +130,7 @@ class Trainer:
         self._loss_scale = FLOAT16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self._pack = pack
         self.optimizer = torch.optim.AdamW(
-            self._parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+            self._parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
         )
         model.module.eval()  # dropout stays off: a repeated step must give the same bits
 
@@ -215,7 +215,9 @@ class Trainer:
         for name, parameter in self.model.trainable_parameters().items():
             if name in info["optimizer_steps"]:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(info["optimizer_steps"][name]), dtype=torch.float32),
+                    "step": torch.tensor(
+                        float(info["optimizer_steps"][name]), dtype=torch.float32, device=parameter.device
+                    ),
                     "exp_avg": torch.from_numpy(saved.tensors[f"exp_avg.{name}"]).to(parameter),
                     "exp_avg_sq": torch.from_numpy(saved.tensors[f"exp_avg_sq.{name}"]).to(parameter),
                 }

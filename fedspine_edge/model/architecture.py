@@ -64,6 +64,8 @@ class Architecture:
     """Float attributes of the attention module that are dropout rates (`nn.Dropout` needs no mention)."""
     last_token_pools: bool = False
     """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
+    pooling: str = ""
+    """Config attribute that says "cls" where classification reads the first token alone; empty: it always does."""
     shared_attention_input: bool = True
     """Whether q, k and v are called with one tensor only; DeBERTa also projects its relative positions."""
     learned_positions: bool = False
@@ -296,6 +298,7 @@ SUPPORTED: Mapping[str, Architecture] = {
             head={"classification": ("head", "classifier"), "token_classification": ("head", "classifier")},
             lora_targets=("Wqkv", "attn.Wo", "Wi", "mlp.Wo"),
             biases=("attention_bias", "mlp_bias"),
+            pooling="classifier_pooling",
             fused={"attn.Wqkv": ("q", "k", "v"), "mlp.Wi": ("gate", "up")},
             dropouts=("attention_dropout",),
         ),

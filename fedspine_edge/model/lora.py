@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedspine_edge.errors import ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.kernels.quantised import Bits, QuantisedWeight
+from fedspine_edge.model.read_token import current, read_token
 
 
 class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
@@ -44,6 +45,8 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         self.scaling = scaling
         self.shares_input: SharesInput | None = None
         """The linears beside this one that are called with the same tensor, if any."""
+        self.reads_token = False
+        """Whether a token that no classifier reads needs no result: o, gate and up of a last layer."""
 
     @property
     def weight(self) -> Tensor:
@@ -68,6 +71,12 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         """x (..., in) → (..., out)."""
         if self.shares_input is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return self.shares_input.forward(self, x)
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """As `forward`, whatever the linears beside this one do."""
+        if self.reads_token:
+            x = read_token(x)
         return ops.lora_linear(x, self.stored, self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -138,7 +147,7 @@ class SharesInput:
 
     transformers calls the linears one by one, each with the same tensor. A result is handed out once, and only to a
     call that would compute it anew from the same tensors: same input object, nothing written to input, weights or
-    adapters since, same gradient mode and autocast dtype. Any other call computes.
+    adapters since, same gradient mode, autocast dtype and read tokens. Any other call computes.
 
     Args:
         linears: Two (gate, up) or three (q, k, v) linears of one layer.
@@ -154,7 +163,7 @@ class SharesInput:
         """The result of one of `linears` for x (..., in)."""
         state = self._state(x)
         if state is None or any(other.scaling != linear.scaling for other in self.linears):
-            return ops.lora_linear(x, linear.stored, linear.bias, linear.lora_A, linear.lora_B, linear.scaling)
+            return linear.alone(x)
         pending = self._pending  # read once: another thread may run the same model
         if pending is not None and pending[0] is x and _same(pending[1], state):
             result = pending[2].pop(id(linear), None)
@@ -168,6 +177,8 @@ class SharesInput:
         return mine
 
     def _compute(self, x: Tensor, scaling: float) -> tuple[Tensor, ...]:
+        if self.linears[0].reads_token:
+            x = read_token(x)
         parts = [ops.Projection(one.stored, one.bias, one.lora_A, one.lora_B) for one in self.linears]
         if len(parts) == 3:
             return ops.lora_qkv(x, parts[0], parts[1], parts[2], scaling)
@@ -180,7 +191,7 @@ class SharesInput:
         """
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        state: list[Any] = [torch.is_grad_enabled(), autocast]
+        state: list[Any] = [torch.is_grad_enabled(), autocast, current()]
         for t in (x, *(t for one in self.linears for t in (_weight_of(one), one.bias, one.lora_A, one.lora_B))):
             if t is not None:
                 if t.is_inference():

@@ -20,6 +20,7 @@ from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
 from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
+from fedspine_edge.model.read_token import Reading, read_positions, recomputation
 from fedspine_edge.model.seeded import kaiming_uniform
 from fedspine_edge.wire.messages import ModelSpec
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 PACKED = (".codes", ".scales", ".group_of_col")
 """Ends of the names of a quantised weight's tensors."""
+
+
+LOGITS_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "labels"}
+"""Arguments of a call that ask for nothing but loss and logits."""
 
 
 class PrunableModel:
@@ -96,8 +101,22 @@ class PrunableModel:
         )
 
     def __call__(self, **inputs: Any) -> Any:
-        """Forward of the transformers model."""
-        return self.module(**inputs)
+        """Forward of the transformers model, in a classifier's last layer for the tokens that it reads.
+
+        Called as `module(**inputs)` it computes every token there, for the same logits.
+        """
+        with self._reading(inputs):
+            return self.module(**inputs)
+
+    def _reading(self, inputs: Mapping[str, Any]) -> Reading:
+        ids = inputs.get("input_ids")
+        logits_alone = inputs.keys() <= LOGITS_INPUTS and not self.module.config.output_hidden_states
+        # checkpointing that others have turned on knows nothing of what was read when it repeats a layer
+        layer = self.module.get_submodule(self.architecture.layer_path(0))
+        repeats_all = getattr(layer, "gradient_checkpointing", False) and not self.recomputes
+        if ids is None or self.task != "classification" or not logits_alone or repeats_all:
+            return Reading(None, 0)
+        return Reading(read_positions(self.architecture, self.module.config, ids), ids.shape[1])
 
     def linear(self, name: str) -> nn.Module:
         """The (possibly adapted) linear of a canonical name such as "layers.0.q"."""
@@ -140,7 +159,9 @@ class PrunableModel:
         if on:
             if not self.module.supports_gradient_checkpointing:
                 raise ModelError(f"{self.spec.family} models cannot recompute their layers.")
-            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.module.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recomputation}
+            )
         else:
             self.module.gradient_checkpointing_disable()
         self.recomputes = on
@@ -210,10 +231,12 @@ class PrunableModel:
                 parameter.copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
 
     def _adapt(self, name: str, lora_A: npt.NDArray[Any], lora_B: npt.NDArray[Any]) -> None:
-        linear = self.linear(name)
-        base = getattr(linear, "base_layer", linear)
+        base = getattr(self.linear(name), "base_layer", self.linear(name))
         first, second = (torch.from_numpy(np.array(x, dtype=np.float32, order="C")) for x in (lora_A, lora_B))
-        self._replace(name, LoraLinear(base, first, second, self.scaling))
+        linear = LoraLinear(base, first, second, self.scaling)
+        layer, part = split_name(name)
+        linear.reads_token = layer == self.spec.num_layers - 1 and part in ("o", "gate", "up")
+        self._replace(name, linear)
 
     def _share_inputs(self) -> None:
         """Let the linears of a layer that read one tensor compute together."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_lm
+import tiny_models
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -98,12 +99,14 @@ def test_language_models_are_rehearsed_too_packed_or_not(family):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_deep_models_peak_follows_from_two_shallow_ones(recompute):
-    model = tiny_lm.model("llama", layers=9)
+@pytest.mark.parametrize("kind", ["llama", "llama_lm", "bert"])
+def test_a_deep_models_peak_follows_from_two_shallow_ones(kind, recompute):
+    model = tiny_models.prunable(kind, layers=9)  # a classifier's last layer takes less than the others
+    layers = model.module.get_submodule(f"{model.architecture.backbone}.{model.architecture.layers}")
     model.recompute_layers(recompute)
     batch = memory._batch(model, 4, 16, pack_rows=False)
     assert memory._rehearsed(model, batch) == memory._peak(model, batch)
-    assert len(model.module.model.layers) == model.module.config.num_hidden_layers == 9
+    assert len(layers) == model.module.config.num_hidden_layers == 9
 
 
 def test_costs_by_rank_are_a_straight_line(bert):

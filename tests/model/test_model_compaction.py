@@ -76,12 +76,13 @@ def test_the_mask_of_these_tests_changes_the_output():
     assert (model(**inputs).logits - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_training_continues_across_a_prune_as_in_the_masked_model(kind):
+def test_training_continues_across_a_prune_as_in_the_masked_model(kind, fused):
     """Adam's moments follow the parameters: five steps, prune, five more give the same losses and weights."""
     masked, compact = tiny.prunable(kind), tiny.prunable(kind)
     layout = tiny.random_layout(masked, 5)
-    optimizers = [torch.optim.AdamW(m.trainable_parameters().values(), lr=0.01) for m in (masked, compact)]
+    optimizers = [torch.optim.AdamW(m.trainable_parameters().values(), 0.01, fused=fused) for m in (masked, compact)]
     history: list[list[float]] = [[], []]
 
     def train(first):
@@ -106,9 +107,10 @@ def test_training_continues_across_a_prune_as_in_the_masked_model(kind):
         assert_close(parameter.data, gathered(compact, layout, name, full[name].data))
 
 
-def test_the_optimizer_holds_exactly_the_models_parameters_after_a_prune():
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_optimizer_holds_exactly_the_models_parameters_after_a_prune(fused):
     model = tiny.prunable("llama")
-    optimizer = torch.optim.AdamW(model.trainable_parameters().values())
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), fused=fused)
     gradients(model, tiny.batch(model))
     optimizer.step()
     model.compact(tiny.random_layout(model, 3), optimizer=optimizer)
@@ -118,7 +120,8 @@ def test_the_optimizer_holds_exactly_the_models_parameters_after_a_prune():
     for parameter, state in optimizer.state.items():
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
         assert parameter.grad.shape == parameter.shape
-    restored = torch.optim.AdamW(model.trainable_parameters().values())
+        assert state["step"] == 1
+    restored = torch.optim.AdamW(model.trainable_parameters().values(), fused=fused)
     restored.load_state_dict(optimizer.state_dict())
     assert restored.state[held[0]]["step"] == 1
 
