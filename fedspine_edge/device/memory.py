@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedspine_edge.device.batches import Encoded, Ints, collate, pack
-from fedspine_edge.device.objective import loss_sum
+from fedspine_edge.device.objective import can_pack, loss_sum
 from fedspine_edge.kernels import native
 from fedspine_edge.kernels.quantised import QuantisedWeight
 from fedspine_edge.model.layout import module_names
@@ -117,8 +117,9 @@ def rank_costs(model: PrunableModel, *, tokens: int) -> tuple[int, int]:
 def fitting_micro_batch(model: PrunableModel, *, batch_size: int, tokens: int, limit_bytes: int) -> int:
     """The most examples at a time, out of the batch size halved again and again, with which a step fits; at least 1."""
     micro_batch = batch_size
+    pack_rows = can_pack(model, tokens)
     while micro_batch > 1:
-        if estimate(model, micro_batch=micro_batch, tokens=tokens).peak_bytes <= limit_bytes:
+        if estimate(model, micro_batch=micro_batch, tokens=tokens, pack_rows=pack_rows).peak_bytes <= limit_bytes:
             break
         micro_batch //= 2
     return max(1, micro_batch)
@@ -134,7 +135,8 @@ def _peak_of_one(model: PrunableModel, tokens: int) -> int:
     what = (model.spec, tuple(model.layout.counts), model.task, tokens)
     key = (*what, model.base_dtype, model.recomputes, _device(model))
     if key not in _peaks:
-        _peaks[key] = estimate(model, micro_batch=1, tokens=tokens, r=REFERENCE_RANK).peak_bytes
+        packs = can_pack(model, tokens)
+        _peaks[key] = estimate(model, micro_batch=1, tokens=tokens, r=REFERENCE_RANK, pack_rows=packs).peak_bytes
         if len(_peaks) > 64:
             _peaks.popitem(last=False)
     return _peaks[key]

@@ -77,7 +77,7 @@ class FleetServer:
         self._post = Post(transport, self._topics)
         self._strategy = create(config)
         self._retry_s = min(15.0, max(1.0, config.deadline_s * RETRY_SHARE))
-        self._members = Members(config.base_sha256)
+        self._members = Members(config.base_sha256, task=config.task)
         self._state = RunState()
 
     def run(self) -> RunResult:
@@ -357,7 +357,7 @@ class FleetServer:
             self._strategy.load_dict(self._state.strategy)
             logger.info("run %s continues with round %d", run_id, self._state.server_round)
         num_labels = int(journal.meta("num_labels") or 0)
-        self._members = Members(config.base_sha256, spec=journal.spec, num_labels=num_labels)
+        self._members = Members(config.base_sha256, task=config.task, spec=journal.spec, num_labels=num_labels)
         for status, online, _ in journal.devices():
             self._members.recall(status)
             if online and not self._members[status.device_id].refused:

@@ -83,6 +83,7 @@ def write_final(
         "scaling": config.training.lora_alpha_per_r,
         "r": max(config.ranks),
         "seed": config.seed,
+        "task": config.task,
         "num_labels": num_labels,
         "adapter_sha256": result.adapter_sha256,
     }
