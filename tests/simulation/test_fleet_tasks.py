@@ -96,7 +96,6 @@ def test_a_fleet_learns_its_task_while_it_is_pruned(trained: Any, tmp_path: Path
 
 @pytest.mark.parametrize("trained", ["causal_lm"], indirect=True)
 def test_a_fleets_language_model_answers_in_transformers_and_in_onnx_runtime(trained: Any, tmp_path: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     *_, finished = trained
