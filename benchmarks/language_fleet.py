@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A simulated fleet that teaches SmolLM2 to answer prompts, with pruning: held-out answers before and after.
 
-    benchmarks/language_fleet.py --out benchmarks/results/language-fleet.json
+    benchmarks/language_fleet.py --seed 0 --out benchmarks/results/language-fleet.json   # adds a run to the file
 
 Everything is real but time: server, wire, devices and training run in one process and in virtual time, on one thread.
 Each device holds sentences of other domains; the test sentences are no device's. Needs the model and the sentences that
@@ -123,6 +123,7 @@ def main() -> None:
         before = load_base(base, task="causal_lm")
         before.attach_lora(1, 1.0, seed=0)
         result: dict[str, Any] = {
+            "test_positive_share": round(sum(s.label for s in held_out) / len(held_out), 4),
             "fleet": {**settings, **training, "devices": args.devices, "pruning_ratio": args.pruning_ratio, "r": 8},
             "before": answered(before, tokenizer, test),
         }
@@ -137,7 +138,8 @@ def main() -> None:
         result["pruning_ratio"] = round(finished.pruning_ratio, 4)
         result["after"] = answered(load_fleet_model(Path(finished.final_dir), base), tokenizer, test)
     result["cpu_s"] = round(time.process_time() - began)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    args.out.write_text(json.dumps({"runs": [*runs, result]}, indent=1) + "\n")
     print(json.dumps(result), flush=True)
 
 

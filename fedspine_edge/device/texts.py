@@ -57,28 +57,31 @@ class Texts:
         """
         if asked is None:
             return DEFAULT_LENGTH_TOKENS if self.longest is None else min(DEFAULT_LENGTH_TOKENS, self.longest)
-        if self.longest is not None and asked > self.longest:
-            raise ConfigError(
-                f"max_length_tokens is {asked}, {self.name} has positions for {self.longest} tokens.",
-                remedy=f"Use at most {self.longest}.",
-            )
+        self._check_length(asked, asked)
         return asked
 
     def encode(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded]:
-        """Tokenised and cut at `max_length_tokens`.
+        """Tokenised and cut at `max_length_tokens`, which may be more than the positions allow if no text is that long.
 
-        Raises `ConfigError` for a length without positions, `CheckpointError` for a token without an embedding; on a
-        GPU either would end the process.
+        Raises `ConfigError` for a token without a position, `CheckpointError` for one without an embedding; on a GPU
+        either would end the process.
         """
-        length = self.length(max_length_tokens)
-        encoded = encode(examples, self.tokenizer, length, causal=self.task == "causal_lm")
-        largest = max((max(example.input_ids) for example in encoded if example.input_ids), default=0)
+        encoded = encode(examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm")
+        self._check_length(max(len(example.input_ids) for example in encoded), max_length_tokens)
+        largest = max(max(example.input_ids) for example in encoded)
         if largest >= self.vocabulary:
             raise CheckpointError(
                 f"the tokenizer gives token {largest}, the model has embeddings for {self.vocabulary}.",
                 remedy=f"The tokenizer files in {self.name} belong to another model; copy the right ones.",
             )
         return encoded
+
+    def _check_length(self, tokens: int, asked: int) -> None:
+        if self.longest is not None and tokens > self.longest:
+            raise ConfigError(
+                f"max_length_tokens is {asked}, {self.name} has positions for {self.longest} tokens.",
+                remedy=f"Use at most {self.longest}.",
+            )
 
 
 class Tokenised:

@@ -1,4 +1,4 @@
-"""A fleet of language models as its user runs it: commands over a real broker, one of them killed, to a text that is run."""
+"""A fleet of language models as its user runs it: commands over a real broker, one killed, to texts that it answers."""
 
 import json
 import os

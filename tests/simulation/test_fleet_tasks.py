@@ -10,6 +10,7 @@ import tiny_bert
 import tiny_lm
 
 from fedspine_edge import Session, compile_engine
+from fedspine_edge.cli.main import main
 from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.simulation.accuracy import finished_accuracy
@@ -144,3 +145,21 @@ def test_a_device_that_cannot_do_the_task_is_told_at_its_start(tmp_path: Path, m
     wrong_file = device_of("d2", tmp_path, models[tagged], task=tagged, data=data_of(answers, tagged))
     with pytest.raises(DataError, match=r"row 1: no column 'text'; the columns present are: prompt, answer"):
         simulate(fleet_of(tmp_path, tagged), [wrong_file])
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_the_command_trains_a_mix_of_classes_on_a_task(
+    tmp_path: Path, models: dict[str, Path], task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "all.jsonl", task, 61, 1)
+    columns = ["--text", "prompt", "--text-pair", "answer"] if task == "causal_lm" else ["--num-labels", "3"]
+    options = ["--mix", "tx2=1,nx=1", "--task", task, "--rounds", "3", "--pruning-ratio", "0", *columns]
+    command = ["simulate", *options, "--data", str(data), "--out", str(tmp_path / "sim"), "--json"]
+    assert main(command) == 2
+    assert "Give --model and --data" in capsys.readouterr().err
+    assert main([*command, "--model", str(models[task])]) == 0
+    assert json.loads(capsys.readouterr().out)["num_devices"] == 2
+    shares = [path.read_text().splitlines() for path in sorted((tmp_path / "sim" / "data").iterdir())]
+    dealt = [json.loads(line) for pair in zip(*shares) for line in pair]
+    assert [len(share) for share in shares] == [31, 30]
+    assert dealt == [json.loads(line) for line in data.read_text().splitlines()[:60]]
