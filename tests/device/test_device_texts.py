@@ -4,6 +4,7 @@ import json
 import shutil
 
 import msgspec
+import numpy as np
 import pytest
 import tiny_bert
 import tiny_lm
@@ -66,6 +67,42 @@ def test_a_language_models_round_sends_adapters_and_no_head(fleet, instructed, m
     assert len(batch["input_ids"]) < 8, "examples share rows"
     assert (batch["labels"] != IGNORED).sum() == 8 * 3
     driven.device.close()
+
+
+class PowerLoss(BaseException):
+    """What no handler of errors may catch."""
+
+
+def test_power_lost_between_steps_of_packed_rows_changes_nothing(instructed, tmp_path, monkeypatch):
+    def round_in(folder):
+        fleet = Fleet()
+        settings = msgspec.structs.replace(instructed, state_dir=str(tmp_path / folder))
+        driven = fleet.device(settings).start()
+        try:
+            fleet.send(adapter=fleet.offer(round_tensors(driven.device._spec, order=True)), pruning_ratio=0.4)
+            driven.settle()
+        finally:
+            driven.device.close()
+        return fleet.reports[-1], fleet.update()
+
+    undisturbed = round_in("undisturbed")
+    take_step = Trainer._take_step
+
+    def dies(self, *arguments):
+        if self.step == 9:
+            raise PowerLoss
+        take_step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_take_step", dies)
+        with pytest.raises(PowerLoss):
+            round_in("disturbed")
+    report, update = round_in("disturbed")
+    assert report == undisturbed[0]
+    assert report.pruning_ratio == 0.4
+    assert update.keys() == undisturbed[1].keys()
+    for name, value in update.items():
+        np.testing.assert_array_equal(value, undisturbed[1][name], err_msg=name)
 
 
 def test_a_language_models_simulated_time_counts_its_logits():
