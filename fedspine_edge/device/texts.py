@@ -9,7 +9,7 @@ from typing import Any
 from fedspine_edge.config import DataSettings, Task, TrainingSettings
 from fedspine_edge.device.batches import Encoded, encode
 from fedspine_edge.device.data import Data, Example, examples_of
-from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.prunable import PrunableModel
 
 DEFAULT_LENGTH_TOKENS = TrainingSettings().max_length_tokens
@@ -63,10 +63,15 @@ class Texts:
     def encode(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded]:
         """Tokenised and cut at `max_length_tokens`, which may be more than the positions allow if no text is that long.
 
-        Raises `ConfigError` for a token without a position, `CheckpointError` for one without an embedding; on a GPU
-        either would end the process.
+        Raises `DataError` for texts without tokens, `ConfigError` for a token without a position, `CheckpointError` for
+        one without an embedding; on a GPU the last two would end the process.
         """
         encoded = encode(examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm")
+        if empty := sum(not example.input_ids for example in encoded):
+            raise DataError(
+                f"{empty} of {len(encoded)} texts have no tokens: the tokenizer drops all of their characters.",
+                remedy="Leave them out.",
+            )
         self._check_length(max(len(example.input_ids) for example in encoded), max_length_tokens)
         largest = max(max(example.input_ids) for example in encoded)
         if largest >= self.vocabulary:

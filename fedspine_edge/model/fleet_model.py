@@ -37,6 +37,7 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
         seed, scaling = description["seed"], description["scaling"]
         task, num_labels = msgspec.convert(description["task"], Task), description["num_labels"]
         adapter_sha256 = description["adapter_sha256"]
+        examples, steps = int(description["trained_examples"]), int(description["trained_steps"])
     except (KeyError, msgspec.ValidationError, LayoutError) as error:
         raise CheckpointError(f"{final / 'layout.json'} is not a fleet's layout: {error}.") from error
     if digest(adapter_bytes) != adapter_sha256:
@@ -58,6 +59,7 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
     if pruned:
         model.compact(layout)
     model.load_adapter(adapter, scaling=scaling)
+    model.trained_examples, model.trained_steps = examples, steps
     return model
 
 

@@ -252,17 +252,18 @@ class FleetServer:
         spec, last = self._members.spec, self.config.num_rounds
         text = journal.meta("layout")
         assert text is not None  # journaled with the last round
-        attempt = max(view.attempt for view in journal.rounds() if view.server_round == last)
-        accepted = {row.device_id for row in journal.reports(last, attempt) if row.status == "accepted"}
+        rounds = journal.rounds()
+        answers = ending.accepted(journal, {view.server_round: view.attempt for view in rounds})
         result = write_final(
             self._dir.path,
             run_id=self._run_id,
             config=self.config,
             tensors=codec.unpack(self._blobs.get(self._blob_ref().sha256)),
             layout=Layout.from_dict(spec, json.loads(text)),
-            layouts={i: kept for i, kept in journal.layouts(spec).items() if i in accepted},
-            rounds=journal.rounds(),
+            layouts={i: kept for i, kept in journal.layouts(spec).items() if i in answers[last]},
+            rounds=rounds,
             num_labels=self._members.num_labels,
+            trained=ending.trained(answers),
         )
         self._clear_blobs()
         self._post.announce(

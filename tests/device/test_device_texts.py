@@ -9,15 +9,17 @@ import pytest
 import tiny_bert
 import tiny_lm
 from tiny_fleet import TRAINING, Fleet, config, round_tensors
+from tokenizers.normalizers import Replace
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import SimulatedSettings
 from fedspine_edge.device.batches import IGNORED, Encoded
+from fedspine_edge.device.data import Example
 from fedspine_edge.device.round import LocalRound
 from fedspine_edge.device.telemetry import Meter, pass_flops
 from fedspine_edge.device.texts import Texts
 from fedspine_edge.device.trainer import Trainer
-from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.checkpoint import load_base, load_tokenizer
 
 
@@ -156,6 +158,17 @@ def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fle
     else:  # no text is as long as it might be
         assert report.status == "ok"
     driven.device.close()
+
+
+def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
+    tokenizer = load_tokenizer(language_model)
+    tokenizer.backend_tokenizer.normalizer = Replace("zanzibar", "")
+    texts = Texts.of(load_base(language_model, task="causal_lm"), tokenizer)
+    examples = [Example("film", 0), Example("zanzibar", 0), Example("film zanzibar", 0)]
+    with pytest.raises(DataError, match="1 of 3 texts have no tokens") as caught:
+        texts.encode(examples, 24)
+    assert "zanzibar" not in str(caught.value)
+    assert len(texts.encode(examples[::2], 24)) == 2
 
 
 def test_lengths_are_what_the_positions_allow(tiny_folder, language_model):

@@ -236,6 +236,7 @@ class FakeDevice:
             pruning_ratio=self.ratio,
             r=plan.r,
             completion_time_s=self.duration_s,
+            steps=plan.tau + plan.recovery_steps,
             time_kind="simulated",
             bytes_down=plan.adapter.size_bytes,
         )

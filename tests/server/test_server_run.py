@@ -43,6 +43,7 @@ def test_a_run_ends_with_nested_layouts_and_a_complete_final_folder(fleet, tmp_p
     described = json.loads((final / "layout.json").read_text())
     layout = Layout.from_dict(SPEC, described)
     assert described["scaling"] == 2.0
+    assert (described["trained_examples"], described["trained_steps"]) == (100 + 150 + 200, 5 * (4 + 2))
     assert described["r"] == 4
     assert msgspec.convert(described["spec"], type(SPEC)) == SPEC
     assert result.pruning_ratio == pytest.approx(layout.pruning_ratio)

@@ -77,6 +77,9 @@ def test_a_fleet_learns_its_task_while_it_is_pruned(trained: Any, tmp_path: Path
     task, fleet, result, finished = trained
     assert result.pruning_ratio == pytest.approx(0.4, abs=0.1)
     assert finished.layout.pruning_ratio == result.pruning_ratio
+    card = (finished.folder / "README.md").read_text()
+    assert f"task: {task}" in card
+    assert "trained on: 240 examples, 72 steps" in card
     rounds = by_round(read_run(Path(fleet.run_dir)).rows)
     assert [row.status for rows in rounds.values() for row in rows] == ["ok"] * 18
     assert all(last.loss_after < 0.5 * first.loss_before for first, last in zip(rounds[1], rounds[6]))
