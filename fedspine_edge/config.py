@@ -24,6 +24,8 @@ else:
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+Task = Literal["classification", "token_classification", "causal_lm"]
+
 
 def _doc(text: str, **limits: Any) -> Meta:
     return Meta(description=text, **limits)
@@ -134,6 +136,7 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
 
     fleet: Annotated[Name, _doc("Name of the fleet; part of every topic.")] = "fleet"
     run_dir: Annotated[str, _doc("Folder of the journal, the blobs and the final adapter.")] = "runs/fleet"
+    task: Annotated[Task, _doc("What the fleet learns; a device with another task is refused.")] = "classification"
     num_rounds: Annotated[int, _doc("Server rounds; the last two only tune.", ge=3)] = 10
     pruning_ratio: Annotated[float, _doc("P: share of prunable parameters to remove by the end.", ge=0, lt=1)] = 0.5
     target: Annotated[
@@ -183,10 +186,19 @@ class DataSettings(_Section, frozen=True, kw_only=True):
     """A device's private data. It never leaves the device."""
 
     path: Annotated[str, _doc("CSV, JSON lines (.jsonl) or Parquet file, or 'module:function' that returns examples.")]
-    text: Annotated[str, _doc("Column of the text.")] = "text"
-    text_pair: Annotated[str, _doc("Column of the second text; empty for single texts.")] = ""
-    label: Annotated[str, _doc("Column of the integer label.")] = "label"
-    num_labels: Annotated[int, _doc("Number of classes; labels are 0..num_labels-1.", ge=2)] = 2
+    text: Annotated[
+        str, _doc("Column of the text. token_classification: of the list of words. causal_lm: of the text or prompt.")
+    ] = "text"
+    text_pair: Annotated[
+        str,
+        _doc("Column of the second text; empty for none. causal_lm: of the answer, which alone is learned."),
+    ] = ""
+    label: Annotated[
+        str, _doc("Column of the integer label. token_classification: of a list with one per word. Not for causal_lm.")
+    ] = "label"
+    num_labels: Annotated[
+        int, _doc("Number of classes; labels are 0..num_labels-1. Without meaning for causal_lm.", ge=2)
+    ] = 2
     holdout: Annotated[
         int, _doc("Examples kept out of training to measure loss before and after each round.", ge=1)
     ] = 64
@@ -213,6 +225,7 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     device_id: Annotated[Name, _doc("Unique in the fleet; part of the device's topics.")]
     model: Annotated[str, _doc("Folder (or hub id) of the base model, the same on every device.")]
     data: DataSettings
+    task: Annotated[Task, _doc("What is learned from the data; the fleet must have the same.")] = "classification"
     fleet: Annotated[Name, _doc("Name of the fleet to join.")] = "fleet"
     state_dir: Annotated[str, _doc("Folder where the device keeps its state across power loss.")] = "runs/device"
     device_class: Annotated[str, _doc("Hardware class, for warm starts and reports.")] = "unknown"
@@ -259,6 +272,11 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.noise_std > 0 and self.clip_update_norm == 0:
             raise ValueError("noise_std needs clip_update_norm > 0, since noise is scaled by the clip norm")
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the task head; 0 for causal_lm, whose head is the model's own."""
+        return 0 if self.task == "causal_lm" else self.data.num_labels
 
 
 def load(path: str | Path, kind: type[T]) -> T:

@@ -14,21 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from fedspine_edge.config import DataSettings, TrainingSettings
-from fedspine_edge.device.batches import Encoded, encode
-from fedspine_edge.device.data import Data, examples_of
+from fedspine_edge.config import DataSettings, Task, TrainingSettings, convert
+from fedspine_edge.device.batches import Encoded
+from fedspine_edge.device.data import Data
 from fedspine_edge.device.fit_checkpoint import key_of, open_checkpoint
 from fedspine_edge.device.memory import MemoryEstimate, estimate
 from fedspine_edge.device.objective import can_pack
 from fedspine_edge.device.progress import bar, tensorboard
-from fedspine_edge.device.source import check_tokens, choose_torch_device, open_model, text_length
+from fedspine_edge.device.source import choose_torch_device, open_model
 from fedspine_edge.device.stages import prune_in_stages
 from fedspine_edge.device.telemetry import pass_flops
+from fedspine_edge.device.texts import Texts, read
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
-from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.importance import Criterion, Metric
 from fedspine_edge.model.latency import Latency, measure_latency
@@ -77,6 +75,7 @@ class EdgeTuner:
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
         """Mean loss of the steps of the last `fit`."""
+        self._texts = Texts.of(model, tokenizer)
         self._settings = settings
         self._columns = columns
         self._ranking = ranking
@@ -156,11 +155,11 @@ class EdgeTuner:
         model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
-        limits = {"batch_size": batch_size, "max_length_tokens": text_length(model, max_length_tokens)}
-        settings = _checked(TrainingSettings, learning_rate=learning_rate, **limits)
-        columns = _checked(
-            DataSettings, path="", text=text, text_pair=text_pair, label=label, num_labels=max(2, model.num_labels)
-        )
+        longest = Texts.of(model, tokenizer).length(max_length_tokens)
+        training = {"learning_rate": learning_rate, "batch_size": batch_size, "max_length_tokens": longest}
+        settings = convert(training, TrainingSettings)
+        classes = max(2, model.num_labels)
+        columns = DataSettings(path="", text=text, text_pair=text_pair, label=label, num_labels=classes)
         ranking = Ranking(criterion, metric, scope, round_to, min_heads, min_channels)
         return cls(model, tokenizer, settings=settings, columns=columns, ranking=ranking, pack=pack, seed=seed)
 
@@ -247,9 +246,8 @@ class EdgeTuner:
         if data is not None:
             tokens = min(tokens, max(len(example.input_ids) for example in self._encoded(data)))
         rows = settings.batch_size if batch_size is None else batch_size
-        return estimate(
-            self.model, micro_batch=rows, tokens=tokens, pack_rows=self._pack and can_pack(self.model, tokens)
-        )
+        packs = self._pack and can_pack(self.model, tokens)
+        return estimate(self.model, micro_batch=rows, tokens=tokens, pack_rows=packs)
 
     def evaluate(self, data: Data) -> dict[str, float]:
         """`loss`, `accuracy` and `num_examples` on `data` (causal_lm: per predicted token, `num_examples` tokens)."""
@@ -365,21 +363,11 @@ class EdgeTuner:
         return self._ranking.layout(self._tracker.scores(), self.layout, pruning_ratio, goal=goal)
 
     def _fit_key(self, train: list[Encoded], total: int) -> str:
-        model = self.model
-        return key_of(
-            train,
-            [total, self._seed, self._steps_taken, model.r, model.scaling, model.task, model.base_dtype, self._pack],
-            [model.spec.base_sha256, model.layout.to_dict()],
-            msgspec.to_builtins(self._settings),
-            [self._ranking.criterion, self._ranking.metric, self._ranking.scope],
-        )
+        ranks = (self._ranking.criterion, self._ranking.metric, self._ranking.scope)
+        return key_of(train, self.model, self._settings, total, self._seed, self._steps_taken, self._pack, *ranks)
 
     def _encoded(self, data: Data) -> list[Encoded]:
-        task = self.model.task
-        examples = examples_of(data, self._columns, labelled=task != "causal_lm", words=task == "token_classification")
-        encoded = encode(examples, self.tokenizer, self._settings.max_length_tokens, causal=task == "causal_lm")
-        check_tokens(self.model, encoded)
-        return encoded
+        return self._texts.encode(read(data, self._columns, self.model.task), self._settings.max_length_tokens)
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings
@@ -393,7 +381,7 @@ class EdgeTuner:
             round_steps=steps,
             tracker=self._tracker,
             seed=self._seed + self._steps_taken,  # a second fit sees the data in another order
-            pad_id=int(self.tokenizer.pad_token_id),
+            pad_id=self._texts.pad_id,
             pack=self._pack and can_pack(self.model, settings.max_length_tokens),
         )
 
@@ -407,17 +395,5 @@ class EdgeTuner:
         self.model.trained_steps += trainer.step
         self.model.trained_examples = max(self.model.trained_examples, len(train))
         self.train_loss = trainer.train_loss
-        if trainer.micro_batch < self._settings.batch_size:
-            log.warning("memory ran out: trained %d examples at a time, gradients accumulated", trainer.micro_batch)
-        if trainer.skipped:
-            log.warning("%d of %d steps were not finite and were skipped", trainer.skipped, trainer.step)
-        if trainer.spikes:
-            log.warning("%d of %d steps were skipped: gradients far above the usual", trainer.spikes, trainer.step)
-
-
-def _checked(kind: Any, **values: Any) -> Any:
-    """Settings with the limits of their fields checked. Raises `ConfigError` naming the field."""
-    try:
-        return msgspec.convert(values, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{error}.") from None
+        for remark in trainer.remarks():
+            log.warning("%s", remark)

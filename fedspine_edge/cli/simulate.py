@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedspine_edge.config import Task
 
 EXAMPLE = """fedspine-edge simulate --config fleet/fleet.toml fleet/devices/*.toml
   fedspine-edge simulate --num-devices 8 --mix tx2=30,nx=40,agx=10 --out runs/sim
+  fedspine-edge simulate --mix nx=2 --task causal_lm --model llm/ --data chats.jsonl --text prompt --text-pair answer
   fedspine-edge simulate --num-devices 10000 --mix tx2=3,nx=4,agx=1 --recorded --rounds 5 --out runs/many"""
 
 
@@ -19,7 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument("--out", type=Path, default=Path("runs/simulated"), help="folder (default: runs/simulated)")
     mix.add_argument("--profiles", type=Path, default=None, help="file of device classes (default: the built-in one)")
     mix.add_argument("--model", type=Path, default=None, help="base model folder (default: all-MiniLM-L6-v2)")
+    mix.add_argument(
+        "--task",
+        choices=["classification", "token_classification", "causal_lm"],
+        default=None,
+        help="what is learned (default: classification); the others need --model and --data",
+    )
     mix.add_argument("--data", type=Path, default=None, help="CSV of text,label (default: four-domain sentences)")
+    mix.add_argument("--text", default="text", help="column of the texts, words or prompts in --data (default: text)")
+    mix.add_argument("--text-pair", default="", help="column of second texts, or of the answers to the prompts")
     mix.add_argument("--num-labels", type=int, default=2, help="classes in --data (default: 2)")
     mix.add_argument("--dirichlet", type=float, default=None, metavar="ALPHA", help="non-IID by label, not by domain")
     mix.add_argument("--drop-out", type=float, default=None, help="probability of being cut off in a round")
@@ -66,7 +79,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     from fedspine_edge.simulation.fleet import simulate, simulate_recorded
     from fedspine_edge.simulation.measures import measure
     from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared
-    from fedspine_edge.simulation.setup import demo_model, lay_out_mix, prepare_data
+    from fedspine_edge.simulation.setup import demo_model, lay_out_mix
 
     known = classes.load_profiles(arguments.profiles or classes.BUILT_IN)
     mix = classes.parse_mix(arguments.mix, known)
@@ -76,6 +89,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         "num_rounds": arguments.rounds,
         "pruning_ratio": arguments.pruning_ratio,
         "strategy": arguments.strategy,
+        "task": arguments.task,
         "seed": arguments.seed,
     }
     fleet_settings = {name: value for name, value in settings.items() if value is not None}
@@ -90,17 +104,11 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         fleet, devices = lay_out_mix(out, model="none", shares=[Path("none.csv")], **common, **fleet_settings)
         result = simulate_recorded(fleet, devices, shared)
     else:
-        shares, _ = prepare_data(
-            out / "data",
-            num_devices=sum(mix.values()),
-            data=arguments.data,
-            num_labels=arguments.num_labels,
-            dirichlet=arguments.dirichlet,
-            seed=arguments.seed or 0,
-        )
+        shares, columns = _shares(arguments, out / "data", sum(mix.values()), fleet_settings.get("task"))
         model = str((arguments.model or demo_model()).resolve())
+        holdout = min(64, _smallest(shares) // 2)
         fleet, devices = lay_out_mix(
-            out, model=model, shares=shares, holdout=min(64, _smallest(shares) // 2), **common, **fleet_settings
+            out, model=model, shares=shares, columns=columns, holdout=holdout, **common, **fleet_settings
         )
         result = simulate(fleet, devices)
     figures = measure(Path(fleet.run_dir))
@@ -112,6 +120,35 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         print("training was replaced by recorded losses: losses and accuracies say nothing about a model")
     print(f"simulated time {figures['total_time_s']:.0f} s, idle share {100 * figures['idle_share']:.1f} %")
     return 0
+
+
+def _shares(
+    arguments: argparse.Namespace, folder: Path, num_devices: int, task: Task | None
+) -> tuple[list[Path], dict[str, str]]:
+    """Each device's file, and how its columns are called."""
+    from fedspine_edge.config import DataSettings
+    from fedspine_edge.errors import ConfigError
+    from fedspine_edge.simulation.setup import deal_out, prepare_data
+
+    named = (arguments.text, arguments.text_pair) != ("text", "")
+    if task in (None, "classification") and not named:
+        shares, _ = prepare_data(
+            folder,
+            num_devices=num_devices,
+            data=arguments.data,
+            num_labels=arguments.num_labels,
+            dirichlet=arguments.dirichlet,
+            seed=arguments.seed or 0,
+        )
+        return shares, {}
+    if arguments.model is None or arguments.data is None or arguments.dirichlet is not None:
+        raise ConfigError(
+            "there is no model, no data and no split by label for other tasks and columns than the demo's.",
+            remedy="Give --model and --data, and no --dirichlet.",
+        )
+    columns = {"text": arguments.text, "text_pair": arguments.text_pair}
+    data = DataSettings(path=str(arguments.data), num_labels=arguments.num_labels, **columns)
+    return deal_out(folder, data=data, task=task or "classification", num_devices=num_devices), columns
 
 
 def _smallest(shares: list[Path]) -> int:

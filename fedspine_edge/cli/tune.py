@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge tune --model path/to/base --data train.csv --pruning-ratio 0.5 --out model/"
+EXAMPLE = """fedspine-edge tune --model path/to/base --data train.csv --pruning-ratio 0.5 --out model/
+  fedspine-edge tune --task causal_lm --model llm/ --data chats.jsonl --text prompt --text-pair answer --out model/"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder (or hub id) of the base model")
     parser.add_argument("--data", required=True, help="CSV, JSON lines or Parquet file with text and label columns")
+    parser.add_argument(
+        "--task",
+        choices=["classification", "token_classification", "causal_lm"],
+        default="classification",
+        help="what is learned; default classification",
+    )
+    parser.add_argument("--text", default="text", help="column of the texts, words or prompts; default text")
+    parser.add_argument("--text-pair", default="", help="column of second texts, or of the answers to the prompts")
     parser.add_argument("--test", default=None, help="file of the same form to measure accuracy on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the tuned model to")
     parser.add_argument(
@@ -19,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, default=200, help="training steps before and again after pruning; default 200"
     )
-    parser.add_argument("--num-labels", type=int, default=2, help="number of classes; default 2")
+    parser.add_argument("--num-labels", type=int, default=2, help="number of classes; default 2; not for causal_lm")
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank; default 8")
     parser.add_argument(
         "--base-dtype",
@@ -39,7 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_ratio(arguments.pruning_ratio)
     tuner = EdgeTuner.from_pretrained(
         arguments.model,
-        num_labels=arguments.num_labels,
+        task=arguments.task,
+        num_labels=None if arguments.task == "causal_lm" else arguments.num_labels,
+        text=arguments.text,
+        text_pair=arguments.text_pair,
         r=arguments.rank,
         base_dtype=arguments.base_dtype,
         seed=arguments.seed,

@@ -14,9 +14,8 @@ from typing import Literal
 import torch
 
 from fedspine_edge.clock import Clock, RealClock
-from fedspine_edge.config import DeviceConfig, TrainingSettings
-from fedspine_edge.device.batches import Tokenised
-from fedspine_edge.device.data import load_examples, split
+from fedspine_edge.config import DeviceConfig
+from fedspine_edge.device.data import split
 from fedspine_edge.device.failure import failure_report
 from fedspine_edge.device.fetch import Fetch
 from fedspine_edge.device.outbox import Outbox
@@ -26,6 +25,7 @@ from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
 from fedspine_edge.device.status import status_of
 from fedspine_edge.device.telemetry import Meter, PeakMemory
+from fedspine_edge.device.texts import Texts, Tokenised, read
 from fedspine_edge.errors import BlobError, MessageError, TransportError
 from fedspine_edge.model.bands import join
 from fedspine_edge.model.layout import Layout
@@ -80,8 +80,6 @@ class FleetDevice:
         self._retry_at: float | None = None
         self._watching = False
         self._inbox: deque[Event] = deque()
-        self._longest_tokens = TrainingSettings().max_length_tokens
-        """What a plan last asked for; before the first, what fleets use by default."""
 
     def start(self) -> None:
         """Load data, model and state, connect, and say hello.
@@ -93,21 +91,24 @@ class FleetDevice:
             torch.set_num_threads(config.torch_threads)
         torch_device = choose_torch_device(config.torch_device)
         self._peak = None if config.time_kind == "simulated" else PeakMemory(torch_device)
-        examples = load_examples(config.data)
+        examples = read(config.data.path, config.data, config.task)
         self._train, self._holdout = split(examples, config.data.holdout, config.seed, where=config.data.path)
         self._state = StateDir(config.state_dir)
         try:
             self._source = ModelSource(
                 config.model,
-                num_labels=config.data.num_labels,
+                num_labels=config.num_labels,
+                task=config.task,
                 torch_device=torch_device,
                 base_dtype=config.base_dtype,
                 model=self._base,
             )
             self._model: PrunableModel | None = self._source.fresh()
             self._spec = self._model.spec
-            self._tokenizer = self._source.tokenizer()
-            self._examples = Tokenised(self._tokenizer, self._train, self._holdout)
+            self._texts = Texts.of(self._model, self._source.tokenizer())
+            self._examples = Tokenised(self._texts, self._train, self._holdout)
+            self._longest_tokens = self._texts.length()  # until a plan asks for another length
+            self._examples.at(self._longest_tokens)  # what does not fit the model is told now, not in a round
             self._record = Record.load(self._state, config, self._spec)
             self._retry_at = None if self._record.acked else self._clock.now()
             self._outbox = Outbox(self._transport, self._topics, config.device_id, self._state.blobs)
@@ -207,6 +208,8 @@ class FleetDevice:
             raise MessageError(f"round {plan.server_round} is over; this device reported {last.server_round}.")
         self._drop_plan()
         record.acked, self._retry_at = True, None  # a newer plan ends the wait for an ack
+        if plan.reason:
+            log.error("fleet %s does not take this device: %s", self.config.fleet, plan.reason)
         if plan.action == "finished":
             log.info("run %s is finished", plan.run_id)
             self._state_dir.remove(ROUND)
@@ -285,7 +288,7 @@ class FleetDevice:
                 standing=self._record.standing,
                 train=train,
                 holdout=holdout,
-                pad_id=int(self._tokenizer.pad_token_id),
+                pad_id=self._texts.pad_id,
                 state=self._state_dir,
                 meter=self._meter,
                 peak=self._peak,

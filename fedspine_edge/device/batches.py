@@ -59,26 +59,6 @@ def encode(
     ]
 
 
-class Tokenised:
-    """Several sets of examples, tokenised when a length is first asked for.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        sets: Of examples.
-    """
-
-    def __init__(self, tokenizer: Any, *sets: Sequence[Example]) -> None:
-        self._tokenizer = tokenizer
-        self._sets = sets
-        self._found: tuple[int, list[list[Encoded]]] = (0, [])
-
-    def at(self, max_length_tokens: int) -> list[list[Encoded]]:
-        """Each set, cut at `max_length_tokens`; the last length asked for is kept."""
-        if self._found[0] != max_length_tokens:
-            self._found = max_length_tokens, [encode(one, self._tokenizer, max_length_tokens) for one in self._sets]
-        return self._found[1]
-
-
 def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
     encoded = tokenizer(
         [list(example.words) for example in examples],

@@ -15,6 +15,7 @@ from fedspine_edge.device.batches import Encoded
 from fedspine_edge.device.state import Document, StateDir
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.prunable import PrunableModel
 
 log = logging.getLogger("fedspine_edge.tuner")
 
@@ -71,7 +72,9 @@ def open_checkpoint(folder: str | Path, key: str, total: int) -> Iterator[FitChe
         yield FitCheckpoint(state, key, total)
 
 
-def key_of(train: Iterable[Encoded], *settings: Any) -> str:
-    """Digest of the examples and of everything else given."""
+def key_of(train: Iterable[Encoded], model: PrunableModel, *settings: Any) -> str:
+    """Digest of the examples, of what kind of model it is, and of everything else given."""
     examples = [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train]
-    return hashlib.sha256(msgspec.json.encode((examples, settings))).hexdigest()
+    adapter = (model.r, model.scaling, model.task, model.base_dtype)
+    kind = (*adapter, model.spec.base_sha256, model.layout.to_dict())
+    return hashlib.sha256(msgspec.json.encode((examples, kind, settings))).hexdigest()

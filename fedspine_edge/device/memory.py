@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedspine_edge.device.batches import Encoded, Ints, collate, pack
-from fedspine_edge.device.objective import loss_sum
+from fedspine_edge.device.objective import can_pack, loss_sum
 from fedspine_edge.kernels import native
 from fedspine_edge.kernels.quantised import QuantisedWeight
 from fedspine_edge.model.layout import module_names
@@ -110,7 +110,8 @@ def rank_costs(model: PrunableModel, *, tokens: int, limit_bytes: int = 0) -> tu
     for other, costs in known:
         if other == size or (_covers(other, size) and costs[0] + LARGEST_RANK * costs[1] <= limit_bytes):
             return costs
-    peak = estimate(model, micro_batch=1, tokens=tokens, r=REFERENCE_RANK).peak_bytes
+    packs = can_pack(model, tokens)
+    peak = estimate(model, micro_batch=1, tokens=tokens, r=REFERENCE_RANK, pack_rows=packs).peak_bytes
     spec = model.spec
     adapters = sum(model.layout.rows(name).size + model.layout.cols(name).size for name in module_names(spec))
     # parameter, gradient and two moments in float32, and x·Aᵀ of every linear
@@ -127,7 +128,8 @@ def fitting_micro_batch(model: PrunableModel, *, batch_size: int, tokens: int, l
         size = (*_widths(model), model.r or 0, micro_batch, tokens)
         if any(_covers(other, size) and peak <= limit_bytes for other, peak in known):
             break  # a step that is larger in every respect fits
-        peak = estimate(model, micro_batch=micro_batch, tokens=tokens).peak_bytes
+        packs = can_pack(model, tokens)
+        peak = estimate(model, micro_batch=micro_batch, tokens=tokens, pack_rows=packs).peak_bytes
         known.appendleft((size, peak))
         if peak <= limit_bytes:
             break

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.device.batches import Encoded
 from fedspine_edge.device.memory import fitting_micro_batch
+from fedspine_edge.device.objective import can_pack
 from fedspine_edge.device.privacy import protect
 from fedspine_edge.device.source import ModelSource
 from fedspine_edge.device.standing import Outcome, Standing
@@ -139,7 +140,7 @@ class LocalRound:
             server_round=plan.server_round,
             plan_sha256=self._plan_sha256,
             status="ok",
-            reason=self._remark(trainer),
+            reason="; ".join(trainer.remarks()),
             update=ref,
             num_examples=len(self._train),
             loss_before=_finite(self._info["loss_before"]),
@@ -215,6 +216,7 @@ class LocalRound:
             seed=self._config.seed,
             pad_id=self._pad_id,
             meter=self._meter,
+            pack=can_pack(self.model, plan.training.max_length_tokens),
             micro_batch=self._micro_batch(self.model),
         )
 
@@ -278,18 +280,6 @@ class LocalRound:
     def _noise_secret(self) -> str:
         """What the server must not know; a simulation has nothing to hide and has to repeat."""
         return str(self._config.seed) if self._config.time_kind == "simulated" else self._state.secret()
-
-    def _remark(self, trainer: Trainer) -> str:
-        remarks = []
-        if trainer.micro_batch < self._plan.training.batch_size:
-            why = "memory ran out" if trainer.ran_out else f"memory_limit_mib is {self._config.memory_limit_mib}"
-            remarks.append(
-                f"{why}; trained {trainer.micro_batch} instead of {self._plan.training.batch_size} "
-                "examples at a time, gradients accumulated"
-            )
-        if trainer.spikes:
-            remarks.append(f"{trainer.spikes} of {trainer.step} steps had a gradient far above the usual")
-        return "; ".join(remarks)
 
     def _stepped(self, trainer: Trainer) -> None:
         now = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedspine_edge.device.batches import Encoded
-from fedspine_edge.errors import CheckpointError, ConfigError
-from fedspine_edge.model.architecture import Task
+from fedspine_edge.config import Task
+from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
 from fedspine_edge.model.precision import BaseDtype, compute_dtype
@@ -28,7 +27,8 @@ class ModelSource:
 
     Args:
         path: Folder (or hub id) of the base model.
-        num_labels: Classes of the task head.
+        num_labels: Classes of the task head; 0 for causal_lm.
+        task: What the models are for.
         torch_device: Where the models go.
         base_dtype: How the frozen weights are kept; see `PrunableModel.keep_base_in`.
         model: An unpruned model that is already in memory, used instead of reading `path` again and again (a
@@ -41,11 +41,13 @@ class ModelSource:
         path: str,
         *,
         num_labels: int,
+        task: Task = "classification",
         torch_device: str = "cpu",
         base_dtype: BaseDtype = "float32",
         model: PrunableModel | None = None,
     ) -> None:
         self._path = path
+        self._task: Task = task
         self._num_labels = num_labels
         self._torch_device = torch_device
         self._base_dtype = base_dtype
@@ -63,13 +65,20 @@ class ModelSource:
             model = copy.deepcopy(self._model, shared)
             model.keep_base_in(self._base_dtype)
         else:
-            model = load_base(self._path, num_labels=self._num_labels, base_dtype=self._base_dtype, seed=seed)
+            model = load_base(
+                self._path, task=self._task, num_labels=self._num_labels, base_dtype=self._base_dtype, seed=seed
+            )
             model.module.to(self._torch_device)
         self._heads[seed] = _head_of(model)
         return model
 
     def initial_head(self, seed: int) -> Mapping[str, npt.NDArray[np.float32]]:
-        """The untrained task head, named as in a round blob ("head.*"); the same on every device of the fleet."""
+        """The untrained task head, named as in a round blob ("head.*"); the same on every device of the fleet.
+
+        Empty for causal_lm.
+        """
+        if self._task == "causal_lm":
+            return {}
         if seed not in self._heads:
             self.fresh(seed)
         return self._heads[seed]
@@ -138,30 +147,3 @@ def choose_torch_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
 
 def _head_of(model: PrunableModel) -> dict[str, npt.NDArray[np.float32]]:
     return {name: value for name, value in model.adapter_state().items() if name.startswith("head.")}
-
-
-def text_length(model: PrunableModel, asked: int | None) -> int:
-    """Tokens of the longest text: as asked, else 128 or what the model's table of positions allows.
-
-    Raises `ConfigError` for more than that.
-    """
-    longest = model.architecture.max_tokens(model.module.config)
-    if asked is None:
-        return 128 if longest is None else min(128, longest)
-    if longest is not None and asked > longest:
-        raise ConfigError(
-            f"max_length_tokens is {asked}, {model.base or 'the model'} has positions for {longest} tokens.",
-            remedy=f"Use at most {longest}.",
-        )
-    return asked
-
-
-def check_tokens(model: PrunableModel, examples: Iterable[Encoded]) -> None:
-    """Raises `CheckpointError` for a token without an embedding; on a GPU it would end the process."""
-    largest = max(max(example.input_ids) for example in examples)
-    known = model.module.get_input_embeddings().weight.shape[0]
-    if largest >= known:
-        raise CheckpointError(
-            f"the tokenizer gives token {largest}, the model has embeddings for {known}.",
-            remedy=f"The tokenizer files in {model.folder} belong to another model; copy the right ones.",
-        )

@@ -108,5 +108,6 @@ def _identity(config: DeviceConfig, spec: ModelSpec) -> dict[str, str | int]:
         "device_id": config.device_id,
         "fleet": config.fleet,
         "base_sha256": spec.base_sha256,
-        "num_labels": config.data.num_labels,
+        "task": config.task,
+        "num_labels": config.num_labels,
     }

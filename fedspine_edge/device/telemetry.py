@@ -188,6 +188,11 @@ def pass_flops(layout: Layout, r: int, batch: int, length: int, *, backward: boo
     return total
 
 
+def output_flops(vocabulary: int, hidden_size: int, targets: int, *, backward: bool) -> float:
+    """FLOPs of a language model's logits, which are formed for `targets` predicted tokens alone, and their gradient."""
+    return 2.0 * targets * vocabulary * hidden_size * (2 if backward else 1)
+
+
 class PeakMemory:
     """Peak memory of a stretch of work: CUDA's allocator on a GPU, else the process's resident set.
 

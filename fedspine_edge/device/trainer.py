@@ -19,7 +19,7 @@ import torch
 from fedspine_edge.device.batches import BatchOrder, Encoded, Ints, collate, evaluation_batches, pack
 from fedspine_edge.device.objective import loss_sum, num_targets
 from fedspine_edge.device.state import Document, prefixed, unprefixed
-from fedspine_edge.device.telemetry import Meter, pass_flops
+from fedspine_edge.device.telemetry import Meter, output_flops, pass_flops
 from fedspine_edge.errors import DataError, OutOfMemory
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import Layout
@@ -50,7 +50,8 @@ class StepStatistics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy over `num_examples` (classification) or predicted tokens (causal_lm)."""
+    """Mean loss and accuracy over `num_examples` answers: texts (classification), words (token_classification), or
+    predicted tokens (causal_lm), of which those of a long answer count for more than those of a short one."""
 
     loss: float
     accuracy: float
@@ -143,6 +144,21 @@ class Trainer:
     def last_loss(self) -> float | None:
         """Loss of the last step that was not skipped, None before the first."""
         return self._losses[-1] if self._losses else None
+
+    def remarks(self) -> list[str]:
+        """What did not go as planned, in words for the user; empty if all did."""
+        found = []
+        if self.micro_batch < self.training.batch_size:
+            why = "memory ran out" if self.ran_out else "memory_limit_mib allows no more"
+            found.append(
+                f"{why}; trained {self.micro_batch} instead of {self.training.batch_size} examples at a time, "
+                "gradients accumulated"
+            )
+        if self.skipped:
+            found.append(f"{self.skipped} of {self.step} steps were not finite and were skipped")
+        if self.spikes:
+            found.append(f"{self.spikes} of {self.step} steps had a gradient far above the usual and were skipped")
+        return found
 
     def run(self, until: int, *, scored: bool = False, on_step: Callable[[], None] | None = None) -> None:
         """Take steps until `self.step == until`; `on_step` is called after each.
@@ -297,9 +313,11 @@ class Trainer:
     def _account(self, batch: Mapping[str, Ints], *, backward: bool, scored: bool = False) -> None:
         if self._meter is not None:
             size, length = batch["input_ids"].shape
-            self._meter.work(
-                pass_flops(self.model.layout, self.model.r or 0, size, length, backward=backward, scored=scored)
-            )
+            flops = pass_flops(self.model.layout, self.model.r or 0, size, length, backward=backward, scored=scored)
+            if self.model.task == "causal_lm":  # its head can outweigh the layers; a classifier's is next to nothing
+                vocabulary, hidden_size = self.model.module.get_output_embeddings().weight.shape
+                flops += output_flops(vocabulary, hidden_size, num_targets(batch, self.model.task), backward=backward)
+            self._meter.work(flops)
 
     def _with_less_memory(self, work: Callable[[], T], *, evaluation: bool = False) -> T:
         """Do `work`; when memory runs out, again with half the examples at a time."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError, ModelError, UnknownArchitecture
 from fedspine_edge.model.fused import take_apart
 from fedspine_edge.model.layout import Layout, Part, split_name
 from fedspine_edge.wire.messages import ModelSpec
-
-Task = Literal["classification", "token_classification", "causal_lm"]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
-from fedspine_edge.model.architecture import Architecture, Task, architecture_of, model_spec
+from fedspine_edge.model.architecture import Architecture, architecture_of, model_spec
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel

@@ -10,6 +10,7 @@ import msgspec
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model.base import load_base
 from fedspine_edge.model.layout import Layout
@@ -33,8 +34,10 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
     try:
         spec = msgspec.convert(description["spec"], ModelSpec)
         layout = Layout.from_dict(spec, description)
-        num_labels, seed, scaling = (description[name] for name in ("num_labels", "seed", "scaling"))
+        seed, scaling = description["seed"], description["scaling"]
+        task, num_labels = msgspec.convert(description["task"], Task), description["num_labels"]
         adapter_sha256 = description["adapter_sha256"]
+        examples, steps = int(description["trained_examples"]), int(description["trained_steps"])
     except (KeyError, msgspec.ValidationError, LayoutError) as error:
         raise CheckpointError(f"{final / 'layout.json'} is not a fleet's layout: {error}.") from error
     if digest(adapter_bytes) != adapter_sha256:
@@ -46,7 +49,7 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
         adapter = load(adapter_bytes)
     except SafetensorError as error:
         raise CheckpointError(f"{final / 'adapter.safetensors'} cannot be read: {error}.") from error
-    model = load_base(base, num_labels=num_labels, seed=seed)
+    model = load_base(base, task=task, num_labels=num_labels, seed=seed)
     if model.spec.base_sha256 != spec.base_sha256:
         raise CheckpointError(
             f"{base} is not the model that the fleet trained: its weights have the digest "
@@ -56,6 +59,7 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
     if pruned:
         model.compact(layout)
     model.load_adapter(adapter, scaling=scaling)
+    model.trained_examples, model.trained_steps = examples, steps
     return model
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import msgspec
 
+from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.architecture import Task
 from fedspine_edge.model.base import MANIFEST
 from fedspine_edge.wire.messages import ModelSpec, Sha256
 

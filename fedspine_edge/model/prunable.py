@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fedspine_edge.config import Task
 from fedspine_edge.errors import LayoutError, ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.model.adapter_check import Arrays, checked_adapter
-from fedspine_edge.model.architecture import Task, architecture_of, check_shapes, model_spec
+from fedspine_edge.model.architecture import architecture_of, check_shapes, model_spec
 from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight

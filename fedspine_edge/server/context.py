@@ -30,7 +30,7 @@ class RoundContext:
         blobs: Where accepted updates are.
         tensors: The blob that the round started from.
         layouts: By device what it kept before the round, and the ratio it reported with it.
-        first: Whether this is round 1, in which nobody knows the task head yet.
+        first: Whether this is round 1, in which nobody knows the task head yet, if there is one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RoundContext:
         self.layouts = {device_id: layout for device_id, (layout, _) in layouts.items()}
         self._config, self._blobs = config, blobs
         heads = {name: value.shape for name, value in tensors.items() if name.startswith("head.")}
-        self._head_shapes = None if first else heads
+        self._head_shapes = None if first and config.task != "causal_lm" else heads  # a language model has its own
 
     def check(self, report: Report, plan: Plan, tensors: Mapping[str, Tensor]) -> Update:
         """The update, checked. Raises `UpdateRejected`."""

@@ -78,7 +78,7 @@ class FleetServer:
         self._post = Post(transport, self._topics)
         self._strategy = create(config)
         self._retry_s = min(15.0, max(1.0, config.deadline_s * RETRY_SHARE))
-        self._members = Members(config.base_sha256)
+        self._members = Members(config.base_sha256, task=config.task)
         self._state = RunState()
 
     def run(self) -> RunResult:
@@ -265,17 +265,18 @@ class FleetServer:
         spec, last = self._members.spec, self.config.num_rounds
         text = journal.meta("layout")
         assert text is not None  # journaled with the last round
-        attempt = max(view.attempt for view in journal.rounds() if view.server_round == last)
-        accepted = {row.device_id for row in journal.reports(last, attempt) if row.status == "accepted"}
+        rounds = journal.rounds()
+        answers = ending.accepted(journal, {view.server_round: view.attempt for view in rounds})
         result = write_final(
             self._dir.path,
             run_id=self._run_id,
             config=self.config,
             tensors=codec.unpack(self._blobs.get(self._blob_ref().sha256)),
             layout=Layout.from_dict(spec, json.loads(text)),
-            layouts={i: kept for i, kept in journal.layouts(spec).items() if i in accepted},
-            rounds=journal.rounds(),
+            layouts={i: kept for i, kept in journal.layouts(spec).items() if i in answers[last]},
+            rounds=rounds,
             num_labels=self._members.num_labels,
+            trained=ending.trained(answers),
         )
         self._clear_blobs()
         self._post.announce(
@@ -370,7 +371,7 @@ class FleetServer:
             self._strategy.load_dict(self._state.strategy)
             logger.info("run %s continues with round %d", run_id, self._state.server_round)
         num_labels = int(journal.meta("num_labels") or 0)
-        self._members = Members(config.base_sha256, spec=journal.spec, num_labels=num_labels)
+        self._members = Members(config.base_sha256, task=config.task, spec=journal.spec, num_labels=num_labels)
         for status, online, _ in journal.devices():
             self._members.recall(status)
             if online and not self._members[status.device_id].refused:

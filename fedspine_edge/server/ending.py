@@ -79,6 +79,24 @@ def traffic(journal: Journal, collector: Collector) -> tuple[int, int]:
     return sum(report.bytes_up for report in answers), sum(report.bytes_down for report in answers)
 
 
+def accepted(journal: Journal, attempts: Mapping[int, int]) -> dict[int, dict[str, Report]]:
+    """By round and device id the reports that were aggregated; `attempts` names each round's last."""
+    return {
+        number: {
+            row.device_id: msgspec.json.decode(row.report, type=Report)
+            for row in journal.reports(number, attempt)
+            if row.status == "accepted"
+        }
+        for number, attempt in attempts.items()
+    }
+
+
+def trained(answers: Mapping[int, Mapping[str, Report]]) -> tuple[int, int]:
+    """(examples of the last round's devices, steps of all rounds by the device that took most in each)."""
+    examples = sum(report.num_examples for report in answers[max(answers)].values())
+    return examples, sum(max(report.steps for report in reports.values()) for reports in answers.values())
+
+
 def majority(values: Mapping[str, str]) -> str:
     """The most common value; among equals that of the smallest device id."""
     counts = Counter(values.values())

@@ -58,6 +58,7 @@ def write_final(
     layouts: Mapping[str, tuple[Layout, float]],
     rounds: list[RoundView],
     num_labels: int,
+    trained: tuple[int, int],
 ) -> RunResult:
     """Write `run_dir/final`, all of it or nothing.
 
@@ -65,6 +66,7 @@ def write_final(
         tensors: The last aggregate: `layers.*` in full coordinates and `head.*`; anything else is left out.
         layout: The fleet's layout.
         layouts: By device accepted in the last round: what it keeps and the ratio it reported.
+        trained: The examples of these devices, and the steps of one through all rounds.
     """
     adapter = pack({name: value for name, value in tensors.items() if name.startswith(("layers.", "head."))})
     final = run_dir / "final"
@@ -83,7 +85,10 @@ def write_final(
         "scaling": config.training.lora_alpha_per_r,
         "r": max(config.ranks),
         "seed": config.seed,
+        "task": config.task,
         "num_labels": num_labels,
+        "trained_examples": trained[0],
+        "trained_steps": trained[1],
         "adapter_sha256": result.adapter_sha256,
     }
     summary = {

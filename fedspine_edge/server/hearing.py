@@ -11,6 +11,7 @@ from fedspine_edge.server.collector import Collector, answer_old
 from fedspine_edge.server.context import RoundContext
 from fedspine_edge.server.journal import Journal
 from fedspine_edge.server.members import Members
+from fedspine_edge.server.plans import refusal
 from fedspine_edge.server.post import Post
 from fedspine_edge.transport.base import Incoming
 from fedspine_edge.wire import codec
@@ -82,6 +83,8 @@ class Hearing:
         member = self._members.see(status)
         if member.refused:
             logger.warning("refused device %s: %s", device_id, member.refused)
+            if member.online:
+                self._post.refuse(device_id, refusal(self._run_id, device_id, member.refused))
         self.heard.add(device_id)
         self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=self._wall())
         if status.state == "online" and self._journal.forget_layout_above(device_id, status.pruning_ratio):

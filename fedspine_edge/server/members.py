@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.wire.messages import ModelSpec, Status
 
@@ -26,12 +27,20 @@ class Members:
 
     Args:
         base_sha256: Digest that the base model must have; empty takes the first device's.
+        task: What the fleet learns.
         spec: The model of a run that is being resumed.
         num_labels: Its number of classes.
     """
 
-    def __init__(self, base_sha256: str = "", *, spec: ModelSpec | None = None, num_labels: int = 0) -> None:
-        self._base_sha256 = base_sha256
+    def __init__(
+        self,
+        base_sha256: str = "",
+        *,
+        task: Task = "classification",
+        spec: ModelSpec | None = None,
+        num_labels: int = 0,
+    ) -> None:
+        self._base_sha256, self._task = base_sha256, task
         self.spec = spec
         self.num_labels = num_labels
         self._members: dict[str, Member] = {}
@@ -90,7 +99,8 @@ class Members:
         if refused:
             return ConfigError(
                 f"{text}; {len(refused)} refused. {' '.join(refused[:3])}",
-                remedy="Give every device the same base model, or set base_sha256 to the one that is meant.",
+                remedy="Give all devices one base model, task and num_labels; base_sha256 and task in the fleet's "
+                "settings say which are meant.",
             )
         return ConfigError(
             f"{text}.", remedy="Start more devices on the same fleet and broker, or lower min_devices and min_reports."
@@ -102,6 +112,8 @@ class Members:
             return "it did not say which model it has."
         if base and model.base_sha256 != base:
             return f"its base model has digest {model.base_sha256}, this fleet trains {base} (base_sha256)."
+        if status.task != self._task:
+            return f"it learns {status.task}, this fleet {self._task}: set task = {self._task!r} on the device."
         if self.spec is None:
             return ""
         if model.base_sha256 != self.spec.base_sha256:

@@ -1,4 +1,4 @@
-"""What a strategy is told of a device, and its assignment as a plan; and the two plans that ask for nothing."""
+"""What a strategy is told of a device, and its assignment as a plan; and the plans that ask for nothing."""
 
 from __future__ import annotations
 
@@ -84,6 +84,11 @@ def _decay_from_step(config: FleetConfig) -> int:
     if training.schedule == "cosine" or config.num_rounds < 3:
         return 0
     return (config.num_rounds - 2) * (training.tau + training.recovery_steps) - training.recovery_steps
+
+
+def refusal(run_id: str, device_id: str, reason: str) -> bytes:
+    """The encoded plan of a device that may not take part: it waits, and its operator reads why."""
+    return codec.encode(Plan(run_id=run_id, action="wait", device_id=device_id, reason=reason))
 
 
 def idle_plan(

@@ -70,6 +70,10 @@ class Post:
         self._blobs = [blob for blob in self._blobs if blob[0].sha256 != ref.sha256]
         return all(self._publish(self._topics.blob(ref.sha256, i), b"", retain=True) for i in range(ref.num_chunks))
 
+    def refuse(self, device_id: str, payload: bytes) -> None:
+        """Answer a status that may not take part; not retained, since the device may come back with other settings."""
+        self._publish(self._topics.plan(device_id), payload)
+
     def acknowledge(self, ack: Ack) -> None:
         """Answer a report; a lost answer is asked for again by the device."""
         self._publish(self._topics.ack(ack.device_id), codec.encode(ack))

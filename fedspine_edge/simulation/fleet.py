@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from fedspine_edge.clock import VirtualClock
-from fedspine_edge.config import DeviceConfig, FleetConfig
+from fedspine_edge.config import DeviceConfig, FleetConfig, Task
 from fedspine_edge.device.agent import FleetDevice
 from fedspine_edge.model.checkpoint import load_base
 from fedspine_edge.model.prunable import PrunableModel
@@ -36,12 +36,13 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
         What the server returns; `adapter_sha256` is the same for the same inputs.
     """
     network = VirtualNetwork()
-    bases: dict[tuple[str, int], PrunableModel] = {}
+    bases: dict[tuple[str, Task, int], PrunableModel] = {}
 
     def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> FleetDevice:
-        kind = (config.model, config.data.num_labels)
+        kind = (config.model, config.task, config.num_labels)
         if kind not in bases:  # read once; the devices share its frozen weights
-            bases[kind] = load_base(config.model, num_labels=config.data.num_labels, seed=fleet.seed)
+            model, task, num_labels = kind
+            bases[kind] = load_base(model, task=task, num_labels=num_labels, seed=fleet.seed)
         return FleetDevice(config, transport, clock, model=bases[kind])
 
     return _run(fleet, devices, network, device)

@@ -370,7 +370,8 @@ class RecordedDevice:
             model=self._shared.spec,
             device_class=config.device_class,
             num_examples=self._num_examples,
-            num_labels=config.data.num_labels,
+            task=config.task,
+            num_labels=config.num_labels,
             memory_bytes=config.memory_limit_mib * 1024 * 1024,
             pruning_ratio=self._ratio,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
-from fedspine_edge.device.data import load_examples
+from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, Task, convert
+from fedspine_edge.device.data import Example, load_examples
+from fedspine_edge.device.texts import read
 from fedspine_edge.errors import ConfigError, DataError, MissingDependency
 from fedspine_edge.simulation import sentiment
 from fedspine_edge.simulation.profiles import Profile
@@ -109,6 +111,31 @@ def prepare_data(
     return paths, test_csv
 
 
+def deal_out(folder: Path, *, data: DataSettings, task: Task, num_devices: int) -> list[Path]:
+    """Deal the examples of `data` out to the devices in turn, as `device-K.jsonl` below `folder`, columns as in `data`.
+
+    For every task; `prepare_data` knows more of classification. Raises `DataError` for too few examples.
+    """
+    examples = read(data.path, data, task)
+    if len(examples) < 3 * num_devices:  # to train on and to hold out
+        raise DataError(f"{data.path} has {len(examples)} examples.", remedy="Use fewer --num-devices or more data.")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"device-{index + 1}.jsonl" for index in range(num_devices)]
+    for index, path in enumerate(paths):
+        with path.open("w", encoding="utf-8") as file:
+            for example in examples[index::num_devices]:
+                file.write(json.dumps(_row(example, data, task)) + "\n")
+    return paths
+
+
+def _row(example: Example, data: DataSettings, task: Task) -> dict[str, Any]:
+    if task == "token_classification":
+        return {data.text: example.words, data.label: example.word_labels}
+    pair = {} if example.text_pair is None else {data.text_pair: example.text_pair}
+    label = {} if task == "causal_lm" else {data.label: example.label}
+    return {data.text: example.text, **pair, **label}
+
+
 def lay_out(
     folder: Path,
     *,
@@ -173,12 +200,14 @@ def lay_out_mix(
     holdout: int = 64,
     drop_out: float | None = None,
     torch_device: str = "cpu",
+    columns: Mapping[str, str] | None = None,
     **fleet_settings: Any,
 ) -> tuple[FleetConfig, tuple[DeviceConfig, ...]]:
     """Settings of a simulated fleet with `mix[class]` devices of each class; writes nothing.
 
     Device k takes `shares[k]`, and classes take turns in proportion to their counts, so that no domain of the data
-    falls to one class. Raises `ConfigError` when a setting is impossible.
+    falls to one class. `columns` names those of the shares that are not called as by default. Raises `ConfigError` when
+    a setting is impossible.
     """
     settings = {"run_dir": str(folder / "run"), "min_devices": sum(mix.values()), **fleet_settings}
     fleet = convert(settings, FleetConfig, where="fleet settings")
@@ -189,7 +218,13 @@ def lay_out_mix(
             "device_id": device_id,
             "fleet": fleet.fleet,
             "model": model,
-            "data": {"path": str(shares[index % len(shares)]), "num_labels": num_labels, "holdout": holdout},
+            "task": fleet.task,
+            "data": {
+                "path": str(shares[index % len(shares)]),
+                "num_labels": num_labels,
+                "holdout": holdout,
+                **(columns or {}),
+            },
             "state_dir": str(folder / "devices" / device_id),
             "device_class": name,
             "torch_threads": 1,

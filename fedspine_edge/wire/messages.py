@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from fedspine_edge.config import Task
+
 SCHEMA = 1
 CHUNK_BYTES = 96 * 1024
 """Small enough for the default limits of Mosquitto, EMQX, AWS IoT and the embedded broker."""
@@ -73,7 +75,9 @@ class Status(Message, frozen=True, kw_only=True):
     model: ModelSpec | None = None
     device_class: str = "unknown"
     num_examples: Count = 0
+    task: Task = "classification"
     num_labels: Count = 0
+    """Classes of the task; 0 for causal_lm."""
     memory_bytes: Count = 0
     """Memory the device is willing to train in; 0 means not stated."""
     memory_base_bytes: Count = 0
@@ -130,6 +134,8 @@ class Plan(Message, frozen=True, kw_only=True):
     adapter: Annotated[tuple[BlobRef, ...], Meta(max_length=64)] = ()
     """What the round starts from: task head, consensus order and the bands of the fleet's adapter up to rank r."""
     training: Training = Training()
+    reason: str = ""
+    """Why a device that is refused has to wait, and what to do."""
 
 
 class Report(Message, frozen=True, kw_only=True):

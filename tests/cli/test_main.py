@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_lm
 
 from fedspine_edge import __version__
 from fedspine_edge.cli import main as cli
@@ -296,3 +297,17 @@ def test_a_run_that_is_not_there(
     more = ["--model", str(base_folder), "--out", str(tmp_path / "model")] if command == "export" else []
     refused(capsys, [command, str(tmp_path / "absent-run"), *more], "absent-run")
     assert not list(tmp_path.iterdir())
+
+
+def test_tune_teaches_a_language_model_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_lm.write_folder(tmp_path / "base")
+    train = tiny_lm.write_instructions(tmp_path / "train.jsonl", tiny_lm.instructions(60))
+    options = ["--task", "causal_lm", "--text", "prompt", "--text-pair", "answer", "--test", str(train), "--json"]
+    losses = []
+    for steps in ("1", "40"):
+        assert main([*tune(model, train, tmp_path / steps, *options), "--steps", steps]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["num_examples"] == 60 * 3
+        losses.append(found["loss"])
+    assert losses[1] < 0.8 * losses[0]
+    assert json.loads((tmp_path / "40" / "layout.json").read_text())["task"] == "causal_lm"

@@ -109,11 +109,12 @@ class FakeDevice:
         duration_s: float = 10.0,
         num_examples: int = 100,
         num_labels: int = 2,
+        task: str = "classification",
         memory: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
         self.device_id, self.transport, self.clock, self.spec = device_id, transport, clock, spec
         self.duration_s, self.num_examples, self.num_labels = duration_s, num_examples, num_labels
-        self.memory = memory
+        self.task, self.memory = task, memory
         self.topics = Topics("fleet")
         self.file = folder / f"{device_id}.json"
         self.plans: list[Plan] = []
@@ -147,6 +148,7 @@ class FakeDevice:
             model=self.spec,
             device_class="agx",
             num_examples=self.num_examples,
+            task=self.task,
             num_labels=self.num_labels,
             memory_bytes=self.memory[0],
             memory_base_bytes=self.memory[1],
@@ -238,6 +240,7 @@ class FakeDevice:
             pruning_ratio=self.ratio,
             r=plan.r,
             completion_time_s=self.duration_s,
+            steps=plan.tau + plan.recovery_steps,
             time_kind="simulated",
             bytes_down=sum(ref.size_bytes for ref in plan.adapter),
         )

@@ -43,6 +43,7 @@ def test_a_run_ends_with_nested_layouts_and_a_complete_final_folder(fleet, tmp_p
     described = json.loads((final / "layout.json").read_text())
     layout = Layout.from_dict(SPEC, described)
     assert described["scaling"] == 2.0
+    assert (described["trained_examples"], described["trained_steps"]) == (100 + 150 + 200, 5 * (4 + 2))
     assert described["r"] == 4
     assert msgspec.convert(described["spec"], type(SPEC)) == SPEC
     assert result.pruning_ratio == pytest.approx(layout.pruning_ratio)
@@ -322,7 +323,9 @@ def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):
         fleet.serve(make_config(tmp_path / "run", base_sha256="c" * 64, min_devices=1))
     assert "b" * 64 in str(caught.value)
     assert "c" * 64 in str(caught.value)
-    assert not fleet.devices["d0"].plans
+    told = fleet.devices["d0"].plans[0]
+    assert (told.action, told.adapter) == ("wait", ())
+    assert told.reason == f"its base model has digest {'b' * 64}, this fleet trains {'c' * 64} (base_sha256)."
 
 
 @pytest.mark.parametrize(
@@ -331,6 +334,7 @@ def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):
         ({"spec": make_spec("b" * 64)}, "its base model has digest b"),
         ({"num_labels": 5}, "num_labels = 5"),
         ({"spec": make_spec(intermediate_size=16)}, "intermediate_size 16 instead of 32"),
+        ({"task": "causal_lm", "num_labels": 0}, "it learns causal_lm, this fleet classification: set task = "),
     ],
 )
 def test_a_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, options, reason):
@@ -344,6 +348,37 @@ def test_a_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, optio
         devices = {entry["device_id"]: entry["refused"] for entry in journal.summary()["devices"]}
     assert devices["d0"] == ""
     assert reason in devices["odd"]
+    assert reason in fleet.devices["odd"].plans[0].reason
+    assert not any(plan.reason for plan in fleet.devices["d0"].plans)
+
+
+def test_the_fleets_task_counts_not_that_of_whoever_comes_first(fleet, tmp_path):
+    config = make_config(tmp_path / "run", task="token_classification", min_devices=2)
+    fleet.add("d0")
+    fleet.add("d1", task="token_classification")
+    fleet.add("d2", task="token_classification")
+    result = fleet.serve(config)
+    assert statuses(config, 1) == {"d1": "ok", "d2": "ok"}
+    described = json.loads((Path(result.final_dir) / "layout.json").read_text())
+    assert (described["task"], described["num_labels"]) == ("token_classification", 2)
+
+
+def test_no_head_enters_a_fleet_of_language_models(fleet, tmp_path):
+    config = make_config(tmp_path / "run", task="causal_lm", min_devices=3, num_rounds=3, pruning_ratio=0.0)
+    for name in ("d0", "d1", "headed"):
+        fleet.add(name, task="causal_lm", num_labels=0)
+    for name in ("d0", "d1"):
+        fleet.devices[name].mutate = lambda plan, tensors, report: (
+            {name: value for name, value in tensors.items() if not name.startswith("head.")},
+            report,
+        )
+    result = fleet.serve(config)
+    for number in (1, 2, 3):
+        assert statuses(config, number) == {"d0": "ok", "d1": "ok", "headed": "refused"}
+    tensors = codec.unpack((Path(result.final_dir) / "adapter.safetensors").read_bytes())
+    assert all(name.startswith("layers.") for name in tensors)
+    described = json.loads((Path(result.final_dir) / "layout.json").read_text())
+    assert (described["task"], described["num_labels"]) == ("causal_lm", 0)
 
 
 def test_a_device_short_of_memory_is_given_only_ranks_that_it_can_train(fleet, tmp_path):

@@ -1,9 +1,12 @@
-"""Tiny random decoders for tests that need a language model and no file."""
+"""Tiny random decoders: in memory, or as a folder with a tokenizer and made-up instructions to learn."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import tiny_bert
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -50,3 +53,31 @@ def model(family: str = "llama", *, task: Any = "causal_lm", layers: int = 2, se
             if name.endswith("lora_B"):
                 parameter.normal_(0.0, 0.3)
     return made
+
+
+def write_folder(folder: Path, seed: int = 0) -> Path:
+    """A LLaMA with a tokenizer of the words of `instructions`, one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[END]", "[UNK]", "review:", "verdict:", *tiny_bert.GOOD, *tiny_bert.BAD, *tiny_bert.FILLER]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(LlamaConfig(**_SHARED, **_LLAMA)).save_pretrained(folder)
+    return folder
+
+
+def instructions(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(prompt, answer): what a review made of telling words and filler comes to, in two words."""
+    verdicts = ("poor film", "great film")
+    return [(f"review: {text} verdict:", verdicts[label]) for text, label in tiny_bert.sentences(count, seed)]
+
+
+def write_instructions(path: Path, rows: list[tuple[str, str]]) -> Path:
+    lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
