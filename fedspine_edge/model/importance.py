@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Criterion = Literal["lora", "apt", "magnitude", "random"]
 CRITERIA: tuple[Criterion, ...] = ("lora", "apt", "magnitude", "random")
-Metric = Literal["abs", "square", "signed"]
-METRICS: tuple[Metric, ...] = ("abs", "square", "signed")
+Metric = Literal["abs", "square", "signed", "group"]
+METRICS: tuple[Metric, ...] = ("abs", "square", "signed", "group")
 KINDS = ("heads", "channels")
 
 
@@ -51,7 +51,8 @@ class ImportanceTracker:
         model: A model with adapters.
         criterion: "lora" as above; "apt" puts |x·dL/dx| on the inputs of o and down in place of the Taylor term;
             "magnitude" uses the current weights alone; "random" is seeded.
-        metric: "abs", "square" or "signed" sum of the elements' terms.
+        metric: "abs", "square" or "signed" sum of the elements' terms of a group, or "group": the absolute value of
+            their signed sum.
         decay: Of the moving averages.
         scope: "layer" or "global", as in `pruning.plan_local`.
         seed: For criterion "random".
@@ -216,9 +217,11 @@ class ImportanceTracker:
                 linear.lora_B.grad,
                 linear.scaling,
                 num_groups=total[kind][layer].numel(),
-                metric=self.metric,
+                metric="signed" if self.metric == "group" else self.metric,
                 **group,
             )
+            if self.metric == "group":
+                sums = sums.abs()
             total[kind][layer] += self._normalised(sums)
         return total
 

@@ -17,7 +17,7 @@ class Ranking:
 
     Args:
         criterion: "lora", "apt", "magnitude" or "random".
-        metric: How "lora" sums a group's terms: "abs", "square" or "signed".
+        metric: How "lora" sums a group's terms: "abs", "square", "signed" or "group", see `ImportanceTracker`.
         scope: "layer" gives every layer the same width, "global" lets widths differ.
         round_to: Kept channel counts are multiples of this.
         min_heads: KV heads that stay in every layer at any ratio.

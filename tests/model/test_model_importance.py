@@ -37,7 +37,7 @@ def plant(model, layer, head, channels):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("metric", ["abs", "square", "apt"])
+@pytest.mark.parametrize("metric", ["abs", "square", "group", "apt"])
 @pytest.mark.parametrize(
     ("kind", "kv_heads"),
     [(kind, 2 if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim else 4) for kind in tiny.FAMILIES]
