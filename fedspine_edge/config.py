@@ -151,6 +151,10 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
         Literal["consensus", "local"], _doc("`consensus`: one order for the fleet; `local`: every device ranks alone.")
     ] = "consensus"
     criterion: Annotated[Literal["lora", "apt", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
+    importance_metric: Annotated[
+        Literal["abs", "square", "signed", "group"],
+        _doc("How criterion `lora` sums a group's terms; `group` is the absolute value of their sum."),
+    ] = "abs"
     scope: Annotated[
         Literal["layer", "global"],
         _doc("`layer`: equal widths; `global`: layers compete, which needs layout `local`."),

@@ -23,11 +23,11 @@ from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.server import ending
-from fedspine_edge.server.bands import packed
+from fedspine_edge.server.bands import Adapters
 from fedspine_edge.server.collector import Collector
 from fedspine_edge.server.context import RoundContext
 from fedspine_edge.server.final import RunResult, write_final
-from fedspine_edge.server.fold import fold, initial_tensors
+from fedspine_edge.server.fold import fold
 from fedspine_edge.server.hearing import Hearing
 from fedspine_edge.server.members import Members
 from fedspine_edge.server.plans import device_info, idle_plan, round_plan
@@ -40,7 +40,7 @@ from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, LONGEST_PAUSE_
 from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import BlobRef, Report
 from fedspine_edge.wire.topics import Topics
-from fedspine_edge.wire.transfer import BlobStore, ref_of
+from fedspine_edge.wire.transfer import BlobStore
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class FleetServer:
         else:
             self._commit_round(context, collector, reports)
         if self._state.server_round > collector.server_round:  # a repeated round may send the same again
-            self._clear_blobs()
+            self._adapters.clear()
 
     def _wait_for_devices(self) -> None:
         """Until enough devices are online. Raises `ConfigError` at the join timeout."""
@@ -145,18 +145,13 @@ class FleetServer:
         reported, ranks = self._hearing.reported, config.ranks
         infos = [device_info(members[i].status, i in reported, ranks) for i in members.online()]
         assignments = self._strategy.assign(infos, self._state.server_round)
-        blob = self._round_blob()
-        tensors = codec.unpack(self._blobs.get(blob.sha256))
-        bands = [
-            ref_of(self._blobs.get(self._blobs.put(data)))
-            for data in packed(tensors, assignments, self._journal.layouts(spec), config=config, spec=spec)
-        ]
+        blob = self._state.blob or self._adapters.first(spec)
+        bands = self._adapters.cut(blob, assignments, spec)
         plans = [self._plan(i, assignment, bands) for i, assignment in sorted(assignments.items())]
-        self._state = replace(self._state, strategy=self._strategy.to_dict(), blob=_json(blob), open=True)
+        self._state = replace(self._state, strategy=self._strategy.to_dict(), blob=blob, open=True)
         self._journal.open_round(
             self._state,
             plans,
-            blob=blob,
             published=bands,
             wall_s=self._wall(),
             spec=_json(spec),
@@ -194,9 +189,7 @@ class FleetServer:
         )
         for device_id, share in sorted(folded.aggregate.clipped.items()):
             logger.warning("round %d: update of %s scaled to %.3f", collector.server_round, device_id, share)
-        data = codec.pack(folded.tensors)
-        self._blobs.put(data)
-        following = RunState(collector.server_round + 1, blob=_json(ref_of(data)))
+        following = RunState(collector.server_round + 1, blob=self._adapters.keep(folded.tensors))
         meta = {}
         if following.server_round > self.config.num_rounds:
             layout = ending.final_layout(self.config, folded.kept, reports, folded.scores)
@@ -271,14 +264,14 @@ class FleetServer:
             self._dir.path,
             run_id=self._run_id,
             config=self.config,
-            tensors=codec.unpack(self._blobs.get(self._blob_ref().sha256)),
+            tensors=self._adapters.load(self._state.blob),
             layout=Layout.from_dict(spec, json.loads(text)),
             layouts={i: kept for i, kept in journal.layouts(spec).items() if i in answers[last]},
             rounds=rounds,
             num_labels=self._members.num_labels,
             trained=ending.trained(answers),
         )
-        self._clear_blobs()
+        self._adapters.clear()
         self._post.announce(
             {i: idle_plan(self.config, self._run_id, last, i, "finished") for i in self._members.everyone()}
         )
@@ -304,25 +297,7 @@ class FleetServer:
         plans = {row.device_id: row.payload for row in self._journal.plans(number, collector.attempt)}
         away = [device_id for device_id in self._members.offline() if device_id not in plans]
         waiting = {i: idle_plan(self.config, self._run_id, number, i, "wait") for i in away}
-        refs = {ref.sha256: ref for plan in collector.plans.values() for ref in plan.adapter}
-        self._post.announce({**plans, **waiting}, [(ref, self._blobs.get(ref.sha256)) for ref in refs.values()])
-
-    def _clear_blobs(self) -> None:
-        """Remove the chunks of rounds that are over from the broker."""
-        for ref in self._journal.published():
-            if self._post.clear(ref):
-                self._journal.forget_published(ref.sha256)
-
-    def _round_blob(self) -> BlobRef:
-        """What the round starts from; older blobs are deleted."""
-        if not self._state.blob:
-            assert self._members.spec is not None
-            data = codec.pack(initial_tensors(self.config, self._members.spec))
-            self._blobs.put(data)
-            self._state = replace(self._state, blob=_json(ref_of(data)))
-        ref = self._blob_ref()
-        self._blobs.prune([ref.sha256])
-        return ref
+        self._post.announce({**plans, **waiting}, self._adapters.of_plans(collector.plans.values()))
 
     def _new_context(self) -> RoundContext:
         assert self._members.spec is not None  # journaled with the first round
@@ -330,7 +305,7 @@ class FleetServer:
             self.config,
             self._members.spec,
             self._blobs,
-            tensors=codec.unpack(self._blobs.get(self._blob_ref().sha256)),
+            tensors=self._adapters.load(self._state.blob),
             layouts=self._journal.layouts(self._members.spec),
             first=self._state.server_round == 1,
         )
@@ -359,6 +334,7 @@ class FleetServer:
         """Load what the journal knows, or begin a new run."""
         journal, config = self._journal, self.config
         self._blobs = BlobStore(self._dir.path / "blobs")
+        self._adapters = Adapters(self._blobs, journal, self._post, config)
         self._expected: set[str] = set()
         run_id = journal.meta("run_id")
         if run_id is None:
@@ -399,9 +375,6 @@ class FleetServer:
             and (left := until - self._clock.now()) > 0
         ):
             self._hearing.wait(left)
-
-    def _blob_ref(self) -> BlobRef:
-        return msgspec.json.decode(self._state.blob, type=BlobRef)
 
 
 def _json(value: msgspec.Struct) -> str:

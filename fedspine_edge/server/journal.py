@@ -85,19 +85,18 @@ class Journal(JournalReader):
         state: RunState,
         plans: Sequence[PlanRow],
         *,
-        blob: BlobRef,
         published: Sequence[BlobRef],
         wall_s: float,
         **meta: str,
     ) -> None:
-        """Begin the round of `state`, which starts from `blob`: its plans, the blobs that will be at the broker, and
-        the strategy's state after making them."""
+        """Begin the round of `state`: its plans, the blobs that will be at the broker, and the strategy's state after
+        making them."""
         key = (state.server_round, state.attempt)
         with self._transaction():
             self._set_meta({"state": _state_text(replace(state, open=True)), **meta})
             self._db.execute(
                 "INSERT INTO rounds (number, attempt, state, started_wall_s, blob) VALUES (?, ?, 'running', ?, ?)",
-                (*key, wall_s, _text(blob)),
+                (*key, wall_s, state.blob),
             )
             self._db.executemany(
                 "INSERT INTO plans (number, attempt, device_id, plan, plan_sha256, u, explain) VALUES (?,?,?,?,?,?,?)",

@@ -58,6 +58,7 @@ def round_plan(
         recovery_steps=assignment.recovery_steps,
         layout=config.layout,
         criterion=config.criterion,
+        importance_metric=config.importance_metric,
         scope=config.scope,
         round_to=config.round_to,
         deadline_s=config.deadline_s,

@@ -45,9 +45,7 @@ def report_row(device_id="d0", number=1, state="accepted"):
 
 def open_first(journal):
     journal.put_device(status(), online=True, refused="", wall_s=1.0)
-    journal.open_round(
-        RunState(strategy={"x": 1}, blob="b"), [plan_row()], blob=BLOB, published=[BLOB], wall_s=5.0, spec="{}"
-    )
+    journal.open_round(RunState(strategy={"x": 1}, blob="b"), [plan_row()], published=[BLOB], wall_s=5.0, spec="{}")
 
 
 def close_first(journal, **changes):
@@ -139,7 +137,7 @@ def test_reading_while_writing_neither_waits_nor_sees_half_a_round(tmp_path):
         close_first(journal)
         for number in range(2, 30):
             state = RunState(number, strategy={}, blob="c")
-            journal.open_round(state, [plan_row(number=number)], blob=BLOB, published=[BLOB], wall_s=1.0)
+            journal.open_round(state, [plan_row(number=number)], published=[BLOB], wall_s=1.0)
             journal.put_report(number, 1, report_row(number=number), wall_s=1.0)
             close_first(journal, server_round=number)
     stop.set()
