@@ -153,8 +153,10 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     criterion: Annotated[Literal["lora", "apt", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
     importance_metric: Annotated[
         Literal["abs", "square", "signed", "group"],
-        _doc("How criterion `lora` sums a group's terms; `group` is the absolute value of their sum."),
-    ] = "abs"
+        _doc(
+            "How criterion `lora` sums a group's terms; `group` is the absolute value of their sum, `abs` LoRAPrune's."
+        ),
+    ] = "group"
     scope: Annotated[
         Literal["layer", "global"],
         _doc("`layer`: equal widths; `global`: layers compete, which needs layout `local`."),

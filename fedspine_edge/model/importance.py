@@ -51,8 +51,8 @@ class ImportanceTracker:
         model: A model with adapters.
         criterion: "lora" as above; "apt" puts |x·dL/dx| on the inputs of o and down in place of the Taylor term;
             "magnitude" uses the current weights alone; "random" is seeded.
-        metric: "abs", "square" or "signed" sum of the elements' terms of a group, or "group": the absolute value of
-            their signed sum.
+        metric: "group": the absolute value of the sum of a group's terms. "abs" (LoRAPrune's), "square" or "signed":
+            the sum of the elements' absolute values, squares or the terms themselves.
         decay: Of the moving averages.
         scope: "layer" or "global", as in `pruning.plan_local`.
         seed: For criterion "random".
@@ -62,7 +62,7 @@ class ImportanceTracker:
         self,
         model: PrunableModel,
         criterion: Criterion = "lora",
-        metric: Metric = "abs",
+        metric: Metric = "group",
         decay: float = 0.9,
         seed: int = 0,
         *,

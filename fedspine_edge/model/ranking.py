@@ -25,7 +25,7 @@ class Ranking:
     """
 
     criterion: Criterion = "lora"
-    metric: Metric = "abs"
+    metric: Metric = "group"
     scope: Scope = "layer"
     round_to: int = 8
     min_heads: int = 1

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fedspine_edge.errors import CheckpointError, ModelError
+from fedspine_edge.kernels import ops
 from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import module_names, split_name
@@ -89,11 +90,13 @@ def test_pruning_to_the_groups_that_matter_changes_no_answer(kind, group, head, 
     torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-5 * max(1.0, float(before.abs().max())))
 
 
-def test_scores_follow_the_formula_by_hand():
-    """One iteration, written out densely: |Ghat * (W + s B A)| summed by group, L2 by module, summed by kind."""
+@pytest.mark.parametrize("metric", ["group", "abs", "square", "signed"])
+def test_scores_follow_the_formula_by_hand(metric):
+    """One iteration, written out densely: Ghat * (W + s B A) summed by group, L2 by module, summed by kind."""
+    element = {"abs": np.abs, "square": np.square}.get(metric, lambda x: x)
     model = tiny.prunable("llama", kv_heads=2)
     backward(model)
-    tracker = ImportanceTracker(model)
+    tracker = ImportanceTracker(model, metric=metric)
     tracker.update()
     spec = model.spec
     heads = [np.zeros(spec.num_kv_heads) for _ in range(spec.num_layers)]
@@ -104,15 +107,39 @@ def test_scores_follow_the_formula_by_hand():
         A, B, gA, gB, W = (
             t.detach().double().numpy() for t in (x.lora_A, x.lora_B, x.lora_A.grad, x.lora_B.grad, x.weight)
         )
-        importance = np.abs((gB @ A + B @ gA - gB @ gA) * (W + 0.5 * B @ A))
+        importance = element((gB @ A + B @ gA - gB @ gA) * (W + 0.5 * B @ A))
         per_unit = importance.sum(0 if part in ("o", "down") else 1)
         target = channels if part in ("up", "gate", "down") else heads
         groups = per_unit.reshape(len(target[layer]), -1).sum(1)
+        groups = np.abs(groups) if metric == "group" else groups
         target[layer] += groups / np.linalg.norm(groups)
     scores = tracker.scores()
     for layer in range(spec.num_layers):
-        np.testing.assert_allclose(scores.heads[layer], heads[layer], rtol=1e-4)
-        np.testing.assert_allclose(scores.channels[layer], channels[layer], rtol=1e-4)
+        np.testing.assert_allclose(scores.heads[layer], heads[layer], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(scores.channels[layer], channels[layer], rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_random_adapter_adds_to_the_gradient_cancels_within_a_group():
+    """A fresh adapter (B = 0) shows dL/dW through A'A alone. In a sum over columns of W of one group that noise
+    cancels, in a sum of absolute values it counts: only the first finds the group whose removal would cost most.
+    """
+    generator = torch.Generator().manual_seed(0)
+    out, width, groups, r = 64, 8, 16, 8
+    weight = torch.randn(out, width * groups, generator=generator)
+    gradient = torch.randn(out, width * groups, generator=generator)
+    of_five = slice(5 * width, 6 * width)
+    gradient[:, of_five] = weight[:, of_five]  # of equal size, but all of its terms have one sign
+    lora_A = torch.randn(r, width * groups, generator=generator) / r**0.5
+    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(width)
+
+    def scores(metric):
+        adapter = (lora_A, torch.zeros(out, r), torch.zeros_like(lora_A), gradient @ lora_A.T)
+        return ops.importance_accumulate(weight, *adapter, 1.0, group_of_col=group, num_groups=groups, metric=metric)
+
+    summed, absolute = scores("signed").abs(), scores("abs")
+    assert summed.argmax() == 5
+    assert summed[5] > 1.5 * summed.sort().values[-2]
+    assert absolute.max() < 1.5 * absolute.median()
 
 
 def test_scores_are_smoothed_and_do_not_depend_on_how_many_iterations_there_were():
