@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fedspine_edge.deploy.bundle import AdapterSpec, LoraModule, Task, TensorInfo
 from fedspine_edge.deploy.export import task_of
-from fedspine_edge.model.architecture import architecture_of
+from fedspine_edge.model.architecture import SUPPORTED, architecture_of
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
 from fedspine_edge.model.prunable import PrunableModel
@@ -130,7 +130,7 @@ class _Traced(nn.Module):  # type: ignore[misc]
 
 def reading(module: nn.Module, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
     """While entered, a classifier computes in its last layer the token that it reads: what its graph holds."""
-    if task_of(module) != "classification":
+    if task_of(module) != "classification" or module.config.model_type not in SUPPORTED:
         return contextlib.nullcontext()
     return reading_token(module, architecture_of(module.config), arguments["input_ids"])
 
