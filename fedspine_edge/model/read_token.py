@@ -54,12 +54,7 @@ def current() -> Reading | None:
 
 
 def read_positions(architecture: Architecture, config: Any, input_ids: Tensor) -> Positions:
-    """The position of the one token of each row of (rows, tokens) that a classifier reads; None if it reads more.
-
-    None also in a model of one layer: behind its first DeBERTa may have a convolution over the tokens.
-    """
-    if int(config.num_hidden_layers) == 1:
-        return None
+    """The position of the one token of each row of (rows, tokens) that a classifier reads; None if it reads more."""
     if architecture.pooling and getattr(config, architecture.pooling) != "cls":
         return None
     if not architecture.last_token_pools:
@@ -78,7 +73,7 @@ def read_token(x: Tensor) -> Tensor:
     if reading is None or reading.positions is None:
         return x
     position = reading.positions
-    if x.dim() != 3 or x.shape[1] != reading.tokens:  # a piece, where the feed-forward network takes tokens in pieces
+    if x.dim() != 3 or x.shape[1] != reading.tokens:  # tokens in pieces, or all texts behind one another
         return x
     if isinstance(position, int):
         return x[:, position : position + 1].contiguous()  # a view would keep all tokens for the backward pass

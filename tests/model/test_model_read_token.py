@@ -9,6 +9,7 @@ import torch
 
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.read_token import Reading, read_token
 
 CLASSIFIERS = [kind for kind in tiny.KINDS if tiny.task_of(kind)[1] == "classification"]
 LAST = 1
@@ -145,10 +146,11 @@ def test_mean_pooling_computes_every_token():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_convolution_after_the_first_layer_sees_every_token(layers):
+def test_debertas_convolution_over_the_embeddings_is_added_to_what_is_read(layers):
     module = tiny.module("deberta-v2", layers=layers)
     module.config.conv_kernel_size = 3
     module = type(module)(module.config).eval()
+    assert module.deberta.encoder.conv is not None
     model = PrunableModel.from_module(module, task="classification")
     model.attach_lora(2, 1.0, 0)
     exact(model)
@@ -164,6 +166,14 @@ def test_a_feed_forward_network_that_takes_the_tokens_in_pieces(family):
             module.chunk_size_feed_forward = 1
     inputs = batch(model)
     assert_same(results(model, called, inputs), results(model, whole, inputs))
+
+
+def test_an_input_that_is_not_rows_of_all_tokens_stays_as_it_is():
+    with Reading(0, 7):
+        for shape in ((21, 4), (3, 2, 4)):
+            x = torch.randn(shape)
+            assert read_token(x) is x
+        assert read_token(torch.randn(3, 7, 4)).shape == (3, 1, 4)
 
 
 def test_recomputed_layers_read_what_their_forward_pass_read():
