@@ -16,8 +16,9 @@ The factors lie transposed so that the graph multiplies them as they come.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from fedspine_edge.deploy.bundle import AdapterSpec, LoraModule, Task, TensorInfo
 from fedspine_edge.deploy.export import task_of
-from fedspine_edge.model.architecture import architecture_of
+from fedspine_edge.model.architecture import SUPPORTED, architecture_of
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
 from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.read_token import reading_token
 
 
 class RuntimeLora(nn.Module):  # type: ignore[misc]
@@ -93,7 +95,8 @@ class _Traced(nn.Module):  # type: ignore[misc]
         try:
             for name, value in head.items():
                 _set_attribute(self.model, name, value)
-            return self.model(**arguments)
+            with reading(self.model, arguments):
+                return self.model(**arguments)
         finally:
             for name, value in before.items():
                 _set_attribute(self.model, name, value)
@@ -123,6 +126,13 @@ class _Traced(nn.Module):  # type: ignore[misc]
             return whole
         near = _added(seen & (distance < window)[None])
         return near if kinds is None else {"full_attention": whole, "sliding_attention": near}
+
+
+def reading(module: nn.Module, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """While entered, a classifier computes in its last layer the token that it reads: what its graph holds."""
+    if task_of(module) != "classification" or module.config.model_type not in SUPPORTED:
+        return contextlib.nullcontext()
+    return reading_token(module, architecture_of(module.config), arguments["input_ids"])
 
 
 def _added(seen: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,7 @@ def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]
             exported.path,
             module,
             batch,
-            lambda batch=batch: run_torch(module, batch, exported.inputs),  # type: ignore[misc]
+            lambda batch=batch: run_torch(module, batch, exported.inputs, as_exported=True),  # type: ignore[misc]
             tolerance=TOLERANCE[exported.precision],
         )
         if found is not None:
@@ -262,9 +263,11 @@ class _StepByStep:
         return {"logits": np.concatenate(found, axis=1)}
 
 
-def run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) -> Inputs:
-    """Logits of a task model for the inputs that are tokens."""
+def run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo], *, as_exported: bool = False) -> Inputs:
+    """Logits of a task model for the inputs that are tokens; `as_exported` leaves out what its graph leaves out."""
     import torch
+
+    from fedspine_edge.deploy.graphs import reading
 
     device = next(module.parameters()).device
     given: dict[str, Any] = {
@@ -274,6 +277,6 @@ def run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo]) 
         # As transformers' own generate counts them: GPT-2 alone would number padding on the left as well.
         positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         given |= {"use_cache": False, "position_ids": positions}
-    with torch.inference_mode():
+    with torch.inference_mode(), reading(module, given) if as_exported else contextlib.nullcontext():
         result = module(**given)
     return {"logits": result.logits.float().cpu().numpy()}

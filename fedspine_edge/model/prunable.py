@@ -21,7 +21,7 @@ from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
 from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
-from fedspine_edge.model.read_token import Reading, read_positions, recomputation
+from fedspine_edge.model.read_token import READING_PARTS, Reading, read_positions, recomputation
 from fedspine_edge.model.seeded import kaiming_uniform
 from fedspine_edge.wire.messages import ModelSpec
 
@@ -236,7 +236,7 @@ class PrunableModel:
         first, second = (torch.from_numpy(np.array(x, dtype=np.float32, order="C")) for x in (lora_A, lora_B))
         linear = LoraLinear(base, first, second, self.scaling)
         layer, part = split_name(name)
-        linear.reads_token = layer == self.spec.num_layers - 1 and part in ("o", "gate", "up")
+        linear.reads_token = layer == self.spec.num_layers - 1 and part in READING_PARTS
         self._replace(name, linear)
 
     def _share_inputs(self) -> None:

@@ -8,25 +8,32 @@ meaningless for the others, which nobody looks at and whose gradients are zero. 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fedspine_edge.model.layout import Part
 
 if TYPE_CHECKING:
     from fedspine_edge.model.architecture import Architecture
+
+READING_PARTS: tuple[Part, ...] = ("o", "gate", "up")
+"""Linears of the last layer that take the read token alone; down follows them."""
+Positions: TypeAlias = "Tensor | int | None"
 
 
 class Reading:
     """While entered, `read_token` gives these tokens alone; nestable and enterable again, by thread.
 
     Args:
-        positions: (rows,), which token of every row is read; None: all of them.
+        positions: Which token is read: one number for all rows, or (rows,); None: all tokens are.
         tokens: Length of the rows.
     """
 
-    def __init__(self, positions: Tensor | None, tokens: int) -> None:
+    def __init__(self, positions: Positions, tokens: int) -> None:
         self.positions = positions
         self.tokens = tokens
         self._entered: list[Token[Reading | None]] = []
@@ -46,20 +53,15 @@ def current() -> Reading | None:
     return _current.get()
 
 
-def read_positions(architecture: Architecture, config: Any, input_ids: Tensor) -> Tensor | None:
-    """Per row of (rows, tokens) the position of the one token that a classifier reads; None if it reads more.
-
-    None also in a model of one layer: behind its first DeBERTa may have a convolution over the tokens.
-    """
-    rows, tokens = input_ids.shape
-    if int(config.num_hidden_layers) == 1:
-        return None
+def read_positions(architecture: Architecture, config: Any, input_ids: Tensor) -> Positions:
+    """The position of the one token of each row of (rows, tokens) that a classifier reads; None if it reads more."""
     if architecture.pooling and getattr(config, architecture.pooling) != "cls":
         return None
     if not architecture.last_token_pools:
-        return torch.zeros(rows, dtype=torch.int64, device=input_ids.device)
+        return 0
+    tokens = input_ids.shape[1]
     if config.pad_token_id is None:
-        return torch.full((rows,), tokens - 1, device=input_ids.device)
+        return tokens - 1
     # transformers' own expression, dtypes included: a row of padding alone must give the same position too
     present = (input_ids != config.pad_token_id).to(torch.int32)
     return (torch.arange(tokens, device=input_ids.device, dtype=torch.int32) * present).argmax(-1)
@@ -70,10 +72,35 @@ def read_token(x: Tensor) -> Tensor:
     reading = current()
     if reading is None or reading.positions is None:
         return x
-    rows = reading.positions.shape[0]
-    if x.shape[:-1] != (rows, reading.tokens):  # a piece of the tokens, where the feed-forward network takes pieces
+    position = reading.positions
+    if x.dim() != 3 or x.shape[1] != reading.tokens:  # tokens in pieces, or all texts behind one another
         return x
-    return x[torch.arange(rows, device=x.device), reading.positions].unsqueeze(1)
+    if isinstance(position, int):
+        return x[:, position : position + 1].contiguous()  # a view would keep all tokens for the backward pass
+    return x[torch.arange(x.shape[0], device=x.device), position].unsqueeze(1)
+
+
+@contextlib.contextmanager
+def reading_token(module: nn.Module, architecture: Architecture, input_ids: Tensor) -> Iterator[None]:
+    """Let a whole transformers classifier do what a `PrunableModel` does in its calls. For one thread at a time.
+
+    Args:
+        module: Without adapters of this package, with its fused linears together or apart.
+        architecture: Its family.
+        input_ids: (rows, tokens) of the calls.
+    """
+    layer = architecture.layer_path(int(module.config.num_hidden_layers) - 1)
+    paths = {architecture.linears[part] for part in READING_PARTS if part in architecture.linears}
+    parents = {path.rpartition(".")[0] for path in paths} & architecture.fused.keys()
+    linears = parents | {path for path in paths if path.rpartition(".")[0] not in parents}
+    hooked = [module.get_submodule(f"{layer}.{path}") for path in sorted(linears)]
+    handles = [linear.register_forward_pre_hook(lambda _, args: (read_token(args[0]),)) for linear in hooked]
+    try:
+        with Reading(read_positions(architecture, module.config, input_ids), input_ids.shape[1]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def recomputation() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

@@ -201,6 +201,13 @@ def test_plain_folders_with_a_trained_head_export(tmp_path):
     assert verify_onnx(exported, module.eval()).max_abs_diff < 2e-6
 
 
+def test_a_classifier_of_a_family_that_is_not_pruned_here_exports_as_it_is(tmp_path):
+    sizes = {"embedding_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ElectraConfig(**sizes, intermediate_size=16, vocab_size=50)
+    module = transformers.ElectraForSequenceClassification(config).eval()
+    assert verify_onnx(export_onnx(module, tmp_path / "model.onnx"), module).max_abs_diff < 2e-6
+
+
 def test_a_backbone_without_a_task_head_is_refused(tmp_path):
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50

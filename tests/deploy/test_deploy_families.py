@@ -15,9 +15,11 @@ from fedspine_edge.deploy import trt
 from fedspine_edge.deploy.adapters import bundled_adapter, read_adapter
 from fedspine_edge.deploy.builder import build_plan
 from fedspine_edge.deploy.bundle import Profile, load_bundle
+from fedspine_edge.deploy.compare import random_inputs
 from fedspine_edge.deploy.compile import compile_engine
 from fedspine_edge.deploy.export import export_onnx, merged_module
 from fedspine_edge.deploy.graphs import kv_heads, with_runtime_lora
+from fedspine_edge.deploy.locate import _intermediate_tensors
 from fedspine_edge.deploy.verify import verify_adapters, verify_cache, verify_onnx
 from fedspine_edge.errors import MissingDependency
 from fedspine_edge.model.layout import Layout, Order
@@ -71,6 +73,19 @@ def test_every_family_agrees_with_torch_at_unequal_widths(kind, tmp_path):
     assert exported.task == task_of(kind)[1]
     if exported.task == "causal_lm":
         assert kv_heads(merged_module(model))[0] == tuple(heads for heads, _ in model.layout.counts)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if task_of(kind)[1] == "classification"])
+def test_a_classifiers_file_computes_in_its_last_layer_the_token_that_is_read(kind, tmp_path):
+    model = model_of(kind, "unequal")
+    exported = verified(model, tmp_path / "model.onnx", "fp32")
+    inputs = random_inputs(exported.inputs, [(3, 7)], exported.max_tokens, seed=0, pad=exported.pad_token_id)
+    left = [{name: np.ascontiguousarray(value[:, ::-1]) for name, value in inputs[0].items()}]
+    assert verify_onnx(exported, merged_module(model), inputs=left).max_abs_diff < LARGEST["fp32"]
+    paths = [model.architecture.path(f"layers.{layer}.{part}") for layer in (0, 1) for part in ("o", "down")]
+    computed = _intermediate_tensors(exported.path, paths, inputs[0])
+    hidden = model.spec.hidden_size
+    assert [computed[path].shape for path in paths] == [(3, 7, hidden)] * 2 + [(3, 1, hidden)] * 2
 
 
 @pytest.mark.parametrize("kind", ["bert_tokens", "mistral_tokens"])
