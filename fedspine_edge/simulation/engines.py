@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,14 +32,13 @@ def run_all(jobs: Jobs, work: Path, *, engine: Engine, workers: int) -> Iterator
 
 
 def _in_processes(jobs: Jobs, work: Path, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     # Started afresh: a forked child would inherit torch's threads, and each job's memory peak should be its own.
-    with ProcessPoolExecutor(
-        max_workers=max(1, workers),
-        mp_context=get_context("spawn"),
-        initializer=pin,
-        initargs=(cores,),
-    ) as pool:
+    context = get_context("spawn")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    own = context.SimpleQueue()
+    for _, core in zip(range(workers := max(1, workers)), itertools.cycle(cores)):
+        own.put(core)
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=pin, initargs=(own,)) as pool:
         running = {pool.submit(run_job, job, work / name): name for name, job in jobs.items()}
         for done in as_completed(running):
             yield running[done], done.result()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,11 +44,24 @@ def run_job(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return measures
 
 
-def pin(cores: list[int]) -> None:
-    """Keep this worker process on a core of its own, and its libraries on one thread."""
+def pin(core: Any) -> None:
+    """Keep this worker process on a core of its own, its libraries on one thread, and alive while its parent is.
+
+    Args:
+        core: A queue of multiprocessing with a core for every worker.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+        os.sched_setaffinity(0, {core.get()})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, which would go on for hours with what was queued."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _fleet(job: Mapping[str, Any], folder: Path, **inputs: Any) -> Any:
