@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from fedspine_edge.data.reading import Data
 from fedspine_edge.deploy import cuda, trt
 from fedspine_edge.deploy.builder import OnStep, build_plan
 from fedspine_edge.deploy.bundle import (
@@ -24,7 +25,6 @@ from fedspine_edge.deploy.bundle import (
     rebuild_command,
 )
 from fedspine_edge.deploy.publish import seal, staging
-from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
 
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedspine_edge.data.reading import Data
 from fedspine_edge.deploy.bundle import (
     ADAPTER,
     MODEL,
@@ -25,7 +26,6 @@ from fedspine_edge.deploy.quantize import QUANTIZED
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.deploy.trt import opset_for
 from fedspine_edge.deploy.verify import run_torch, verify_adapters, verify_cache, verify_onnx
-from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError
 
 if TYPE_CHECKING:

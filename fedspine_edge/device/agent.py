@@ -15,7 +15,8 @@ import torch
 
 from fedspine_edge.clock import Clock, RealClock
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.data import split
+from fedspine_edge.data.examples import split
+from fedspine_edge.data.reading import read
 from fedspine_edge.device.failure import failure_report
 from fedspine_edge.device.fetch import Fetch
 from fedspine_edge.device.outbox import Outbox
@@ -25,7 +26,7 @@ from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
 from fedspine_edge.device.status import status_of
 from fedspine_edge.device.telemetry import Meter, PeakMemory
-from fedspine_edge.device.texts import Texts, Tokenised, read
+from fedspine_edge.device.texts import Texts, Tokenised
 from fedspine_edge.errors import BlobError, MessageError, TransportError
 from fedspine_edge.model.bands import join
 from fedspine_edge.model.layout import Layout
