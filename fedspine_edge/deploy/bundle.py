@@ -195,7 +195,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     """Longest sequence the model's positions allow."""
     pad_token_id: int = 0
     labels: tuple[str, ...] = ()
-    """Class names in the order of the logits (classification)."""
+    """Class names in the order of the logits (classification of texts and of words)."""
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end a text (causal models)."""
     adapter: AdapterSpec | None = None
