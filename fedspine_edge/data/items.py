@@ -17,42 +17,52 @@ from fedspine_edge.errors import DataError
 def read_items(items: Iterable[Any], source: Source) -> list[Example]:
     """Every example of `items`; see `examples_of` for what an item can be, and for the errors."""
     examples: list[Example] = []
-    pair = source.settings.text_pair or "text_pair"
     for row, item in enumerate(items, start=1):
-        if source.words and not isinstance(item, Example):
-            if isinstance(item, Mapping):
-                source.check_columns([str(key) for key in item], row=row)
-                item = (item[source.settings.text], item[source.settings.label])
-            if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise source.fail(
-                    f"is a {type(item).__name__}, not words with labels.", "Give (words, labels), two lists.", row=row
-                )
-            examples.append(source.words_example(item[0], item[1], row))
-            continue
-        if isinstance(item, Example):
-            record: dict[str, Any] = {"text": item.text, "label": item.label, "pair": item.text_pair}
-        elif isinstance(item, str) and not source.labelled:
-            record = {"text": item, "label": 0, "pair": None}
-        elif isinstance(item, Mapping):
-            source.check_columns([str(key) for key in item], row=row)
-            settings = source.settings
-            record = {"text": item[settings.text], "label": item.get(settings.label), "pair": item.get(pair)}
-        elif isinstance(item, (tuple, list)) and len(item) == 2 and not source.labelled:
-            record = {"text": item[0], "label": 0, "pair": item[1]}
-        elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
-            record = {"text": item[0], "label": item[-1], "pair": item[1] if len(item) == 3 else None}
-        else:
-            raise source.fail(
-                f"is a {type(item).__name__}, not an example.",
-                "Give (text, label), (text, text_pair, label) or mappings with those columns.",
-                row=row,
-            )
-        text = source.text(record["text"], source.settings.text, row)
-        other = None if record["pair"] is None else source.text(record["pair"], pair, row)
-        examples.append(Example(text, source.label(record["label"], row) if source.labelled else 0, other))
-        if (other is None) != (examples[0].text_pair is None):
+        examples.append(_labelled_words(item, source, row) if source.words else _text(item, source, row))
+        if (examples[-1].text_pair is None) != (examples[0].text_pair is None):
             raise source.fail("single texts and pairs are mixed.", "Give every example a pair, or none.", row=row)
     return source.not_empty(examples)
+
+
+def _labelled_words(item: Any, source: Source, row: int) -> Example:
+    if isinstance(item, Example):
+        item = item.words, item.word_labels
+    elif isinstance(item, Mapping):
+        source.check_columns([str(key) for key in item], row=row)
+        item = item[source.settings.text], item[source.settings.label]
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise source.fail(
+            f"is a {type(item).__name__}, not words with labels.", "Give (words, labels), two lists.", row=row
+        )
+    return source.words_example(item[0], item[1], row)
+
+
+def _text(item: Any, source: Source, row: int) -> Example:
+    settings = source.settings
+    pair_column = settings.text_pair or "text_pair"
+    text: Any
+    pair: Any
+    label: Any
+    if isinstance(item, Example):
+        text, pair, label = item.text, item.text_pair, item.label
+    elif isinstance(item, str) and not source.labelled:
+        text, pair, label = item, None, 0
+    elif isinstance(item, Mapping):
+        source.check_columns([str(key) for key in item], row=row)
+        text, pair, label = item[settings.text], item.get(pair_column), item.get(settings.label)
+    elif isinstance(item, (tuple, list)) and len(item) == 2 and not source.labelled:
+        text, pair, label = item[0], item[1], 0
+    elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
+        text, pair, label = item[0], item[1] if len(item) == 3 else None, item[-1]
+    else:
+        raise source.fail(
+            f"is a {type(item).__name__}, not an example.",
+            "Give (text, label), (text, text_pair, label) or mappings with those columns.",
+            row=row,
+        )
+    text = source.text(text, settings.text, row)
+    pair = None if pair is None else source.text(pair, pair_column, row)
+    return Example(text, source.label(label, row) if source.labelled else 0, pair)
 
 
 def call_by_name(path: str) -> Iterable[Any]:

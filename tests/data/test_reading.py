@@ -131,3 +131,16 @@ def test_bad_words_are_one_error_without_the_words(item, told):
     assert told in str(caught.value)
     assert "row 2" in str(caught.value)
     assert SECRET not in str(caught.value)
+
+
+def test_examples_that_were_read_can_be_given_again():
+    settings = DataSettings(path="", num_labels=3)
+    for items, form in (
+        ([(["a", "b"], [1, 2])], {"words": True}),
+        ([("a", "b", 1)], {}),
+        (["a"], {"labelled": False}),
+    ):
+        examples = examples_of(items, settings, **form)
+        assert examples_of(examples, settings, **form) == examples
+    with pytest.raises(DataError, match="row 1: column 'text' is not a list"):
+        examples_of([Example("a", 1)], settings, words=True)
