@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
-CRITERIA = ("lora", "lora abs", "apt", "magnitude", "random")
-"""Criteria and, behind a blank, the metric if it is not the default."""
+CRITERIA = ("lora abs", "lora group", "apt", "magnitude", "random")
+"""Criteria and, behind a blank, the metric of "lora"."""
 RATIOS = (0.3, 0.5, 0.7)
 JOBS = [("none", 0.0), *((criterion, ratio) for ratio in RATIOS for criterion in CRITERIA)]
 
@@ -120,7 +120,7 @@ def job(size: Size, start: Path, seed: int, criterion: str, ratio: float, data: 
         batch_size=size.batch,
         max_length_tokens=size.length_tokens,
         criterion="lora" if criterion == "none" else criterion,  # type: ignore[arg-type]
-        metric=metric or "group",  # type: ignore[arg-type]
+        metric=metric or "auto",  # type: ignore[arg-type]
         torch_device="cpu",
         seed=1000 + seed,  # the data in another order than in the first fit
     )

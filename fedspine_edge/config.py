@@ -152,11 +152,12 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     ] = "consensus"
     criterion: Annotated[Literal["lora", "apt", "magnitude", "random"], _doc("What ranks heads and channels.")] = "lora"
     importance_metric: Annotated[
-        Literal["abs", "square", "signed", "group"],
+        Literal["auto", "abs", "square", "signed", "group"],
         _doc(
-            "How criterion `lora` sums a group's terms; `group` is the absolute value of their sum, `abs` LoRAPrune's."
+            "How criterion `lora` sums a group's terms: absolute values as in LoRAPrune (`abs`), or the absolute value "
+            "of their sum (`group`); `auto` = `group` for language models."
         ),
-    ] = "group"
+    ] = "auto"
     scope: Annotated[
         Literal["layer", "global"],
         _doc("`layer`: equal widths; `global`: layers compete, which needs layout `local`."),

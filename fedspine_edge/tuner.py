@@ -103,7 +103,7 @@ class EdgeTuner:
         text_pair: str = "",
         label: str = "label",
         criterion: Criterion = "lora",
-        metric: Metric = "group",
+        metric: Metric = "auto",
         scope: Scope = "layer",
         round_to: int = 8,
         min_heads: int = 1,

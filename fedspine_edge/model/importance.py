@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Criterion = Literal["lora", "apt", "magnitude", "random"]
 CRITERIA: tuple[Criterion, ...] = ("lora", "apt", "magnitude", "random")
-Metric = Literal["abs", "square", "signed", "group"]
-METRICS: tuple[Metric, ...] = ("abs", "square", "signed", "group")
+Metric = Literal["auto", "abs", "square", "signed", "group"]
+METRICS: tuple[Metric, ...] = ("auto", "abs", "square", "signed", "group")
 KINDS = ("heads", "channels")
 
 
@@ -51,8 +51,9 @@ class ImportanceTracker:
         model: A model with adapters.
         criterion: "lora" as above; "apt" puts |x·dL/dx| on the inputs of o and down in place of the Taylor term;
             "magnitude" uses the current weights alone; "random" is seeded.
-        metric: "group": the absolute value of the sum of a group's terms. "abs" (LoRAPrune's), "square" or "signed":
-            the sum of the elements' absolute values, squares or the terms themselves.
+        metric: "abs" (LoRAPrune's), "square" or "signed": the sum of the elements' absolute values, squares or the
+            terms themselves. "group": the absolute value of the sum of a group's terms. "auto": "group" for language
+            models, else "abs".
         decay: Of the moving averages.
         scope: "layer" or "global", as in `pruning.plan_local`.
         seed: For criterion "random".
@@ -62,7 +63,7 @@ class ImportanceTracker:
         self,
         model: PrunableModel,
         criterion: Criterion = "lora",
-        metric: Metric = "group",
+        metric: Metric = "auto",
         decay: float = 0.9,
         seed: int = 0,
         *,
@@ -72,7 +73,8 @@ class ImportanceTracker:
             raise ModelError(f"importance decay is {decay}; it must be at least 0 and below 1.")
         self.model = model
         self.criterion: Criterion = criterion
-        self.metric: Metric = metric
+        automatic: Metric = "group" if model.task == "causal_lm" else "abs"
+        self.metric: Metric = automatic if metric == "auto" else metric
         self.decay = decay
         self.scope: Scope = scope
         self.seed = seed
@@ -217,7 +219,7 @@ class ImportanceTracker:
                 linear.lora_B.grad,
                 linear.scaling,
                 num_groups=total[kind][layer].numel(),
-                metric="signed" if self.metric == "group" else self.metric,
+                metric="signed" if self.metric == "group" else self.metric,  # type: ignore[arg-type]  # never "auto"
                 **group,
             )
             if self.metric == "group":

@@ -17,7 +17,7 @@ class Ranking:
 
     Args:
         criterion: "lora", "apt", "magnitude" or "random".
-        metric: How "lora" sums a group's terms: "abs", "square", "signed" or "group", see `ImportanceTracker`.
+        metric: How "lora" sums a group's terms: "auto", "abs", "square", "signed" or "group", see `ImportanceTracker`.
         scope: "layer" gives every layer the same width, "global" lets widths differ.
         round_to: Kept channel counts are multiples of this.
         min_heads: KV heads that stay in every layer at any ratio.
@@ -25,7 +25,7 @@ class Ranking:
     """
 
     criterion: Criterion = "lora"
-    metric: Metric = "group"
+    metric: Metric = "auto"
     scope: Scope = "layer"
     round_to: int = 8
     min_heads: int = 1

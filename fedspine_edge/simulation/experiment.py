@@ -129,7 +129,7 @@ def conclude(experiment: Experiment, out: Path) -> dict[str, Any]:
     read = {name: _read(out / "jobs", name, job) for name, job in experiment.jobs.items()}
     found = {name: measures for name, measures in read.items() if measures is not None}
     summary = summarise(experiment, found)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    _replace(out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
     _write_csv(out / "jobs.csv", experiment, found)
     return summary
 
@@ -241,9 +241,15 @@ def _read(results: Path, name: str, job: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _write(results: Path, name: str, job: Mapping[str, Any], measures: Mapping[str, Any]) -> None:
-    temp = results / f"{name}.json.tmp"
-    temp.write_text(json.dumps({"digest": _digest(job), "job": job, "measures": measures}, indent=1) + "\n")
-    os.replace(temp, results / f"{name}.json")
+    text = json.dumps({"digest": _digest(job), "job": job, "measures": measures}, indent=1) + "\n"
+    _replace(results / f"{name}.json", text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write all of it or nothing: others may be reading."""
+    temp = path.with_name(f"{path.name}.tmp")
+    temp.write_text(text)
+    os.replace(temp, path)
 
 
 def _write_csv(path: Path, experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> None:

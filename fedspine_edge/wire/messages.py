@@ -126,7 +126,7 @@ class Plan(Message, frozen=True, kw_only=True):
     recovery_steps: Count = 20
     layout: Literal["consensus", "local"] = "consensus"
     criterion: Literal["lora", "apt", "magnitude", "random"] = "lora"
-    importance_metric: Literal["abs", "square", "signed", "group"] = "group"
+    importance_metric: Literal["auto", "abs", "square", "signed", "group"] = "auto"
     scope: Literal["layer", "global"] = "layer"
     round_to: Positive = 8
     deadline_s: Annotated[float, Meta(gt=0.0)] = 600.0
