@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import tiny_bert
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import RobertaConfig, RobertaModel
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.deploy.compile import compile_engine
@@ -125,6 +127,37 @@ def test_words_and_texts_are_asked_of_the_right_model(session, shared_bundle):
     assert "label_words()" in caught.value.remedy
     with Session.load(shared_bundle) as classifier, pytest.raises(DeployError, match="holds a classification model"):
         classifier.label_words(["good"])
+
+
+def test_how_words_begin_is_what_training_saw(tmp_path):
+    """RoBERTa's tokenizer puts a space before every word only if tokenizer_config.json says so, not tokenizer.json."""
+    write_byte_level_roberta(tmp_path / "base")
+    load_base(tmp_path / "base", task="token_classification", num_labels=3).save(tmp_path / "model")
+    words = ["the", "film", "was", "good"]
+    expected = load_tokenizer(tmp_path / "model")([words], is_split_into_words=True)
+    raw = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(words, is_pretokenized=True)
+    assert raw.ids != expected["input_ids"][0]
+    with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
+        [encoding] = session.encode_words([words])
+        assert encoding.ids == expected["input_ids"][0]
+        assert encoding.word_ids == expected.word_ids(0)
+
+
+def write_byte_level_roberta(folder):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special, letters = ["<s>", "<pad>", "</s>", "<unk>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=special, initial_alphabet=letters)
+    tokenizer.train_from_iterator(["the film was good and the story was good"] * 9, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=300, max_position_embeddings=40, pad_token_id=1, type_vocab_size=1, **shape)
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
 
 
 def test_run_prints_a_line_per_word_and_a_blank_line_between_texts(words_bundle, session, capsys):
