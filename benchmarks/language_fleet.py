@@ -43,8 +43,9 @@ def answered(model: Any, tokenizer: Any, columns: Any) -> dict[str, float]:
     """Loss and accuracy over the answers' tokens, and the share of answers whose first token is the likeliest."""
     from dataclasses import replace
 
-    from fedspine_edge.device.batches import IGNORED
-    from fedspine_edge.device.texts import Texts, read
+    from fedspine_edge.data.reading import read
+    from fedspine_edge.data.targets import IGNORED
+    from fedspine_edge.device.texts import Texts
     from fedspine_edge.device.trainer import Trainer
     from fedspine_edge.wire.messages import Training
 

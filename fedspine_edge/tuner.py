@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.config import DataSettings, Task, TrainingSettings, convert
+from fedspine_edge.data.reading import Data, read
 from fedspine_edge.device.batches import Encoded
-from fedspine_edge.device.data import Data
 from fedspine_edge.device.fit_checkpoint import key_of, open_checkpoint
 from fedspine_edge.device.memory import MemoryEstimate, estimate
 from fedspine_edge.device.objective import can_pack
@@ -24,7 +24,7 @@ from fedspine_edge.device.progress import bar, tensorboard
 from fedspine_edge.device.source import choose_torch_device, open_model
 from fedspine_edge.device.stages import prune_in_stages
 from fedspine_edge.device.telemetry import pass_flops
-from fedspine_edge.device.texts import Texts, read
+from fedspine_edge.device.texts import Texts
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.model.checkpoint import load_tokenizer

@@ -16,14 +16,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.deploy.archive import opened
-    from fedspine_edge.deploy.bundle import load_bundle, read_sidecar
+    from fedspine_edge.deploy.bundle import PLAN, TIMINGS, damage_of, load_bundle, read_sidecar
 
     with opened(arguments.bundle) as folder:
         if arguments.json:
             print_json(read_sidecar(folder))
             return 0
-        bundle = load_bundle(folder, ignore=("engine.plan", "timing.cache"))
-    manifest, engine = bundle.manifest, bundle.manifest.engine
+        bundle = load_bundle(folder, ignore=(PLAN, TIMINGS))  # what can be made anew does not hide the rest
+        manifest, engine = bundle.manifest, bundle.manifest.engine
+        damaged = [
+            f"{name} {problem}"
+            for name in (PLAN, TIMINGS)
+            if (entry := manifest.files.get(name)) and (problem := damage_of(folder / name, entry))
+        ]
+    health = "; ".join(damaged) or "every hash right"
     profiles = engine.profiles if engine else tuple(filter(None, [manifest.default_profile]))
     checks = (manifest.verification, manifest.cache_verification, engine.verification if engine else None)
     rows = {
@@ -42,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         "engine": f"{engine.backend} {engine.version} for SM {', '.join(engine.compute_capabilities)}"
         if engine
         else f"none: {manifest.engine_absent}",
-        "size": f"{bundle.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files, every hash right",
+        "size": f"{bundle.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files, {health}",
     }
     for name, value in rows.items():
         print(f"{name:>10}  {value}")

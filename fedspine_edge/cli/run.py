@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedspine_edge.deploy.session import Session
@@ -16,7 +16,10 @@ EXAMPLE = "fedspine-edge run bundle/ --text 'what a lovely board'"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder written by `compile`")
     parser.add_argument(
-        "--text", action="append", help="text to classify or to continue, may repeat; default: lines of standard input"
+        "--text",
+        action="append",
+        help="text to classify, to label word by word (words are split at blanks) or to continue, may repeat; "
+        "default: lines of standard input",
     )
     parser.add_argument(
         "--backend", choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"], default="auto", help="default: auto"
@@ -32,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.cli.main import print_json
     from fedspine_edge.deploy.session import Session
     from fedspine_edge.errors import ConfigError
 
@@ -46,26 +48,47 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"run: {session.backend}: {session.why}", file=sys.stderr)
         if session.manifest.task == "causal_lm":
             return _generate(session, texts, arguments)
-        results = session.classify(texts)
-        backend, why = session.backend, session.why
+        if session.manifest.task == "token_classification":
+            return _label_words(session, texts, arguments)
+        return _classify(session, texts, arguments)
+
+
+def _classify(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
+    results = session.classify(texts)
     if arguments.json:
-        print_json({"backend": backend, "why": why, "results": [r.to_dict() for r in results]})
-    else:
-        for result in results:
-            print(f"{result.label}\t{result.probability:.3f}")
+        _print_json(session, [result.to_dict() for result in results])
+        return 0
+    for result in results:
+        print(f"{result.label}\t{result.probability:.3f}")
+    return 0
+
+
+def _label_words(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
+    results = session.label_words([text.split() for text in texts])
+    if arguments.json:
+        _print_json(session, [[result.to_dict() for result in words] for words in results])
+        return 0
+    for number, words in enumerate(results):
+        if number:
+            print()
+        for result in words:
+            print(f"{result.word}\t{result.label}\t{result.probability:.3f}")
     return 0
 
 
 def _generate(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
-    from fedspine_edge.cli.main import print_json
-
     settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "stop")}
     if arguments.json:
-        results = [session.generate(text, **settings).to_dict() for text in texts]
-        print_json({"backend": session.backend, "why": session.why, "results": results})
+        _print_json(session, [session.generate(text, **settings).to_dict() for text in texts])
         return 0
     for text in texts:
         for piece in session.stream(text, **settings):
             print(piece, end="", flush=True)
         print()
     return 0
+
+
+def _print_json(session: Session, results: list[Any]) -> None:
+    from fedspine_edge.cli.main import print_json
+
+    print_json({"backend": session.backend, "why": session.why, "results": results})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedspine_edge.deploy import cuda, trt
 from fedspine_edge.deploy.archive import pack
 from fedspine_edge.deploy.build import BackendChoice, rebuild_engine
-from fedspine_edge.deploy.bundle import PLAN, TIMINGS, Bundle, load_bundle, rebuild_command
+from fedspine_edge.deploy.bundle import PLAN, TIMINGS, Bundle, damage_of, load_bundle, rebuild_command
 from fedspine_edge.deploy.engine import EngineRunner
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner, Runner
 from fedspine_edge.errors import EngineBuildError, EngineIncompatible, FedspineError, MissingDependency
+
+log = logging.getLogger("fedspine_edge.deploy")
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,23 @@ def open_bundle(
     Args:
         archive: The single file that `folder` was unpacked from, to pack a rebuilt engine into.
     """
+    opened = _open(folder, backend, threads=threads, rebuild=rebuild, archive=archive)
+    timings = opened.bundle.manifest.files.get(TIMINGS)
+    if timings is not None and (problem := damage_of(folder / TIMINGS, timings)):
+        remedy = "Copy it again." if archive else f"Where it runs, this restores it: {rebuild_command(folder)}"
+        log.warning(
+            "%s %s. The bundle runs without it; only its next build takes longer. %s",
+            *((archive or folder) / TIMINGS, problem, remedy),
+        )
+    return opened
+
+
+def _open(folder: Path, backend: BackendChoice, *, threads: int | None, rebuild: bool, archive: Path | None) -> Opened:
     if backend == "onnxruntime":
         checked = load_bundle(folder, ignore=(PLAN, TIMINGS))  # a damaged plan does no harm here
         return _on_onnxruntime(checked, threads, "ONNX Runtime, as asked for.")
     try:
-        return _on_engine(load_bundle(folder), backend)
+        return _on_engine(load_bundle(folder, ignore=(TIMINGS,)), backend)
     except (EngineIncompatible, MissingDependency) as error:
         reason: FedspineError = error
     if rebuild:
@@ -56,7 +71,7 @@ def open_bundle(
 
 def _plan_is_damaged(folder: Path) -> bool:
     try:
-        load_bundle(folder)
+        load_bundle(folder, ignore=(TIMINGS,))
     except EngineIncompatible:
         return True
     return False

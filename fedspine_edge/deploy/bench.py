@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedspine_edge import errors
-from fedspine_edge.deploy.latency import Result
+from fedspine_edge.deploy.latency import Result, WallTimes, figures_of
 from fedspine_edge.deploy.power import PowerMeter, PowerSensor
 from fedspine_edge.errors import ConfigError, DeployError, FedspineError
 
@@ -46,7 +46,7 @@ class Subject(Result, frozen=True, kw_only=True):
     kind: Kind = "bundle"
 
 
-class Row(Result, frozen=True, kw_only=True):
+class Row(WallTimes, frozen=True, kw_only=True):
     """The wall times of one subject, phase and batch size.
 
     "run" is a full pass over (batch, tokens). "prompt" is a decoder's pass over the prompt that fills its KV cache,
@@ -55,14 +55,6 @@ class Row(Result, frozen=True, kw_only=True):
 
     subject: str
     phase: Phase
-    batch: int
-    tokens: int
-    repeats: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    min_ms: float
     cpu_p50_ms: float
     """Median CPU time of the process; where it is below the wall time of a one-thread run, others had the core."""
     sequences_per_s: float
@@ -267,24 +259,19 @@ def _time(workers: Sequence[_Worker], batch: int, tokens: int, new_tokens: int, 
 def _row(subject: str, phase: Phase, batch: int, tokens: int, times: Any, first_ms: float) -> Row:
     """`times` holds (wall, CPU) milliseconds of every turn, (repeats, 2)."""
     wall = times[:, 0]
-    p50, p90, p99 = (float(value) for value in np.percentile(wall, (50, 90, 99)))
-    per_s = batch / float(wall.mean()) * 1e3
+    figures = figures_of(wall)
+    per_s = batch / figures["mean_ms"] * 1e3
     return Row(
         subject=subject,
         phase=phase,
         batch=batch,
         tokens=tokens,
-        repeats=len(wall),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        mean_ms=float(wall.mean()),
-        min_ms=float(wall.min()),
+        **figures,
         cpu_p50_ms=float(np.median(times[:, 1])),
         sequences_per_s=per_s,
         tokens_per_s=per_s if phase == "token" else per_s * tokens,
-        ratio=p50 / first_ms,
-        unsteady=p99 > UNSTEADY * p50,
+        ratio=figures["p50_ms"] / first_ms,
+        unsteady=figures["p99_ms"] > UNSTEADY * figures["p50_ms"],
     )
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from fedspine_edge.data.reading import Data
 from fedspine_edge.deploy import cuda, trt
 from fedspine_edge.deploy.builder import OnStep, build_plan
 from fedspine_edge.deploy.bundle import (
@@ -19,12 +20,11 @@ from fedspine_edge.deploy.bundle import (
     Manifest,
     Precision,
     Profile,
-    is_intact,
+    damage_of,
     load_bundle,
     rebuild_command,
 )
 from fedspine_edge.deploy.publish import seal, staging
-from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
 
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
@@ -100,7 +100,7 @@ def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: 
     if labels is not None and len(labels) != len(manifest.labels):
         raise ConfigError(f"{len(labels)} labels were given for a model with {len(manifest.labels)} classes.")
     for name, entry in manifest.files.items():
-        if name != PLAN and (name != TIMINGS or is_intact(folder, name, entry)):
+        if name != PLAN and (name != TIMINGS or not damage_of(folder / name, entry)):
             shutil.copyfile(folder / name, draft / name)
     return msgspec.structs.replace(
         manifest, engine=None, engine_absent="", labels=tuple(labels) if labels is not None else manifest.labels

@@ -195,7 +195,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     """Longest sequence the model's positions allow."""
     pad_token_id: int = 0
     labels: tuple[str, ...] = ()
-    """Class names in the order of the logits (classification)."""
+    """Class names in the order of the logits (classification of texts and of words)."""
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end a text (causal models)."""
     adapter: AdapterSpec | None = None
@@ -262,7 +262,7 @@ def load_bundle(folder: str | Path, *, ignore: Collection[str] = ()) -> Bundle:
 
     Raises:
         CheckpointError: No bundle there, or a file is missing, truncated or altered.
-        EngineIncompatible: The same for engine.plan, which can be made anew; the message names the command.
+        EngineIncompatible: The same for engine.plan or timing.cache, which can be made anew: the remedy says how.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
@@ -304,19 +304,15 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
-    problem = _damage(folder / name, entry)
+    problem = damage_of(folder / name, entry)
     if problem and name in (PLAN, TIMINGS):
         raise EngineIncompatible(f"{folder / name} {problem}.", remedy=f"Build it anew with: {rebuild_command(folder)}")
     if problem:
         raise CheckpointError(f"{folder / name} {problem}.", remedy=_FROM_SOURCE)
 
 
-def is_intact(folder: Path, name: str, entry: FileEntry) -> bool:
-    """Whether a file of a bundle is the one that bundle.json lists."""
-    return not _damage(folder / name, entry)
-
-
-def _damage(path: Path, entry: FileEntry) -> str:
+def damage_of(path: Path, entry: FileEntry) -> str:
+    """What is wrong with a file that bundle.json lists as `entry`; empty where nothing is."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != entry.size_bytes:

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.config import DataSettings
+from fedspine_edge.data.examples import Example
+from fedspine_edge.data.reading import Data, read
+from fedspine_edge.data.targets import IGNORED, word_targets
 from fedspine_edge.deploy.bundle import TOKENIZER, Profile, Task, TensorInfo
 from fedspine_edge.deploy.measured import Accuracy, Metric
 from fedspine_edge.deploy.runner import empty_past
-from fedspine_edge.device.data import Data, Example, examples_of
 from fedspine_edge.errors import DeployError, MissingDependency
 
 Array = npt.NDArray[Any]
@@ -29,8 +31,6 @@ CALIBRATED_EXAMPLES = 128
 MEASURED_EXAMPLES = 1000
 """Of these one is 0.1 points; the 95 % interval of an accuracy of 85 % is ±2 points, of a paired difference less."""
 BATCH_TOKENS = 1024
-IGNORED = -100
-
 
 _METRICS: dict[Task, Metric] = {
     "classification": "accuracy",
@@ -93,8 +93,7 @@ def read_data(
     """
     encoder = _Encoder(folder, task, max_tokens)
     settings = DataSettings(path=os.fspath(data) if isinstance(data, (str, os.PathLike)) else "", num_labels=num_labels)
-    words, labelled = task == "token_classification", task != "causal_lm"
-    examples = examples_of(data, settings, labelled=labelled, words=words)
+    examples = read(data, settings, task)
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATED_EXAMPLES + MEASURED_EXAMPLES]]
     cut = min(CALIBRATED_EXAMPLES, len(encoded) // 2)
@@ -135,11 +134,7 @@ class _Encoder:
         """(token ids, segment ids, label or one label per token)."""
         if self._task == "token_classification":
             found = self._tokenizer.encode(list(example.words), is_pretokenized=True)
-            labels, before = [], None
-            for word in found.word_ids:  # a word's first token carries its label
-                labels.append(IGNORED if word is None or word == before else example.word_labels[word])
-                before = word
-            return found.ids, found.type_ids, labels
+            return found.ids, found.type_ids, word_targets(found.word_ids, example.word_labels)
         if self._task == "causal_lm":
             answer = [] if example.text_pair is None else self._tokenizer.encode(example.text_pair).ids
             prompt = self._tokenizer.encode(example.text).ids

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fedspine_edge.data.reading import Data
 from fedspine_edge.deploy.archive import check_archive_target, is_archive, pack
 from fedspine_edge.deploy.build import (
     BACKENDS,
@@ -26,7 +27,6 @@ from fedspine_edge.deploy.build import (
 from fedspine_edge.deploy.builder import OnStep
 from fedspine_edge.deploy.bundle import Precision, Profile, is_bundle, rebuild_command
 from fedspine_edge.deploy.publish import check_target, seal, staging
-from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError
 
 Lora = Literal["merge", "inputs"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedspine_edge.data.reading import Data
 from fedspine_edge.deploy.bundle import (
     ADAPTER,
     MODEL,
@@ -16,6 +17,7 @@ from fedspine_edge.deploy.bundle import (
     LayerWidths,
     Manifest,
     Precision,
+    Task,
     producer_versions,
 )
 from fedspine_edge.deploy.calibration import UserData, measure, profile_of, read_data
@@ -25,7 +27,6 @@ from fedspine_edge.deploy.quantize import QUANTIZED
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.deploy.trt import opset_for
 from fedspine_edge.deploy.verify import run_torch, verify_adapters, verify_cache, verify_onnx
-from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def draft_model(
     model = load_folder(folder)
     names = _label_names(model, labels)
     module = merged_module(model)
-    _copy_tokenizer(folder, draft)
+    _copy_tokenizer(folder, draft, model.task)
     opset = opset if opset is not None else opset_for(precision)
     adapter, values, runtime = None, None, module
     if runtime_adapter:
@@ -207,13 +208,13 @@ def _label_names(model: PrunableModel, labels: Sequence[str] | None) -> tuple[st
     return tuple(labels)
 
 
-def _copy_tokenizer(folder: Path, draft: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, draft / name)
-    if (draft / TOKENIZER).is_file() or not any((draft / name).is_file() for name in TOKENIZER_FILES):
-        return
-    # Only the slow tokenizer's files: the runtime reads tokenizer.json alone, so it is made here.
-    from fedspine_edge.model.checkpoint import load_tokenizer
+def _copy_tokenizer(folder: Path, draft: Path, task: Task) -> None:
+    """The tokenizer's files. The runtime reads tokenizer.json alone, which is made here where it is not enough."""
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in present:
+        shutil.copyfile(folder / name, draft / name)
+    # How a word in a list begins (add_prefix_space) transformers takes from tokenizer_config.json, so training did too.
+    if present and (TOKENIZER not in present or task == "token_classification"):
+        from fedspine_edge.model.checkpoint import load_tokenizer
 
-    load_tokenizer(folder).backend_tokenizer.save(str(draft / TOKENIZER))
+        load_tokenizer(folder).backend_tokenizer.save(str(draft / TOKENIZER))

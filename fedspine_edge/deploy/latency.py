@@ -28,10 +28,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         return values
 
 
-class Latency(Result, frozen=True, kw_only=True):
+class WallTimes(Result, frozen=True, kw_only=True):
     """Wall time of repeated runs of one shape, in milliseconds."""
 
-    backend: str
     batch: int
     tokens: int
     repeats: int
@@ -40,6 +39,12 @@ class Latency(Result, frozen=True, kw_only=True):
     p99_ms: float
     mean_ms: float
     min_ms: float
+
+
+class Latency(WallTimes, frozen=True, kw_only=True):
+    """The wall times of one session."""
+
+    backend: str
     per_s: float
     """Sequences a second, one run after the other."""
 
@@ -100,16 +105,12 @@ def time_calls(calls: Sequence[Callable[[], Any]], repeats: int, warmup: int = 1
 
 def latency_of(backend: str, batch: int, tokens: int, times_ms: list[float]) -> Latency:
     """The figures of a list of wall times."""
+    figures = figures_of(times_ms)
+    return Latency(backend=backend, batch=batch, tokens=tokens, **figures, per_s=batch / figures["mean_ms"] * 1e3)
+
+
+def figures_of(times_ms: Sequence[float]) -> dict[str, Any]:
+    """The fields of a `WallTimes` that come from the times alone."""
     p50, p90, p99 = (float(value) for value in np.percentile(times_ms, (50, 90, 99)))
-    return Latency(
-        backend=backend,
-        batch=batch,
-        tokens=tokens,
-        repeats=len(times_ms),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        mean_ms=float(np.mean(times_ms)),
-        min_ms=min(times_ms),
-        per_s=batch / float(np.mean(times_ms)) * 1e3,
-    )
+    mean, least = float(np.mean(times_ms)), float(np.min(times_ms))
+    return {"repeats": len(times_ms), "p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "mean_ms": mean, "min_ms": least}

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
-import numpy as np
 import numpy.typing as npt
 
+from fedspine_edge.deploy import predict
 from fedspine_edge.deploy.adapters import bundled_adapter, read_adapter
 from fedspine_edge.deploy.archive import is_archive, unpack
 from fedspine_edge.deploy.backends import Opened, open_bundle
@@ -29,27 +29,19 @@ from fedspine_edge.deploy.inputs import checked_tokens, random_tokens
 from fedspine_edge.deploy.latency import (
     Latency,
     LatencyComparison,
-    Result,
     compare_latency,
     latency_of,
     time_sessions,
 )
+from fedspine_edge.deploy.predict import Prediction, WordLabel
 from fedspine_edge.deploy.runner import Runner, empty_past
-from fedspine_edge.deploy.text import Text, TextCodec
-from fedspine_edge.errors import ConfigError, DataError, DeployError
+from fedspine_edge.deploy.text import Text, TextCodec, Words
+from fedspine_edge.errors import ConfigError, DeployError
 
-__all__ = ["Latency", "LatencyComparison", "Prediction", "Session", "compare_latency"]
+__all__ = ["Latency", "LatencyComparison", "Prediction", "Session", "WordLabel", "compare_latency"]
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
-
-
-class Prediction(Result, frozen=True, kw_only=True):
-    """The answer for one text: the label, its softmax probability, and its index in the logits."""
-
-    label: str
-    probability: float
-    index: int
 
 
 class Session:
@@ -123,7 +115,8 @@ class Session:
                 lists them. `token_type_ids` may be left out (zeros).
 
         Returns:
-            float32 logits, (batch, labels) for classification and (batch, tokens, vocabulary) for a causal model.
+            float32 logits: (batch, labels) for classification, (batch, tokens, labels) for token classification and
+            (batch, tokens, vocabulary) for a causal model.
 
         Raises:
             DataError: An input is missing, unknown, of the wrong type or shape, out of range, or too long.
@@ -141,6 +134,11 @@ class Session:
         """`classify` on a thread of this session; see `run_async`."""
         classify: Callable[..., Any] = self.classify
         return self._submit(lambda: classify(text, batch_size=batch_size))
+
+    def label_words_async(self, words: Words | Sequence[Words], *, batch_size: int = 16) -> Future[Any]:
+        """`label_words` on a thread of this session; see `run_async`."""
+        label_words: Callable[..., Any] = self.label_words
+        return self._submit(lambda: label_words(words, batch_size=batch_size))
 
     def generate_async(self, prompt: str | Sequence[int], **settings: Any) -> Future[Generation]:
         """`generate` on a thread of this session, with its settings; see `run_async`."""
@@ -244,40 +242,47 @@ class Session:
         of similar length together. Raises `DataError` for anything else or an empty list, and `DeployError` when
         the model does not classify or the bundle has no tokenizer.json.
         """
-        if self.manifest.task != "classification":
-            raise DeployError(f"This bundle holds a {self.manifest.task} model, which has no classes.")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
-        texts: list[Text] = [text] if isinstance(text, (str, tuple)) else list(text)
-        if not texts:
-            raise DataError("classify() was given an empty list.", remedy="Give at least one text.")
-        encodings = self._encode(texts)
-        by_length = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
-        step = min(batch_size, self.live_runner().max_batch or batch_size)
-        found: dict[int, Prediction] = {}
-        for start in range(0, len(texts), step):
-            chosen = by_length[start : start + step]
-            logits = self.run(**self.codec.padded([encodings[index] for index in chosen]))
-            found.update(zip(chosen, self._predictions(logits)))
-        predictions = [found[index] for index in range(len(texts))]
-        return predictions[0] if isinstance(text, (str, tuple)) else predictions
+        single = isinstance(text, (str, tuple))
+        texts: list[Any] = [text] if single else list(text)
+        predictions = predict.classify(self, texts, batch_size)
+        return predictions[0] if single else predictions
 
-    def _predictions(self, logits: Array) -> list[Prediction]:
-        scores = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
-        labels = self.manifest.labels or tuple(str(index) for index in range(scores.shape[-1]))
-        best = [int(row.argmax()) for row in scores]
-        return [Prediction(label=labels[i], probability=float(row[i]), index=i) for row, i in zip(scores, best)]
+    @overload
+    def label_words(self, words: Words, *, batch_size: int = ...) -> list[WordLabel]: ...
+    @overload
+    def label_words(self, words: list[list[str]] | list[Words], *, batch_size: int = ...) -> list[list[WordLabel]]: ...
+    def label_words(
+        self, words: Words | Sequence[Words], *, batch_size: int = 16
+    ) -> list[WordLabel] | list[list[WordLabel]]:
+        """Labels every word of a text (a list of words), or of each of several texts, in the given order.
+
+        A word's first token answers for it, as in training. Words are split as the training data were; what belongs
+        together, "don't" for instance, is up to them. Several texts run as in `classify`.
+
+        Raises `DataError` for anything else, for an empty text, for a word without tokens, and for a text longer than
+        the model or its engine allows, which says how many of its words fit; `DeployError` when the model does not
+        label words or the bundle has no tokenizer.json.
+        """
+        given: list[Any] = list(words)
+        single = not isinstance(words, str) and bool(given) and isinstance(given[0], str)
+        labelled = predict.label_words(self, [given] if single else given, batch_size)
+        return labelled[0] if single else labelled
 
     def tokenize(self, texts: Sequence[Text]) -> dict[str, Array]:
         """The model's inputs for texts or pairs: cut to what the model and its engine allow, padded to the longest."""
-        encodings = self._encode(texts)
-        return self.codec.padded(encodings)
+        return self.codec.padded(self.encode(texts))
 
-    def _encode(self, texts: Sequence[Text]) -> list[Any]:
+    def encode(self, texts: Sequence[Text]) -> list[Any]:
+        """The tokenizer's encoding of every text or pair, cut to what the model and its engine allow."""
+        return self._loaded_codec().encode(texts)
+
+    def encode_words(self, texts: Sequence[Words]) -> list[Any]:
+        """The tokenizer's encoding of every list of words. Raises `DataError` where one is too long."""
+        return self._loaded_codec().encode_words(texts)
+
+    def _loaded_codec(self) -> TextCodec:
         with self._codec_lock:  # the first call loads the tokenizer
-            codec = self.codec
-        return codec.encode(texts)
+            return self.codec
 
     @functools.cached_property
     def codec(self) -> TextCodec:

@@ -13,6 +13,7 @@ from fedspine_edge.errors import DataError, DeployError, MissingDependency
 
 Array = npt.NDArray[Any]
 Text = str | tuple[str, str]
+Words = list[str] | tuple[str, ...]
 
 
 class TextCodec:
@@ -20,7 +21,8 @@ class TextCodec:
 
     Args:
         bundle: A checked bundle.
-        limit: Longest sequence in tokens that the session takes; longer classifications are cut to it.
+        limit: Longest sequence in tokens that the session takes; longer classifications are cut to it, longer lists
+            of words refused.
     """
 
     def __init__(self, bundle: Bundle, limit: int) -> None:
@@ -34,7 +36,7 @@ class TextCodec:
                 remedy="Put the tokenizer's tokenizer.json into the model folder and compile it anew, "
                 "or tokenise yourself and call run().",
             )
-        self._manifest = bundle.manifest
+        self._manifest, self._limit = bundle.manifest, limit
         self._tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
         # What a training script left in tokenizer.json (a fixed length of 128, say) is not wanted here.
         self._tokenizer.no_padding()
@@ -51,6 +53,27 @@ class TextCodec:
         encodings: list[Any] = self._tokenizer.encode_batch(list(texts))
         if min(len(encoding.ids) for encoding in encodings) == 0:
             raise DataError("A text has no tokens.", remedy="Leave empty texts out.")
+        return encodings
+
+    def encode_words(self, texts: Sequence[Words]) -> list[Any]:
+        """One encoding per list of words. Raises `DataError` for anything else and for what is beyond the limit."""
+        for number, words in enumerate(texts, start=1):
+            if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+                raise DataError(
+                    f"Text {number} is not a list of words.",
+                    remedy='Give the words, ["Ada", "lives", "in", "Paris"], or a list of such lists.',
+                )
+            if not words:
+                raise DataError(f"Text {number} has no words.", remedy="Leave empty texts out.")
+        encodings: list[Any] = self._tokenizer.encode_batch(list(texts), is_pretokenized=True)
+        for number, encoding in enumerate(encodings, start=1):
+            if (tokens := len(encoding.ids)) > self._limit:
+                content = [word for word in encoding.word_ids if word is not None]
+                fitting = content[max(0, self._limit - (tokens - len(content)))]  # the first word that would be cut
+                raise DataError(
+                    f"Text {number} has {tokens} tokens; the model and its engine allow {self._limit}.",
+                    remedy=f"Split it: its first {fitting} words fit.",
+                )
         return encodings
 
     def padded(self, encodings: Sequence[Any]) -> dict[str, Array]:

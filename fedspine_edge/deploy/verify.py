@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedspine_edge.data.reading import Data
 from fedspine_edge.deploy.adapters import bundled_adapter
 from fedspine_edge.deploy.bundle import AdapterSpec, Bundle, TensorInfo
 from fedspine_edge.deploy.calibration import UserData, measure, read_data
@@ -17,7 +18,6 @@ from fedspine_edge.deploy.export import Exported, merged_module, task_of
 from fedspine_edge.deploy.locate import first_difference
 from fedspine_edge.deploy.measured import Accuracy, Verification
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
-from fedspine_edge.device.data import Data
 from fedspine_edge.errors import ExportMismatch
 
 if TYPE_CHECKING:

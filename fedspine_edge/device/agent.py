@@ -8,16 +8,18 @@ its blob are complete.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from functools import partial
 from typing import Literal
 
 import torch
 
 from fedspine_edge.clock import Clock, RealClock
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.data import split
+from fedspine_edge.data.examples import split
+from fedspine_edge.data.reading import read
 from fedspine_edge.device.failure import failure_report
 from fedspine_edge.device.fetch import Fetch
+from fedspine_edge.device.inbox import Inbox, Superseded
 from fedspine_edge.device.outbox import Outbox
 from fedspine_edge.device.round import ROUND, LocalRound, order_of
 from fedspine_edge.device.source import ModelSource, choose_torch_device
@@ -25,12 +27,12 @@ from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
 from fedspine_edge.device.status import status_of
 from fedspine_edge.device.telemetry import Meter, PeakMemory
-from fedspine_edge.device.texts import Texts, Tokenised, read
+from fedspine_edge.device.texts import Texts, Tokenised
 from fedspine_edge.errors import BlobError, MessageError, TransportError
 from fedspine_edge.model.bands import join
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Incoming, Transport, Will
+from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Transport, Will
 from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import Ack, Plan, Report, Status
 from fedspine_edge.wire.topics import BlobTopic, DeviceTopic, Topics
@@ -39,10 +41,6 @@ log = logging.getLogger("fedspine_edge.device")
 
 RETRY_SHARE = 1 / 40
 """Retry interval as a share of the plan's deadline, held within 1..15 s."""
-
-
-class _Superseded(Exception):
-    """A newer plan arrived while training."""
 
 
 class FleetDevice:
@@ -79,7 +77,7 @@ class FleetDevice:
         self._retry_s = 15.0
         self._retry_at: float | None = None
         self._watching = False
-        self._inbox: deque[Event] = deque()
+        self._inbox = Inbox(transport, self._topics.plan(config.device_id))
 
     def start(self) -> None:
         """Load data, model and state, connect, and say hello.
@@ -135,10 +133,8 @@ class FleetDevice:
                 if until is not None and now >= until:
                     return 1
                 wake = self.next_wakeup()
-                event = self._inbox.popleft() if self._inbox else None
-                if event is None:
-                    timeout_s = min(1.0, max(0.0, (wake if wake is not None else now + 1.0) - now))
-                    event = self._transport.receive(timeout_s=timeout_s)
+                timeout_s = min(1.0, max(0.0, (wake if wake is not None else now + 1.0) - now))
+                event = self._inbox.receive(timeout_s)
                 if event is not None:
                     self.handle(event)
                 self.tick()
@@ -293,11 +289,11 @@ class FleetDevice:
                 meter=self._meter,
                 peak=self._peak,
                 model=self._model,
-                on_step=self._watch if self._watching else None,
+                on_step=partial(self._inbox.watch, self._plan_sha256) if self._watching else None,
             )
             self._model = None  # a round that failed may leave it half pruned
             outcome = job.run()
-        except _Superseded:
+        except Superseded:
             log.info("round %d: a newer plan arrived, training abandoned", plan.server_round)
             self._model = None if job is None else job.model
             self._drop_plan()
@@ -309,24 +305,6 @@ class FleetDevice:
             return
         self._model = job.model
         self._conclude(outcome.report, outcome)
-
-    def _watch(self) -> None:
-        """Between two steps: abandon the round when a newer plan is there."""
-        while True:
-            try:
-                event = self._transport.receive(timeout_s=0.0)
-            except TransportError:
-                return  # training needs no broker; the loop meets the error after the round
-            if event is None:
-                return
-            self._inbox.append(event)
-            if (
-                isinstance(event, Incoming)
-                and event.topic == self._topics.plan(self.config.device_id)
-                and event.payload
-                and codec.digest(event.payload) != self._plan_sha256
-            ):
-                raise _Superseded
 
     def _failure(self, plan: Plan, error: Exception) -> Report:
         report = failure_report(

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.device.data import Example
+from fedspine_edge.data.examples import Example
+from fedspine_edge.data.targets import IGNORED, word_targets
 
 Ints = npt.NDArray[np.int64]
-
-IGNORED = -100
-"""Label of a token that is not to be predicted, as torch's cross entropy and transformers have it."""
 
 _BUCKET_BATCHES = 16
 """Batches among which examples are sorted by length: enough to remove most padding, few enough to stay shuffled."""
@@ -67,15 +65,15 @@ def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens
         max_length=max_length_tokens,
     )
     segments = encoded.get("token_type_ids")
-    found = []
-    for i, example in enumerate(examples):
-        labels, before = [], None
-        for word in encoded.word_ids(i):
-            labels.append(IGNORED if word is None or word == before else example.word_labels[word])
-            before = word
-        kinds = None if segments is None else list(segments[i])
-        found.append(Encoded(list(encoded["input_ids"][i]), 0, kinds, labels))
-    return found
+    return [
+        Encoded(
+            list(encoded["input_ids"][i]),
+            0,
+            None if segments is None else list(segments[i]),
+            word_targets(encoded.word_ids(i), example.word_labels),
+        )
+        for i, example in enumerate(examples)
+    ]
 
 
 def _encode_answer(example: Example, tokenizer: Any, max_length_tokens: int) -> Encoded:

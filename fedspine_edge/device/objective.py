@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedspine_edge.device.batches import IGNORED, Ints
+from fedspine_edge.data.targets import IGNORED
+from fedspine_edge.device.batches import Ints
 from fedspine_edge.model.prunable import PrunableModel
 
 LOGITS_AT_ONCE = 4 << 20

@@ -6,18 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedspine_edge.config import DataSettings, Task, TrainingSettings
+from fedspine_edge.config import Task, TrainingSettings
+from fedspine_edge.data.examples import Example
 from fedspine_edge.device.batches import Encoded, encode
-from fedspine_edge.device.data import Data, Example, examples_of
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.prunable import PrunableModel
 
 DEFAULT_LENGTH_TOKENS = TrainingSettings().max_length_tokens
-
-
-def read(data: Data, columns: DataSettings, task: Task) -> list[Example]:
-    """The examples of `data` in the form that `task` has: docs/models.md, "Tasks". Raises as `examples_of` does."""
-    return examples_of(data, columns, labelled=task != "causal_lm", words=task == "token_classification")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedspine_edge.config import DataSettings
+from fedspine_edge.data.reading import read
 from fedspine_edge.device.objective import can_pack
 from fedspine_edge.device.source import choose_torch_device
-from fedspine_edge.device.texts import Texts, read
+from fedspine_edge.device.texts import Texts
 from fedspine_edge.device.trainer import Evaluation, Trainer
 from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.fleet_model import load_fleet_model

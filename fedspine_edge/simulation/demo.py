@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fedspine_edge.config import DataSettings
+from fedspine_edge.data.reading import load_examples
 from fedspine_edge.deploy.bundle import load_bundle
 from fedspine_edge.deploy.compile import compile_engine
 from fedspine_edge.deploy.session import Session, compare_latency
-from fedspine_edge.device.data import load_examples
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.simulation.finish import build_finished_model
 from fedspine_edge.simulation.report import write_report

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import msgspec
 
 from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, Task, convert
-from fedspine_edge.device.data import Example, load_examples
-from fedspine_edge.device.texts import read
+from fedspine_edge.data.examples import Example
+from fedspine_edge.data.reading import load_examples, read
 from fedspine_edge.errors import ConfigError, DataError, MissingDependency
 from fedspine_edge.simulation import sentiment
 from fedspine_edge.simulation.profiles import Profile

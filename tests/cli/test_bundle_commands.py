@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
 from fedspine_edge.cli.main import main
+from fedspine_edge.deploy.bundle import load_bundle
+from fedspine_edge.deploy.publish import seal
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,21 @@ def test_inspect_says_what_is_inside(decoder, capsys):
         assert words in text
     assert main(["inspect", f"{decoder}.zip", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["task"] == "causal_lm"
+
+
+def test_inspect_names_a_damaged_plan_and_still_says_what_is_inside(compiled, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(compiled, bundle)
+    (bundle / "engine.plan").write_bytes(b"plan")
+    seal(bundle, load_bundle(bundle).manifest)
+    assert main(["inspect", str(bundle)]) == 0
+    assert "every hash right" in capsys.readouterr().out
+    (bundle / "engine.plan").write_bytes(b"p")
+    assert main(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "engine.plan has 1 bytes instead of 4" in text
+    assert "every hash right" not in text
+    assert "bert, classification" in text
 
 
 def test_verify_compares_again_and_answers_no_to_another_model(decoder, tmp_path, capsys):

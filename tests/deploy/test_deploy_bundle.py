@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from fedspine_edge.deploy.bundle import EngineInfo, Profile, is_bundle, load_bundle, producer_versions, read_sidecar
+from fedspine_edge.deploy.compile import compile_engine
 from fedspine_edge.deploy.publish import seal, staging
+from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 
 
@@ -76,6 +78,34 @@ def test_a_damaged_plan_names_the_rebuild_command(bundle, damage):
         load_bundle(bundle)
     assert f"fedspine-edge compile {bundle} --out {bundle}" in caught.value.remedy
     assert load_bundle(bundle, ignore=("engine.plan",)).manifest.engine is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(b"damaged"), "was altered"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes instead of 7"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_damaged_timings_are_a_warning_to_run_and_an_error_to_check(bundle, caplog, damage, words, backend):
+    timings = bundle / "timing.cache"
+    timings.write_bytes(b"timings")
+    seal(bundle, load_bundle(bundle).manifest)
+    with Session.load(bundle, backend=backend):
+        assert not caplog.records
+    damage(timings)
+    with Session.load(bundle, backend=backend) as session:
+        assert session.classify("good").label in ("bad", "mixed", "good")
+    [warning] = caplog.records
+    assert warning.levelname == "WARNING"
+    for part in (f"{timings} {words}", "runs without it", f"fedspine-edge compile {bundle} --out {bundle}"):
+        assert part in warning.getMessage()
+    with pytest.raises(EngineIncompatible, match=rf"timing\.cache {words}"):
+        load_bundle(bundle)
+    compile_engine(bundle, bundle, backend="onnxruntime")
+    assert "timing.cache" not in load_bundle(bundle).manifest.files
 
 
 @pytest.mark.parametrize(

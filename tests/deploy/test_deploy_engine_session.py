@@ -56,6 +56,17 @@ def test_a_session_takes_the_engine_and_says_why(on_engine, shared_bundle):
             assert (a.label, a.probability) == (b.label, pytest.approx(b.probability, abs=1e-6))
 
 
+def test_damaged_timings_do_not_keep_a_bundle_from_its_engine(on_engine, shared_bundle, caplog):
+    session = on_engine(shared_bundle, PROFILES)
+    timings = session.bundle.folder / "timing.cache"
+    timings.write_bytes(b"timings")
+    seal(timings.parent, session.manifest)
+    timings.write_bytes(b"damaged")
+    with Session.load(timings.parent) as again:
+        assert again.backend == "tensorrt"
+    assert f"{timings} was altered" in caplog.text
+
+
 @pytest.mark.parametrize("unified", [0, 1])
 def test_text_is_onnxruntimes_and_the_cache_stays_on_the_device(driver, on_engine, decoder_bundle, unified):
     driver.set("unified", unified)

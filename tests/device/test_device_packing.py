@@ -5,6 +5,7 @@ import pytest
 import tiny_lm
 import torch
 
+from fedspine_edge.data.targets import IGNORED
 from fedspine_edge.device import batches
 from fedspine_edge.device.objective import LOGITS_AT_ONCE, can_pack, loss_sum, num_targets
 
@@ -15,7 +16,7 @@ def examples(count=7, seed=0, *, answers=False):
     for _ in range(count):
         ids = rng.integers(2, tiny_lm.VOCAB, rng.integers(2, 15)).tolist()
         prompt = int(rng.integers(1, len(ids)))
-        labels = [batches.IGNORED] * prompt + ids[prompt:] if answers else None
+        labels = [IGNORED] * prompt + ids[prompt:] if answers else None
         found.append(batches.Encoded(ids, 0, None, labels))
     return found
 
@@ -48,8 +49,8 @@ def test_a_token_sees_its_own_example_only():
     model, encoded = tiny_lm.model("llama"), examples(3)
     batch = batches.pack(encoded, range(3), 0, 99)
     assert batch["input_ids"].shape[0] == 1
-    first = (batch["segments"] == 1) & (batch["labels"] != batches.IGNORED)
-    batch["labels"][~first] = batches.IGNORED
+    first = (batch["segments"] == 1) & (batch["labels"] != IGNORED)
+    batch["labels"][~first] = IGNORED
     before = loss_sum(model, batch)[0].item()
     batch["input_ids"][batch["segments"] != 1] = 3
     assert loss_sum(model, batch)[0].item() == before
@@ -65,7 +66,7 @@ def test_rows_are_filled_but_never_beyond_their_length(max_tokens):
     assert tokens / batch["input_ids"].size > 0.9 > tokens / padded["input_ids"].size
     starts = batch["position_ids"] == 0
     assert (starts & (batch["segments"] > 0)).sum() == 40
-    assert (batch["labels"][starts] == batches.IGNORED).all()
+    assert (batch["labels"][starts] == IGNORED).all()
 
 
 def test_examples_of_one_length_gain_nothing_and_lose_nothing():

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaMo
 
 from fedspine_edge import EdgeTuner
 from fedspine_edge.config import DataSettings
-from fedspine_edge.device import batches, data
+from fedspine_edge.data.examples import Example
+from fedspine_edge.data.reading import examples_of
+from fedspine_edge.device import batches
 from fedspine_edge.device.trainer import Trainer
-from fedspine_edge.errors import DataError
 from fedspine_edge.model.checkpoint import load_tokenizer
 
 SECRET = "zanzibar"
@@ -62,30 +63,10 @@ def test_words_are_classified_pruned_saved_and_read_back(tiny_folder, tmp_path):
 def test_only_the_first_token_of_a_word_carries_its_label(tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
     [encoded] = batches.encode(
-        data.examples_of([(["films", "films"], [1, 2])], DataSettings(path="", num_labels=3), words=True), tokenizer, 24
+        examples_of([(["films", "films"], [1, 2])], DataSettings(path="", num_labels=3), words=True), tokenizer, 24
     )
     assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["[CLS]", "film", "##s", "film", "##s", "[SEP]"]
     assert encoded.token_labels == [-100, 1, -100, 2, -100, -100]
-
-
-@pytest.mark.parametrize(
-    ("item", "told"),
-    [
-        (([SECRET, "b"], [1]), "2 words have 1 labels"),
-        ((SECRET, [1]), "'text' is not a list"),
-        (([SECRET], 1), "'label' is not a list"),
-        (([SECRET, ""], [0, 1]), "'text' is empty"),
-        (([SECRET], [7]), "label 7 is out of range"),
-        (SECRET, "is a str, not words with labels"),
-        ({"text": [SECRET]}, "no column 'label'"),
-    ],
-)
-def test_bad_words_are_one_error_without_the_words(item, told):
-    with pytest.raises(DataError) as caught:
-        data.examples_of([(["a"], [0]), item], DataSettings(path=""), words=True)
-    assert told in str(caught.value)
-    assert "row 2" in str(caught.value)
-    assert SECRET not in str(caught.value)
 
 
 def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
@@ -96,7 +77,7 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
     tuner.fit(pairs, steps=30)
     assert tuner.evaluate(pairs)["accuracy"] > 0.95
     examples = batches.encode(
-        data.examples_of(pairs[:1], DataSettings(path=""), labelled=False), tuner.tokenizer, 24, causal=True
+        examples_of(pairs[:1], DataSettings(path=""), labelled=False), tuner.tokenizer, 24, causal=True
     )
     trainer: Trainer = tuner._trainer(examples, 1)
     labels = torch.tensor([examples[0].token_labels])
@@ -106,7 +87,7 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
 
 def test_a_long_prompt_loses_its_beginning_and_never_the_answer(language_model):
     tokenizer = load_tokenizer(language_model)
-    pair = data.Example("film " * 40 + "bad", 0, "good fine")
+    pair = Example("film " * 40 + "bad", 0, "good fine")
     [encoded] = batches.encode([pair], tokenizer, 10, causal=True)
     words = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     assert len(words) == 10

@@ -13,8 +13,9 @@ from tokenizers.normalizers import Replace
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import SimulatedSettings
-from fedspine_edge.device.batches import IGNORED, Encoded
-from fedspine_edge.device.data import Example
+from fedspine_edge.data.examples import Example
+from fedspine_edge.data.targets import IGNORED
+from fedspine_edge.device.batches import Encoded
 from fedspine_edge.device.round import LocalRound
 from fedspine_edge.device.telemetry import Meter, pass_flops
 from fedspine_edge.device.texts import Texts

@@ -7,7 +7,8 @@ import pytest
 import tiny_bert
 import torch
 
-from fedspine_edge.device import batches, data
+from fedspine_edge.data.examples import Example
+from fedspine_edge.device import batches
 from fedspine_edge.device.source import ModelSource, choose_torch_device
 from fedspine_edge.device.trainer import Trainer, learning_rate
 from fedspine_edge.errors import ConfigError, DataError, OutOfMemory
@@ -21,7 +22,7 @@ TRAINING = Training(learning_rate=1e-2, batch_size=8, max_length_tokens=24, tota
 
 @pytest.fixture(scope="session")
 def encoded(tiny_folder):
-    examples = [data.Example(text, label) for text, label in tiny_bert.sentences(330)]
+    examples = [Example(text, label) for text, label in tiny_bert.sentences(330)]
     return batches.encode(examples, load_tokenizer(tiny_folder), 24)
 
 

@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_examples_run(tmp_path):
     for name, family, task, tokenizer in (
         ("model", "bert", "classification", write_tokenizer),
+        ("tagger", "bert", "token_classification", write_tokenizer),
         ("decoder", "llama", "causal_lm", write_byte_tokenizer),
     ):
         tiny_model(family, task).save(tmp_path / name)
         tokenizer(tmp_path / name)
         compile_engine(tmp_path / name, backend="onnxruntime")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/runtime.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     (tmp_path / "runtime.py").write_text("\n".join(blocks))
     done = subprocess.run(
         [sys.executable, "-W", "error", "runtime.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
@@ -31,6 +32,7 @@ def test_the_examples_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("onnxruntime because: ONNX Runtime, because: ")
     assert done.stdout.count("Prediction(") == 6
+    assert re.search(r"\nboard LABEL_[012] [01]\.\d\d\n", done.stdout)
     assert "tokens/s" in done.stdout
 
 

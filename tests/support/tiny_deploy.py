@@ -21,7 +21,8 @@ def tiny_model(
     common = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCAB}
     common |= {"intermediate_size": 64, "max_position_embeddings": 66, "num_labels": 3, "pad_token_id": 0}
     if family == "bert":
-        module = transformers.BertForSequenceClassification(transformers.BertConfig(**common))
+        kind = "Token" if task == "token_classification" else "Sequence"
+        module = getattr(transformers, f"BertFor{kind}Classification")(transformers.BertConfig(**common))
     elif family == "roberta":
         common["pad_token_id"] = 1
         module = transformers.RobertaForSequenceClassification(

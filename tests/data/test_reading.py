@@ -1,15 +1,13 @@
-"""Bad data is one clear error that names file, row and remedy, and never the text; batches repeat exactly."""
+"""Bad data is one clear error that names file, row and remedy, and never the text."""
 
 import json
 import sys
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedspine_edge.config import DataSettings
-from fedspine_edge.device import batches, data
+from fedspine_edge.data.examples import Example, split
+from fedspine_edge.data.reading import examples_of, load_examples
 from fedspine_edge.errors import DataError, MissingDependency
 
 SECRET = "my very private sentence"
@@ -18,18 +16,18 @@ SECRET = "my very private sentence"
 def from_text(tmp_path, content, name="data.csv", **options):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return data.load_examples(DataSettings(path=str(path), **options))
+    return load_examples(DataSettings(path=str(path), **options))
 
 
 def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    expected = [data.Example("a, b", 1, "c"), data.Example('say "x"\nagain', 0, "d")]
+    expected = [Example("a, b", 1, "c"), Example('say "x"\nagain', 0, "d")]
     options = {"text": "one", "text_pair": "two", "label": "y"}
     table = pyarrow.table({"y": [1, 0], "one": ["a, b", 'say "x"\nagain'], "two": ["c", "d"], "other": [1.5, 2.5]})
     parquet.write_table(table, tmp_path / "d.parquet")
     lines = "\n".join(json.dumps(row) for row in table.to_pylist()) + "\n\n"
-    assert data.load_examples(DataSettings(path=str(tmp_path / "d.parquet"), **options)) == expected
+    assert load_examples(DataSettings(path=str(tmp_path / "d.parquet"), **options)) == expected
     assert from_text(tmp_path, lines, "d.jsonl", **options) == expected
     text = '\ufeffone,two,y\n"a, b",c,1\n"say ""x""\nagain",d,0.0\n'
     assert from_text(tmp_path, text, **options) == expected
@@ -71,9 +69,9 @@ def test_bad_files_are_told_by_row_and_without_their_text(tmp_path, content, nam
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(DataError, match=r"absent\.csv: does not exist"):
-        data.load_examples(DataSettings(path=str(tmp_path / "absent.csv")))
+        load_examples(DataSettings(path=str(tmp_path / "absent.csv")))
     with pytest.raises(DataError, match="is a folder"):
-        data.load_examples(DataSettings(path=str(tmp_path)))
+        load_examples(DataSettings(path=str(tmp_path)))
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
@@ -90,70 +88,59 @@ def test_a_callable_gives_items_and_its_failures_do_not_quote_data(tmp_path, mon
         f"def mixed():\n    return [('a', 1), ('a', '{SECRET}', 1)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert [e.label for e in data.load_examples(DataSettings(path="mydata:good"))] == [1, 0]
-    assert data.load_examples(DataSettings(path="mydata:pairs")) == [data.Example("a", 1, "b")]
+    assert [e.label for e in load_examples(DataSettings(path="mydata:good"))] == [1, 0]
+    assert load_examples(DataSettings(path="mydata:pairs")) == [Example("a", 1, "b")]
     for name, told in (("broken", r"raised KeyError at mydata\.py:7"), ("mixed", "row 2: single texts and pairs")):
         with pytest.raises(DataError, match=told) as caught:
-            data.load_examples(DataSettings(path=f"mydata:{name}"))
+            load_examples(DataSettings(path=f"mydata:{name}"))
         assert SECRET not in str(caught.value)
     with pytest.raises(DataError, match="cannot be imported"):
-        data.load_examples(DataSettings(path="mydata:absent"))
+        load_examples(DataSettings(path="mydata:absent"))
 
 
 def test_examples_do_not_show_their_text():
-    assert SECRET not in repr(data.Example(SECRET, 1, SECRET))
+    assert SECRET not in repr(Example(SECRET, 1, SECRET))
 
 
 def test_the_split_is_disjoint_seeded_and_leaves_something_to_train_on():
-    examples = [data.Example(str(i), 0) for i in range(20)]
-    train, held = data.split(examples, 5, 3, where="x")
+    examples = [Example(str(i), 0) for i in range(20)]
+    train, held = split(examples, 5, 3, where="x")
     assert len(held) == 5
     assert sorted(train + held, key=lambda e: int(e.text)) == examples
-    assert data.split(examples, 5, 3, where="x") == (train, held)
-    assert data.split(examples, 5, 4, where="x")[1] != held
+    assert split(examples, 5, 3, where="x") == (train, held)
+    assert split(examples, 5, 4, where="x")[1] != held
     with pytest.raises(DataError, match="20 examples; holding 20 out"):
-        data.split(examples, 20, 0, where="x")
+        split(examples, 20, 0, where="x")
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=90),
-    batch_size=st.integers(1, 9),
-    seed=st.integers(0, 2**32),
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        (([SECRET, "b"], [1]), "2 words have 1 labels"),
+        ((SECRET, [1]), "'text' is not a list"),
+        (([SECRET], 1), "'label' is not a list"),
+        (([SECRET, ""], [0, 1]), "'text' is empty"),
+        (([SECRET], [7]), "label 7 is out of range"),
+        (SECRET, "is a str, not words with labels"),
+        ({"text": [SECRET]}, "no column 'label'"),
+    ],
 )
-def test_batches_are_a_pure_function_of_seed_and_step_and_cover_an_epoch(lengths, batch_size, seed):
-    order = batches.BatchOrder(lengths, batch_size, seed)
-    epoch = [order.indices(step) for step in range(order.batches_per_epoch)]
-    seen = np.concatenate(epoch)
-    assert len(set(seen.tolist())) == seen.size
-    assert seen.size == len(lengths) // min(batch_size, len(lengths)) * min(batch_size, len(lengths))
-    late = batches.BatchOrder(lengths, batch_size, seed).indices(order.batches_per_epoch + 1)
-    np.testing.assert_array_equal(order.indices(order.batches_per_epoch + 1), late)
+def test_bad_words_are_one_error_without_the_words(item, told):
+    with pytest.raises(DataError) as caught:
+        examples_of([(["a"], [0]), item], DataSettings(path=""), words=True)
+    assert told in str(caught.value)
+    assert "row 2" in str(caught.value)
+    assert SECRET not in str(caught.value)
 
 
-def test_batches_hold_little_padding():
-    lengths = np.random.default_rng(0).integers(3, 48, 1000)
-    order = batches.BatchOrder(lengths.tolist(), 8, 0)
-    padded = sum(lengths[order.indices(step)].max() * 8 for step in range(order.batches_per_epoch))
-    assert padded < 1.15 * lengths.sum()
-
-
-def test_collate_pads_to_the_longest_of_the_batch():
-    first, second = batches.Encoded([5, 6, 7], 1, [0, 0, 1]), batches.Encoded([8], 0, [0])
-    encoded = [first, second, batches.Encoded([9] * 9, 0, [0] * 9)]
-    batch = batches.collate(encoded, [1, 0], pad_id=4)
-    np.testing.assert_array_equal(batch["input_ids"], [[8, 4, 4], [5, 6, 7]])
-    np.testing.assert_array_equal(batch["attention_mask"], [[1, 0, 0], [1, 1, 1]])
-    np.testing.assert_array_equal(batch["token_type_ids"], [[0, 0, 0], [0, 0, 1]])
-    np.testing.assert_array_equal(batch["labels"], [0, 1])
-    assert sorted(np.concatenate(list(batches.evaluation_batches(encoded, 2))).tolist()) == [0, 1, 2]
-
-
-def test_texts_are_cut_at_the_longest_allowed_length(tiny_folder):
-    from fedspine_edge.model.checkpoint import load_tokenizer
-
-    tokenizer = load_tokenizer(tiny_folder)
-    pair = batches.encode([data.Example("good " * 30, 1, "bad")], tokenizer, 10)[0]
-    assert len(pair.input_ids) == 10
-    assert pair.token_type_ids[-1] == 1
-    assert pair.label == 1
+def test_examples_that_were_read_can_be_given_again():
+    settings = DataSettings(path="", num_labels=3)
+    for items, form in (
+        ([(["a", "b"], [1, 2])], {"words": True}),
+        ([("a", "b", 1)], {}),
+        (["a"], {"labelled": False}),
+    ):
+        examples = examples_of(items, settings, **form)
+        assert examples_of(examples, settings, **form) == examples
+    with pytest.raises(DataError, match="row 1: column 'text' is not a list"):
+        examples_of([Example("a", 1)], settings, words=True)

@@ -1,0 +1,24 @@
+"""A word's first token stands for the word, in training and when the finished model answers."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedspine_edge.data.targets import IGNORED, first_tokens, word_targets
+
+
+def test_the_first_token_of_a_word_stands_for_it():
+    words = [None, 0, 0, 1, 2, 2, None]  # [CLS] film ##s are good ##ish [SEP]
+    assert first_tokens(words) == {0: 1, 1: 3, 2: 4}
+    assert word_targets(words, [7, 8, 9]) == [IGNORED, 7, IGNORED, 8, 9, IGNORED, IGNORED]
+
+
+def test_a_word_without_a_token_or_beyond_the_cut_is_absent():
+    assert first_tokens([None, 0, 2, None]) == {0: 1, 2: 2}
+    assert word_targets([None, 0, 2, None], [7, 8, 9, 5]) == [IGNORED, 7, 9, IGNORED]
+
+
+@given(st.lists(st.integers(0, 3), max_size=20))
+def test_every_word_with_tokens_has_exactly_one_target(counts):
+    words = [word for word, count in enumerate(counts) for _ in range(count)]
+    targets = word_targets(words, range(100, 100 + len(counts)))
+    assert [target for target in targets if target != IGNORED] == [100 + w for w, count in enumerate(counts) if count]
