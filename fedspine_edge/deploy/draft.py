@@ -17,7 +17,6 @@ from fedspine_edge.deploy.bundle import (
     LayerWidths,
     Manifest,
     Precision,
-    Task,
     producer_versions,
 )
 from fedspine_edge.deploy.calibration import UserData, measure, profile_of, read_data
@@ -70,7 +69,7 @@ def draft_model(
     model = load_folder(folder)
     names = _label_names(model, labels)
     module = merged_module(model)
-    _copy_tokenizer(folder, draft, model.task)
+    _copy_tokenizer(folder, draft)
     opset = opset if opset is not None else opset_for(precision)
     adapter, values, runtime = None, None, module
     if runtime_adapter:
@@ -208,13 +207,12 @@ def _label_names(model: PrunableModel, labels: Sequence[str] | None) -> tuple[st
     return tuple(labels)
 
 
-def _copy_tokenizer(folder: Path, draft: Path, task: Task) -> None:
-    """The tokenizer's files. The runtime reads tokenizer.json alone, which is made here where it is not enough."""
+def _copy_tokenizer(folder: Path, draft: Path) -> None:
+    """The tokenizer's files. The runtime reads tokenizer.json alone, so that becomes what transformers trained with."""
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for name in present:
         shutil.copyfile(folder / name, draft / name)
-    # How a word in a list begins (add_prefix_space) transformers takes from tokenizer_config.json, so training did too.
-    if present and (TOKENIZER not in present or task == "token_classification"):
+    if present:  # transformers lets tokenizer_config.json overrule it, in how a text begins (add_prefix_space) for one
         from fedspine_edge.model.checkpoint import load_tokenizer
 
-        load_tokenizer(folder).backend_tokenizer.save(str(draft / TOKENIZER))
+        load_tokenizer(folder, padding=False).backend_tokenizer.save(str(draft / TOKENIZER))

@@ -143,8 +143,13 @@ def load_base(
     return model
 
 
-def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> Any:
+def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padding: bool = True) -> Any:
     """The tokenizer of a model folder, with a padding token (the end token where the model has none).
+
+    Args:
+        path_or_id: Folder, file or hub id of the model.
+        gguf_file: Within the folder, if it holds GGUF weights.
+        padding: Whether a padding token is needed; the tokenizer is left as it is otherwise.
 
     Raises `CheckpointError` if there is none or it cannot be read.
     """
@@ -165,7 +170,7 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None) -> A
                 f"the tokenizer in {folder} cannot be read: {_first_line(error)}.",
                 remedy="The folder needs tokenizer.json and tokenizer_config.json as Hugging Face writes them.",
             ) from error
-    if tokenizer.pad_token_id is None:
+    if padding and tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise CheckpointError(
                 f"the tokenizer in {folder} has neither a padding nor an end token.",
