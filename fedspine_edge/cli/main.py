@@ -27,7 +27,7 @@ _COMMANDS = {
     "tune": "fine-tune and prune a model on this machine's data, without a fleet",
     "export": "build the finished model folder from a fleet run and the base model",
     "compile": "turn a model folder into a verified engine bundle",
-    "run": "classify or continue texts with a compiled bundle",
+    "run": "classify, label or continue texts with a compiled bundle",
     "inspect": "say what is in a compiled bundle",
     "verify": "check a bundle's files and, given its model, compare it with torch again",
     "bench": "time bundles against each other and against torch",

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,7 @@ def notes(tmp_path: Path) -> dict[int, str]:
     return {int(path.suffix[1:]): path.read_text() for path in tmp_path.glob("note.[0-9]*")}
 
 
-def wait_for(condition: object, timeout_s: float = 60.0) -> None:
-    assert callable(condition)
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "nothing happened"
