@@ -33,6 +33,12 @@ SHARED = {
     "SmolLM2 qkv 576 -> 576, 192, 192": (576, (576, 192, 192)),
     "SmolLM2 gate, up 576 -> 2 x 1536": (576, (1536, 1536)),
 }
+# hidden_size and intermediate_size, for norms and gates.
+DECODERS = {
+    "SmolLM2 576, 1536": (576, 1536),
+    "SmolLM2 at 0.5 576, 768": (576, 768),
+    "LLaMA 3.2 1B 2048, 8192": (2048, 8192),
+}
 Contestants = dict[str, Callable[[], Any]]
 
 
@@ -52,6 +58,8 @@ def run(torch_device: str, *, seconds: float, quick: bool = False) -> list[dict[
     for name, (cols, widths) in SHARED.items() if not quick else list(SHARED.items())[:1]:
         for tokens, rank in ((8 * 48, 8), (8 * 48, 16), (48, 8)):
             cases.append(shared_case(name, cols, widths, rank, tokens, dtypes[-1], torch_device))
+    for name, (hidden, channels) in DECODERS.items() if not quick else list(DECODERS.items())[:1]:
+        cases += elementwise_cases(name, hidden, channels, 8 * 48, dtypes[-1], torch_device)
     cases += gather_cases(torch_device)
     return [
         {**what, **measure(contestants, ours, torch_device, seconds / len(cases))} for what, contestants, ours in cases
@@ -218,6 +226,31 @@ def shared_case(
     contestants["base GEMMs alone"] = step(lambda: [base(x) for base in bases], [])
     what = {"op": "lora_qkv / lora_gate_up", "case": name, "tokens": tokens, "r": rank, "dtype": str(dtype)}
     return what, contestants, "fedspine"
+
+
+def elementwise_cases(
+    name: str, hidden: int, channels: int, tokens: int, dtype: torch.dtype, torch_device: str
+) -> list[tuple[dict[str, Any], Contestants, str]]:
+    """A norm with a frozen weight and a gate, forward and backward, against the same in plain operators."""
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=torch_device, dtype=dtype)
+
+    x, gate, up = (normal(tokens, width).requires_grad_() for width in (hidden, channels, channels))
+    weight, grad_x, grad_up = normal(hidden), normal(tokens, hidden), normal(tokens, channels)
+
+    def step(call: Callable[[], Tensor], grad: Tensor, leaves: list[Tensor]) -> Callable[[], None]:
+        return lambda: torch.autograd.backward(call(), grad, inputs=leaves) or clear(leaves)
+
+    what = {"case": name, "tokens": tokens, "r": 0, "dtype": str(dtype)}
+    modules = {"fedspine": ops, "eager torch": reference}
+    norms = {k: step(lambda m=m: m.rms_norm(x, weight, 1e-5), grad_x, [x]) for k, m in modules.items()}
+    gates = {k: step(lambda m=m: m.swiglu(gate, up), grad_up, [gate, up]) for k, m in modules.items()}
+    return [
+        ({"op": "rms_norm forward + backward", **what}, norms, "fedspine"),
+        ({"op": "swiglu forward + backward", **what}, gates, "fedspine"),
+    ]
 
 
 def machine_limits(torch_device: str) -> dict[str, float]:

@@ -68,6 +68,30 @@ PYBIND11_MODULE(_C, m) {
           gather_cpu(o, i, reinterpret_cast<const int64_t*>(index), by_row, item_bytes, threads);
         });
 
+  m.def("rms_norm_cpu", [](const py::tuple& out, uintptr_t rstd, const py::tuple& x, const py::tuple& weight,
+                           float epsilon, int threads) {
+    const Matrix o = matrix(out), i = matrix(x), w = matrix(weight);
+    py::gil_scoped_release release;
+    rms_norm_cpu(o, reinterpret_cast<float*>(rstd), i, w, epsilon, threads);
+  });
+  m.def("rms_norm_backward_cpu", [](const py::tuple& grad_x, const py::tuple& grad, const py::tuple& x,
+                                    const py::tuple& weight, uintptr_t rstd, int threads) {
+    const Matrix o = matrix(grad_x), g = matrix(grad), i = matrix(x), w = matrix(weight);
+    py::gil_scoped_release release;
+    rms_norm_backward_cpu(o, g, i, w, reinterpret_cast<float*>(rstd), threads);
+  });
+  m.def("swiglu_cpu", [](const py::tuple& out, const py::tuple& gate, const py::tuple& up, int threads) {
+    const Matrix o = matrix(out), g = matrix(gate), u = matrix(up);
+    py::gil_scoped_release release;
+    swiglu_cpu(o, g, u, threads);
+  });
+  m.def("swiglu_backward_cpu", [](const py::tuple& grad_gate, const py::tuple& grad_up, const py::tuple& grad,
+                                  const py::tuple& gate, const py::tuple& up, int threads) {
+    const Matrix dg = matrix(grad_gate), du = matrix(grad_up), dy = matrix(grad), g = matrix(gate), u = matrix(up);
+    py::gil_scoped_release release;
+    swiglu_backward_cpu(dg, du, dy, g, u, threads);
+  });
+
 #ifdef FEDSPINE_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_runtime_version", &cuda_runtime_version);

@@ -44,6 +44,19 @@ void importance_accumulate_cpu(const ImportanceArgs& args, int threads);
 // only project is there.
 void lowrank_project_cpu(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int threads);
 
+// Norm and gate of a decoder in fp32, row by row with one read of every operand. The elements of a row lie next to one
+// another; weight is one row; rstd holds a float per row.
+//   rms_norm           out = w x rstd, rstd = 1 / sqrt(mean(x²) + epsilon)
+//   rms_norm_backward  grad_x = rstd (w g - x rstd² mean(w g x))
+//   swiglu             out = silu(gate) up
+//   swiglu_backward    grad_gate = g up silu'(gate), grad_up = g silu(gate)
+void rms_norm_cpu(const Matrix& out, float* rstd, const Matrix& x, const Matrix& weight, float epsilon, int threads);
+void rms_norm_backward_cpu(const Matrix& grad_x, const Matrix& grad, const Matrix& x, const Matrix& weight, float* rstd,
+                           int threads);
+void swiglu_cpu(const Matrix& out, const Matrix& gate, const Matrix& up, int threads);
+void swiglu_backward_cpu(const Matrix& grad_gate, const Matrix& grad_up, const Matrix& grad, const Matrix& gate,
+                         const Matrix& up, int threads);
+
 // out[i, :] = in[index[i], :] or out[:, i] = in[:, index[i]], any element of item_bytes 1, 2, 4 or 8.
 // `in` and `out` are described in elements of item_bytes; the dtype field is not read.
 void gather_cpu(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int threads);

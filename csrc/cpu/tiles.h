@@ -28,6 +28,19 @@ struct ProjectPanels {
   float alpha;
 };
 
+// fp32, the elements of a row next to one another. Forward: out from x; backward: out, the gradient of x, from grad
+// and x.
+struct RmsNormArgs {
+  Matrix out, grad, x, weight;  // weight is one row
+  float epsilon;
+  float* rstd;  // per row, written by the forward pass
+};
+
+// Likewise. Forward: out from gate and up; backward: out, the gradient of gate, and grad_up.
+struct SwigluArgs {
+  Matrix out, grad_up, grad, gate, up;
+};
+
 struct Tiles {
   const char* name;
   int importance_rows;  // rows of W per register tile
@@ -37,6 +50,10 @@ struct Tiles {
   void (*importance_rows_sum)(const ImportancePanels&, int64_t first_tile, int64_t last_tile);
   void (*importance_cols_sum)(const ImportancePanels&, int64_t first_panel, int64_t last_panel);
   void (*project)(const ProjectPanels&, int64_t first_tile, int64_t last_tile);
+  void (*rms_norm)(const RmsNormArgs&, int64_t first_row, int64_t last_row);
+  void (*rms_norm_backward)(const RmsNormArgs&, int64_t first_row, int64_t last_row);
+  void (*swiglu)(const SwigluArgs&, int64_t first_row, int64_t last_row);
+  void (*swiglu_backward)(const SwigluArgs&, int64_t first_row, int64_t last_row);
 };
 
 extern const Tiles tiles_baseline;

@@ -194,6 +194,34 @@ def _reduction(name: str, out: Tensor, first: Tensor, second: Tensor, alpha: flo
     _call("lora_linear", name, out, *matrices, alpha, of_one_dtype=operands, workspace=workspace)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm of x (rows, n) and 1 / sqrt(mean(x²) + epsilon), (rows,). CPU only."""
+    out, rstd = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+    _call("rms_norm", "rms_norm", x, _matrix(out), rstd.data_ptr(), _matrix(x), _matrix(weight[None]), epsilon)
+    return out, rstd
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x (rows, n). CPU only."""
+    out = x.new_empty(x.shape)
+    _call("rms_norm", "rms_norm_backward", x, *map(_matrix, (out, grad, x, weight[None])), rstd.data_ptr())
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up of two matrices. CPU only."""
+    out = gate.new_empty(gate.shape)
+    _call("swiglu", "swiglu", gate, *map(_matrix, (out, gate, up)))
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up, matrices. CPU only."""
+    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _call("swiglu", "swiglu_backward", gate, *map(_matrix, (grad_gate, grad_up, grad, gate, up)))
+    return grad_gate, grad_up
+
+
 def gather(t: Tensor, index: Tensor, by_row: bool) -> Tensor:
     """Rows or columns of the matrix `t`; element sizes of 1, 2, 4 or 8 bytes."""
     shape = (index.numel(), t.shape[1]) if by_row else (t.shape[0], index.numel())

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import native, reference
 from fedspine_edge.kernels.checks import check_adapter, check_matrix, require
+from fedspine_edge.kernels.elementwise import rms_norm, swiglu
 from fedspine_edge.kernels.lowrank import lora_linear
 from fedspine_edge.kernels.reference import Metric
 from fedspine_edge.kernels.shared_input import Projection, lora_gate_up, lora_qkv
@@ -25,6 +26,8 @@ __all__ = [
     "lora_gate_up",
     "lora_linear",
     "lora_qkv",
+    "rms_norm",
+    "swiglu",
 ]
 
 # --------------------------------------------------------------------------------------------- importance

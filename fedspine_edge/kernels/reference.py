@@ -46,6 +46,17 @@ def lora_gate_up(x: Tensor, gate: Weights, up: Weights, scaling: float) -> tuple
     return lora_linear(x, *gate, scaling), lora_linear(x, *up, scaling)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`weight x / sqrt(mean(x²) + epsilon)` over the last dimension, as transformers' LlamaRMSNorm rounds it."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) up`."""
+    return functional.silu(gate) * up
+
+
 def importance_accumulate(
     weight: Tensor,
     lora_A: Tensor,

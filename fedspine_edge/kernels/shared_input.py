@@ -15,8 +15,19 @@ from torch.nn import functional
 
 from fedspine_edge.kernels import reference
 from fedspine_edge.kernels.checks import decompose, fail
-from fedspine_edge.kernels.lowrank import expand_, gradient, gradient_transposed, is_frozen, prepare, project
+from fedspine_edge.kernels.lowrank import (
+    eager_lora_linear,
+    expand_,
+    gradient,
+    gradient_transposed,
+    is_frozen,
+    prepare,
+    project,
+)
 from fedspine_edge.kernels.quantised import QuantisedWeight, dense
+
+# Below this two linears of their own are faster than one op for both, by up to 2 % (docs/kernels.md); three never are.
+_CPU_PAIR_MIN_TOKENS = 64
 
 
 class Projection(NamedTuple):
@@ -60,6 +71,8 @@ def shared_input(
         matrices = [dense(weight) for weight in weights]
         outputs: list[Tensor] = torch.ops.fedspine.lora_shared_input(x, matrices, biases, lora_As, lora_Bs, scaling)
         return outputs[:-1]
+    if x.device.type == "cpu" and len(weights) < 3 and x.numel() < _CPU_PAIR_MIN_TOKENS * x.shape[-1]:
+        return [eager_lora_linear(x, *one, scaling) for one in zip(weights, maybe, lora_As, lora_Bs)]
     flat: tuple[Tensor, ...] = _EagerSharedInput.apply(x, scaling, len(weights), *weights, *lora_As, *lora_Bs, *biases)
     return flat[:-1]
 

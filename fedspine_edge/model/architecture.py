@@ -67,6 +67,10 @@ class Architecture:
     """Config attribute that says "cls" where classification reads the first token alone; empty: it always does."""
     shared_attention_input: bool = True
     """Whether q, k and v are called with one tensor only; DeBERTa also projects its relative positions."""
+    rms_norms: bool = False
+    """Whether its norms are LLaMA's: weight · x / rms(x), with `variance_epsilon`."""
+    feed_forward: str = ""
+    """The module of a layer that computes down(act(gate(x)) · up(x)) and nothing else, from children of its own."""
     learned_positions: bool = False
     """Whether positions are rows of a table, which ends texts."""
     free_head_dim: bool = False
@@ -208,6 +212,8 @@ def _llama_like(family: str, **differences: Any) -> Architecture:
         kv_heads="num_key_value_heads",
         dropouts=("attention_dropout",),
         last_token_pools=True,
+        rms_norms=True,
+        feed_forward="mlp",
         free_head_dim=True,
         **differences,
     )

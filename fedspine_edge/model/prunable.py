@@ -20,6 +20,7 @@ from fedspine_edge.model.architecture import architecture_of, check_shapes, mode
 from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
+from fedspine_edge.model.norm_and_gate import run_as_before, run_as_ops
 from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
 from fedspine_edge.model.read_token import READING_PARTS, Reading, read_positions, recomputation
 from fedspine_edge.model.seeded import kaiming_uniform
@@ -83,6 +84,7 @@ class PrunableModel:
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
+        run_as_ops(module, self.architecture)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in head_names)
         widen_inputs(module, head_names)
@@ -342,6 +344,7 @@ class PrunableModel:
                 continue
             merged.train(self.module.training)
             setattr(module.get_submodule(parent), attribute, merged)
+        run_as_before(module)
         put_together(module, self.architecture)
         to_one_dtype(module, dtype or self.compute_dtype)
         return module

@@ -81,6 +81,57 @@ void gather(int64_t rows, int64_t cols, bool by_row, bool transposed, int thread
   expect(refused, "gather's check of an index", rows, cols, 0);
 }
 
+float at(const Owned& m, int64_t row, int64_t col) {
+  return reinterpret_cast<const float*>(m.data.get())[row * m.view.row_stride + col];
+}
+
+bool close(double got, double expected) {
+  return std::fabs(got - expected) <= 1e-6 + 1e-5 * std::fabs(expected);
+}
+
+void rms_norm(int64_t rows, int64_t cols, int threads) {
+  const Owned x = make(rows, cols, DType::f32, false), w = make(1, cols, DType::f32, false);
+  const Owned g = make(rows, cols, DType::f32, false);
+  Owned y = make(rows, cols, DType::f32, false), dx = make(rows, cols, DType::f32, false);
+  std::unique_ptr<float[]> rstd(new float[rows]);
+  rms_norm_cpu(y.view, rstd.get(), x.view, w.view, 0.01f, threads);
+  rms_norm_backward_cpu(dx.view, g.view, x.view, w.view, rstd.get(), threads);
+  for (int64_t i = 0; i < rows; ++i) {
+    double squares = 0.0, products = 0.0;
+    for (int64_t j = 0; j < cols; ++j) {
+      const double v = x.values[i * cols + j];
+      squares += v * v;
+      products += w.values[j] * g.values[i * cols + j] * v;
+    }
+    const double r = 1.0 / std::sqrt(squares / cols + 0.01);
+    expect(close(rstd[i], r), "rms_norm's rstd", rows, cols, 0);
+    for (int64_t j = 0; j < cols; ++j) {
+      const double v = x.values[i * cols + j];
+      expect(close(at(y, i, j), w.values[j] * v * r), "rms_norm", rows, cols, 0);
+      const double slope = r * (w.values[j] * g.values[i * cols + j] - v * r * r * products / cols);
+      expect(close(at(dx, i, j), slope), "rms_norm_backward", rows, cols, 0);
+    }
+  }
+}
+
+void swiglu(int64_t rows, int64_t cols, int threads) {
+  const Owned gate = make(rows, cols, DType::f32, false), up = make(rows, cols, DType::f32, false);
+  const Owned g = make(rows, cols, DType::f32, false);
+  Owned y = make(rows, cols, DType::f32, false), dgate = make(rows, cols, DType::f32, false);
+  Owned dup = make(rows, cols, DType::f32, false);
+  swiglu_cpu(y.view, gate.view, up.view, threads);
+  swiglu_backward_cpu(dgate.view, dup.view, g.view, gate.view, up.view, threads);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const double a = gate.values[i * cols + j], b = up.values[i * cols + j], dy = g.values[i * cols + j];
+      const double s = 1.0 / (1.0 + std::exp(-a));
+      expect(close(at(y, i, j), a * s * b), "swiglu", rows, cols, 0);
+      expect(close(at(dup, i, j), dy * a * s), "swiglu_backward's up", rows, cols, 0);
+      expect(close(at(dgate, i, j), dy * b * s * (1.0 + a * (1.0 - s))), "swiglu_backward's gate", rows, cols, 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -96,10 +147,14 @@ int main() {
         project(size[0], size[1], size[2], dtype, transposed, transposed ? 2 : 1);
       }
     }
+    rms_norm(size[0], size[1], 2);
+    swiglu(size[0], size[1], 2);
     for (const bool by_row : {false, true}) gather(size[0], size[1], by_row, by_row, 2);
   }
   importance(640, 768, 16, DType::f32, false, true, 3);  // enough work for threads
   project(1200, 700, 12, DType::f32, false, 3);
+  rms_norm(2000, 1001, 3);
+  swiglu(700, 801, 3);
   std::printf("%s: %d failures\n", cpu_isa().c_str(), failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

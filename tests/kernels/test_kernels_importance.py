@@ -108,7 +108,8 @@ def test_any_shape_rank_stride_and_grouping(
             t = wide[1:, 3:]
         setattr(case, name, t)
     length = rows if by_row else cols
-    assert_as_exact_as_eager(case, grouping(length, 1 + int(share * (length - 1)), by_row, seed=rows + cols))
+    options = grouping(length, 1 + int(share * (length - 1)), by_row, seed=rows + cols)
+    assert_as_exact_as_eager(case, options, spare_ulp=4)  # eager's sums of a few groups can all be exact by luck
 
 
 def test_groups_without_elements_score_zero() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-COMMON = ["dispatch", "gather", "importance_accumulate", "lora_linear", "tiles_baseline"]
+COMMON = ["dispatch", "elementwise", "gather", "importance_accumulate", "lora_linear", "tiles_baseline"]
 # As in CMakeLists.txt.
 X86 = {"tiles_avx2": ["-mavx2", "-mfma"], "tiles_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 

@@ -48,7 +48,7 @@ def test_fewer_heads_of_equal_widths_are_a_standard_checkpoint_and_generate(kind
     assert read_manifest(folder).standard
     assert_read_alone(model, folder)
     inputs = tiny.batch(model)
-    assert torch.equal(fedspine_edge.load_model(folder)(**inputs).logits, model.merged()(**inputs).logits)
+    assert torch.equal(fedspine_edge.load_model(folder).merged()(**inputs).logits, model.merged()(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
@@ -74,7 +74,7 @@ def test_a_number_of_heads_that_does_not_divide_the_hidden_size(kind, tmp_path):
     else:
         assert "transformers alone cannot build" in (folder / "README.md").read_text()
     inputs = tiny.batch(model)
-    assert torch.equal(fedspine_edge.load_model(folder)(**inputs).logits, model.merged()(**inputs).logits)
+    assert torch.equal(fedspine_edge.load_model(folder).merged()(**inputs).logits, model.merged()(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FREE if kind in DECODERS])

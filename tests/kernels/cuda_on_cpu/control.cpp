@@ -24,6 +24,18 @@ void lowrank_project_cpu(const Matrix&, const Matrix&, const Matrix&, float, int
 void gather_cpu(const Matrix&, const Matrix&, const int64_t*, bool, int, int) {
   absent();
 }
+void rms_norm_cpu(const Matrix&, float*, const Matrix&, const Matrix&, float, int) {
+  absent();
+}
+void rms_norm_backward_cpu(const Matrix&, const Matrix&, const Matrix&, const Matrix&, float*, int) {
+  absent();
+}
+void swiglu_cpu(const Matrix&, const Matrix&, const Matrix&, int) {
+  absent();
+}
+void swiglu_backward_cpu(const Matrix&, const Matrix&, const Matrix&, const Matrix&, const Matrix&, int) {
+  absent();
+}
 std::string cpu_isa() {
   return "";
 }
