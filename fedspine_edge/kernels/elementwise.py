@@ -46,6 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     trained = weight.requires_grad and torch.is_grad_enabled()
     if trained or x.dtype != weight.dtype or x.numel() == 0 or torch.compiler.is_compiling() or decompose():
         return reference.rms_norm(x, weight, epsilon)
+    if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm"):  # torch has kernels of its own for a GPU since 2.9
+        return functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # which autocast may run in float32
     y: Tensor = _RmsNorm.apply(x, weight, epsilon)
     return y
 
