@@ -18,7 +18,7 @@ from fedspine_edge.kernels.checks import decompose, fail
 # Where the extension's loops were measured and won (docs/kernels.md); elsewhere torch's operators compute the same from
 # the same inputs. Of few elements autograd over plain operators is the fastest and what it keeps does not matter.
 _CPU_ISAS = ("avx2", "avx512")
-_CPU_MIN_ELEMENTS = 1 << 17
+_CPU_MIN_NORM, _CPU_MIN_GATE = 1 << 15, 1 << 17
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if x.device != weight.device:
         fail("rms_norm", f"x is on {x.device}, the weight is on {weight.device}.")
     trained = weight.requires_grad and torch.is_grad_enabled()
-    if trained or x.dtype != weight.dtype or x.numel() == 0 or torch.compiler.is_compiling() or decompose():
+    if trained or x.dtype != weight.dtype or _small(x, _CPU_MIN_NORM) or torch.compiler.is_compiling() or decompose():
         return reference.rms_norm(x, weight, epsilon)
     if x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm"):  # torch has kernels of its own for a GPU since 2.9
         return functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)  # which autocast may run in float32
@@ -70,11 +70,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         )
     if not gate.is_floating_point():
         fail("swiglu", f"gate must be floating point, it is {gate.dtype}.")
-    small = gate.numel() == 0 or (gate.device.type == "cpu" and gate.numel() < _CPU_MIN_ELEMENTS)
-    if small or torch.compiler.is_compiling() or decompose():
+    if _small(gate, _CPU_MIN_GATE) or torch.compiler.is_compiling() or decompose():
         return reference.swiglu(gate, up)
     y: Tensor = _Swiglu.apply(gate, up)
     return y
+
+
+def _small(t: Tensor, limit: int) -> bool:
+    return bool(t.numel() == 0 or (t.device.type == "cpu" and t.numel() < limit))
 
 
 def _native(x: Tensor) -> bool:

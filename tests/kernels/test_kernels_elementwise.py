@@ -21,7 +21,8 @@ EPSILON = 1e-5
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small cases go the way of large ones."""
-    monkeypatch.setattr(elementwise, "_CPU_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(elementwise, "_CPU_MIN_NORM", 0)
+    monkeypatch.setattr(elementwise, "_CPU_MIN_GATE", 0)
 
 
 def rms_norm(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ def test_under_autocast() -> None:
 
 
 def test_few_elements_run_as_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "_CPU_MIN_ELEMENTS", 65)
+    monkeypatch.setattr(elementwise, "_CPU_MIN_GATE", 65)
     gate, up = operands(swiglu, (8, 8), torch.float32)
     assert ops.swiglu(gate.requires_grad_(), up).grad_fn.name() == "MulBackward0"
 

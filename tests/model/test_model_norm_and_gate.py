@@ -30,7 +30,8 @@ def step(model, inputs):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_logits_and_gradients_are_those_of_transformers_modules(kind, monkeypatch):
-    monkeypatch.setattr(elementwise, "_CPU_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(elementwise, "_CPU_MIN_NORM", 0)
+    monkeypatch.setattr(elementwise, "_CPU_MIN_GATE", 0)
     model = tiny.prunable(kind)
     assert overridden(model.module)
     inputs = tiny.batch(model)
