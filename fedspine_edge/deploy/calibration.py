@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.reading import Data, read
-from fedspine_edge.data.targets import IGNORED, word_targets
+from fedspine_edge.data.targets import IGNORED, answered_within, word_targets
 from fedspine_edge.deploy.bundle import TOKENIZER, Profile, Task, TensorInfo
 from fedspine_edge.deploy.measured import Accuracy, Metric
 from fedspine_edge.deploy.runner import empty_past
@@ -127,17 +127,16 @@ class _Encoder:
             )
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_tokens)
-        self._task = task
+        self._task, self._max_tokens = task, max_tokens
 
     def encode(self, example: Example) -> tuple[list[int], list[int], Any]:
-        """(token ids, segment ids, label or one label per token)."""
+        """(token ids, segment ids, label or one label per token), cut as training cuts."""
+        self._tokenizer.enable_truncation(self._max_tokens)
         if self._task == "token_classification":
             found = self._tokenizer.encode(list(example.words), is_pretokenized=True)
             return found.ids, found.type_ids, word_targets(found.word_ids, example.word_labels)
         if self._task == "causal_lm":
-            answer = [] if example.text_pair is None else self._tokenizer.encode(example.text_pair).ids
-            prompt = self._tokenizer.encode(example.text).ids
+            prompt, answer = self._prompt_and_answer(example)
             ids = [*prompt, *answer]
             # The token after each position; of a prompt with an answer only the answer counts.
             first = len(prompt) - 1 if answer else 0
@@ -146,6 +145,14 @@ class _Encoder:
         pair = (example.text,) if example.text_pair is None else (example.text, example.text_pair)
         found = self._tokenizer.encode(*pair)
         return found.ids, found.type_ids, example.label
+
+    def _prompt_and_answer(self, example: Example) -> tuple[list[int], list[int]]:
+        if example.text_pair is None:
+            return self._tokenizer.encode(example.text).ids, []
+        self._tokenizer.no_truncation()
+        prompt = self._tokenizer.encode(example.text).ids
+        answer = self._tokenizer.encode(example.text_pair, add_special_tokens=False).ids
+        return answered_within(prompt, answer, self._max_tokens)
 
 
 def _batches(encoded: Sequence[tuple[list[int], list[int], Any]], tensors: Sequence[TensorInfo], pad: int) -> Any:

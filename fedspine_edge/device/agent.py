@@ -71,6 +71,7 @@ class FleetDevice:
         self._base = model
         self._topics = Topics(config.fleet)
         self._state: StateDir | None = None
+        self._refused_because = ""
         self._plan: Plan | None = None
         self._plan_sha256 = ""
         self._meter: Meter | None = None
@@ -204,8 +205,9 @@ class FleetDevice:
             raise MessageError(f"round {plan.server_round} is over; this device reported {last.server_round}.")
         self._drop_plan()
         record.acked, self._retry_at = True, None  # a newer plan ends the wait for an ack
-        if plan.reason:
+        if plan.reason and plan.reason != self._refused_because:  # every status that this device sends is answered
             log.error("fleet %s does not take this device: %s", self.config.fleet, plan.reason)
+        self._refused_because = plan.reason
         if plan.action == "finished":
             log.info("run %s is finished", plan.run_id)
             self._state_dir.remove(ROUND)

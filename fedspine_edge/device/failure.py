@@ -11,9 +11,9 @@ from fedspine_edge.wire.messages import Plan, Report
 
 
 def reason_of(error: Exception) -> str:
-    """Our own message, or the kind and place of a foreign error: never data."""
+    """Our own message and remedy, or the kind and place of a foreign error: never data."""
     if isinstance(error, FedspineError):
-        return error.message
+        return f"{error.message} {error.remedy}".rstrip()
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
 
@@ -35,7 +35,7 @@ def failure_report(
         server_round=plan.server_round,
         plan_sha256=plan_sha256,
         status="out_of_memory" if isinstance(error, OutOfMemory) else "failed",
-        reason=reason_of(error)[:300],
+        reason=reason_of(error)[:500],
         num_examples=num_examples,
         pruning_ratio=pruning_ratio,
         r=plan.r,

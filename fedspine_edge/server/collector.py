@@ -177,7 +177,7 @@ class Collector:
             device_id=device_id,
             report=msgspec.json.encode(report),
             status=status,
-            reason=reason[:300],
+            reason=reason[:500],
             widths=None if layout is None else layout.counts,
             sparsity=None if layout is None else layout.sparsity,
             achieved=None if layout is None else layout.pruning_ratio,

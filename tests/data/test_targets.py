@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedspine_edge.data.targets import IGNORED, first_tokens, word_targets
+from fedspine_edge.data.targets import IGNORED, answered_within, first_tokens, word_targets
 
 
 def test_the_first_token_of_a_word_stands_for_it():
@@ -22,3 +22,14 @@ def test_every_word_with_tokens_has_exactly_one_target(counts):
     words = [word for word, count in enumerate(counts) for _ in range(count)]
     targets = word_targets(words, range(100, 100 + len(counts)))
     assert [target for target in targets if target != IGNORED] == [100 + w for w, count in enumerate(counts) if count]
+
+
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(2, 12))
+def test_a_prompt_loses_its_beginning_and_an_answer_its_end(prompts, answers, limit):
+    prompt, answer = list(range(prompts)), list(range(100, 100 + answers))
+    kept, answered = answered_within(prompt, answer, limit)
+    assert len(kept) + len(answered) == min(limit, prompts + min(answers, limit - 1))
+    assert kept == prompt[prompts - len(kept) :]
+    assert answered == answer[: len(answered)]
+    assert kept
+    assert len(answered) == min(answers, limit - 1)

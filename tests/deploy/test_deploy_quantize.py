@@ -9,10 +9,13 @@ import onnx
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer
 from tiny_models import prunable
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
+from fedspine_edge.data.examples import Example
 from fedspine_edge.deploy import trt
 from fedspine_edge.deploy.builder import build_plan
-from fedspine_edge.deploy.bundle import Profile, load_bundle
+from fedspine_edge.deploy.bundle import Profile, TensorInfo, load_bundle
 from fedspine_edge.deploy.calibration import profile_of, read_data
 from fedspine_edge.deploy.compare import random_inputs
 from fedspine_edge.deploy.compile import compile_engine
@@ -21,6 +24,7 @@ from fedspine_edge.deploy.quantize import int4_blocks
 from fedspine_edge.deploy.runner import OnnxRuntimeRunner
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.deploy.verify import run_torch, verify_bundle
+from fedspine_edge.device.batches import encode
 from fedspine_edge.errors import ConfigError, DataError, DeployError, EngineBuildError, MissingDependency
 
 WORDS = ["good", "bad", "film", "board", "very", "not", "a", "the"]
@@ -180,6 +184,25 @@ def test_examples_are_split_without_overlap_and_batched_by_length(model_folder):
         assert batch.tokens["input_ids"].size <= 1024
         assert (batch.tokens["input_ids"][batch.tokens["attention_mask"] == 0] == 0).all()
     assert "good" not in repr(data)
+
+
+def test_prompts_and_answers_are_cut_as_training_cuts_them(tmp_path):
+    """And together never longer than the model reads."""
+    write_byte_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="= $A =", special_tokens=[("=", ord("="))])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    inputs = [TensorInfo(name="input_ids", dtype="int64", shape=("batch", "sequence"))]
+    limit = 8
+    data = read_data(
+        [("a long prompt", "not"), ("b", "and no")] * 8, tmp_path, task="causal_lm", num_labels=0, inputs=inputs,
+        max_tokens=limit, pad_token_id=0,
+    )  # fmt: skip
+    rows = {bytes(r[r > 0].tolist()) for batch in data.measured for r in batch.tokens["input_ids"]}
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    examples = [Example("a long prompt", 0, "not"), Example("b", 0, "and no")]
+    trained = {bytes(one.input_ids) for one in encode(examples, fast, limit, causal=True)}
+    assert rows == trained == {b"ompt=not", b"b=and no"}
 
 
 def load_inputs(folder):
