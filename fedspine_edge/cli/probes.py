@@ -210,7 +210,7 @@ def tensorrt_check(_: str) -> Iterator[Check]:
     if on_jetson():
         remedy = "sudo apt install nvidia-jetpack  # and a venv made with --system-site-packages (jetson/install.sh)"
     else:
-        remedy = "pip install 'fedspine-edge[tensorrt]'"
+        remedy = "pip install tensorrt 'fedspine-edge[tensorrt]'"  # on aarch64 the extra leaves TensorRT itself out
     yield _engine("tensorrt", remedy)
 
 

@@ -69,7 +69,7 @@ def find_backend(name: BackendName) -> Backend:
             "Install it with: pip install tensorrt-rtx-cu13"
             if name == "tensorrt_rtx"
             else "On a Jetson it comes with JetPack: sudo apt install python3-libnvinfer, in a venv made with "
-            "--system-site-packages. Elsewhere: pip install 'fedspine-edge[tensorrt]'"
+            "--system-site-packages. Elsewhere: pip install tensorrt 'fedspine-edge[tensorrt]'"
         )
         raise MissingDependency(f"{name} cannot be imported: {error}", remedy=remedy) from error
     if name == "tensorrt" and _numbers(version) < OLDEST:

@@ -185,6 +185,15 @@ def test_l4t_is_read_from_the_release_file(release: str, version: tuple[int, int
     assert board.l4t_version(release) == version
 
 
+def test_the_remedy_for_a_missing_tensorrt_brings_it_on_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(probes, "on_jetson", lambda: False)
+    (check,) = probes.tensorrt_check("")
+    assert check.state == "missing"
+    # the extra is empty on aarch64, where a board brings its own
+    assert "tensorrt" in check.remedy.removeprefix("pip install ").split()
+
+
 def test_a_board_is_described_with_its_power_mode_by_name(tmp_path: Path) -> None:
     (tmp_path / "release").write_text("# R36 (release), REVISION: 5.0, GCID: 1")
     (tmp_path / "model").write_text("NVIDIA Jetson Orin NX\0")

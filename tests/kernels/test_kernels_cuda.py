@@ -91,7 +91,8 @@ def test_importance(cuda: Cuda, dtype: torch.dtype, shape: tuple[int, int, int],
     length = shape[0] if by_row else shape[1]
     options = {**grouping(length, (length + 2) // 3, by_row, cuda.device), "metric": METRICS[sum(shape) % 3]}
     same_bits_in_every_order(cuda, lambda: ops.importance_accumulate(*case.tensors, 2.0, **options))
-    assert_as_exact_as_eager(case, options)
+    # Tensor cores cut sums off where eager torch rounds, and how exact eager torch is differs by its BLAS.
+    assert_as_exact_as_eager(case, options, spare_ulp=4.0)
 
 
 @pytest.mark.parametrize("how", ["transposed", "every second", "offset"])

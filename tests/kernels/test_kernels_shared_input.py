@@ -182,7 +182,8 @@ def test_torch_compile_sees_one_op_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), expected)
     compiled(x).sum().backward()
     for ours, eager in zip([p.grad for p in layer.parameters()], gradients):
-        torch.testing.assert_close(ours, eager)
+        # aarch64's BLAS takes another path for the compiled graph: sums of 140 terms differ in the last place.
+        torch.testing.assert_close(ours, eager, rtol=0, atol=1e-6 * eager.abs().max().item())
 
 
 def test_export_decomposes_into_standard_operators() -> None:
