@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", default="text", help="column of the texts, words or prompts; default text")
     parser.add_argument("--text-pair", default="", help="column of second texts, or of the answers to the prompts")
+    parser.add_argument("--label", default="label", help="column of the labels; default label; not for causal_lm")
     parser.add_argument("--test", default=None, help="file of the same form to measure accuracy on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the tuned model to")
     parser.add_argument(
@@ -42,16 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
+    from fedspine_edge.config import DataSettings
+    from fedspine_edge.data.reading import read
+    from fedspine_edge.model.checkpoint import check_target
     from fedspine_edge.model.layout import check_ratio
     from fedspine_edge.tuner import EdgeTuner
 
     check_ratio(arguments.pruning_ratio)
+    check_target(arguments.out)
+    if arguments.test:  # what is wrong with it is said now, not after the training
+        names = {"text": arguments.text, "text_pair": arguments.text_pair, "label": arguments.label}
+        read(arguments.test, DataSettings(path="", num_labels=arguments.num_labels, **names), arguments.task)
     tuner = EdgeTuner.from_pretrained(
         arguments.model,
         task=arguments.task,
         num_labels=None if arguments.task == "causal_lm" else arguments.num_labels,
         text=arguments.text,
         text_pair=arguments.text_pair,
+        label=arguments.label,
         r=arguments.rank,
         base_dtype=arguments.base_dtype,
         seed=arguments.seed,

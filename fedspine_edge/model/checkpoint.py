@@ -73,23 +73,32 @@ def save(
     Raises `CheckpointError` if `folder` holds something that is not a saved model of this package (it is left
     alone), or if weights are not finite.
     """
-    target = Path(folder).expanduser().absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists()):
-        raise CheckpointError(
-            f"{target} exists and is not a model saved by this package; nothing was written.",
-            remedy="Choose a new or empty folder.",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = check_target(folder)
     staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         _write(model, staging, merged, metrics or {})
         _swap(staging, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}.", remedy="Check space and permissions.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def check_target(folder: str | Path) -> Path:
+    """The absolute path of `folder`, if `save` may write there.
+
+    Raises `CheckpointError` if it holds something that is not a saved model of this package.
+    """
+    target = Path(folder).expanduser().absolute()
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists()):
+        raise CheckpointError(
+            f"{target} exists and is not a model saved by this package; nothing was written.",
+            remedy="Choose a new or empty folder.",
+        )
     return target
 
 

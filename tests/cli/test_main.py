@@ -299,6 +299,38 @@ def test_a_run_that_is_not_there(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("wrong", ["test", "out"])
+def test_tune_says_what_is_wrong_before_it_trains(
+    wrong: str,
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    taken = tmp_path / "taken"
+    taken.write_text("another's file")
+    test = tmp_path / "absent.csv" if wrong == "test" else train_csv
+    out = taken if wrong == "out" else tmp_path / "model"
+    refused(
+        capsys, tune(base_folder, train_csv, out, "--test", str(test)), "absent.csv" if wrong == "test" else "taken"
+    )
+
+
+def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(
+    base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "file" / "model"), "cannot be written", "permissions")
+
+
+def test_tune_takes_labels_from_the_column_that_is_named(base_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text("text,stars\n" + "the film was good,1\nthe film was bad,0\n" * 8)
+    assert main(tune(base_folder, data, tmp_path / "model", "--label", "stars")) == 0
+
+
 def test_tune_teaches_a_language_model_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_lm.write_folder(tmp_path / "base")
     train = tiny_lm.write_instructions(tmp_path / "train.jsonl", tiny_lm.instructions(60))
