@@ -69,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        arguments = parser().parse_args(argv)
+        arguments, unknown = parser().parse_known_args(argv)
+        if unknown:  # argparse itself would point to the help of the whole program, which does not list a command's own
+            raise FedspineError(
+                f"fedspine-edge {arguments.command}: unrecognized arguments: {' '.join(unknown)}",
+                remedy=f"See: fedspine-edge {arguments.command} --help",
+            )
         logging.basicConfig(
             level=logging.DEBUG if arguments.verbose else logging.INFO,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -102,6 +102,10 @@ def test_a_wrong_command_line_is_one_error(arguments: list[str], told: str, caps
     refused(capsys, arguments, told, "--help")
 
 
+def test_an_argument_too_many_names_the_command_whose_help_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["verify", "model.bundle", "model"], "verify: unrecognized arguments: model", "verify --help")
+
+
 def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedspine_edge", "server", "--config", str(tmp_path / "absent.toml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
