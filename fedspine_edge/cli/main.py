@@ -37,6 +37,10 @@ _COMMANDS = {
 }
 
 
+_CONTINUES = ("server", "device", "simulate", "experiment")
+"""Commands that keep what they had done when they are interrupted."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise FedspineError(f"{self.prog}: {message}", remedy=f"See: {self.prog} --help")
@@ -68,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    command = None
     try:
         arguments, unknown = parser().parse_known_args(argv)
         if unknown:  # argparse itself would point to the help of the whole program, which does not list a command's own
@@ -75,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"fedspine-edge {arguments.command}: unrecognized arguments: {' '.join(unknown)}",
                 remedy=f"See: fedspine-edge {arguments.command} --help",
             )
+        command = arguments.command
         logging.basicConfig(
             level=logging.DEBUG if arguments.verbose else logging.INFO,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -88,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        after = "continues where this one stopped" if command in _CONTINUES else "starts from the beginning"
+        print(f"interrupted; the same command {after}", file=sys.stderr)
         return 130
     return int(code or 0)
 

@@ -106,6 +106,24 @@ def test_an_argument_too_many_names_the_command_whose_help_to_read(capsys: pytes
     refused(capsys, ["verify", "model.bundle", "model"], "verify: unrecognized arguments: model", "verify --help")
 
 
+@pytest.mark.parametrize(
+    ("command", "after"),
+    [
+        (["tune", "--model", "m", "--data", "d", "--out", "o"], "starts from the beginning"),
+        (["server", "--config", "fleet.toml"], "continues where this one stopped"),
+    ],
+)
+def test_an_interruption_says_whether_the_work_is_kept(
+    command: list[str], after: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fedspine_edge.cli.{command[0]}.run", interrupted)
+    assert main(command) == 130
+    assert after in capsys.readouterr().err
+
+
 def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedspine_edge", "server", "--config", str(tmp_path / "absent.toml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
