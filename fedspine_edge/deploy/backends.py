@@ -28,14 +28,20 @@ class Opened:
 
 
 def open_bundle(
-    folder: Path, backend: BackendChoice, *, threads: int | None, rebuild: bool, archive: Path | None
+    folder: Path,
+    backend: BackendChoice,
+    *,
+    threads: int | None,
+    spinning: bool,
+    rebuild: bool,
+    archive: Path | None,
 ) -> Opened:
     """Checks a bundle and loads it on `backend`; see `Session.load` for the choice and the errors.
 
     Args:
         archive: The single file that `folder` was unpacked from, to pack a rebuilt engine into.
     """
-    opened = _open(folder, backend, threads=threads, rebuild=rebuild, archive=archive)
+    opened = _open(folder, backend, threads=threads, spinning=spinning, rebuild=rebuild, archive=archive)
     timings = opened.bundle.manifest.files.get(TIMINGS)
     if timings is not None and (problem := damage_of(folder / TIMINGS, timings)):
         remedy = "Copy it again." if archive else f"Where it runs, this restores it: {rebuild_command(folder)}"
@@ -46,10 +52,18 @@ def open_bundle(
     return opened
 
 
-def _open(folder: Path, backend: BackendChoice, *, threads: int | None, rebuild: bool, archive: Path | None) -> Opened:
+def _open(
+    folder: Path,
+    backend: BackendChoice,
+    *,
+    threads: int | None,
+    spinning: bool,
+    rebuild: bool,
+    archive: Path | None,
+) -> Opened:
     if backend == "onnxruntime":
         checked = load_bundle(folder, ignore=(PLAN, TIMINGS))  # a damaged plan does no harm here
-        return _on_onnxruntime(checked, threads, "ONNX Runtime, as asked for.")
+        return _on_onnxruntime(checked, threads, spinning, "ONNX Runtime, as asked for.")
     try:
         return _on_engine(load_bundle(folder, ignore=(TIMINGS,)), backend)
     except (EngineIncompatible, MissingDependency) as error:
@@ -66,7 +80,7 @@ def _open(folder: Path, backend: BackendChoice, *, threads: int | None, rebuild:
     if backend != "auto" or (not rebuild and _plan_is_damaged(folder)):
         raise reason
     checked = load_bundle(folder, ignore=(PLAN, TIMINGS))
-    return _on_onnxruntime(checked, threads, f"ONNX Runtime, because: {reason.message}")
+    return _on_onnxruntime(checked, threads, spinning, f"ONNX Runtime, because: {reason.message}")
 
 
 def _plan_is_damaged(folder: Path) -> bool:
@@ -77,8 +91,9 @@ def _plan_is_damaged(folder: Path) -> bool:
     return False
 
 
-def _on_onnxruntime(bundle: Bundle, threads: int | None, why: str) -> Opened:
-    return Opened(bundle, OnnxRuntimeRunner(bundle.model_path, threads=threads), "onnxruntime", why)
+def _on_onnxruntime(bundle: Bundle, threads: int | None, spinning: bool, why: str) -> Opened:
+    runner = OnnxRuntimeRunner(bundle.model_path, threads=threads, spinning=spinning)
+    return Opened(bundle, runner, "onnxruntime", why)
 
 
 def _on_engine(bundle: Bundle, wanted: str) -> Opened:

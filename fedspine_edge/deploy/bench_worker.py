@@ -1,7 +1,7 @@
 """One contestant of a benchmark, in a process of its own, so that its memory is its own and torch is only where it
 is asked for. Reads one JSON object a line from standard input and answers each with one; `bench.py` is the other side.
 
-    {"do": "load", "kind": "bundle", "path": "...", "backend": "auto", "threads": 1}
+    {"do": "load", "kind": "bundle", "path": "...", "backend": "auto", "threads": 1, "spinning": false}
     {"do": "prepare", "batch": 1, "tokens": 32, "new_tokens": 0}
     {"do": "turn"}                   # times one run, or with new tokens a prompt and its steps
     {"do": "spin", "seconds": 5}     # runs without pause, for a slow power sensor
@@ -36,8 +36,8 @@ class Contestant(Protocol):
 class BundleContestant:
     """A bundle on one of its backends."""
 
-    def __init__(self, path: str, backend: Any, threads: int | None) -> None:
-        self._session = Session.load(path, backend, threads=threads)
+    def __init__(self, path: str, backend: Any, threads: int | None, spinning: bool) -> None:
+        self._session = Session.load(path, backend, threads=threads, spinning=spinning)
         manifest = self._session.manifest
         self.about = {
             "backend": self._session.backend,
@@ -142,12 +142,12 @@ class Worker:
         answer: dict[str, Any] = action[command.pop("do")](**command)
         return answer
 
-    def _load(self, kind: str, path: str, backend: str, threads: int | None) -> dict[str, Any]:
+    def _load(self, kind: str, path: str, backend: str, threads: int | None, spinning: bool) -> dict[str, Any]:
         start = time.perf_counter()
         if kind == "torch":
             self._contestant = TorchContestant(path, threads)
         else:
-            self._contestant = BundleContestant(path, backend, threads)
+            self._contestant = BundleContestant(path, backend, threads, spinning)
         return {**self._contestant.about, "load_s": time.perf_counter() - start}
 
     def _prepare(self, batch: int, tokens: int, new_tokens: int) -> dict[str, Any]:

@@ -52,12 +52,13 @@ class OnnxRuntimeRunner:
     Args:
         model: The ONNX file.
         threads: Threads within an operator; None takes ONNX Runtime's default, one per core.
+        spinning: Whether they spin while they wait for work: see `Session.load`.
     """
 
     max_batch: int | None = None
     max_tokens: int | None = None
 
-    def __init__(self, model: Path, *, threads: int | None = None) -> None:
+    def __init__(self, model: Path, *, threads: int | None = None, spinning: bool = True) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -67,6 +68,8 @@ class OnnxRuntimeRunner:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
         def load(path: Path) -> Any:
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

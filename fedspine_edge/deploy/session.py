@@ -69,6 +69,7 @@ class Session:
         backend: BackendChoice = "auto",
         *,
         threads: int | None = None,
+        spinning: bool = True,
         rebuild: bool = False,
     ) -> Session:
         """Checks a bundle and makes it ready to run.
@@ -78,6 +79,8 @@ class Session:
             backend: "auto" takes the engine where it fits this machine and ONNX Runtime otherwise; the other
                 names take that backend or fail.
             threads: Threads within an operator of ONNX Runtime; None takes one per core. An engine ignores it.
+            spinning: Whether ONNX Runtime's threads spin while they wait for work, which is fastest where nothing else
+                needs the cores. False where other programs do: it makes the slowest runs much faster.
             rebuild: Where the bundle's engine is damaged, missing or does not fit this machine, build it anew from
                 the bundle's own model.onnx (minutes, and the bundle must be writable) and take that.
 
@@ -91,11 +94,15 @@ class Session:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1.", remedy="Leave it out for one per core.")
         if not is_archive(bundle):
-            return cls(open_bundle(Path(bundle), backend, threads=threads, rebuild=rebuild, archive=None))
+            return cls(
+                open_bundle(Path(bundle), backend, threads=threads, spinning=spinning, rebuild=rebuild, archive=None)
+            )
         unpacked = unpack(bundle)
         try:
             folder = Path(unpacked.name)
-            session = cls(open_bundle(folder, backend, threads=threads, rebuild=rebuild, archive=Path(bundle)))
+            session = cls(
+                open_bundle(folder, backend, threads=threads, spinning=spinning, rebuild=rebuild, archive=Path(bundle))
+            )
         except BaseException:
             unpacked.cleanup()
             raise

@@ -330,9 +330,10 @@ class FleetDevice:
         if outcome is not None:
             state.blobs.put(outcome.update)
             self._record.standing = outcome.standing
+            losses = ("none" if x is None else f"{x:.4f}" for x in (report.loss_before, report.loss_after))
             log.info(
                 "round %d: loss %s → %s, p=%.3f, %.1f s %s",
-                *(report.server_round, report.loss_before, report.loss_after),
+                *(report.server_round, *losses),
                 *(report.pruning_ratio, report.completion_time_s, report.time_kind),
             )
         self._record.report, self._record.acked = report, False

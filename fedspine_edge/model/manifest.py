@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it was not saved by this package.",
-            remedy="Load a plain Hugging Face folder with load_base(folder).",
+            remedy="Give a folder that `tune` or `export` wrote; load_base(folder) loads a plain Hugging Face one.",
         )
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)

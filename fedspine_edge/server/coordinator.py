@@ -131,7 +131,11 @@ class FleetServer:
         first = (state.server_round, state.attempt) == (1, 1)
         needed = max(config.min_reports, config.min_devices if first else 1)
         until = self._clock.now() + config.join_timeout_s
+        said = -1
         while self._members.num_online < needed:
+            if self._members.num_online != said:
+                said = self._members.num_online
+                logger.info("waiting for devices: %d of %d online", said, needed)
             remaining = until - self._clock.now()
             if remaining <= 0:
                 raise self._members.too_few(needed, config.join_timeout_s)

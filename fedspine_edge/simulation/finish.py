@@ -50,6 +50,8 @@ def build_finished_model(run_dir: Path, base: Path, out: Path, *, pruned: bool =
     from fedspine_edge.model.fleet_model import load_fleet_model
 
     final = run_dir / "final"
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} does not exist.", remedy="Give the run_dir of a server that has finished.")
     if not final.is_dir():
         raise ConfigError(
             f"{run_dir} holds no finished run.", remedy="Start the server on it again; it continues where it stopped."

@@ -52,7 +52,10 @@ def tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
     for key in ("ca_file", "cert_file", "key_file"):
         name = getattr(settings, key)
         if name and not Path(name).is_file():
-            raise ConfigError(f"broker.{key} is {name!r}, which is not a file.")
+            raise ConfigError(
+                f"broker.{key} is {name!r}, which is not a file.",
+                remedy="Give the path of a PEM file; it is relative to the folder the command is run in.",
+            )
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
         context.sslsocket_class = _TlsSocket
@@ -75,9 +78,16 @@ def password(settings: BrokerSettings) -> str | None:
     try:
         lines = Path(settings.password_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"broker.password_file {settings.password_file!r} cannot be read: {error}.") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            f"broker.password_file {settings.password_file!r} cannot be read: {why}.",
+            remedy="Give a file that this user may read; paths are relative to the folder the command is run in.",
+        ) from None
     if not lines or not lines[0]:
-        raise ConfigError(f"broker.password_file {settings.password_file!r} has no first line.")
+        raise ConfigError(
+            f"broker.password_file {settings.password_file!r} has no first line.",
+            remedy="Write the password there, alone on the first line.",
+        )
     return lines[0]
 
 

@@ -312,12 +312,12 @@ def test_a_bundle_that_is_not_there(command: str, tmp_path: Path, capsys: pytest
     refused(capsys, [command, str(tmp_path / "absent-bundle"), *more], "absent-bundle")
 
 
-@pytest.mark.parametrize("command", ["export", "report"])
+@pytest.mark.parametrize(("command", "told"), [("export", "absent-run does not exist"), ("report", "absent-run")])
 def test_a_run_that_is_not_there(
-    command: str, tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, told: str, tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--model", str(base_folder), "--out", str(tmp_path / "model")] if command == "export" else []
-    refused(capsys, [command, str(tmp_path / "absent-run"), *more], "absent-run")
+    refused(capsys, [command, str(tmp_path / "absent-run"), *more], told)
     assert not list(tmp_path.iterdir())
 
 

@@ -68,6 +68,16 @@ def test_a_decoder_has_a_prompt_and_steps(decoder_bundle, tmp_path, monkeypatch)
     assert 0 < contender.joules_per_turn < 1
 
 
+def test_subjects_that_take_turns_do_not_spin_into_each_others(shared_bundle, monkeypatch):
+    asked = []
+    ask = bench._Worker.ask
+    monkeypatch.setattr(bench._Worker, "ask", lambda worker, **command: asked.append(command) or ask(worker, **command))
+    one, two = (Subject(name=name, path=str(shared_bundle)) for name in ("one", "two"))
+    for subjects in ([one], [one, two]):
+        run_benchmark(subjects, tokens=4, repeats=1, threads=2)
+    assert [command["spinning"] for command in asked if command["do"] == "load"] == [True, False, False]
+
+
 def test_what_fails_in_a_subject_is_said_with_its_name(shared_bundle, decoder_bundle, tmp_path):
     one = Subject(name="one", path=str(shared_bundle))
     with pytest.raises(CheckpointError, match=r"two: .*absent"):

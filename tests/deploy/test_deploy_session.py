@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,6 +140,18 @@ def test_threads_share_a_session(session):
         actual = list(pool.map(lambda each: session.run(**each), inputs))
     for a, b in zip(actual, expected):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_threads_that_may_not_spin_leave_the_processor_alone(shared_bundle):
+    with Session.load(shared_bundle, "onnxruntime", threads=2, spinning=False) as session:
+        inputs = session.random_inputs(8, 32)
+        used = []
+        for _ in range(5):
+            session.run(**inputs)
+            before = time.process_time()
+            time.sleep(0.03)
+            used.append(time.process_time() - before)
+    assert np.median(used) < 0.005  # spinning threads take all of it, or what other programs leave them
 
 
 def test_a_closed_session_says_so(shared_bundle):

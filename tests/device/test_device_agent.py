@@ -1,6 +1,7 @@
 """One device against a server played by hand: what it does, what it sends, and what it survives."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def test_nothing_but_the_allow_list_leaves_and_no_sentence(fleet, tiny_folder, t
         *("lora_importance", "pruning_ratio", "r", "completion_time_s", "time_kind", "steps", "skipped_steps"),
         *("peak_memory_bytes", "bytes_down", "bytes_up"),
     }
+    assert re.search(r"round 1: loss \d\.\d{4} → \d\.\d{4}, ", caplog.text)
     sent = b"\n".join(fleet.published) + caplog.text.encode()
     assert b"keep.0.heads" in sent, "the search sees what is sent"
     for text, _ in rows:

@@ -170,6 +170,9 @@ def test_missing_and_misplaced_folders(base, saved, tmp_path):
     with pytest.raises(CheckpointError, match="Pass a local folder"):
         load_base("some-org/some-model")
     refused("was not saved by this package", load_model, base)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(base)
+    assert "`tune`" in caught.value.remedy  # what `fedspine-edge compile` says of a plain folder
     refused("saved by this package, not a plain one", load_base, saved)
     refused("is a file", load_base, base / "config.json")
     refused("has no file 'x.gguf'", load_base, base, gguf_file="x.gguf")

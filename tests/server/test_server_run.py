@@ -309,11 +309,13 @@ def test_rounds_that_keep_failing_stop_the_run_and_a_restart_continues_it(fleet,
     assert [v.status for v in views(config, 3) if v.device_id == "d1"] == ["out_of_memory", "out_of_memory", "ok"]
 
 
-def test_too_few_devices_is_an_error_at_the_join_timeout(fleet, tmp_path):
+def test_too_few_devices_is_an_error_at_the_join_timeout(fleet, tmp_path, caplog):
+    caplog.set_level("INFO")
     fleet.add("only")
     with pytest.raises(ConfigError, match=r"1 of 3 devices were online after 50 s \(only\)"):
         fleet.serve(make_config(tmp_path / "run"))
     assert fleet.clock.now() == pytest.approx(50.0, abs=1.0)
+    assert caplog.text.count("waiting for devices: 1 of 3 online") == 1  # said on a change, not on every look
 
 
 def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):

@@ -350,14 +350,17 @@ def test_tls_with_client_certificates(mosquitto: StartMosquitto, tmp_path: Path)
     ],
 )
 def test_unusable_files_are_settings_errors(settings: BrokerSettings, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=named) as caught:
         MqttTransport(settings, "d")
+    assert caught.value.remedy
+    assert "Errno" not in caught.value.message
 
 
 def test_an_empty_password_file_is_a_settings_error(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    with pytest.raises(ConfigError, match="no first line"):
+    with pytest.raises(ConfigError, match="no first line") as caught:
         MqttTransport(BrokerSettings(username="u", password_file=str(tmp_path / "empty")), "d")
+    assert caught.value.remedy
 
 
 @pytest.mark.broker
