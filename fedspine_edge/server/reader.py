@@ -115,6 +115,16 @@ class JournalReader:
         ).fetchone()
         return float(row["started_wall_s"])
 
+    def latest_wall_s(self) -> float:
+        """Wall time of the last thing that was written down; 0 before anything was."""
+        columns = {"rounds": ("started_wall_s", "ended_wall_s"), "reports": ("received_wall_s",)}
+        times = [
+            self._db.execute(f"SELECT max({column}) FROM {table}").fetchone()[0]
+            for table, names in columns.items()
+            for column in names
+        ]
+        return max((float(time) for time in times if time is not None), default=0.0)
+
     def plans(self, server_round: int, attempt: int, *, device_id: str | None = None) -> list[PlanRow]:
         """Plans of a round, by device id, or that of one device."""
         rows = self._db.execute(

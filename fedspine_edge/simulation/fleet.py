@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -18,6 +19,7 @@ from fedspine_edge.device.agent import FleetDevice
 from fedspine_edge.model.checkpoint import load_base
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.server.coordinator import FleetServer, RunResult
+from fedspine_edge.server.reader import FILE, JournalReader
 from fedspine_edge.simulation.dropout import Unreliable
 from fedspine_edge.simulation.network import Participant, VirtualNetwork, VirtualTransport
 from fedspine_edge.simulation.recorded import RecordedDevice, Shared
@@ -79,9 +81,10 @@ def _run(
     make: _Maker,
     on_event: OnEvent | None = None,
 ) -> RunResult:
+    start_s = _time_so_far(Path(fleet.run_dir))
     with ExitStack() as running:
         for config in sorted(devices, key=lambda one: one.device_id):
-            clock = VirtualClock()
+            clock = VirtualClock(start_s)
             transport = network.join(config.device_id, clock)
             config = msgspec.structs.replace(config, time_kind="simulated")
             device = make(config, transport, clock)
@@ -89,5 +92,13 @@ def _run(
             transport.attach(Unreliable(device, transport, config) if unreliable else device)
             device.start()
             running.callback(device.close)
-        clock = VirtualClock()
+        clock = VirtualClock(start_s)
         return FleetServer(fleet, network.join("server", clock), clock, on_event=on_event).run()
+
+
+def _time_so_far(run_dir: Path) -> float:
+    """Virtual time at which an interrupted run in `run_dir` goes on; 0 for a new one."""
+    if not (run_dir / FILE).is_file():
+        return 0.0
+    with JournalReader.open_readonly(run_dir) as journal:
+        return journal.latest_wall_s()

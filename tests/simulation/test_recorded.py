@@ -1,6 +1,8 @@
 """Fleets whose training is replaced by recorded losses: the whole protocol runs, repeats, and says what it is."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from recorded_fleet import RECORD, lay_out, run_recorded
@@ -70,6 +72,27 @@ def test_a_device_that_is_cut_off_is_lost_for_the_round_and_comes_back(tmp_path:
     assert all(row.reward is None for row in lost)
     back = {(row.device_id, row.server_round + 1) for row in lost if row.server_round < 8}
     assert back <= {(row.device_id, row.server_round) for row in rows}
+
+
+def test_an_interrupted_run_goes_on_at_the_time_it_had_reached(tmp_path: Path) -> None:
+    run_recorded(tmp_path / "whole" / "run", mix=MIX)
+    whole = measure(tmp_path / "whole" / "run")
+    fleet, devices = lay_out(tmp_path / "cut", MIX)
+    rounds = 0
+
+    def interrupt(name: str, data: Mapping[str, Any]) -> None:
+        nonlocal rounds
+        rounds += name == "round_opened"
+        if rounds == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate_recorded(fleet, devices, Shared(RECORD), on_event=interrupt)
+    simulate_recorded(fleet, devices, Shared(RECORD))
+    cut = measure(Path(fleet.run_dir))
+    assert cut["total_time_s"] == pytest.approx(whole["total_time_s"], rel=0.05)
+    times = [point["time_s"] for point in cut["curve"]]
+    assert times == sorted(times)
 
 
 def test_the_wire_can_carry_the_real_shapes(tmp_path: Path) -> None:
