@@ -21,7 +21,7 @@ _COMMANDS = {
     "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
     "server": "coordinate a fleet over MQTT",
     "device": "take part in a fleet as one device",
-    "broker": "run the embedded MQTT broker",
+    "broker": "run the embedded MQTT broker: no accounts and no TLS, for a bench or a closed network",
     "simulate": "run the same fleet in virtual time in one process, bit for bit repeatable",
     "experiment": "repeat a named experiment and write its page: figures with seeds and intervals",
     "tune": "fine-tune and prune a model on this machine's data, without a fleet",
