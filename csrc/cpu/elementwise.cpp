@@ -6,7 +6,8 @@
 namespace fedspine {
 namespace {
 
-// An element costs about as much as this many multiply-adds (measured), which parallel_for counts in.
+// Work per element in multiply-adds, which parallel_for counts in. Low on purpose: both ops wait for memory, which
+// threads share.
 constexpr double kNorm = 4, kGate = 16;
 
 template <typename Args>

@@ -17,7 +17,6 @@ from fedspine_edge.kernels.checks import decompose, fail
 
 # Where the extension's loops were measured and won (docs/kernels.md); elsewhere torch's operators compute the same from
 # the same inputs. Of few elements autograd over plain operators is the fastest and what it keeps does not matter.
-_CPU_ISAS = ("avx2", "avx512")
 _CPU_MIN_NORM, _CPU_MIN_GATE = 1 << 15, 1 << 17
 
 
@@ -82,7 +81,7 @@ def _small(t: Tensor, limit: int) -> bool:
 
 def _native(x: Tensor) -> bool:
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return on_cpu and native.cpu_isa() in _CPU_ISAS and native.runs(x)
+    return on_cpu and native.cpu_isa() in native.MEASURED_ISAS and native.runs(x)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -124,7 +124,6 @@ def is_frozen(weight: Tensor | QuantisedWeight, bias: Tensor | None) -> bool:
 # bfloat16 always (MKL and oneDNN on a Zen 4 core: docs/kernels.md). Not measured on aarch64, so torch keeps it there.
 _CPU_MAX_RANK = 12
 _CPU_MIN_TOKENS = 64
-_CPU_ISAS = ("avx2", "avx512")
 
 
 def project(x: Tensor, small: Tensor, alpha: float) -> Tensor:
@@ -133,7 +132,7 @@ def project(x: Tensor, small: Tensor, alpha: float) -> Tensor:
         return native.project(x, small, alpha, x.dtype)
     rank = small.shape[1]
     fits = x.device.type == "cpu" and rank <= _CPU_MAX_RANK and x.shape[0] >= _CPU_MIN_TOKENS
-    if fits and x.dtype != torch.bfloat16 and native.cpu_isa() in _CPU_ISAS and native.runs(x):
+    if fits and x.dtype != torch.bfloat16 and native.cpu_isa() in native.MEASURED_ISAS and native.runs(x):
         return native.project(x, small, alpha, x.dtype)
     return _scaled_product(x, small, alpha)
 

@@ -22,6 +22,8 @@ from fedspine_edge.errors import KernelError
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 METRICS = {"abs": 0, "square": 1, "signed": 2}
 MAX_RANK = 256
+MEASURED_ISAS = ("avx2", "avx512")
+"""Where CPU kernels that compete with torch's own were timed; elsewhere torch keeps the work."""
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Let a decoder's RMS norms and SiLU gates run as the package's ops: one pass over memory each, and less to keep.
 
-transformers computes both in several operators, each of which reads and writes all tokens, and autograd keeps the
-normalised tokens and silu(gate) for the backward pass. docs/decisions/0029.
+transformers computes both in several operators, each of which reads and writes all tokens, and autograd keeps
+silu(gate) and float32 copies of 16-bit tokens for the backward pass. docs/decisions/0029.
 """
 
 from __future__ import annotations
