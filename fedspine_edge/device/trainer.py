@@ -32,7 +32,8 @@ EVALUATION_BATCH = 32
 FLOAT16_LOSS_SCALE = 2.0**15
 """What a float16 base's loss is multiplied by at first, so that small gradients do not vanish on their way back."""
 SPIKE_FACTOR = 10.0
-"""A step whose gradient is this many times the usual norm is not taken: clipped, it would still turn the moments."""
+"""A step whose gradient is this many times the usual norm is not taken: clipped, it would still turn the moments.
+One that needs no clipping is always taken: late in a training the usual norm is tiny."""
 SPIKE_WINDOW = 20
 SPIKE_MIN_STEPS = 10
 """Steps whose median norm is the usual one (skipped ones too, so that a lasting change is accepted), and the fewest."""
@@ -253,7 +254,7 @@ class Trainer:
             return
         usual = statistics.median(self._norms) if len(self._norms) >= SPIKE_MIN_STEPS else math.inf
         self._norms = [*self._norms, norm][-SPIKE_WINDOW:]
-        if norm > SPIKE_FACTOR * usual:
+        if norm > max(SPIKE_FACTOR * usual, self.training.max_grad_norm):
             self.spikes += 1
             return
         if scored and self.tracker is not None:

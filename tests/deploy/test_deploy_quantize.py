@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import numpy as np
 import onnx
@@ -68,6 +69,8 @@ def test_linears_of_the_layers_are_stored_narrow_and_all_else_in_float16(precisi
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2_lm", marks=pytest.mark.slow)])
 def test_quantised_models_answer_like_torch(kind, precision, tmp_path):
+    if precision == "fp8" and sys.version_info < (3, 11):
+        pytest.skip("the last ONNX Runtime for Python 3.10 transposes float8 where the opset does not allow it")
     original, exported, _, module = finished(wide_model(kind), precision, tmp_path)
     batch = random_inputs(original.inputs, [(16, 24)], original.max_tokens, seed=2)[0]
     expected = run_torch(module, batch, original.inputs)["logits"]

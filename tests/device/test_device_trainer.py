@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import tiny_bert
@@ -141,6 +142,16 @@ def test_a_step_whose_gradient_is_far_above_the_usual_is_skipped_and_counted(mak
     assert trainer.spikes == 2
     assert trainer.last_step.grad_norm > 0
     assert trainer.last_step.learning_rate == learning_rate(TRAINING, 12, 30)
+
+
+def test_a_gradient_that_is_not_even_clipped_is_no_spike(make):
+    """Late in a training the usual gradient is tiny, and a hard example's is many times that."""
+    trainer = make(training=msgspec.structs.replace(TRAINING, max_grad_norm=1e6))
+    trainer.run(10)
+    real = trainer._forward
+    trainer._forward = lambda batch: (real(batch)[0] * 100, 0)
+    trainer.run(12, scored=True)
+    assert (trainer.spikes, trainer.tracker.steps) == (0, 2)
 
 
 def test_gradients_that_stay_larger_are_accepted_in_the_end(make):
