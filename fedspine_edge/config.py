@@ -291,9 +291,24 @@ def load(path: str | Path, kind: type[T]) -> T:
 
     Raises `ConfigError` naming the file, the key and the allowed values.
     """
+    return convert(_read(path), kind, where=str(path))
+
+
+def load_either(path: str | Path) -> FleetConfig | DeviceConfig:
+    """Read a TOML file as a device's settings if it has any key that only those have, else as a fleet's. Raises as
+    `load` does."""
+    data = _read(path)
+    of_device = set(DeviceConfig.__struct_fields__) - set(FleetConfig.__struct_fields__)
+    if of_device & data.keys():
+        return convert(data, DeviceConfig, where=str(path))
+    return convert(data, FleetConfig, where=str(path))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return data
     except FileNotFoundError:
         raise ConfigError(
             f"config file {path} does not exist.", remedy="examples/fleet.toml and examples/device.toml are complete."
@@ -305,7 +320,6 @@ def load(path: str | Path, kind: type[T]) -> T:
             f"config file {path} is not valid TOML: {error}.",
             remedy="Texts need quotes, sections [brackets]; see examples/.",
         ) from error
-    return convert(data, kind, where=str(path))
 
 
 def convert(data: dict[str, Any], kind: type[T], *, where: str = "settings") -> T:
