@@ -137,7 +137,14 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     fleet: Annotated[Name, _doc("Name of the fleet; part of every topic.")] = "fleet"
     run_dir: Annotated[str, _doc("Folder of the journal, the blobs and the final adapter.")] = "runs/fleet"
     task: Annotated[Task, _doc("What the fleet learns; a device with another task is refused.")] = "classification"
-    num_rounds: Annotated[int, _doc("Server rounds; the last two only tune.", ge=3)] = 10
+    num_rounds: Annotated[
+        int,
+        _doc(
+            "Server rounds. The last two only tune, with layout `consensus` the first only scores, and strategies that "
+            "prune step by step need pruning_ratio / bandit.max_step between: 5 in all at the defaults.",
+            ge=3,
+        ),
+    ] = 10
     pruning_ratio: Annotated[float, _doc("P: share of prunable parameters to remove by the end.", ge=0, lt=1)] = 0.5
     target: Annotated[
         Literal["equal", "mean"], _doc("`mean` lets final ratios differ by device (±0.15) around pruning_ratio.")

@@ -116,5 +116,7 @@ def test_wrong_settings_are_refused_before_anything_is_touched(
     assert (precious / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ConfigError, match=r"pruning_ratio"):
         run_demo(DemoSettings(out=tmp_path / "a", model=tiny_model, data=tiny_csv, pruning_ratio=1.2))
+    with pytest.raises(ConfigError, match=r"num_rounds >= 5"):
+        run_demo(DemoSettings(out=tmp_path / "c", model=tiny_model, data=tiny_csv, num_rounds=3))
     with pytest.raises(ConfigError, match="does not exist"):
         run_demo(DemoSettings(out=tmp_path / "b", model=tmp_path / "absent", data=tiny_csv))
