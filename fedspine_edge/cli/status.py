@@ -249,7 +249,9 @@ def _time_left(status: FleetStatus, now_s: float) -> Iterator[str]:
 
 
 def _next(status: FleetStatus, run_dir: Path) -> Iterator[str]:
-    if status.state == "finished":
+    if status.state == "waiting":
+        yield "next: start devices; on one that does not appear here: fedspine-edge doctor --config device.toml"
+    elif status.state == "finished":
         yield f"next: fedspine-edge export {run_dir} --model BASE --out model/"
     elif status.state == "stopped":
         why = status.stopped_because or "the server said nothing: it was killed, or its machine stopped."

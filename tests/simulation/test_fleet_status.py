@@ -120,6 +120,7 @@ def test_it_says_what_a_server_waits_for(tmp_path: Path, capsys: pytest.CaptureF
     text = shown(tmp_path / "run", capsys)
     assert "run abc · waiting for devices before round 1 of 5: 1 of 2 online" in text
     assert "a server is at work" in text
+    assert "on one that does not appear here: fedspine-edge doctor --config device.toml" in text
     assert "nx-9: refused: its base model has digest 00" in text
     made.hello("nx-2")
     assert made.read().state == "running"
