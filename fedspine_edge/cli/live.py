@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,13 @@ COLUMNS = ("device", "class", "status", "ratio", "rank", "time, s", "loss", "acc
 """What `cells` fills."""
 
 
-def empty_table(*more: str, title: str | None = None, **options: Any) -> Table:
-    """A table with `COLUMNS` and `more`; `options` are `rich.table.Table`'s."""
+def empty_table(*more: str, without: Collection[str] = (), title: str | None = None, **options: Any) -> Table:
+    """A table with `COLUMNS` but those `without`, and `more`; `options` are `rich.table.Table`'s."""
     table = Table(title=title, **options)
-    for name in (*COLUMNS, *more):
-        table.add_column(name, justify="left" if name in ("device", "class", "status", *more) else "right")
+    for name in (*(name for name in COLUMNS if name not in without), *more):
+        table.add_column(
+            name, no_wrap=name == "heard", justify="left" if name in ("device", "class", "status", *more) else "right"
+        )
     return table
 
 

@@ -26,6 +26,10 @@ REREAD_S = 10.0
 GONE_S = 30.0
 """How long `--follow` waits for a server that is not at work; a service that was killed is back within seconds."""
 MOST_FAILURES = 20
+WIDE = 100
+"""Columns of a terminal that shows the whole table."""
+OTHER_LINES = 12
+"""Lines of a redrawn page beside its devices: Live cuts what does not fit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(status.to_dict())
     else:
-        _console().print(_page(status, arguments.run_dir), highlight=False)
+        console = _console()
+        console.print(_page(status, arguments.run_dir, console), highlight=False)
     return 0
 
 
@@ -62,9 +67,10 @@ def _follow(run_dir: Path, *, as_json: bool) -> int:
     seen: dict[str, str] = {}
     console = _console()
     if console.is_terminal and not as_json:
-        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        with Live(console=console, auto_refresh=False) as live:
             for status in _changes(run_dir, every_tick=True):
-                live.update(_page(status, run_dir), refresh=True)
+                rows = max(3, console.height - OTHER_LINES)
+                live.update(_page(status, run_dir, console, rows=rows), refresh=True)
     else:
         for status in _changes(run_dir):
             if as_json:
@@ -111,21 +117,30 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def _page(status: FleetStatus, run_dir: Path) -> RenderableType:
+def _page(status: FleetStatus, run_dir: Path, console: Console, *, rows: int | None = None) -> RenderableType:
+    """Everything, with at most `rows` devices: those that need somebody first."""
     from rich.console import Group
     from rich.text import Text
 
     from fedspine_edge.cli.live import COLUMNS, cells, empty_table
 
     now_s = time.time()
-    lines = [Text(_headline(status), style="bold"), Text(_server_line(status, now_s))]
-    table = empty_table("heard", box=None, pad_edge=False)
-    for device in status.devices:
+    before = [_server_line(status, now_s), *_totals(status), *_time_left(status, now_s), *_next(status, run_dir)]
+    lines = [Text(_headline(status), style="bold"), *map(Text, before)]
+    without = () if console.width >= WIDE else ("class", "reward")
+    table = empty_table("heard", without=without, box=None, pad_edge=False, collapse_padding=True)
+    devices = status.devices
+    if rows is not None and len(devices) > rows:
+        devices = sorted(devices, key=_is_well)[:rows]  # a stable sort
+    for device in devices:
         shown = cells(device.part) if device.part else [""] * len(COLUMNS)
         shown[:3] = device.device_id, device.device_class, _device_state(device, finished=status.state == "finished")
-        table.add_row(*shown, _heard(device, status, now_s))
-    after = [*_failures(status), *_totals(status), *_time_left(status, now_s), *_next(status, run_dir)]
-    return Group(*lines, *([table] if status.devices else []), *map(Text, after))
+        kept = [cell for name, cell in zip(COLUMNS, shown) if name not in without]
+        table.add_row(*kept, _heard(device, status, now_s))
+    after = list(_failures(status))
+    if len(devices) < len(status.devices):
+        after.insert(0, f"and {len(status.devices) - len(devices)} more devices: without --follow all are listed")
+    return Group(*lines, *([table] if devices else []), *map(Text, after))
 
 
 def _lines(status: FleetStatus) -> Iterator[tuple[str, str]]:
@@ -200,6 +215,10 @@ def _server_line(status: FleetStatus, now_s: float) -> str:
 def _device_state(device: DeviceStatus, *, finished: bool) -> str:
     state = "refused" if device.refused else device.part.status if device.part else "waiting"
     return state if device.online or finished else f"{state}, offline"
+
+
+def _is_well(device: DeviceStatus) -> bool:
+    return device.online and not device.refused and (device.part is None or device.part.status in ("ok", "running"))
 
 
 def _heard(device: DeviceStatus, status: FleetStatus, now_s: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from fedspine_edge.cli import status as command
 from fedspine_edge.cli.main import main
@@ -140,6 +142,19 @@ def test_a_running_round_shows_each_device_and_what_it_did(run: Run, capsys: pyt
     assert rows["nx-1"][-3:] == ["17", "min", "ago"]
     assert f"nx-2: round 1, out_of_memory: {OOM}" in text
     assert "up 2.0 MB, down 4.0 MB" in text
+
+
+def test_a_small_terminal_shows_first_who_needs_somebody(run: Run) -> None:
+    run.open_round(1)
+    run.report(1, "nx-2", "out_of_memory", OOM)
+    run.hello("nx-3", online=False)
+    console = Console(width=80, file=io.StringIO())
+    console.print(command._page(run.read(), Path(run.config.run_dir), console, rows=2))
+    text = console.file.getvalue()
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("nx-")] == ["nx-2", "nx-3"]
+    assert "and 1 more devices" in text
+    assert "accuracy" in text
+    assert "reward" not in text
 
 
 def test_the_last_failure_of_a_device_stays_when_it_does_well_again(run: Run) -> None:
