@@ -222,6 +222,8 @@ def _is_well(device: DeviceStatus) -> bool:
 
 
 def _heard(device: DeviceStatus, status: FleetStatus, now_s: float) -> str:
+    if not device.heard_wall_s:
+        return "not yet"
     return f"at {device.heard_wall_s:.0f} s" if status.virtual else _ago(now_s - device.heard_wall_s)
 
 

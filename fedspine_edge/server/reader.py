@@ -117,7 +117,8 @@ class JournalReader:
         return [(msgspec.json.decode(row["status"], type=Status), bool(row["online"]), row["refused"]) for row in rows]
 
     def heard_wall_s(self) -> dict[str, float]:
-        """By device the wall time of the last status or report that came from it, or from the broker in its name."""
+        """By device the wall time of the last status or report that came from it, or from the broker in its name; 0 if
+        the server only found a status that the broker had kept."""
         rows = self._db.execute(
             "SELECT device_id, max(updated_wall_s, coalesce(latest, 0)) AS heard FROM devices LEFT JOIN "
             "(SELECT device_id, max(received_wall_s) AS latest FROM reports GROUP BY device_id) USING (device_id)"

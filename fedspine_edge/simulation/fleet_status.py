@@ -27,7 +27,8 @@ class DeviceStatus:
     Attributes:
         online: As of the last status; stays as it was while no server is there to hear.
         refused: Why it may not take part; empty if it may.
-        heard_wall_s: When its last status (or the broker's word that it is gone) or report came.
+        heard_wall_s: When its last status (or the broker's word that it is gone) or report came; 0 if none has in
+            this run: the broker had kept an older status.
         part: Its part in the newest round; None if it has none.
         failure: Its newest part, in any attempt at any round, that did not end well; None without one.
     """
