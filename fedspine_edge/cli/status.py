@@ -105,7 +105,10 @@ def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus
         if status.state == "finished" or time.monotonic() - alive_at > GONE_S:
             return
         time.sleep(POLL_S)
-        now = (server_at_work(folder), changed_wall_s(folder))
+        try:
+            now = (server_at_work(folder), changed_wall_s(folder))
+        except OSError:  # the folder is gone, which `read_status` says better
+            now = None
         if now != (status.server_at_work, status.changed_wall_s) or time.monotonic() - read_at > REREAD_S:
             status, read_at = read_status(run_dir), time.monotonic()
 

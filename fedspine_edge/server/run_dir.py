@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,9 +120,12 @@ def server_at_work(run_dir: Path) -> bool | None:
 
 def changed_wall_s(run_dir: Path) -> float:
     """Real time, in seconds since the epoch, at which something was last written to the folder's journal."""
-    journal, log = run_dir / FILE, run_dir / f"{FILE}-wal"
-    written = log.exists() and log.stat().st_size > 0  # a reader makes an empty one
-    return max(file.stat().st_mtime for file in ([journal, log] if written else [journal]))
+    newest = (run_dir / FILE).stat().st_mtime
+    with suppress(FileNotFoundError):  # it goes when a server ends
+        log = (run_dir / f"{FILE}-wal").stat()
+        if log.st_size:  # a reader makes an empty one
+            newest = max(newest, log.st_mtime)
+    return newest
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from rich.console import Console
 from fedspine_edge.cli import status as command
 from fedspine_edge.cli.main import main
 from fedspine_edge.config import FleetConfig
+from fedspine_edge.errors import ConfigError
 from fedspine_edge.server.journal import Journal
 from fedspine_edge.server.run_dir import RunDir
 from fedspine_edge.server.schema import OutcomeRow, PlanRow, ReportRow, RunState
@@ -249,6 +251,16 @@ def test_following_a_run_without_a_server_ends(
     (line,) = out.splitlines()
     assert json.loads(line)["state"] == "stopped"
     assert "no server has been at work" in err
+
+
+def test_following_a_folder_that_is_removed_is_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "POLL_S", 0.05)
+    changes = command._changes(Path(run.config.run_dir))
+    assert next(changes).state == "running"
+    run.dir.close()
+    shutil.rmtree(run.config.run_dir)
+    with pytest.raises(ConfigError, match="no journal"):
+        list(changes)
 
 
 def test_a_folder_that_is_no_run_is_one_error_with_a_remedy(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
