@@ -160,6 +160,15 @@ elif ! "$venv/bin/python" -c 'import torch; torch.ones(1).numpy()' 2>/dev/null; 
   run "$venv/bin/python" -m pip install --constraint "$constraints" 'numpy>=1.26,<2'
 fi
 
+# transformers asks for a newer torch from time to time, and then imports without its models.
+has_models='import transformers, transformers.generation.utils; assert transformers.is_torch_available()'
+old_torch='transformers>=5.15,<5.16'
+if $dry_run; then
+  say "would install $old_torch if the newest one does not work with this torch"
+elif ! "$venv/bin/python" -c "$has_models" 2>/dev/null; then
+  run "$venv/bin/python" -m pip install --constraint "$constraints" "$old_torch"
+fi
+
 # ---- fedspine_edge with its kernels for this SM -------------------------------------------------------------------
 run env PATH="$cuda_bin:$PATH" "$venv/bin/python" -m pip install --force-reinstall --no-deps \
   --config-settings=cmake.define.FEDSPINE_CUDA=ON \

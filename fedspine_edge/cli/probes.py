@@ -7,6 +7,7 @@ therefore kernels are launched, not asked about.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ from typing import Any
 
 from fedspine_edge.cli.check import Check
 from fedspine_edge.cli.check import line_of as _line
+from fedspine_edge.errors import MissingDependency
 
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
@@ -128,8 +130,17 @@ def _run_native(torch: Any, native: Any, reference: Any, device: str) -> None:
 
 
 def transformers_check(_: str) -> Iterator[Check]:
-    """transformers, found but not imported: its import takes seconds and says no more."""
-    yield from _installed("transformers", "pip install 'fedspine-edge[device]'")
+    """transformers, and whether this release works with the torch that is here."""
+    found = next(_installed("transformers", "pip install 'fedspine-edge[device]'"))
+    if found.state == "ok":
+        with contextlib.suppress(ImportError):  # no torch, which has a line of its own
+            from fedspine_edge.model.base import FOR_AN_OLD_TORCH, require_transformers
+
+            try:
+                require_transformers()
+            except MissingDependency as error:
+                found = Check("transformers", "failed", error.message, f"pip install '{FOR_AN_OLD_TORCH}'")
+    yield found
 
 
 def _installed(name: str, remedy: str) -> Iterator[Check]:

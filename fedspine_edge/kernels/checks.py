@@ -51,5 +51,12 @@ def check_adapter(op: str, weight: Tensor | QuantisedWeight, lora_A: Tensor, lor
 
 def decompose() -> bool:
     """Whether someone is recording a graph that must hold standard operators only (ONNX, torch.export, jit)."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return torch.jit.is_tracing() or (exporting is not None and exporting())
+    return bool(torch.jit.is_tracing() or _exporting())
+
+
+if hasattr(torch.compiler, "is_exporting"):
+    _exporting = torch.compiler.is_exporting
+else:  # torch < 2.7: its torch.export(strict=False) sets this flag, which torch.compile leaves alone
+
+    def _exporting() -> bool:
+        return bool(getattr(torch.compiler, "_is_compiling_flag", False))

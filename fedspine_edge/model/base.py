@@ -6,6 +6,7 @@ Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` tha
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -44,6 +45,9 @@ LOAD_FAILURES = (
     StrictDataclassError,
 )
 """What transformers and safetensors raise for files they cannot use."""
+
+FOR_AN_OLD_TORCH = "transformers>=5.15,<5.16"
+"""The last releases that work with torch 2.5.0a0, NVIDIA's first for JetPack 6; later ones ask for more."""
 
 
 def load_base(
@@ -246,11 +250,25 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 def require_transformers() -> Any:
-    """The package, or `MissingDependency` naming the extra."""
+    """The package with its models, or `MissingDependency` naming the extra or a version for this torch.
+
+    A release for a newer torch than the one here imports all the same, and lacks its models.
+    """
     try:
         import transformers
     except ImportError as error:
         raise MissingDependency.of("transformers", extra="device", purpose="Loading a model") from error
+    try:
+        usable = transformers.is_torch_available()
+        importlib.import_module("transformers.generation.utils")
+    except (ImportError, AttributeError, NameError):
+        usable = False
+    if not usable:
+        raise MissingDependency(
+            f"transformers {transformers.__version__} does not work with torch {torch.__version__}, "
+            "which is older than it needs.",
+            remedy=f"Install an older one, and leave torch as it is: pip install '{FOR_AN_OLD_TORCH}'",
+        )
     return transformers
 
 

@@ -97,6 +97,27 @@ def test_a_package_that_is_there_but_does_not_load_is_failed_not_missing(tmp_pat
     assert "cannot open" in found["detail"]
 
 
+def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_take(tmp_path: Path) -> None:
+    """As on a board whose torch is old: transformers then imports, and has no models."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\n"
+        "real = metadata.version\n"
+        "metadata.version = lambda name: '2.0.0' if name == 'torch' else real(name)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "fedspine_edge.cli.probes", "transformers"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    found = json.loads(done.stdout)
+    assert found["state"] == "failed"
+    assert "does not work with torch" in found["detail"]
+    assert found["remedy"] == "pip install 'transformers>=5.15,<5.16'"
+    command = [sys.executable, "-m", "fedspine_edge", "tune", "--model", ".", "--data", "x.csv", "--out", "out"]
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert "pip install 'transformers>=5.15,<5.16'" in done.stderr, done.stderr
+
+
 def test_each_role_has_its_own_needs(quick: list[Check], capsys: pytest.CaptureFixture[str]) -> None:
     replace(quick, "transformers", "missing")
     assert main(["doctor", "--role", "server"]) == 0

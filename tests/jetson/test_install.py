@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedspine_edge.cli.main import parser
+from fedspine_edge.model.base import FOR_AN_OLD_TORCH
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jetson" / "install.sh"
@@ -91,6 +92,16 @@ def test_the_requirements_it_installs_are_ours_without_torch() -> None:
     names = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in done.stdout.splitlines()}
     assert {"msgspec", "numpy", "paho-mqtt", "transformers", "accelerate", "onnxruntime"} <= names
     assert not {"torch", "tensorrt", "fedspine-edge"} & names
+
+
+def test_an_old_torch_gets_the_transformers_that_doctor_names() -> None:
+    assert f"old_torch='{FOR_AN_OLD_TORCH}'" in SCRIPT.read_text()
+    code = re.search(r"has_models='(.*)'", SCRIPT.read_text())
+    assert code
+    older = "import importlib.metadata as m; at = m.version; m.version = lambda n: '2.0' if n == 'torch' else at(n); "
+    for before, works in (("", True), (older, False)):
+        done = subprocess.run([sys.executable, "-c", before + code.group(1)], capture_output=True, text=True)
+        assert (done.returncode == 0) is works, done.stderr
 
 
 def test_the_service_is_installed_only_when_asked_for(tmp_path: Path) -> None:

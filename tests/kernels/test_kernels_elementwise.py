@@ -198,7 +198,7 @@ def test_compiled() -> None:
 
 def test_exported_as_standard_operators() -> None:
     module, x = Both(), torch.randn(70, 16)
-    program = torch.export.export(module, (x,))
+    program = torch.export.export(module, (x,), strict=False)
     assert all(str(n.target).startswith("aten.") for n in program.graph.nodes if n.op == "call_function")
     torch.testing.assert_close(program.module()(x), module(x))
 

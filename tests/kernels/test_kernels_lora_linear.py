@@ -210,7 +210,7 @@ def test_torch_compile_sees_one_op_without_graph_breaks() -> None:
 def test_export_decomposes_into_standard_operators() -> None:
     layer, x = Layer().eval(), torch.randn(2, 5, 16)
     dynamic = {"x": {1: torch.export.Dim("tokens", min=2, max=64)}}
-    program = torch.export.export(layer, (x,), dynamic_shapes=dynamic)
+    program = torch.export.export(layer, (x,), dynamic_shapes=dynamic, strict=False)
     assert not [n for n in program.graph.nodes if "fedspine" in str(n.target)]
     other = torch.randn(2, 9, 16)
     torch.testing.assert_close(program.module()(other), layer(other))

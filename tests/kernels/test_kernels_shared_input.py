@@ -188,7 +188,7 @@ def test_torch_compile_sees_one_op_without_graph_breaks() -> None:
 
 def test_export_decomposes_into_standard_operators() -> None:
     layer, x = Gated().eval(), torch.randn(2, 5, 16)
-    program = torch.export.export(layer, (x,))
+    program = torch.export.export(layer, (x,), strict=False)
     assert not [n for n in program.graph.nodes if "fedspine" in str(n.target)]
     torch.testing.assert_close(program.module()(x), layer(x))
 
