@@ -137,7 +137,14 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     fleet: Annotated[Name, _doc("Name of the fleet; part of every topic.")] = "fleet"
     run_dir: Annotated[str, _doc("Folder of the journal, the blobs and the final adapter.")] = "runs/fleet"
     task: Annotated[Task, _doc("What the fleet learns; a device with another task is refused.")] = "classification"
-    num_rounds: Annotated[int, _doc("Server rounds; the last two only tune.", ge=3)] = 10
+    num_rounds: Annotated[
+        int,
+        _doc(
+            "Server rounds. The last two only tune, with layout `consensus` the first only scores, and strategies that "
+            "prune step by step need pruning_ratio / bandit.max_step between: 5 in all at the defaults.",
+            ge=3,
+        ),
+    ] = 10
     pruning_ratio: Annotated[float, _doc("P: share of prunable parameters to remove by the end.", ge=0, lt=1)] = 0.5
     target: Annotated[
         Literal["equal", "mean"], _doc("`mean` lets final ratios differ by device (±0.15) around pruning_ratio.")
@@ -291,9 +298,24 @@ def load(path: str | Path, kind: type[T]) -> T:
 
     Raises `ConfigError` naming the file, the key and the allowed values.
     """
+    return convert(_read(path), kind, where=str(path))
+
+
+def load_either(path: str | Path) -> FleetConfig | DeviceConfig:
+    """Read a TOML file as a device's settings if it has any key that only those have, else as a fleet's. Raises as
+    `load` does."""
+    data = _read(path)
+    of_device = set(DeviceConfig.__struct_fields__) - set(FleetConfig.__struct_fields__)
+    if of_device & data.keys():
+        return convert(data, DeviceConfig, where=str(path))
+    return convert(data, FleetConfig, where=str(path))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return data
     except FileNotFoundError:
         raise ConfigError(
             f"config file {path} does not exist.", remedy="examples/fleet.toml and examples/device.toml are complete."
@@ -305,7 +327,6 @@ def load(path: str | Path, kind: type[T]) -> T:
             f"config file {path} is not valid TOML: {error}.",
             remedy="Texts need quotes, sections [brackets]; see examples/.",
         ) from error
-    return convert(data, kind, where=str(path))
 
 
 def convert(data: dict[str, Any], kind: type[T], *, where: str = "settings") -> T:

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from fedspine_edge.cli.probes import TEGRA_RELEASE, Check
+from fedspine_edge.cli.check import Check
+from fedspine_edge.cli.probes import TEGRA_RELEASE
 
 MIB = 1024**2
 COMMAND_TIMEOUT_S = 5.0

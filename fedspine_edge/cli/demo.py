@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("fedspine-demo"), help="folder of the run; default fedspine-demo"
     )
-    parser.add_argument("--rounds", type=int, default=6, help="server rounds, the last two only tune; default 6")
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="server rounds, at least 5 with the default ratio; default 6"
+    )
     parser.add_argument("--devices", type=int, default=6, help="device processes; default 6")
     parser.add_argument(
         "--pruning-ratio", type=float, default=0.5, help="share of prunable parameters to remove; default 0.5"

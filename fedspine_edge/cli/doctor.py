@@ -13,14 +13,19 @@ from pathlib import Path
 
 from fedspine_edge import __version__
 from fedspine_edge.cli import board
-from fedspine_edge.cli.probes import PROBES, Check, on_jetson
+from fedspine_edge.cli.check import Check
+from fedspine_edge.cli.probes import PROBES, on_jetson
+from fedspine_edge.errors import ConfigError
 
-EXAMPLE = "fedspine-edge doctor --role device --broker broker.local:1883"
+EXAMPLE = """fedspine-edge doctor --role device --broker broker.local:1883
+  fedspine-edge doctor --config device.toml"""
 
 PROBE_TIMEOUT_S = 90.0
 """A cold import of torch on a board takes half a minute."""
 
 _MACHINE = ("python", "packages", "jetson", "disk", "memory", "clock")
+_ASKED_FOR = ("config", *(name for key in ("broker", "device_file", "fleet_file") for name in PROBES[key][1]))
+"""Checks that are made only on request: a failure counts in every role."""
 _ENGINES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 ROLES: dict[str, tuple[str, ...]] = {
     "server": _MACHINE,
@@ -37,8 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what this machine is to do; default: device on a Jetson, else at least server",
     )
-    parser.add_argument(
-        "--broker", metavar="HOST:PORT", type=_address, default=None, help="also connect to this broker"
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--broker", metavar="HOST:PORT", type=_address, default=None, help="also connect to this broker, anonymously"
+    )
+    asked.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=None,
+        help="a device.toml or fleet.toml: also log in to its broker as it says, and look at what else it names",
     )
     parser.add_argument(
         "--dir", type=Path, default=Path(), help="folder whose disk is looked at; default: the current one"
@@ -49,13 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
 
-    checks = examine(broker=arguments.broker, folder=arguments.dir)
-    role = arguments.role if arguments.role != "auto" else ("device" if on_jetson() else "server")
+    settings, config_check = _settings(arguments.config)
+    checks = examine(broker=arguments.broker, settings=settings, folder=arguments.dir) + config_check
+    role = arguments.role
+    if role == "auto":
+        role = _role_of(settings[0]) if settings else "device" if on_jetson() else "server"
     roles = usable_roles(checks)
-    broken = [check.name for check in checks if check.state == "failed" and check.name == "broker"]
-    if arguments.role == "auto":
-        broken = [check.name for check in checks if check.state == "failed"]
-    usable = roles[role] and not broken
+    exact = arguments.role != "auto" or settings
+    failed = [check.name for check in checks if check.state == "failed" and (check.name in _ASKED_FOR or not exact)]
+    usable = roles[role] and not failed
     if arguments.json:
         found = [check.to_dict() for check in checks]
         print_json({"usable": usable, "role": role, "roles": roles, "checks": found, "version": __version__})
@@ -64,14 +79,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if usable else 1
 
 
-def examine(*, broker: str | None = None, folder: Path = Path()) -> list[Check]:
+def _settings(path: Path | None) -> tuple[tuple[str, Path] | None, list[Check]]:
+    """The probe for a config file with its path, and the finding that the file itself is."""
+    from fedspine_edge.config import DeviceConfig, load_either
+
+    if path is None:
+        return None, []
+    try:
+        config = load_either(path)
+    except ConfigError as error:
+        return None, [Check("config", "failed", error.message, error.remedy or "correct the file")]
+    if isinstance(config, DeviceConfig):
+        return ("device_file", path), [
+            Check("config", "ok", f"{path}: device {config.device_id}, fleet {config.fleet}")
+        ]
+    return ("fleet_file", path), [Check("config", "ok", f"{path}: fleet {config.fleet}")]
+
+
+def _role_of(probe_name: str) -> str:
+    return probe_name.removesuffix("_file").replace("fleet", "server")
+
+
+def examine(
+    *, broker: str | None = None, settings: tuple[str, Path] | None = None, folder: Path = Path()
+) -> list[Check]:
     """Every check. Never raises; each is bounded in time.
 
     Args:
         broker: `HOST:PORT` to connect to.
+        settings: `device_file` or `fleet_file`, and the file.
         folder: Folder whose disk is looked at.
     """
-    probes = [name for name in PROBES if name != "broker"] + (["broker"] if broker else [])
+    probes = [(name, "") for name in PROBES if name not in ("broker", "device_file", "fleet_file")]
+    probes += [("broker", broker)] if broker else []
+    probes += [(settings[0], str(settings[1]))] if settings else []
     local: list[tuple[str, Callable[[], Check]]] = [
         ("python", board.python_check),
         ("jetson", board.jetson_check),
@@ -81,7 +122,7 @@ def examine(*, broker: str | None = None, folder: Path = Path()) -> list[Check]:
     ]
     machine = [_guarded(name, check) for name, check in local]  # before the probes take their memory
     with ThreadPoolExecutor(max_workers=3) as pool:
-        found = list(pool.map(lambda name: probe(name, broker or ""), probes))
+        found = list(pool.map(lambda one: probe(*one), probes))
     return machine[:1] + [check for checks in found for check in checks] + machine[1:]
 
 

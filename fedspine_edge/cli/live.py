@@ -1,7 +1,8 @@
-"""The demo's live table on a terminal, plain lines elsewhere."""
+"""A round as a table, and the demo's live view: the table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -76,36 +77,39 @@ def _headline(progress: Progress) -> str:
     return " · ".join(parts)
 
 
+COLUMNS = ("device", "class", "status", "ratio", "rank", "time, s", "loss", "accuracy", "reward", "up, kB", "down, kB")
+"""What `cells` fills."""
+
+
+def empty_table(*more: str, without: Collection[str] = (), title: str | None = None, **options: Any) -> Table:
+    """A table with `COLUMNS` but those `without`, and `more`; `options` are `rich.table.Table`'s."""
+    table = Table(title=title, **options)
+    for name in (*(name for name in COLUMNS if name not in without), *more):
+        table.add_column(
+            name, no_wrap=name == "heard", justify="left" if name in ("device", "class", "status", *more) else "right"
+        )
+    return table
+
+
 def _table(view: RunView) -> Table | None:
     if not view.rows:
         return None
     newest = view.rows[-1].server_round
-    table = Table(title=f"Round {newest} of {view.num_rounds}")
-    for name in (
-        "device",
-        "class",
-        "status",
-        "ratio",
-        "rank",
-        "time, s",
-        "loss",
-        "accuracy",
-        "reward",
-        "up, kB",
-        "down, kB",
-    ):
-        table.add_column(name, justify="left" if name in ("device", "class", "status") else "right")
+    table = empty_table(title=f"Round {newest} of {view.num_rounds}")
     previous = {row.device_id: row for row in view.rows if row.server_round == newest - 1}
     for row in view.rows:
         if row.server_round == newest:
-            table.add_row(*_cells(row, previous.get(row.device_id)))
+            table.add_row(*cells(row, previous.get(row.device_id)))
     return table
 
 
-def _cells(row: DeviceView, previous: DeviceView | None) -> list[str]:
+def cells(row: DeviceView, previous: DeviceView | None = None) -> list[str]:
+    """One device's part in a round, by `COLUMNS`; `previous` is its part in the round before."""
+
     def show(value: float | int | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    answered = row.time_kind is not None
     # rewards are known only when a round has ended, so a running round shows the last one's
     reward = row.reward if row.reward is not None else (previous.reward if previous else None)
     return [
@@ -118,8 +122,8 @@ def _cells(row: DeviceView, previous: DeviceView | None) -> list[str]:
         show(row.loss_after, ".4f"),
         show(row.accuracy_after, ".3f"),
         show(reward, ".3f"),
-        show(row.bytes_up / 1000, ".0f"),
-        show(row.bytes_down / 1000, ".0f"),
+        show(row.bytes_up / 1000 if answered else None, ".0f"),
+        show(row.bytes_down / 1000 if answered else None, ".0f"),
     ]
 
 

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ _COMMANDS = {
     "inspect": "say what is in a compiled bundle",
     "verify": "check a bundle's files and, given its model, compare it with torch again",
     "bench": "time bundles against each other and against torch",
+    "status": "say how a fleet's run stands, while it runs or after: rounds, devices, failures, time left",
     "explain": "say why a device got its pruning ratio and rank, from the server's journal",
     "report": "write the HTML report of a fleet run",
     "doctor": "say what this machine has, what is missing and how to mend it",
@@ -97,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         after = "continues where this one stopped" if command in _CONTINUES else "starts from the beginning"
         print(f"interrupted; the same command {after}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output has read enough: `fedspine-edge status RUN_DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return 1
     return int(code or 0)
 
 

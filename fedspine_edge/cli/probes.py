@@ -13,41 +13,17 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
+from fedspine_edge.cli.check import Check
+from fedspine_edge.cli.check import line_of as _line
 from fedspine_edge.errors import MissingDependency
 
-State = Literal["ok", "warn", "missing", "failed"]
-
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
-CONNECT_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding.
-
-    Args:
-        name: What was looked at.
-        state: ok; warn = works, with a drawback; missing = not there; failed = there, and does not work.
-        detail: What was found, one line.
-        remedy: The command that mends it; empty when there is nothing to mend.
-    """
-
-    name: str
-    state: State
-    detail: str
-    remedy: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """Plain strings, for `--json` and for the pipe."""
-        return asdict(self)
 
 
 def on_jetson() -> bool:
@@ -69,11 +45,6 @@ def _absent(name: str, error: ImportError, remedy: str) -> Check:
     if isinstance(error, ModuleNotFoundError) and error.name == name:
         return Check(name, "missing", "not installed", remedy)
     return Check(name, "failed", f"installed, but the import fails: {_line(error)}", remedy)
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def _version(module: ModuleType) -> str:
@@ -251,34 +222,18 @@ def _engine(package: str, remedy: str) -> Check:
     return Check(package, "failed", f"{_version(module)}: {reason}", remedy)
 
 
-def broker_check(address: str) -> Iterator[Check]:
-    """A real MQTT connection to HOST:PORT, and a plain TCP one to tell a dead host from a broker that refuses."""
-    host, _, port = address.rpartition(":")
-    remedy = f"fedspine-edge broker --host {host} --port {port}  # on the broker's machine, or start your own there"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        yield Check("broker", "failed", f"{address} does not answer: {_line(error)}", remedy)
-        return
-    from fedspine_edge.config import BrokerSettings
-    from fedspine_edge.transport.mqtt import MqttTransport
-
-    transport = MqttTransport(BrokerSettings(host=host.strip("[]"), port=int(port)), f"fedspine-doctor-{os.getpid()}")
-    try:
-        transport.connect(timeout_s=CONNECT_TIMEOUT_S)
-    except Exception as error:
-        detail = f"{address} accepts TCP but no anonymous MQTT 5 connection: {_line(error)}"
-        remedy = "check that MQTT listens there; with TLS or passwords, fill in [broker] in the config file"
-        yield Check("broker", "failed", detail, remedy)
-    else:
-        yield Check("broker", "ok", f"{address} accepts MQTT 5")
-    finally:
-        transport.close()
-
-
 def _renamed(name: str, checks: Iterator[Check]) -> Iterator[Check]:
     for check in checks:
         yield Check(name, check.state, check.detail, check.remedy)
+
+
+def _fleet_check(name: str) -> Callable[[str], Iterator[Check]]:
+    """A function of `fleet_checks`, imported when it is called: it needs packages that may be what is missing."""
+
+    def check(argument: str) -> Iterator[Check]:
+        yield from getattr(importlib.import_module("fedspine_edge.cli.fleet_checks"), name)(argument)
+
+    return check
 
 
 PROBES: dict[str, tuple[Callable[[str], Iterator[Check]], tuple[str, ...]]] = {
@@ -290,7 +245,9 @@ PROBES: dict[str, tuple[Callable[[str], Iterator[Check]], tuple[str, ...]]] = {
     "onnxruntime": (onnxruntime_check, ("onnxruntime",)),
     "tensorrt": (tensorrt_check, ("tensorrt",)),
     "tensorrt_rtx": (tensorrt_rtx_check, ("tensorrt_rtx",)),
-    "broker": (broker_check, ("broker",)),
+    "broker": (_fleet_check("broker_check"), ("broker",)),
+    "device_file": (_fleet_check("device_checks"), ("broker", "data", "model", "state_dir")),
+    "fleet_file": (_fleet_check("fleet_checks"), ("broker", "strategy", "run_dir")),
 }
 """Function and the names of the checks it yields, in order, by probe."""
 

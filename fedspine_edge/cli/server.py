@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = "fedspine-edge server --config examples/fleet.toml"
 
@@ -21,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config, FleetConfig)
     transport = MqttTransport(config.broker, client_id=f"fedspine-{config.fleet}-server")
+    logger.info("to watch it: fedspine-edge status %s --follow", config.run_dir)
     result = FleetServer(config, transport).run()
     if arguments.json:
         print_json(result.to_dict())

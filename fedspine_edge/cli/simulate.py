@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recorded", action="store_true", help="replace training by recorded losses: for thousands of devices"
     )
     mix.add_argument("--wire", choices=["small", "minilm"], default="small", help="with --recorded: shapes that travel")
-    mix.add_argument("--rounds", type=int, default=None, help="server rounds")
+    mix.add_argument("--rounds", type=int, default=None, help="server rounds; at least 5 with the default ratio")
     mix.add_argument("--pruning-ratio", type=float, default=None, help="share of prunable parameters to remove")
     mix.add_argument("--strategy", default=None, help="see docs/algorithms.md")
     mix.add_argument("--seed", type=int, default=None, help="seed of everything")

@@ -101,6 +101,9 @@ class FleetServer:
             while self._state.server_round <= self.config.num_rounds:
                 self._run_round()
             return self._finish()
+        except (FedspineError, KeyboardInterrupt) as error:
+            self._journal.set_meta(stopped=str(error) or "It was interrupted.")  # for who asks later
+            raise
         finally:
             self._post.close()
             self._dir.close()
@@ -131,11 +134,14 @@ class FleetServer:
         first = (state.server_round, state.attempt) == (1, 1)
         needed = max(config.min_reports, config.min_devices if first else 1)
         until = self._clock.now() + config.join_timeout_s
-        said = -1
+        said, called = -1, set[str]()
         while self._members.num_online < needed:
             if self._members.num_online != said:
                 said = self._members.num_online
                 logger.info("waiting for devices: %d of %d online", said, needed)
+            if first and called != (away := set(self._members.offline())):
+                called = away
+                self._post.announce(self._waits())  # else they would obey the end of an earlier run, and leave again
             remaining = until - self._clock.now()
             if remaining <= 0:
                 raise self._members.too_few(needed, config.join_timeout_s)
@@ -299,9 +305,12 @@ class FleetServer:
         """Publish the round: chunks, plans, and `wait` for whoever is away, else it would take up an older plan."""
         number = collector.server_round
         plans = {row.device_id: row.payload for row in self._journal.plans(number, collector.attempt)}
-        away = [device_id for device_id in self._members.offline() if device_id not in plans]
-        waiting = {i: idle_plan(self.config, self._run_id, number, i, "wait") for i in away}
-        self._post.announce({**plans, **waiting}, self._adapters.of_plans(collector.plans.values()))
+        self._post.announce({**self._waits(), **plans}, self._adapters.of_plans(collector.plans.values()))
+
+    def _waits(self) -> dict[str, bytes]:
+        """`wait` for whoever is away."""
+        number = self._state.server_round
+        return {i: idle_plan(self.config, self._run_id, number, i, "wait") for i in self._members.offline()}
 
     def _new_context(self) -> RoundContext:
         assert self._members.spec is not None  # journaled with the first round
@@ -340,10 +349,11 @@ class FleetServer:
         self._blobs = BlobStore(self._dir.path / "blobs")
         self._adapters = Adapters(self._blobs, journal, self._post, config)
         self._expected: set[str] = set()
+        real = isinstance(self._clock, RealClock)
         run_id = journal.meta("run_id")
         if run_id is None:
-            run_id = secrets.token_hex(8) if isinstance(self._clock, RealClock) else _virtual_run_id(config)
-            journal.set_meta(run_id=run_id, config=_json(config))
+            run_id = secrets.token_hex(8) if real else _virtual_run_id(config)
+        journal.set_meta(run_id=run_id, config=_json(config), clock="real" if real else "virtual", stopped="")
         self._run_id = run_id
         # The operator who starts again after failed rounds gets the full number of attempts.
         self._state = replace(journal.state(), failures=0)

@@ -69,13 +69,13 @@ class Hearing:
                 if self.collector is not None:
                     self._answer(self.collector.chunk(topic.device_id, topic.sha256, topic.index, event.payload))
             elif isinstance(topic, DeviceTopic) and topic.kind == "status":
-                self._on_status(topic, codec.decode(event.payload, Status))
+                self._on_status(topic, codec.decode(event.payload, Status), retained=event.retained)
             elif isinstance(topic, DeviceTopic) and topic.kind == "report":
                 self._on_report(topic, codec.decode(event.payload, Report))
         except MessageError as error:
             logger.warning("ignored a message on %s: %s", event.topic, error.message)
 
-    def _on_status(self, topic: DeviceTopic, status: Status) -> None:
+    def _on_status(self, topic: DeviceTopic, status: Status, *, retained: bool) -> None:
         if status.device_id != topic.device_id:
             raise MessageError(f"the status is of {status.device_id!r}.")
         collector, device_id = self.collector, status.device_id
@@ -86,7 +86,8 @@ class Hearing:
             if member.online:
                 self._post.refuse(device_id, refusal(self._run_id, device_id, member.refused))
         self.heard.add(device_id)
-        self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=self._wall())
+        heard = None if retained else self._wall()
+        self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=heard)
         if status.state == "online" and self._journal.forget_layout_above(device_id, status.pruning_ratio):
             logger.warning("%s lost what it had pruned; it starts from %.3f", device_id, status.pruning_ratio)
             if self.context is not None:

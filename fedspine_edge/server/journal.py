@@ -54,13 +54,17 @@ class Journal(JournalReader):
         with self._transaction():
             self._set_meta(values)
 
-    def put_device(self, status: Status, *, online: bool, refused: str, wall_s: float) -> None:
-        """Note what a device said of itself. Not synced: a device says hello again, and a fleet has thousands."""
+    def put_device(self, status: Status, *, online: bool, refused: str, wall_s: float | None) -> None:
+        """Note what a device said of itself; `wall_s` is None if the broker kept it, and nobody knows since when.
+
+        Not synced: a device says hello again, and a fleet has thousands.
+        """
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
-            "INSERT INTO devices (device_id, status, online, refused, updated_wall_s) VALUES (?, ?, ?, ?, ?) "
+            "INSERT INTO devices (device_id, status, online, refused, updated_wall_s) "
+            "VALUES (?1, ?2, ?3, ?4, coalesce(?5, 0)) "
             "ON CONFLICT (device_id) DO UPDATE SET status = excluded.status, online = excluded.online, "
-            "refused = excluded.refused, updated_wall_s = excluded.updated_wall_s",
+            "refused = excluded.refused, updated_wall_s = coalesce(?5, updated_wall_s)",
             (status.device_id, _text(status), int(online), refused, wall_s),
         )
         self._db.execute("PRAGMA synchronous = FULL")

@@ -6,8 +6,11 @@ Readers never wait for the server, nor it for them. Everything is returned as pl
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +53,15 @@ class JournalReader:
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
-            raise ConfigError(
-                f"there is no journal at {path}.", remedy="Give the run_dir of a server that was started."
-            )
+            below = sorted(path.parent.glob(f"*/{FILE}")) if path.name == FILE else []
+            meant = f"Did you mean {below[0].parent}?" if below else "Give the run_dir of a server that was started."
+            raise ConfigError(f"there is no journal at {path}.", remedy=meant)
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"journal {path} may not be read by this user.", remedy="Ask as the server's user.")
         try:
             uri = f"{path.absolute().as_uri()}?mode=ro"
+            if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+                uri += "&immutable=1"  # SQLite would make that file, which no server at work is without
             journal = JournalReader(sqlite3.connect(uri, uri=True, isolation_level=None), path)
             journal._check_version()
         except sqlite3.DatabaseError as error:
@@ -70,6 +77,15 @@ class JournalReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything read within the block is of one moment, whatever a server writes meanwhile."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
 
     def meta(self, key: str) -> str | None:
         """A value of `set_meta`, or None."""
@@ -99,6 +115,15 @@ class JournalReader:
         """(status, online, reason it was refused or "") of every device ever seen, by id."""
         rows = self._db.execute("SELECT status, online, refused FROM devices ORDER BY device_id").fetchall()
         return [(msgspec.json.decode(row["status"], type=Status), bool(row["online"]), row["refused"]) for row in rows]
+
+    def heard_wall_s(self) -> dict[str, float]:
+        """By device the wall time of the last status or report that came from it, or from the broker in its name; 0 if
+        the server only found a status that the broker had kept."""
+        rows = self._db.execute(
+            "SELECT device_id, max(updated_wall_s, coalesce(latest, 0)) AS heard FROM devices LEFT JOIN "
+            "(SELECT device_id, max(received_wall_s) AS latest FROM reports GROUP BY device_id) USING (device_id)"
+        ).fetchall()
+        return {row["device_id"]: float(row["heard"]) for row in rows}
 
     def layouts(self, spec: ModelSpec) -> dict[str, tuple[Layout, float]]:
         """By device: the layout it last reported, and the pruning ratio it reported with it."""
@@ -320,4 +345,6 @@ def _pairs(text: str | None) -> list[tuple[int, int]] | None:
 
 
 def damaged(path: Path, error: sqlite3.Error) -> ConfigError:
-    return ConfigError(f"journal {path} cannot be used: {error}.", remedy="Move it away to start a new run.")
+    return ConfigError(
+        f"journal {path} cannot be used: {error}.", remedy="If it is a run's journal, move it away to start a new run."
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +18,9 @@ from fedspine_edge.server.journal import Journal
 from fedspine_edge.server.reader import FILE
 
 LOCK = "lock"
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 5, 0.05
+"""`server_at_work` holds the lock for a moment, which must not keep a server out."""
+
 OURS = frozenset(
     {
         LOCK,
@@ -75,14 +80,15 @@ class RunDir:
 
     def _acquire(self) -> IO[str]:
         lock = (self.path / LOCK).open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise ConfigError(
-                f"another server is using run_dir {self.path}.", remedy="Stop it, or use another run_dir."
-            ) from None
-        return lock
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except OSError:
+                if attempt < LOCK_ATTEMPTS - 1:
+                    time.sleep(LOCK_PAUSE_S)
+        lock.close()
+        raise ConfigError(f"another server is using run_dir {self.path}.", remedy="Stop it, or use another run_dir.")
 
     def _check_settings(self, config: FleetConfig) -> None:
         stored = self.journal.meta("config")
@@ -96,6 +102,30 @@ class RunDir:
                 f"run_dir {self.path} holds a run with other settings: {listed}.",
                 remedy="Restore them to continue that run, or use another run_dir for a new one.",
             )
+
+
+def server_at_work(run_dir: Path) -> bool | None:
+    """Whether a server holds the folder's lock at this moment; None where this user or file system cannot tell."""
+    try:
+        with (run_dir / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+
+
+def changed_wall_s(run_dir: Path) -> float:
+    """Real time, in seconds since the epoch, at which something was last written to the folder's journal."""
+    newest = (run_dir / FILE).stat().st_mtime
+    with suppress(FileNotFoundError):  # it goes when a server ends
+        log = (run_dir / f"{FILE}-wal").stat()
+        if log.st_size:  # a reader makes an empty one
+            newest = max(newest, log.st_mtime)
+    return newest
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

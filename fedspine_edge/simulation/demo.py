@@ -33,6 +33,7 @@ from fedspine_edge.simulation.report import write_report
 from fedspine_edge.simulation.runview import RunView, idle_share, peek_run, read_run
 from fedspine_edge.simulation.setup import FleetSetup, demo_model, lay_out, prepare_data
 from fedspine_edge.simulation.supervisor import Supervisor
+from fedspine_edge.strategies import create
 
 _TAU = 8
 _RECOVERY_STEPS = 12
@@ -170,6 +171,7 @@ def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, Flee
         layout=settings.layout,
         **common,
     )
+    create(fleet.fleet)  # too few rounds for the ratio are told here, not in a server's log
     if not settings.reference:
         return fleet, None
     unpruned = lay_out(

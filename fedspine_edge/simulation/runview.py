@@ -1,4 +1,4 @@
-"""A fleet run for people: the rows that the report, the live table and the demo read from the server's journal."""
+"""A fleet run for people: rows from the server's journal, for the report, the live table, `status` and the demo."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ class RunView:
 
 def read_run(run_dir: Path) -> RunView:
     """Read the journal of `run_dir`. Raises `ConfigError` when there is none."""
-    with Journal.open_readonly(run_dir) as journal:
-        summary = journal.summary()
-        rows = _newest_attempts(journal.device_rounds())
+    with Journal.open_readonly(run_dir) as journal, journal.snapshot():
+        return view_of(journal.summary(), journal.device_rounds())
+
+
+def view_of(summary: dict[str, Any], parts: Sequence[DeviceView]) -> RunView:
+    """The view of what a journal's `summary` and `device_rounds` say."""
+    rows = _newest_attempts(parts)
     return RunView(
         state=summary["state"],
         num_rounds=summary["num_rounds"] or 0,

@@ -7,6 +7,7 @@ newest state, asks again and gets the same answer. Source: docs/algorithms.md, "
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -255,7 +256,7 @@ def envelope(config: FleetConfig, *, spread: bool = False) -> Envelope:
         raise ConfigError(
             f"pruning_ratio {config.pruning_ratio} cannot be reached in num_rounds = {config.num_rounds} with "
             f"bandit.max_step = {config.bandit.max_step}: {_schedule_text(start)}.",
-            remedy=f"Use num_rounds >= {needed + start + 2}, a larger bandit.max_step or a smaller pruning_ratio.",
+            remedy=_schedule_remedy(config, needed + start + 2, last - start),
         )
     return Envelope(
         target=config.pruning_ratio,
@@ -264,6 +265,14 @@ def envelope(config: FleetConfig, *, spread: bool = False) -> Envelope:
         start=start,
         spread=MEAN_SPREAD if spread and config.target == "mean" else 0.0,
     )
+
+
+def _schedule_remedy(config: FleetConfig, enough: int, pruning_rounds: int) -> str:
+    if pruning_rounds < 1:
+        return f"Use num_rounds >= {enough}."
+    step = math.ceil(100 * config.pruning_ratio / pruning_rounds) / 100
+    within = f"bandit.max_step >= {step:g} or pruning_ratio <= {config.bandit.max_step * pruning_rounds:g}"
+    return f"Use num_rounds >= {enough}, {within}."
 
 
 def _schedule_text(start: int) -> str:

@@ -91,8 +91,10 @@ def run_broker(host: str = "127.0.0.1", port: int = 1883, *, die_with_parent: bo
     _require_free(host, port)
     if die_with_parent:
         _end_with_parent()
-    # The router logs an error span for every packet it routes.
-    logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
+    # The router logs an error span for every packet it routes. tracing.span has the names of spans without fields
+    # ("spawn;", "disconnect;") and never an event, so that no warning is lost with it.
+    for name in ("rumqttd", "tracing.span"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="fedspine-broker-") as folder:
         config = Path(folder) / "rumqttd.toml"
         listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from transport_support import Mosquitto, needs_mosquitto
 
 from fedspine_edge.cli import board, doctor, probes
+from fedspine_edge.cli.check import Check, State
 from fedspine_edge.cli.main import main
-from fedspine_edge.cli.probes import Check
 from fedspine_edge.transport.broker import EmbeddedBroker
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +39,8 @@ def executable(path: Path, script: str) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     """doctor with findings in place of probes; the list may be changed."""
-    found = [Check(name, "ok", "there") for _, names in probes.PROBES.values() for name in names if name != "broker"]
+    always = [names for key, (_, names) in probes.PROBES.items() if key not in ("broker", "device_file", "fleet_file")]
+    found = [Check(name, "ok", "there") for names in always for name in names]
 
     def probe(name: str, argument: str = "", **_: object) -> list[Check]:
         return [check for check in found if check.name in probes.PROBES[name][1]]
@@ -48,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     return found
 
 
-def replace(found: list[Check], name: str, state: probes.State) -> None:
+def replace(found: list[Check], name: str, state: State) -> None:
     found[:] = [Check(name, state, "changed", "mend it") if check.name == name else check for check in found]
 
 
@@ -165,6 +168,103 @@ def test_a_broker_that_answers_is_ok() -> None:
     with EmbeddedBroker() as broker:
         (found,) = doctor.probe("broker", f"127.0.0.1:{broker.port}")
     assert (found.state, found.remedy) == ("ok", "")
+
+
+DEVICE = """
+device_id = "nx-1"
+fleet = "farm"
+model = "base"
+state_dir = "state"
+[data]
+path = "train.csv"
+holdout = 2
+"""
+
+
+@pytest.fixture
+def device_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a device: its settings, without a broker, and all that they name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "base" / name).write_text("{}")
+    (tmp_path / "train.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 3)
+    (tmp_path / "device.toml").write_text(DEVICE)
+    return tmp_path
+
+
+def examined(file: str, more: str = "") -> dict[str, Check]:
+    """What doctor finds with the settings in `file` and `more`."""
+    Path(file).write_text(Path(file).read_text() + more)
+    settings, (config,) = doctor._settings(Path(file))
+    found = doctor.probe(settings[0], file) if settings else []
+    return {check.name: check for check in (config, *found)}
+
+
+@pytest.mark.broker
+def test_the_settings_of_a_device_are_followed_to_broker_data_and_model(device_folder: Path) -> None:
+    with EmbeddedBroker() as broker:
+        found = examined("device.toml", f"[broker]\nport = {broker.port}\n")
+    assert {name: check.state for name, check in found.items()} == dict.fromkeys(
+        ("config", "broker", "data", "model", "state_dir"), "ok"
+    )
+    assert "4 examples to train on, 2 held out" in found["data"].detail
+
+
+def test_each_thing_that_a_device_lacks_is_named_with_its_remedy(device_folder: Path, dead_port: int) -> None:
+    (device_folder / "train.csv").write_text("text,label\ngood,1\nsecret,7\n")
+    (device_folder / "base" / "tokenizer.json").unlink()
+    (device_folder / "state").write_text("a file")
+    found = examined("device.toml", f"[broker]\nport = {dead_port}\n")
+    assert {name for name, check in found.items() if check.state == "failed"} == found.keys() - {"config"}
+    assert all(check.remedy for name, check in found.items() if name != "config")
+    assert "connection refused" in found["broker"].detail
+    assert "train.csv, row 3: label 7" in found["data"].detail
+    assert "secret" not in found["data"].detail
+    assert "lacks a tokenizer" in found["model"].detail
+    shutil.rmtree(device_folder / "base")
+    assert examined("device.toml")["model"].state == "warn"  # "base" may be a hub's
+
+
+def test_the_settings_of_a_fleet_are_followed_too(device_folder: Path, dead_port: int) -> None:
+    (device_folder / "fleet.toml").write_text(f"num_rounds = 3\n[broker]\nport = {dead_port}\n")
+    found = examined("fleet.toml")
+    assert found["strategy"].state == found["broker"].state == "failed"
+    assert found["run_dir"] == Check("run_dir", "ok", "runs/fleet will be made")
+    assert not (device_folder / "runs").exists()
+
+
+def test_a_file_with_a_wrong_key_is_a_finding_and_the_answer_is_no(
+    quick: list[Check], device_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--config", "device.toml", "--role", "server"]) == 0
+    (device_folder / "device.toml").write_text(DEVICE.replace("device_id", "device_Id"))
+    capsys.readouterr()
+    assert main(["doctor", "--config", "device.toml", "--role", "server", "--json"]) == 1
+    (config,) = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "config"]
+    assert config["remedy"] == "Did you mean 'device_id'?"
+
+
+@pytest.mark.broker
+@needs_mosquitto
+def test_doctor_logs_in_and_hears_what_the_access_list_forbids(device_folder: Path) -> None:
+    subprocess.run(["mosquitto_passwd", "-b", "-c", "users", "nx-1", "s3cret"], check=True, capture_output=True)
+    Path("acl").write_text("pattern write fedspine/v1/farm/device/%u/report\n")
+    Path("secret").write_text("s3cret\n")
+    rules = f"password_file {device_folder}/users\nacl_file {device_folder}/acl\n"
+    broker = Mosquitto(device_folder, f"allow_anonymous false\n{rules}").start()
+    try:
+        login = f'[broker]\nport = {broker.port}\nusername = "nx-1"\npassword_file = "secret"\n'
+        found = examined("device.toml", login)["broker"]
+        assert (found.state, "user nx-1" in found.detail) == ("ok", True), found
+        Path("device.toml").write_text(DEVICE.replace('"farm"', '"fram"') + login)
+        found = examined("device.toml")["broker"]
+        assert (found.state, "Not authorized" in found.detail) == ("failed", True)
+        assert "access list" in found.remedy
+        Path("secret").write_text("wrong\n")
+        assert "password_file" in examined("device.toml")["broker"].remedy
+    finally:
+        broker.stop()
 
 
 def test_a_probe_that_hangs_or_crashes_is_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -42,14 +41,6 @@ def one_error(stderr: str, *told: str) -> str:
     assert remedy, f"no remedy: {message}"
     assert remedy[0].strip()
     return message
-
-
-@pytest.fixture
-def dead_port() -> Iterator[int]:
-    """A port that refuses: bound, and nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield taken.getsockname()[1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

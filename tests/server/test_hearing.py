@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from test_journal import close_first, open_first, report_row
+from test_journal import close_first, open_first, report_row, status
 from test_post import TOPICS, connected
 
 from fedspine_edge.server.hearing import Hearing
@@ -15,16 +15,18 @@ from fedspine_edge.wire import codec
 from fedspine_edge.wire.messages import Ack, Report
 
 
+def hearing_on(broker: MemoryBroker, journal: Journal, *, wall_s: float = 1.0) -> Hearing:
+    options = {"run_id": "r", "retry_s": 0.1, "wall": lambda: wall_s, "tell": lambda name, data: None}
+    return Hearing(connected(broker), TOPICS, journal, Members(), **options)
+
+
 def acks_after_a_report(journal: Journal) -> list[str]:
     """The statuses that d0 hears when its report arrives while no round is being collected."""
     broker = MemoryBroker()
     device = MemoryTransport(broker, "d0")
     device.connect(timeout_s=1.0)
     device.subscribe(TOPICS.ack("d0"))
-    post = connected(broker)
-    hearing = Hearing(
-        post, TOPICS, journal, Members(), run_id="r", retry_s=0.1, wall=lambda: 1.0, tell=lambda name, data: None
-    )
+    hearing = hearing_on(broker, journal)
     report = msgspec.json.decode(report_row().report, type=Report)
     device.publish(TOPICS.report("d0"), codec.encode(report))
     hearing.wait(0.1)
@@ -43,3 +45,18 @@ def test_a_report_to_a_round_that_ended_is_late(tmp_path):
         open_first(journal)
         close_first(journal)
         assert acks_after_a_report(journal) == ["late"]
+
+
+def test_a_status_from_before_the_server_is_no_sign_of_life(tmp_path):
+    broker = MemoryBroker()
+    device = MemoryTransport(broker, "d0")
+    device.connect(timeout_s=1.0)
+    device.publish(TOPICS.status("d0"), codec.encode(status()), retain=True)
+    with Journal.open(tmp_path / "j") as journal:
+        hearing = hearing_on(broker, journal, wall_s=7.0)
+        hearing.wait(0.1)
+        assert journal.heard_wall_s() == {"d0": 0.0}
+        assert journal.devices()[0][1], "though it is online, or the broker would say that it is gone"
+        device.publish(TOPICS.status("d0"), codec.encode(status()), retain=True)
+        hearing.wait(0.1)
+        assert journal.heard_wall_s() == {"d0": 7.0}

@@ -76,6 +76,17 @@ def test_state_of_an_open_round_survives_reopening(tmp_path):
         assert journal.devices() == [(status(), True, "")]
 
 
+def test_a_status_that_the_broker_kept_says_nothing_of_when(tmp_path):
+    with Journal.open(tmp_path / "j") as journal:
+        open_first(journal)
+        journal.put_device(status(), online=False, refused="", wall_s=None)
+        journal.put_device(status("d1"), online=False, refused="", wall_s=None)
+        assert journal.heard_wall_s() == {"d0": 1.0, "d1": 0.0}
+        assert [online for _, online, _ in journal.devices()] == [False, False]
+        journal.put_report(1, 1, report_row(), wall_s=6.0)
+        assert journal.heard_wall_s()["d0"] == 6.0
+
+
 def test_the_first_answer_to_a_plan_stays(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)

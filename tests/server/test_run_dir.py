@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import threading
 
 import msgspec
 import pytest
@@ -10,7 +12,7 @@ from fleet_fakes import make_config
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.server.run_dir import OPERATIONAL, RunDir, settings
+from fedspine_edge.server.run_dir import OPERATIONAL, RunDir, server_at_work, settings
 
 
 def begin(config: FleetConfig) -> None:
@@ -63,6 +65,17 @@ def test_a_second_server_is_kept_out(tmp_path):
         RunDir(make_config(tmp_path / "run"))
     first.close()
     RunDir(make_config(tmp_path / "run")).close()
+
+
+def test_who_asks_whether_a_server_is_at_work_keeps_none_out(tmp_path):
+    run = RunDir(make_config(tmp_path))
+    assert server_at_work(tmp_path) is True
+    run.close()
+    assert server_at_work(tmp_path) is False
+    with (tmp_path / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        threading.Timer(0.07, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        RunDir(make_config(tmp_path)).close()
 
 
 def test_a_damaged_journal_is_a_clear_error(tmp_path):

@@ -164,6 +164,25 @@ def test_a_device_away_at_the_start_of_a_round_is_told_to_wait(fleet, tmp_path):
     assert (3, "round") not in actions
 
 
+def test_devices_of_an_earlier_run_are_told_to_wait_before_the_first_round(fleet, tmp_path):
+    """Else the end of that run, which the broker keeps for them, sends them home again whenever they start."""
+    for name in ("d0", "d1", "d2"):
+        device = fleet.add(name, start=False)
+        take, hello = device._on_plan, device.hello
+
+        def start_again(payload, device=device, take=take, hello=hello):
+            take(payload)
+            if device.plans[-1].action == "wait":
+                device.hello = hello
+                hello()
+
+        device._on_plan, device.hello = start_again, lambda hello=hello: hello("offline")
+        device.start()
+    result = fleet.serve(make_config(tmp_path / "run"))
+    assert result.num_devices == 3
+    assert {device.plans[0].action for device in fleet.devices.values()} == {"wait"}
+
+
 def test_replayed_duplicate_and_foreign_reports_are_answered_and_ignored(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
@@ -304,9 +323,16 @@ def test_rounds_that_keep_failing_stop_the_run_and_a_restart_continues_it(fleet,
     with pytest.raises(FedspineError, match="round 3: 1 of 3 reports were accepted, 2 are needed; 2 attempts failed"):
         fleet.serve(config)
     assert not (tmp_path / "run" / "final").exists()
+    assert stopped(config).startswith("round 3: 1 of 3 reports were accepted")
     result = fleet.serve(config)
+    assert stopped(config) == ""
     assert result.num_rounds == 5
     assert [v.status for v in views(config, 3) if v.device_id == "d1"] == ["out_of_memory", "out_of_memory", "ok"]
+
+
+def stopped(config):
+    with Journal.open_readonly(config.run_dir) as journal:
+        return journal.meta("stopped")
 
 
 def test_too_few_devices_is_an_error_at_the_join_timeout(fleet, tmp_path, caplog):

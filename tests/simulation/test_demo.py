@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.simulation.demo import DemoSettings, run_demo
+from fedspine_edge.simulation.fleet_status import read_status
 from fedspine_edge.simulation.runview import by_round, peek_run, read_run
 
 pytestmark = pytest.mark.broker
@@ -45,6 +47,14 @@ def wait_for_round(run_dir: Path, number: int, timeout_s: float = 120) -> None:
     raise AssertionError(f"round {number} did not begin within {timeout_s} s")
 
 
+def wait_until_stopped(run_dir: Path, timeout_s: float = 5) -> None:
+    """Until `status` sees that the server is gone; the demo's next one is not up before a second or so."""
+    deadline = time.monotonic() + timeout_s
+    while read_status(run_dir).state != "stopped":
+        assert time.monotonic() < deadline, "a killed server still counts as one at work"
+        time.sleep(0.01)
+
+
 def child_pid(parent: int, pattern: str) -> int:
     """The child process of `parent` whose command line matches."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -60,17 +70,26 @@ def child_pid(parent: int, pattern: str) -> int:
 
 def test_the_demo_survives_kills_and_prints_one_json_object(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     out = tmp_path / "demo"
-    with subprocess.Popen(
-        command(tiny_model, tiny_csv, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as demo:
+    with ExitStack() as stack:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        demo = stack.enter_context(subprocess.Popen(command(tiny_model, tiny_csv, out), text=True, **pipes))
         wait_for_round(out / "run", 2)
+        follow = [sys.executable, "-m", "fedspine_edge", "status", str(out / "run"), "--follow"]
+        follower = stack.enter_context(subprocess.Popen(follow, stdout=subprocess.PIPE, text=True))
+        status = read_status(out / "run")
+        assert (status.state, status.server_at_work, status.devices_online) == ("running", True, 2)
         os.kill(child_pid(demo.pid, r" device --config .*agx-1"), signal.SIGKILL)
         wait_for_round(out / "run", 3)
         os.kill(child_pid(demo.pid, r" server --config"), signal.SIGKILL)
+        wait_until_stopped(out / "run")
         wait_for_round(out / "run", 4)
         os.kill(child_pid(demo.pid, r" broker --port"), signal.SIGKILL)
         stdout, stderr = demo.communicate(timeout=240)
+        followed = follower.communicate(timeout=30)[0].splitlines()
     assert demo.returncode == 0, stderr
+    assert follower.returncode == 0
+    assert followed[-1].endswith("finished after 5 rounds")
+    assert sum("agx-1 ok" in line for line in followed) >= 3  # rounds 3, 4 and 5
     summary = json.loads(stdout)
     assert set(summary) >= FIGURES
     assert summary["restarts"].keys() == {"agx-1", "server", "broker"}
@@ -97,5 +116,7 @@ def test_wrong_settings_are_refused_before_anything_is_touched(
     assert (precious / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ConfigError, match=r"pruning_ratio"):
         run_demo(DemoSettings(out=tmp_path / "a", model=tiny_model, data=tiny_csv, pruning_ratio=1.2))
+    with pytest.raises(ConfigError, match=r"num_rounds >= 5"):
+        run_demo(DemoSettings(out=tmp_path / "c", model=tiny_model, data=tiny_csv, num_rounds=3))
     with pytest.raises(ConfigError, match="does not exist"):
         run_demo(DemoSettings(out=tmp_path / "b", model=tmp_path / "absent", data=tiny_csv))

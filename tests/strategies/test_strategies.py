@@ -180,10 +180,16 @@ def test_what_is_accepted_is_reached_within_steps(num_rounds, target, layout, na
 def test_too_few_rounds_are_an_error_that_says_how_many():
     with pytest.raises(ConfigError, match=r"pruning_ratio 0\.8 cannot be reached in num_rounds = 6") as error:
         create(config(pruning_ratio=0.8))
-    assert "num_rounds >= 7" in error.value.remedy
+    assert error.value.remedy == "Use num_rounds >= 7, bandit.max_step >= 0.27 or pruning_ratio <= 0.75."
     create(config(pruning_ratio=0.8, num_rounds=7))
     create(config(pruning_ratio=0.8, layout="local"))
-    create(config(pruning_ratio=0.8, bandit=BanditSettings(max_step=0.3)))
+    create(config(pruning_ratio=0.8, bandit=BanditSettings(max_step=0.27)))
+    create(config(pruning_ratio=0.75))
+    with pytest.raises(ConfigError, match="only tune") as error:
+        create(config(num_rounds=3))
+    assert error.value.remedy == "Use num_rounds >= 5.", "no step is large enough where no round prunes"
+    create(config(num_rounds=5))
+    create(config(num_rounds=3, pruning_ratio=0.0))
 
 
 def test_with_a_mean_target_final_ratios_differ_and_their_mean_is_met():

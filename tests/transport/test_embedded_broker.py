@@ -39,6 +39,21 @@ def test_it_listens_on_loopback_only_and_stops() -> None:
     assert not accepts_mqtt("127.0.0.1", running.port)
 
 
+def test_the_command_logs_what_an_operator_can_use_and_nothing_else() -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "fedspine_edge", "broker", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 20
+        while not accepts_mqtt("127.0.0.1", port, timeout_s=0.5):  # a client that comes and goes
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.terminate()
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()
+    assert [line.split(" INFO ")[1] for line in said] == [f"iotcore.broker: broker listening on 127.0.0.1:{port}"]
+
+
 def test_it_starts_again_on_the_same_port_after_a_crash() -> None:
     with EmbeddedBroker() as running:
         port, first = running.port, running.pid

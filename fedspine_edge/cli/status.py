@@ -1,0 +1,308 @@
+"""`fedspine-edge status`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from fedspine_edge.server.schema import DeviceView
+    from fedspine_edge.simulation.fleet_status import DeviceStatus, FleetStatus
+
+EXAMPLE = """fedspine-edge status runs/fleet
+  fedspine-edge status runs/fleet --follow"""
+
+POLL_S = 1.0
+"""How often `--follow` looks whether the journal was written."""
+REREAD_S = 10.0
+"""It is read so often in any case: two writes within one tick of the file system's clock look like one."""
+GONE_S = 30.0
+"""How long `--follow` waits for a server that is not at work; a service that was killed is back within seconds."""
+MOST_FAILURES = 20
+WIDE = 100
+"""Columns of a terminal that shows the whole table."""
+OTHER_LINES = 12
+"""Lines of a redrawn page beside its devices: Live cuts what does not fit."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="the server's run folder, of a running or ended run")
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on until the run is finished, Ctrl-C, or no server has been at work for "
+        f"{GONE_S:.0f} s (exit code 1); a terminal is redrawn, elsewhere changed lines are printed",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object; with --follow one per change")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.cli.main import print_json
+    from fedspine_edge.simulation.fleet_status import read_status
+
+    if arguments.follow:
+        try:
+            return _follow(arguments.run_dir, as_json=arguments.json)
+        except KeyboardInterrupt:  # the usual way to leave
+            return 130
+    status = read_status(arguments.run_dir)
+    if arguments.json:
+        print_json(status.to_dict())
+    else:
+        console = _console()
+        console.print(_page(status, arguments.run_dir, console), highlight=False)
+    return 0
+
+
+def _follow(run_dir: Path, *, as_json: bool) -> int:
+    from rich.live import Live
+
+    seen: dict[str, str] = {}
+    console = _console()
+    if console.is_terminal and not as_json:
+        with Live(console=console, auto_refresh=False) as live:
+            for status in _changes(run_dir, every_tick=True):
+                rows = max(3, console.height - OTHER_LINES)
+                live.update(_page(status, run_dir, console, rows=rows), refresh=True)
+    else:
+        for status in _changes(run_dir):
+            if as_json:
+                print(json.dumps(status.to_dict(), sort_keys=True), flush=True)
+                continue
+            lines = dict(_lines(status))
+            clock = time.strftime("%H:%M:%S")
+            for name, line in lines.items():
+                if seen.get(name) != line:
+                    print(f"{clock} {line}", flush=True)
+            seen = lines
+    if status.state == "finished":
+        return 0
+    print(f"no server has been at work on {run_dir} for {GONE_S:.0f} s", file=sys.stderr)
+    return 1
+
+
+def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus]:
+    """The run's status now and whenever it changes, until it is finished or no server is at work any more."""
+    from fedspine_edge.server.run_dir import changed_wall_s, server_at_work
+    from fedspine_edge.simulation.fleet_status import read_status
+
+    status = read_status(run_dir)
+    folder = run_dir if run_dir.is_dir() else run_dir.parent
+    told, read_at, alive_at = None, time.monotonic(), time.monotonic()
+    while True:
+        if every_tick or status.to_dict() != told:
+            told = status.to_dict()
+            yield status
+        if status.server_at_work is not False:
+            alive_at = time.monotonic()
+        if status.state == "finished" or time.monotonic() - alive_at > GONE_S:
+            return
+        time.sleep(POLL_S)
+        try:
+            now = (server_at_work(folder), changed_wall_s(folder))
+        except OSError:  # the folder is gone, which `read_status` says better
+            now = None
+        if now != (status.server_at_work, status.changed_wall_s) or time.monotonic() - read_at > REREAD_S:
+            status, read_at = read_status(run_dir), time.monotonic()
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _page(status: FleetStatus, run_dir: Path, console: Console, *, rows: int | None = None) -> RenderableType:
+    """Everything, with at most `rows` devices: those that need somebody first."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from fedspine_edge.cli.live import COLUMNS, cells, empty_table
+
+    now_s = time.time()
+    before = [_server_line(status, now_s), *_totals(status), *_time_left(status, now_s), *_next(status, run_dir)]
+    lines = [Text(_headline(status), style="bold"), *map(Text, before)]
+    without = () if console.width >= WIDE else ("class", "reward")
+    table = empty_table("heard", without=without, box=None, pad_edge=False, collapse_padding=True)
+    devices = status.devices
+    if rows is not None and len(devices) > rows:
+        devices = sorted(devices, key=_is_well)[:rows]  # a stable sort
+    for device in devices:
+        shown = cells(device.part) if device.part else [""] * len(COLUMNS)
+        shown[:3] = device.device_id, device.device_class, _device_state(device, finished=status.state == "finished")
+        kept = [cell for name, cell in zip(COLUMNS, shown) if name not in without]
+        table.add_row(*kept, _heard(device, status, now_s))
+    after = list(_failures(status))
+    if len(devices) < len(status.devices):
+        after.insert(0, f"and {len(status.devices) - len(devices)} more devices: without --follow all are listed")
+    return Group(*lines, *([table] if devices else []), *map(Text, after))
+
+
+def _lines(status: FleetStatus) -> Iterator[tuple[str, str]]:
+    """What may have changed, by what it is about; without anything that changes by itself.
+
+    The last two rounds, since much may happen between two looks.
+    """
+    yield "server", _SERVER[status.server_at_work]
+    for view in status.rounds[-2:]:
+        if view.ended_wall_s is not None:
+            took = _length(view.ended_wall_s - view.started_wall_s)
+            line = f"round {view.server_round} {view.state} in {took}{_means(view.mean_loss, view.mean_accuracy)}"
+            yield f"round {view.server_round}/{view.attempt}", line
+    for part in status.view.rows:
+        if part.server_round >= status.view.rows[-1].server_round - 1:
+            yield f"{part.device_id}/{part.server_round}", _part_line(part)
+    for device in status.devices if status.state != "finished" else ():  # whose goodbyes nobody hears any more
+        connected = "refused: " + device.refused if device.refused else "online" if device.online else "offline"
+        yield device.device_id, f"{device.device_id} {connected}"
+    yield "", _headline(status)
+
+
+def _part_line(part: DeviceView) -> str:
+    line = f"round {part.server_round}: {part.device_id} {part.status}, ratio {part.pruning_ratio:.3f}, rank {part.r}"
+    line += f", {part.completion_time_s:.1f} s {part.time_kind}" if part.completion_time_s else ""
+    line += _means(part.loss_after, part.accuracy_after)
+    return f"{line}: {part.reason}" if part.reason else line
+
+
+def _means(loss: float | None, accuracy: float | None) -> str:
+    known = [("loss", loss), ("accuracy", accuracy)]
+    return "".join(f", {name} {value:.4f}" for name, value in known if value is not None)
+
+
+def _headline(status: FleetStatus) -> str:
+    name = f"run {status.run_id}" if status.run_id else "a run that has not begun"
+    return f"{name} · {_where(status)}"
+
+
+def _where(status: FleetStatus) -> str:
+    number, rounds = status.server_round, status.num_rounds
+    online = status.devices_online
+    of = f"round {number} of {rounds}" + (f", attempt {status.attempt}" if status.attempt > 1 else "")
+    if status.state == "finished":
+        return f"finished after {rounds} rounds"
+    if number > rounds > 0:
+        text = f"all {rounds} rounds are done, the final files are being written"
+    elif status.open_round is not None:
+        parts = [device.part for device in status.devices if device.part is not None]
+        answered = sum(part.status != "running" for part in parts)
+        text = f"{of} runs: {answered} of {status.open_round.num_devices} devices have answered"
+    elif online < status.devices_needed:
+        text = f"waiting for devices before {of}: {online} of {status.devices_needed} online"
+    else:
+        text = f"between rounds, {of} comes next: {online} of {len(status.devices)} devices online"
+    return f"stopped, not finished; when it stopped: {text}" if status.state == "stopped" else text
+
+
+_SERVER = {True: "a server is at work", False: "no server is at work", None: "nobody knows if a server is at work"}
+
+
+def _server_line(status: FleetStatus, now_s: float) -> str:
+    parts = [_SERVER[status.server_at_work], f"journal written {_ago(now_s - status.changed_wall_s)}"]
+    if status.virtual:
+        parts.append("a simulation: all other times are virtual")
+    elif status.open_round is not None and status.state == "running":
+        end = status.open_round.started_wall_s + status.deadline_s
+        parts.append(f"the round began {_ago(now_s - status.open_round.started_wall_s)}, deadline {_clock(end)}")
+    return " · ".join(parts)
+
+
+def _device_state(device: DeviceStatus, *, finished: bool) -> str:
+    state = "refused" if device.refused else device.part.status if device.part else "waiting"
+    return state if device.online or finished else f"{state}, offline"
+
+
+def _is_well(device: DeviceStatus) -> bool:
+    return device.online and not device.refused and (device.part is None or device.part.status in ("ok", "running"))
+
+
+def _heard(device: DeviceStatus, status: FleetStatus, now_s: float) -> str:
+    if not device.heard_wall_s:
+        return "not yet"
+    return f"at {device.heard_wall_s:.0f} s" if status.virtual else _ago(now_s - device.heard_wall_s)
+
+
+def _failures(status: FleetStatus) -> Iterator[str]:
+    refused = [device for device in status.devices if device.refused]
+    failed = [device.failure for device in status.devices if device.failure is not None]
+    failed.sort(key=lambda part: (-part.server_round, -part.attempt, part.device_id))
+    if refused or failed:
+        yield "refused, or last failed:"
+    for device in refused[:MOST_FAILURES]:
+        yield f"  {device.device_id}: refused: {device.refused}"
+    for failure in failed[:MOST_FAILURES]:
+        attempt = f", attempt {failure.attempt}" if failure.attempt > 1 else ""
+        said = f": {failure.reason}" if failure.reason else ""
+        yield f"  {failure.device_id}: round {failure.server_round}{attempt}, {failure.status}{said}"
+    left_out = max(0, len(refused) - MOST_FAILURES) + max(0, len(failed) - MOST_FAILURES)
+    if left_out:
+        yield f"  and {left_out} more: see --json"
+
+
+def _totals(status: FleetStatus) -> Iterator[str]:
+    total, done = status.totals(), status.last_done
+    online = "" if status.state == "finished" else f", {total['devices_online']} online"
+    online += " when the server last heard" if status.state == "stopped" else ""
+    repeated = f", {total['attempts_failed']} attempts failed" if total["attempts_failed"] else ""
+    yield (
+        f"in all: {total['rounds_done']} rounds done{repeated}; {total['devices']} devices{online}; "
+        f"up {total['bytes_up'] / 1e6:.1f} MB, down {total['bytes_down'] / 1e6:.1f} MB"
+    )
+    if done is not None and (means := _means(done.mean_loss, done.mean_accuracy)):
+        yield f"means of round {done.server_round}: {means[2:]}"
+    kinds = {device.part.time_kind for device in status.devices if device.part} - {"measured", None}
+    for kind in sorted(map(str, kinds)):
+        yield f"time is {kind}, not measured"
+
+
+def _time_left(status: FleetStatus, now_s: float) -> Iterator[str]:
+    left, pace = status.time_left_s(now_s), status.pace_s
+    if left is not None and pace is not None:
+        yield (
+            f"time left: {_span(*left)}, if rounds take as long as the last ones did ({_span(*pace)} each); "
+            "one that takes longer is counted to its deadline"
+        )
+
+
+def _next(status: FleetStatus, run_dir: Path) -> Iterator[str]:
+    if status.state == "waiting":
+        yield "next: start devices; on one that does not appear here: fedspine-edge doctor --config device.toml"
+    elif status.state == "finished":
+        yield f"next: fedspine-edge export {run_dir} --model BASE --out model/"
+    elif status.state == "stopped":
+        why = status.stopped_because or "the server said nothing: it was killed, or its machine stopped."
+        yield f"why it stopped: {why}"
+        how = "the same simulate command" if status.virtual else "fedspine-edge server --config with the same file"
+        yield f"it continues with: {how}"
+
+
+def _ago(duration_s: float) -> str:
+    return "now" if duration_s < 1 else f"{_length(duration_s)} ago"
+
+
+def _span(shortest_s: float, longest_s: float) -> str:
+    short, long = _length(shortest_s), _length(longest_s)
+    return long if short == long else f"{short} to {long}"
+
+
+def _length(duration_s: float) -> str:
+    """Rounded to what is worth reading: 41 s, 7 min, 3.5 h, 2.1 days."""
+    if duration_s < 99.5:
+        return f"{duration_s:.0f} s"
+    if duration_s < 99.5 * 60:
+        return f"{duration_s / 60:.0f} min"
+    if duration_s < 48 * 3600:
+        return f"{duration_s / 3600:.1f} h"
+    return f"{duration_s / 86400:.1f} days"
+
+
+def _clock(wall_s: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(wall_s))
