@@ -17,9 +17,9 @@ def read_file(path: Path, source: Source) -> list[Example]:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     supported = ", ".join(readers)
     if path.is_dir():
-        raise source.fail("is a folder.", f"Name one file ({supported}) in data.path.")
+        raise source.fail("is a folder.", f"Name one file of it: {supported}.")
     if not path.exists():
-        raise source.fail("does not exist.", "Check data.path; it is relative to the working folder.")
+        raise source.fail("does not exist.", "Check the path; it starts at the working folder unless absolute.")
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise source.fail(

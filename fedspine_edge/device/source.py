@@ -115,7 +115,7 @@ def open_model(
     if model.task != task or (num_labels is not None and model.num_labels != num_labels):
         raise ConfigError(
             f"{path} was saved for {model.task} with {model.num_labels} labels, not {task} with {num_labels}.",
-            remedy="Pass the task and num_labels it was saved with, or the base model.",
+            remedy="Pass the `task` and `num_labels` it was saved with, or the base model.",
         )
     if base_dtype is not None:
         model.keep_base_in(base_dtype)

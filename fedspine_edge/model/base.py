@@ -82,11 +82,11 @@ def load_base(
     labelled = task != "causal_lm"
     if labelled and num_labels < 2:
         raise ConfigError(
-            f"num_labels is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
+            f"`num_labels` is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
         )
     if labels is not None and len(labels) != num_labels:
         raise ConfigError(
-            f"{len(labels)} label names for num_labels = {num_labels}.", remedy="Give one name for every class."
+            f"{len(labels)} label names, but `num_labels` is {num_labels}.", remedy="Give one name for every class."
         )
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
@@ -193,11 +193,14 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
     if not path.is_dir():
         path = _download(str(path_or_id))
     if gguf_file is not None and not (path / gguf_file).is_file():
-        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in gguf_file.")
+        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in `gguf_file`.")
     if gguf_file is None and not (path / "config.json").exists():
         found = sorted(file.name for file in path.glob("*.gguf"))
         if len(found) > 1:
-            raise CheckpointError(f"{path} holds several GGUF files: {', '.join(found)}.", remedy="Pass gguf_file.")
+            raise CheckpointError(
+                f"{path} holds several GGUF files: {', '.join(found)}.",
+                remedy="Point to one of them: FOLDER/FILE.gguf.",
+            )
         if not found:
             raise CheckpointError(f"{path} has no config.json.", remedy="Point to a Hugging Face model folder.")
         gguf_file = found[0]
@@ -259,12 +262,18 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
     if gguf_file is None:
         try:
             declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            architecture_of(str(declared.get("model_type")))
+            family = declared.get("model_type")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} is damaged: {error}.",
                 remedy="The folder needs config.json as Hugging Face writes it; copy it again.",
             ) from error
+        if not isinstance(family, str):
+            raise CheckpointError(
+                f"{folder / 'config.json'} does not state a model_type.",
+                remedy="Point to the folder of the model itself, with config.json as Hugging Face writes it.",
+            )
+        architecture_of(family)
     else:
         try:
             import gguf  # noqa: F401

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import tiny_lm
 
-from fedspine_edge import __version__
+from fedspine_edge import EdgeTuner, __version__
 from fedspine_edge.cli import main as cli
 from fedspine_edge.cli.main import main
+from fedspine_edge.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = list(cli._COMMANDS)
@@ -109,7 +110,8 @@ def test_an_argument_too_many_names_the_command_whose_help_to_read(capsys: pytes
 @pytest.mark.parametrize(
     ("command", "after"),
     [
-        (["tune", "--model", "m", "--data", "d", "--out", "o"], "starts from the beginning"),
+        (["compile", "m"], "starts from the beginning"),
+        (["tune", "--model", "m", "--data", "d", "--out", "o"], "continues where this one stopped"),
         (["server", "--config", "fleet.toml"], "continues where this one stopped"),
     ],
 )
@@ -280,6 +282,30 @@ def test_a_data_file_that_is_not_there(
     refused(capsys, tune(base_folder, tmp_path / "absent.csv", earlier), "absent.csv", "does not exist")
 
 
+def test_an_error_speaks_in_the_words_of_the_face_that_was_used(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same errors name flags, settings of device.toml, or arguments of Python."""
+    no_column, no_class = tmp_path / "no-column.csv", tmp_path / "no-class.csv"
+    no_column.write_text("sentence,label\nthe film,0\n")
+    no_class.write_text("text,label\nthe film,7\n")
+    command = tune(base_folder, no_column, tmp_path / "model")
+    message = refused(capsys, command, "Name your columns with --text and --text-pair and --label.")
+    assert "`" not in message
+    refused(capsys, tune(base_folder, no_class, tmp_path / "model"), "(--num-labels is 2)")
+    refused(
+        capsys, [*tune(base_folder, no_class, tmp_path / "model"), "--rank", "0", "--num-labels", "8"], "--rank is 0"
+    )
+    for data, told in (
+        (no_column, "data.text and data.text_pair and data.label"),
+        (no_class, "(data.num_labels is 2)"),
+    ):
+        refused(capsys, ["device", "--config", str(write_device(tmp_path, model=base_folder, data=data))], told)
+    tuner = EdgeTuner.from_pretrained(base_folder, r=2)
+    with pytest.raises(DataError, match="`text` and `text_pair` and `label`"):
+        tuner.fit(no_column)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "removed", "tampered"])
 def test_a_corrupt_checkpoint(
     damage: str,
@@ -345,6 +371,72 @@ def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(
 ) -> None:
     (tmp_path / "file").write_text("")
     refused(capsys, tune(base_folder, train_csv, tmp_path / "file" / "model"), "cannot be written", "permissions")
+
+
+def test_tune_says_in_a_log_what_it_does_and_what_is_next(
+    base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*tune(base_folder, train_csv, tmp_path / "model"), "--test", str(train_csv), "--pruning-ratio", "0.5"]
+    assert main(command) == 0
+    done = capsys.readouterr()
+    lines = iter(done.err.splitlines())
+    stages = (
+        "40 examples",
+        "loading",
+        "fit: 1 of 1, loss",
+        "pruning to 0.5",
+        "recover",
+        "evaluate: 40 of 40",
+        "saving",
+    )
+    for stage in stages:  # in this order
+        assert any(stage in line for line in lines), (stage, done.err)
+    assert done.out.endswith(f"next: fedspine-edge compile {tmp_path / 'model'}\n")
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "model")
+
+
+def test_tune_goes_on_where_it_was_interrupted(
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    fingerprint: Fingerprint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(out: str) -> list[str]:
+        return [*tune(base_folder, train_csv, tmp_path / out), "--steps", "12", "--pruning-ratio", "0.5", "--rank", "2"]
+
+    def full(*_: object, **__: object) -> None:
+        raise CheckpointError("no space", remedy="Make room.")
+
+    assert main(command("straight")) == 0
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.save", full)
+    refused(capsys, command("model"), "no space", "Make room", "the same command goes on")
+    monkeypatch.undo()
+    refused(capsys, [*command("model"), "--seed", "1"], "model.unfinished", "another fit", "delete")
+    assert main(command("model")) == 0
+    said = capsys.readouterr().err
+    assert "goes on" in said
+    assert "fit:" not in said  # both trainings were found done
+    prints = [fingerprint(tmp_path / out) for out in ("straight", "model")]
+    assert prints[0]["adapter_model.safetensors"] == prints[1]["adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "straight"]
+
+
+def test_tune_needs_room_before_it_trains(
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "cannot be written", "free", "space")
+    monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda *_: False)  # as on a read-only file system, for root too
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "may not be written to", "permissions")
 
 
 def test_tune_takes_labels_from_the_column_that_is_named(base_folder: Path, tmp_path: Path) -> None:

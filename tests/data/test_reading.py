@@ -38,7 +38,7 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
     [
         ("", "data.csv", ["data.csv", "empty"]),
         ("text,label\n", "data.csv", ["no examples"]),
-        (f"sentence,label\n{SECRET},1\n", "data.csv", ["'text'", "sentence, label", "data.text"]),
+        (f"sentence,label\n{SECRET},1\n", "data.csv", ["'text'", "sentence, label", "`text`"]),
         (f"{SECRET},1\n{SECRET},0\n", "data.csv", ["no column 'text'", "not shown"]),
         (f"text,label\n{SECRET},1\n{SECRET},{SECRET}\n", "data.csv", ["row 3", "not an integer"]),
         (f"text,label\n{SECRET},0.5\n", "data.csv", ["row 2", "not an integer"]),
