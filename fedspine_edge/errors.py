@@ -5,7 +5,7 @@
     ├── MissingDependency      an optional package is absent; names the extra that brings it
     ├── DataError              the user's data cannot be used
     ├── ModelError
-    │   ├── UnknownArchitecture    no entry in model/architecture.py
+    │   ├── UnknownArchitecture    no entry in model/families.py
     │   ├── LayoutError            kept indices that do not fit the model
     │   ├── CheckpointError        missing, truncated, tampered or mismatched files
     │   └── OutOfMemory            a training step does not fit, one example at a time

@@ -116,7 +116,7 @@ def quantized(
         calibration: Inputs to take activations' ranges from; int4 needs none.
     """
     from fedspine_edge.deploy.quantize import quantize
-    from fedspine_edge.model.architecture import architecture_of
+    from fedspine_edge.model.families import architecture_of
 
     onnx = _import_onnx()
     architecture = architecture_of(module.config)

@@ -21,11 +21,13 @@ from torch import nn
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
-from fedspine_edge.model.architecture import Architecture, architecture_of, model_spec
+from fedspine_edge.model.architecture import Architecture
+from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.seeded import uniform
+from fedspine_edge.model.shape import model_spec
 from fedspine_edge.model.weights import base_digest, check_finite, check_readable, weight_files
 
 MANIFEST = "layout.json"
@@ -210,16 +212,24 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
 def _download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise CheckpointError(f"model folder {name} does not exist.", remedy="Check the path.")
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # the hub client's errors share no base class
-        raise CheckpointError(
-            f"{name!r} is not a local folder, and the hub does not give it: {type(error).__name__}.",
-            remedy="Pass a local folder that holds the model, or go online and check the id.",
-        ) from error
+        if isinstance(error, GatedRepoError):
+            why = "is given only to those who accepted its terms"
+            remedy = f"Accept them at https://huggingface.co/{name}, then: hf auth login"
+        elif isinstance(error, RepositoryNotFoundError):
+            why, remedy = (
+                "is not known to the hub",
+                "Check the path or the id; for a private model first: hf auth login",
+            )
+        else:
+            why = f"could not be fetched from the hub ({type(error).__name__})"
+            remedy = f"Check the path, or fetch it where there is a network: hf download {name} --local-dir FOLDER"
+        raise CheckpointError(f"{name!r} is not a local folder and {why}.", remedy=remedy) from error
 
 
 def auto_class(transformers: Any, task: Task) -> Any:

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.architecture import architecture_of
 from fedspine_edge.model.base import (
     LOAD_FAILURES,
     MANIFEST,
@@ -36,6 +35,7 @@ from fedspine_edge.model.base import (
     require_transformers,
 )
 from fedspine_edge.model.card import model_card
+from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused import from_files, take_apart, to_files
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.lora import plain_linear

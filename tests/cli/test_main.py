@@ -237,6 +237,25 @@ def test_a_model_folder_that_is_not_there(
     refused(capsys, ["compile", str(tmp_path / "absent-model")], "absent-model")
 
 
+def test_a_model_of_the_hub_is_taken_from_its_cache_or_its_absence_told(
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    command = tune("some/bert", train_csv, tmp_path / "model")
+    refused(capsys, command, "'some/bert' is not a local folder", "hf download some/bert --local-dir FOLDER")
+    cached = tmp_path / "hub" / "models--some--bert"
+    shutil.copytree(base_folder, cached / "snapshots" / "c0ffee")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c0ffee")
+    assert main(command) == 0
+    assert json.loads((tmp_path / "model" / "layout.json").read_text())["base"] == "some/bert"
+
+
 def test_a_family_that_is_not_supported(
     tmp_path: Path, earlier: Path, train_csv: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

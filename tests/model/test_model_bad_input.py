@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedspine_edge.errors import CheckpointError, ConfigError, UnknownArchitecture
-from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.peft_format import load_adapter
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
