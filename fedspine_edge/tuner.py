@@ -126,9 +126,7 @@ class EdgeTuner:
             learning_rate: Peak of each `fit`'s schedule.
             batch_size: Examples per step.
             max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
-            text: Column of the text in files.
-            text_pair: Column of the second text; empty for single texts.
-            label: Column of the integer label.
+            text, text_pair, label: Columns of a file's texts, second texts (empty for none) and integer labels.
             criterion, metric, scope, round_to, min_heads, min_channels: As in `fedspine_edge.model.ranking.Ranking`.
             base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
                 head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
@@ -201,8 +199,10 @@ class EdgeTuner:
         per_epoch = max(1, len(train) // self._settings.batch_size)
         total = steps if steps is not None else round((1.0 if epochs is None else epochs) * per_epoch)
         if total < 1:
-            asked = "`epochs`" if steps is None else "`steps`"
-            raise ConfigError(f"{asked} asks for {total} training steps.", remedy="At least 1 is needed.")
+            raise ConfigError(f"{total} training steps are too few.", remedy="Give `steps` of at least 1.")
+        longest = self._settings.max_length_tokens
+        if full := sum(len(example.input_ids) == longest for example in train):
+            log.info("%d of %d texts reach max_length_tokens, %d; longer ones are cut", full, len(train), longest)
         self._last, self._metrics = train, {}
         trainer = self._trainer(train, total)
         with ExitStack() as stack:

@@ -99,7 +99,8 @@ def _tune(tuner: EdgeTuner, train: list[Example], test: list[Example], arguments
     if unfinished.exists():
         _say(f"an earlier command was interrupted; this one goes on from {unfinished}")
     shown: dict[str, Any] = {"steps": arguments.steps, "log_dir": arguments.log_dir, "progress": True}
-    _say(f"training {arguments.steps} steps of {arguments.batch_size} examples")
+    share = arguments.steps * arguments.batch_size / len(train)
+    _say(f"training {arguments.steps} steps of {arguments.batch_size} examples: {share:.2g} times through the data")
     tuner.fit(train, checkpoint=unfinished / "fit", **shown)
     if arguments.pruning_ratio > 0:
         _say(f"pruning to {arguments.pruning_ratio:g}, with training in between")

@@ -101,6 +101,8 @@ class Source:
     def label(self, value: Any, row: int) -> int:
         """`value` as an index of a class; "1" and 1.0 will do. Raises `DataError`."""
         column, count = self.settings.label, self.settings.num_labels
+        if value is None or value == "":
+            raise self.fail(f"column {column!r} is empty.", "Fill it in or leave the row out.", row=row)
         remedy = f"Labels are whole numbers from 0 to {count - 1} (`num_labels` is {count})."
         try:
             if isinstance(value, bool):

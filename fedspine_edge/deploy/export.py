@@ -242,6 +242,8 @@ def _trace(module: nn.Module, graph: Graph, path: Path, opset: int) -> None:
                 opset_version=opset,
                 dynamo=False,
             )
+        except OSError:  # of the place that is written to
+            raise
         except Exception as error:  # tracing runs the model's own code: anything can come out of it
             raise DeployError(
                 f"{type(module).__name__} could not be exported with torch {torch.__version__}: {error}",

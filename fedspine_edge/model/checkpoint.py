@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
@@ -82,7 +83,7 @@ def save(
         staging.mkdir()
         _write(model, staging, merged, metrics or {})
         _swap(staging, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} cannot be written: {error}.", remedy=_ROOM) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -58,7 +58,7 @@ def test_epochs_count_passes_over_the_data(tuner):
     assert tuner._steps_taken == 10
     with pytest.raises(ConfigError, match="not both"):
         tuner.fit(tiny_bert.sentences(40), epochs=1, steps=1)
-    with pytest.raises(ConfigError, match="0 training steps"):
+    with pytest.raises(ConfigError, match="0 training steps are too few"):
         tuner.fit(tiny_bert.sentences(40), steps=0)
 
 
