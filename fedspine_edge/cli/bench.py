@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.deploy.bench import Subject, plot, run_benchmark
+    from fedspine_edge.errors import ConfigError
 
+    if arguments.plot is not None and not arguments.plot.absolute().parent.is_dir():
+        raise ConfigError(f"{arguments.plot} is in no folder.", remedy="Make the folder of `plot` first.")
     # The first is what the others are measured by: the dense one where there is one.
     paths = [*arguments.against, arguments.bundle]
     names = [path.name.removesuffix(".zip").removesuffix(".bundle") or str(path) for path in paths]

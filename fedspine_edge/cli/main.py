@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from fedspine_edge import __version__
 from fedspine_edge.errors import FedspineError, MissingDependency
 
+log = logging.getLogger("fedspine_edge.cli")
+
 _COMMANDS = {
     "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
     "server": "coordinate a fleet over MQTT",
@@ -96,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise MissingDependency.from_import(error, purpose=f"fedspine-edge {arguments.command}") from None
     except FedspineError as error:
         print(f"error: {error.in_words(arguments.names)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a place that nobody looked at before: a plot's folder, a log's
+        log.debug("where it happened:", exc_info=True)
+        print(f"error: {error}\n  Check the place, its space and permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         after = "continues where this one stopped" if arguments.command in _CONTINUES else "starts from the beginning"

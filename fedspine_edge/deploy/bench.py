@@ -229,7 +229,9 @@ def run_benchmark(
             workers.append(stack.enter_context(_Worker(subject, backend, threads, spinning=len(subjects) == 1)))
         tasks = {worker.about["task"] for worker in workers}
         if len(tasks) > 1:
-            raise ConfigError(f"These do not do the same: {', '.join(sorted(tasks))}.")
+            raise ConfigError(
+                f"These do not do the same: {', '.join(sorted(tasks))}.", remedy="Compare models of one task."
+            )
         steps = new_tokens if tasks == {"causal_lm"} else 0
         rows: list[Row] = []
         for batch in batches:

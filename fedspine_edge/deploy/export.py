@@ -205,7 +205,7 @@ def load_folder(folder: Path) -> PrunableModel:
         return load_base(folder, task="causal_lm")
     raise DeployError(
         f"{folder} holds {kinds or 'a model without a stated class'}, which has no trained task head.",
-        remedy="Fine-tune it first: EdgeTuner.from_pretrained(folder, task='classification', ...).fit(data).save(out)",
+        remedy="Fine-tune it first, with fedspine-edge tune or EdgeTuner.",
     )
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fedspine_edge.device.trainer import Trainer
-from fedspine_edge.errors import MissingDependency
+from fedspine_edge.errors import ConfigError, MissingDependency
 
 LINE_S = 15.0
 """Seconds between two lines of a log: a training of an hour takes a few screens."""
@@ -85,13 +85,16 @@ def tensorboard(folder: str | Path, first_step: int) -> Iterator[Callable[[Train
         folder: TensorBoard's log folder of this run.
         first_step: Steps taken by earlier fits, so that curves of several go on.
 
-    Raises `MissingDependency`.
+    Raises `MissingDependency`, and `ConfigError` for a folder that cannot be written.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingDependency.of("tensorboard", extra="tensorboard", purpose="Writing TensorBoard curves") from None
-    writer = SummaryWriter(str(folder))
+    try:
+        writer = SummaryWriter(str(folder))
+    except OSError as error:
+        raise ConfigError(f"`log_dir` {folder} cannot be used: {error}.", remedy="Name one to write to.") from error
 
     def write(trainer: Trainer) -> None:
         last = trainer.last_step

@@ -79,6 +79,10 @@ def test_run_takes_texts_before_and_after_its_options(compiled, capsys):
     [
         (["compile", "FILE"], "FILE is a file, not a model folder.\n  "),
         (["inspect", "FILE"], "FILE is not a bundle: it has no bundle.json.\n  "),
+        (
+            ["bench", "nowhere", "--plot", "no/folder.png"],
+            "no/folder.png is in no folder.\n  Make the folder of --plot",
+        ),
         (["bench", "nowhere"], "error: nowhere does not exist.\n  "),
         (["bench", "nowhere", "--batch", "0"], "error: --batch is 0.\n  Give at least 1."),
         (["bench", "nowhere", "--threads", "0"], "error: --threads is 0.\n  Give at least 1."),

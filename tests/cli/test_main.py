@@ -106,6 +106,16 @@ def test_an_interruption_says_whether_the_work_is_kept(
     assert after in capsys.readouterr().err
 
 
+def test_what_the_system_refuses_unforeseen_is_one_error_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: object) -> int:
+        return len(Path("/nowhere/at/all").read_text())
+
+    monkeypatch.setattr("fedspine_edge.cli.inspect.run", run)
+    refused(capsys, ["inspect", "bundle"], "/nowhere/at/all", "permissions")
+
+
 def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedspine_edge", "server", "--config", str(tmp_path / "absent.toml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

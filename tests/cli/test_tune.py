@@ -151,6 +151,9 @@ def test_tune_needs_room_before_it_trains(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "file").touch()
+    logged = [*tune(base_folder, train_csv, tmp_path / "model"), "--log-dir", str(tmp_path / "file")]
+    refused(capsys, logged, "--log-dir", "cannot be used")
     monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "cannot be written", "free", "space")

@@ -190,7 +190,10 @@ def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folde
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"num_labels": 3}, "with 2 labels, not classification with 3"), ({"task": "token_classification"}, "was saved")],
+    [
+        ({"num_labels": 3}, "with 2 labels, not for classification with 3"),
+        ({"task": "token_classification"}, "was saved"),
+    ],
 )
 def test_a_saved_model_is_not_opened_for_another_task(tuner, tmp_path, options, told):
     folder = tuner.save(tmp_path / "out")
