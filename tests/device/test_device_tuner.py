@@ -191,7 +191,7 @@ def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folde
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"num_labels": 3}, "with 2 labels, not for classification with 3"),
+        ({"num_labels": 3}, "not for classification with 3"),
         ({"task": "token_classification"}, "was saved"),
     ],
 )
