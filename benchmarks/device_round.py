@@ -87,7 +87,7 @@ class PeftMasked:
     def __init__(self, name: str) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        from fedspine_edge.model.architecture import architecture_of
+        from fedspine_edge.model.families import architecture_of
 
         module = build(name)
         self.architecture = architecture_of(module.config)

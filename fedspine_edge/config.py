@@ -293,6 +293,18 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
         return 0 if self.task == "causal_lm" else self.data.num_labels
 
 
+def setting_names(kind: type[msgspec.Struct]) -> dict[str, str]:
+    """How a file writes each setting of `kind`, by the setting's own name: `text` is data.text."""
+    names: dict[str, str] = {}
+    own: dict[str, str] = {}
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            names |= {inner: f"{name}.{path}" for inner, path in setting_names(hint).items()}
+        else:
+            own[name] = name
+    return names | own
+
+
 def load(path: str | Path, kind: type[T]) -> T:
     """Read a TOML file into `kind` (`FleetConfig` or `DeviceConfig`).
 
@@ -334,7 +346,8 @@ def convert(data: dict[str, Any], kind: type[T], *, where: str = "settings") -> 
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}.", remedy=_suggest(str(error), data, kind)) from None
+        message = re.sub(r"`\$\.([^`]+)`", r"`\1`", str(error))  # the path from the root is the name itself
+        raise ConfigError(f"{where}: {message}.", remedy=_suggest(message, data, kind)) from None
 
 
 def _suggest(message: str, data: dict[str, Any], kind: type[msgspec.Struct]) -> str:

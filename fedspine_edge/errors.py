@@ -5,7 +5,7 @@
     ├── MissingDependency      an optional package is absent; names the extra that brings it
     ├── DataError              the user's data cannot be used
     ├── ModelError
-    │   ├── UnknownArchitecture    no entry in model/architecture.py
+    │   ├── UnknownArchitecture    no entry in model/families.py
     │   ├── LayoutError            kept indices that do not fit the model
     │   ├── CheckpointError        missing, truncated, tampered or mismatched files
     │   └── OutOfMemory            a training step does not fit, one example at a time
@@ -21,11 +21,15 @@
         ├── EngineBuildError       TensorRT could not build
         └── EngineIncompatible     a plan made for another version, chip or model
 
-Each says what happened and where in its message, and what to do in `remedy`. The command line prints
-both and exits with code 2; nothing that existed before the call has been overwritten.
+Each says what happened and where in its message, and what to do in `remedy`. An argument that the user can change
+stands there as Python has it, in backticks: `text_pair`; `in_words` writes it as the command line or a settings file
+does. The command line prints both and exits with code 2; nothing that existed before the call has been overwritten.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 
 
 class FedspineError(Exception):
@@ -43,6 +47,10 @@ class FedspineError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.remedy}" if self.remedy else self.message
+
+    def in_words(self, names: Mapping[str, str]) -> str:
+        """This error with the arguments in backticks as `names` has them: flags, or settings of a file."""
+        return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), str(self))
 
 
 class ConfigError(FedspineError):

@@ -126,9 +126,7 @@ class EdgeTuner:
             learning_rate: Peak of each `fit`'s schedule.
             batch_size: Examples per step.
             max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
-            text: Column of the text in files.
-            text_pair: Column of the second text; empty for single texts.
-            label: Column of the integer label.
+            text, text_pair, label: Columns of a file's texts, second texts (empty for none) and integer labels.
             criterion, metric, scope, round_to, min_heads, min_channels: As in `fedspine_edge.model.ranking.Ranking`.
             base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
                 head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
@@ -143,7 +141,7 @@ class EdgeTuner:
         Raises `ModelError` for a folder that cannot be used, `ConfigError` for impossible settings.
         """
         if r < 1:
-            raise ConfigError(f"r is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
+            raise ConfigError(f"`r` is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
         model = open_model(
@@ -185,7 +183,7 @@ class EdgeTuner:
             data: See the class.
             epochs: Passes over the data, default 1.
             steps: Training steps, instead of epochs.
-            progress: Show a progress bar; default only on a terminal.
+            progress: Show how far it is: a bar on a terminal, lines elsewhere; default the bar only.
             checkpoint: Folder, one for each `fit`, from which the same call goes on after the process was killed, and
                 ends with the same bits. When the call has finished, repeating it restores its result at once.
             log_dir: Folder for TensorBoard's event files (extra `tensorboard`): loss, norm of the gradient, learning
@@ -201,26 +199,29 @@ class EdgeTuner:
         per_epoch = max(1, len(train) // self._settings.batch_size)
         total = steps if steps is not None else round((1.0 if epochs is None else epochs) * per_epoch)
         if total < 1:
-            raise ConfigError(f"fit would take {total} steps.", remedy="Pass steps or epochs above 0.")
+            raise ConfigError(f"{total} training steps are too few.", remedy="Give `steps` of at least 1.")
+        longest = self._settings.max_length_tokens
+        if full := sum(len(example.input_ids) == longest for example in train):
+            log.info("%d of %d texts reach max_length_tokens, %d; longer ones are cut", full, len(train), longest)
         self._last, self._metrics = train, {}
         trainer = self._trainer(train, total)
         with ExitStack() as stack:
-            advance = stack.enter_context(bar("fit", total, progress))
             saver = None
             if checkpoint is not None:
                 saver = stack.enter_context(open_checkpoint(checkpoint, self._fit_key(train, total), total))
-                if saver.resume(trainer):
-                    advance(trainer.step)
+                saver.resume(trainer)
+            advance = stack.enter_context(bar("fit", total, progress, done=trainer.step))
             curves = None if log_dir is None else stack.enter_context(tensorboard(log_dir, self._steps_taken))
 
             def stepped() -> None:
-                advance(1)
+                loss = trainer.last_loss
+                advance(1, "" if loss is None else f"loss {loss:.3f}")
                 if saver is not None:
                     saver.stepped(trainer)
                 if curves is not None:
                     curves(trainer)
                 if on_step is not None:
-                    on_step(trainer.step, trainer.last_loss)
+                    on_step(trainer.step, loss)
 
             trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
             trainer.run(total, scored=True, on_step=stepped)
@@ -249,10 +250,11 @@ class EdgeTuner:
         packs = self._pack and can_pack(self.model, tokens)
         return estimate(self.model, micro_batch=rows, tokens=tokens, pack_rows=packs)
 
-    def evaluate(self, data: Data) -> dict[str, float]:
+    def evaluate(self, data: Data, *, progress: bool | None = None) -> dict[str, float]:
         """`loss`, `accuracy` and `num_examples` on `data` (causal_lm: per predicted token, `num_examples` tokens)."""
         examples = self._encoded(data)
-        self._metrics = asdict(self._trainer(examples, 1).evaluate(examples))
+        with bar("evaluate", len(examples), progress) as advance:
+            self._metrics = asdict(self._trainer(examples, 1).evaluate(examples, on_batch=advance))
         return dict(self._metrics)
 
     def prune(
@@ -274,7 +276,7 @@ class EdgeTuner:
             data: To train on in between; default the last `fit`'s.
             stages: Parts in which to remove; most goes in the first.
             steps: Training steps, all scored, between two parts.
-            progress: Show a progress bar; default only on a terminal.
+            progress: As in `fit`.
 
         Returns the tuner itself. Raises `ConfigError` for a ratio outside [0, 1) or below the present one, and
         `DataError` when there is no data to score with.

@@ -19,7 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", type=Path, action="append", default=[], metavar="BUNDLE", help="bundle to compare with, may repeat"
     )
     parser.add_argument("--torch", type=Path, metavar="MODEL", help="saved model to compare with, in eager torch")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences at a time; default 1")
+    parser.add_argument(
+        "--batch",
+        dest="batches",
+        metavar="BATCH",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="sequences together; default 1",
+    )
     parser.add_argument("--tokens", type=int, default=32, help="tokens a sequence, or of a prompt; default 32")
     parser.add_argument("--new-tokens", type=int, default=16, help="steps after a decoder's prompt; default 16")
     parser.add_argument("--repeats", type=int, default=100, help="timed turns per batch size; default 100")
@@ -34,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.deploy.bench import Subject, plot, run_benchmark
+    from fedspine_edge.errors import ConfigError
 
+    if arguments.plot is not None and not arguments.plot.absolute().parent.is_dir():
+        raise ConfigError(f"{arguments.plot} is in no folder.", remedy="Make the folder of `plot` first.")
     # The first is what the others are measured by: the dense one where there is one.
     paths = [*arguments.against, arguments.bundle]
     names = [path.name.removesuffix(".zip").removesuffix(".bundle") or str(path) for path in paths]
@@ -45,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         subjects.append(Subject(name=f"torch {arguments.torch.name}", path=str(arguments.torch), kind="torch"))
     report = run_benchmark(
         subjects,
-        batches=arguments.batch,
+        batches=arguments.batches,
         tokens=arguments.tokens,
         new_tokens=arguments.new_tokens,
         repeats=arguments.repeats,

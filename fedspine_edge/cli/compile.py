@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedspine_edge.cli.columns import add_columns, with_columns
+
 if TYPE_CHECKING:
     from fedspine_edge.deploy.builder import OnStep
     from fedspine_edge.deploy.draft import Report
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your examples (CSV, JSON lines or Parquet with text and label columns): int8 and fp8 are calibrated on "
         "them, accuracy is measured before and after, and the engine is built for their lengths",
     )
+    add_columns(parser)
     parser.add_argument(
         "--lora",
         choices=["merge", "inputs"],
@@ -78,12 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.deploy.bundle import read_sidecar
     from fedspine_edge.deploy.compile import compile_engine
 
+    data = None if arguments.calibrate is None else with_columns(arguments.calibrate, arguments)
     with _progress() as (report, step):
         bundle = compile_engine(
             arguments.model,
             arguments.out,
             precision=arguments.precision,
-            calibrate=arguments.calibrate,
+            calibrate=data,
             backend=arguments.backend,
             lora=arguments.lora,
             compute_capabilities=arguments.sm,
@@ -93,5 +97,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"bundle": str(bundle), **read_sidecar(bundle)})
     else:
-        print(f"{bundle}\nnext: fedspine-edge run {bundle} --text 'some text'")
+        print(f"{bundle}\nnext: fedspine-edge run {bundle} 'some text'")
     return 0

@@ -13,10 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.config import DeviceConfig, load
+    from fedspine_edge.config import DeviceConfig, FleetConfig, load, setting_names
     from fedspine_edge.device.agent import FleetDevice
     from fedspine_edge.transport.mqtt import MqttTransport
 
+    arguments.names = setting_names(FleetConfig) | setting_names(DeviceConfig)
     config = load(arguments.config, DeviceConfig)
     transport = MqttTransport(
         config.broker,

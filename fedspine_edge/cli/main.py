@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from fedspine_edge import __version__
 from fedspine_edge.errors import FedspineError, MissingDependency
 
+log = logging.getLogger("fedspine_edge.cli")
+
 _COMMANDS = {
     "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
     "server": "coordinate a fleet over MQTT",
@@ -39,7 +41,7 @@ _COMMANDS = {
 }
 
 
-_CONTINUES = ("server", "device", "simulate", "experiment")
+_CONTINUES = ("server", "device", "simulate", "experiment", "tune")
 """Commands that keep what they had done when they are interrupted."""
 
 
@@ -68,21 +70,25 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(one)
-        one.set_defaults(handler=module.run)
+        flags = {action.dest: max(action.option_strings, key=len) for action in one._actions if action.option_strings}
+        one.set_defaults(handler=module.run, names=flags)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    command = None
+    arguments = argparse.Namespace(command=None, names={})
     try:
         arguments, unknown = parser().parse_known_args(argv)
-        if unknown:  # argparse itself would point to the help of the whole program, which does not list a command's own
+        if hasattr(arguments, "texts") and not any(word.startswith("-") for word in unknown):
+            arguments.texts += unknown  # what argparse leaves where texts stand after an option
+        elif (
+            unknown
+        ):  # argparse itself would point to the help of the whole program, which does not list a command's own
             raise FedspineError(
                 f"fedspine-edge {arguments.command}: unrecognized arguments: {' '.join(unknown)}",
                 remedy=f"See: fedspine-edge {arguments.command} --help",
             )
-        command = arguments.command
         logging.basicConfig(
             level=logging.DEBUG if arguments.verbose else logging.INFO,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -93,10 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             raise MissingDependency.from_import(error, purpose=f"fedspine-edge {arguments.command}") from None
     except FedspineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.in_words(arguments.names)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a place that nobody looked at before: a plot's folder, a log's
+        log.debug("where it happened:", exc_info=True)
+        print(f"error: {error}\n  Check the place, its space and permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        after = "continues where this one stopped" if command in _CONTINUES else "starts from the beginning"
+        after = "continues where this one stopped" if arguments.command in _CONTINUES else "starts from the beginning"
         print(f"interrupted; the same command {after}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who read the output has read enough: `fedspine-edge status RUN_DIR | head`

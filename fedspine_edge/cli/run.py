@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedspine_edge.deploy.session import Session
 
-EXAMPLE = "fedspine-edge run bundle/ --text 'what a lovely board'"
+EXAMPLE = "fedspine-edge run bundle/ 'what a lovely board'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder written by `compile`")
     parser.add_argument(
-        "--text",
-        action="append",
-        help="text to classify, to label word by word (words are split at blanks) or to continue, may repeat; "
+        "texts",
+        nargs="*",
+        metavar="TEXT",
+        help="to classify, to label word by word (words are split at blanks) or to continue; "
         "default: lines of standard input",
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], help="one more text; one that begins with a dash: --text=-3"
     )
     parser.add_argument(
         "--backend", choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"], default="auto", help="default: auto"
@@ -38,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.deploy.session import Session
     from fedspine_edge.errors import ConfigError
 
-    texts = arguments.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = [*arguments.texts, *arguments.text] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
-        raise ConfigError("no text was given.", remedy="Give --text or lines on standard input.")
+        raise ConfigError("no text was given.", remedy="Give texts after the bundle, or lines on standard input.")
     with Session.load(arguments.bundle, backend=arguments.backend, rebuild=arguments.rebuild) as session:
         if arguments.adapter is not None:
             session.set_adapter(arguments.adapter)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.config import DeviceConfig, FleetConfig, load
+    from fedspine_edge.config import DeviceConfig, FleetConfig, load, setting_names
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.simulation.fleet import simulate
 
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_mix(arguments)
     if arguments.config is None or not arguments.devices:
         raise ConfigError("no fleet to simulate.", remedy="Give --config and device files, or --mix.")
+    arguments.names = setting_names(FleetConfig) | setting_names(DeviceConfig)
     fleet = load(arguments.config, FleetConfig)
     result = simulate(fleet, [load(path, DeviceConfig) for path in arguments.devices])
     if arguments.json:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fedspine_edge.cli.columns import add_columns, with_columns
+
 EXAMPLE = """fedspine-edge verify model.bundle/ --model model/
   fedspine-edge verify model.bundle/ --model model/ --data test.csv   # and accuracy, torch against the bundle"""
 
@@ -13,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder or .zip file written by `compile`")
     parser.add_argument("--model", type=Path, help="the model folder: compares ONNX Runtime with torch again")
     parser.add_argument("--data", metavar="DATA", help="with --model: compare on these examples, and measure accuracy")
+    add_columns(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -26,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.data is not None and arguments.model is None:
         raise ConfigError("--data needs --model, to compare with.", remedy="Add --model MODEL_FOLDER.")
+    data = None if arguments.data is None else with_columns(arguments.data, arguments)
     with opened(arguments.bundle) as folder:
         bundle = load_bundle(folder)
         found, problem, accuracy = [], "", None
@@ -33,9 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
             from fedspine_edge.deploy.verify import measure_bundle, verify_bundle
 
             try:
-                found = verify_bundle(bundle, arguments.model, arguments.data)
-                if arguments.data is not None:
-                    accuracy = measure_bundle(bundle, arguments.model, arguments.data)
+                found = verify_bundle(bundle, arguments.model, data)
+                if data is not None:
+                    accuracy = measure_bundle(bundle, arguments.model, data)
             except ExportMismatch as error:
                 problem = error.message
     if arguments.json:

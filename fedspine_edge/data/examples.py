@@ -26,7 +26,7 @@ def split(examples: Sequence[Example], holdout: int, seed: int, *, where: str) -
     if len(examples) < holdout + 1:
         raise DataError(
             f"{where} has {len(examples)} examples; holding {holdout} out leaves none to train on.",
-            remedy="Lower data.holdout or provide more examples.",
+            remedy="Lower `holdout` or provide more examples.",
         )
     order = np.random.default_rng([seed, 0x5E1]).permutation(len(examples))
     held = sorted(order[:holdout].tolist())

@@ -11,15 +11,18 @@ from fedspine_edge.data.examples import Example
 from fedspine_edge.data.rows import Source
 from fedspine_edge.errors import MissingDependency
 
+LONGEST_CELL = 1 << 24
+"""Characters of a CSV's cell; Python's own limit is below that of a long document."""
+
 
 def read_file(path: Path, source: Source) -> list[Example]:
     """Every example of a file; its suffix says which kind it is. Raises as `load_examples` does."""
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     supported = ", ".join(readers)
     if path.is_dir():
-        raise source.fail("is a folder.", f"Name one file ({supported}) in data.path.")
+        raise source.fail("is a folder.", f"Name one file of it: {supported}.")
     if not path.exists():
-        raise source.fail("does not exist.", "Check data.path; it is relative to the working folder.")
+        raise source.fail("does not exist.", "Check the path; it starts at the working folder unless absolute.")
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise source.fail(
@@ -30,17 +33,27 @@ def read_file(path: Path, source: Source) -> list[Example]:
     except OSError as error:
         raise source.fail(f"cannot be read: {error.strerror}.", "Check the file's permissions.") from None
     except UnicodeDecodeError as error:
-        raise source.fail(f"is not UTF-8 (byte {error.start}).", "Convert it, e.g. with iconv -t utf-8.") from None
+        raise source.fail(
+            f"is not UTF-8 (byte {error.start}).",
+            "Convert it with iconv -f KIND -t utf-8; KIND is often latin1 or utf-16.",
+        ) from None
     return source.not_empty(examples)
 
 
 def _csv(path: Path, source: Source) -> Iterator[Example]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         row = 1
         try:
-            source.check_columns(reader.fieldnames or [])
+            header = [name.strip() for name in reader.fieldnames or []]
+            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                raise source.fail(
+                    f"its columns are separated by {other!r}.", "Save it with commas, or with tabs as .tsv."
+                )
+            reader.fieldnames = header
+            source.check_columns(header)
             for row, record in enumerate(reader, start=2):
                 if None in record:
                     raise source.fail(

@@ -73,7 +73,7 @@ def call_by_name(path: str) -> Iterable[Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise DataError(
-            f"data.path {path!r} cannot be imported: {error}.",
+            f"{path} cannot be imported: {error}.",
             remedy="Write 'module:function'; the module must be importable from the working folder.",
         ) from None
     finally:

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Union
 
+import msgspec
+
 from fedspine_edge.config import DataSettings, Task
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.files import read_file
 from fedspine_edge.data.items import call, call_by_name, read_items
 from fedspine_edge.data.rows import Source
 
-Data = Union[str, "os.PathLike[str]", Iterable[Any], Callable[[], Iterable[Any]]]
-"""What the SDK accepts as data: a path, 'module:function', examples, or a callable that returns examples."""
+Data = Union[str, "os.PathLike[str]", DataSettings, Iterable[Any], Callable[[], Iterable[Any]]]
+"""What the SDK accepts as data: a path, 'module:function', one of these with names of columns (`DataSettings`),
+examples, or a callable that returns examples."""
 
 _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -52,8 +55,10 @@ def examples_of(data: Data, settings: DataSettings, *, labelled: bool = True, wo
     Items are (text, label), (text, text_pair, label), mappings with the configured columns, or `Example`; with
     `labelled=False` plain strings and (text, text_pair) too; with `words=True` (list of words, list of labels).
     """
+    if isinstance(data, DataSettings):
+        settings = msgspec.structs.replace(data, num_labels=settings.num_labels)
+        data = settings.path
     if isinstance(data, (str, os.PathLike)):
-        fields = {name: getattr(settings, name) for name in settings.__struct_fields__}
-        return load_examples(DataSettings(**{**fields, "path": os.fspath(data)}), labelled=labelled, words=words)
+        return load_examples(msgspec.structs.replace(settings, path=os.fspath(data)), labelled=labelled, words=words)
     source = Source("the given examples", settings, labelled, words)
     return read_items(call(data, source.name) if callable(data) else data, source)

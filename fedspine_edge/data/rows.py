@@ -48,6 +48,11 @@ class Source:
             wanted.append(self.settings.text_pair)
         return [*wanted, self.settings.label] if self.labelled else wanted
 
+    @property
+    def _arguments(self) -> list[str]:
+        """Those that name the columns."""
+        return ["`text`", "`text_pair`", "`label`"] if self.labelled else ["`text`", "`text_pair`"]
+
     def check_columns(self, present: Sequence[str], *, row: int | None = None) -> None:
         """Raises `DataError` when a column is missing among those `present`."""
         missing = [name for name in self.columns if name not in present]
@@ -56,7 +61,7 @@ class Source:
         if missing:
             raise self.fail(
                 f"no column {missing[0]!r}; the columns present are: {_named(present)}.",
-                "Set data.text, data.text_pair and data.label to the names of your columns.",
+                f"Name your columns with {' and '.join(self._arguments)}.",
                 row=row,
             )
 
@@ -96,7 +101,9 @@ class Source:
     def label(self, value: Any, row: int) -> int:
         """`value` as an index of a class; "1" and 1.0 will do. Raises `DataError`."""
         column, count = self.settings.label, self.settings.num_labels
-        remedy = f"Labels are whole numbers from 0 to {count - 1} (data.num_labels = {count})."
+        if value is None or value == "":
+            raise self.fail(f"column {column!r} is empty.", "Fill it in or leave the row out.", row=row)
+        remedy = f"Labels are whole numbers from 0 to {count - 1} (`num_labels` is {count})."
         try:
             if isinstance(value, bool):
                 raise ValueError
@@ -112,7 +119,7 @@ class Source:
     def not_empty(self, examples: list[Example]) -> list[Example]:
         """`examples` if there is one. Raises `DataError`."""
         if not examples:
-            raise self.fail("holds no examples.", "Provide at least data.holdout + 1 examples.")
+            raise self.fail("holds no examples.", "Provide at least one.")
         return examples
 
 

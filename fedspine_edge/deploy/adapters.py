@@ -44,7 +44,8 @@ def read_adapter(folder: str | Path, manifest: Manifest, default: dict[str, Arra
     spec = manifest.adapter
     if spec is None:
         raise DeployError(
-            "This bundle has its adapter merged into the weights.", remedy="Compile it with lora='inputs'."
+            "This bundle has its adapter merged into the weights.",
+            remedy="Compile its model anew with: fedspine-edge compile MODEL --lora inputs",
         )
     folder = Path(folder)
     config = _config(folder)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedspine_edge.deploy.bundle import MANIFEST, load_bundle
+from fedspine_edge.deploy.publish import writing
 from fedspine_edge.errors import CheckpointError, ConfigError
 
 SUFFIX = ".zip"
@@ -31,23 +32,27 @@ def pack(folder: str | Path, out: str | Path) -> Path:
     folder, out = Path(folder), Path(out).absolute()
     check_archive_target(out)
     bundle = load_bundle(folder)
-    descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.new-", dir=out.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # Times are fixed, so the same bundle packs to the same bytes.
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for member in (MANIFEST, *sorted(bundle.manifest.files)):
-                    entry = zipfile.ZipInfo(member, date_time=(1980, 1, 1, 0, 0, 0))
-                    entry.external_attr = 0o644 << 16
-                    with (folder / member).open("rb") as source, archive.open(entry, "w", force_zip64=True) as target:
-                        while piece := source.read(1 << 20):
-                            target.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(out)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with writing(out):
+        descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.new-", dir=out.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                # Times are fixed, so the same bundle packs to the same bytes.
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    for member in (MANIFEST, *sorted(bundle.manifest.files)):
+                        entry = zipfile.ZipInfo(member, date_time=(1980, 1, 1, 0, 0, 0))
+                        entry.external_attr = 0o644 << 16
+                        with (
+                            (folder / member).open("rb") as source,
+                            archive.open(entry, "w", force_zip64=True) as target,
+                        ):
+                            while piece := source.read(1 << 20):
+                                target.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(out)
+        finally:
+            Path(name).unlink(missing_ok=True)
     return out
 
 

@@ -112,7 +112,7 @@ def _on_engine(bundle: Bundle, wanted: str) -> Opened:
         raise EngineIncompatible(
             f"The engine cannot be used here: this machine has no GPU that CUDA can see ({cuda.why_no_device()}).",
             remedy="Install or load the NVIDIA driver (a Jetson has it from JetPack) and check with fedspine-edge "
-            "doctor, or load with backend='onnxruntime'.",
+            "doctor, or load with `backend` onnxruntime.",
         )
     trt.check_engine(info, backend, device, rebuild)
     driver = cuda.open_cuda()

@@ -154,7 +154,10 @@ class _Worker:
         self.peak_bytes = answer.pop("peak_bytes")
         if "error" in answer:
             kind: type[FedspineError] = getattr(errors, answer["error"], DeployError)
-            raise kind(f"{self.subject.name}: {answer['message']}", remedy=answer["remedy"])
+            named = self.subject.path in answer["message"]
+            raise kind(
+                answer["message"] if named else f"{self.subject.name}: {answer['message']}", remedy=answer["remedy"]
+            )
         return answer
 
     def _failed(self, what: str) -> DeployError:
@@ -211,8 +214,12 @@ def run_benchmark(
         ConfigError: A number is below 1, no subject, or subjects of different tasks.
         FedspineError: What a subject raised, with its name in front.
     """
-    if not subjects or min((*batches, tokens, new_tokens, repeats), default=0) < 1:
-        raise ConfigError("A benchmark needs a subject; batches, tokens, new tokens and repeats of at least 1.")
+    if not subjects:
+        raise ConfigError("There is nothing to time.", remedy="Give at least one bundle or model.")
+    numbers = {"batches": min(batches, default=0), "tokens": tokens, "new_tokens": new_tokens, "repeats": repeats}
+    for name, number in {**numbers, "threads": 1 if threads is None else threads}.items():
+        if number < 1:
+            raise ConfigError(f"`{name}` is {number}.", remedy="Give at least 1.")
     report = progress or (lambda line: None)
     load_before = os.getloadavg()[0]
     with ExitStack() as stack:
@@ -222,7 +229,9 @@ def run_benchmark(
             workers.append(stack.enter_context(_Worker(subject, backend, threads, spinning=len(subjects) == 1)))
         tasks = {worker.about["task"] for worker in workers}
         if len(tasks) > 1:
-            raise ConfigError(f"These do not do the same: {', '.join(sorted(tasks))}.")
+            raise ConfigError(
+                f"These do not do the same: {', '.join(sorted(tasks))}.", remedy="Compare models of one task."
+            )
         steps = new_tokens if tasks == {"causal_lm"} else 0
         rows: list[Row] = []
         for batch in batches:

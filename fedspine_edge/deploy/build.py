@@ -48,7 +48,7 @@ def rebuild_engine(folder: Path, backend: BackendChoice = "auto", progress: Repo
     report = progress or (lambda line: None)
     if isinstance(chosen, str):
         raise EngineIncompatible(
-            f"No engine can be built here: {chosen}.", remedy="Load it with backend='onnxruntime'."
+            f"No engine can be built here: {chosen}.", remedy="Load it with `backend` onnxruntime."
         )
     with staging(folder) as draft:
         manifest = copy_bundle(folder, draft, None, None)

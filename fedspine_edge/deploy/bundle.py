@@ -283,7 +283,7 @@ _FROM_SOURCE = "Make the bundle anew from its model: fedspine-edge compile MODEL
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        what = "is not a bundle: it has no bundle.json" if folder.is_dir() else "does not exist"
+        what = "is not a bundle: it has no bundle.json" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}.", remedy="Make one with: fedspine-edge compile MODEL_FOLDER")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.", remedy=_FROM_SOURCE)

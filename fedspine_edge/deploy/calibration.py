@@ -5,7 +5,6 @@ Read as `EdgeTuner` reads them, tokenised as `Session` tokenises them. No torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +78,8 @@ def read_data(
     """Reads examples, tokenises them with `folder`/tokenizer.json and forms batches.
 
     Args:
-        data: A file, 'module:function', examples, or a callable that returns examples, with columns text and label.
+        data: A file, 'module:function', examples, or a callable that returns examples, with columns text and label
+            unless it is a `DataSettings` that names others.
         folder: Holds tokenizer.json.
         task: Decides what an example is, as for `EdgeTuner`.
         num_labels: Classes; labels beyond are refused.
@@ -92,8 +92,7 @@ def read_data(
     Raises `DataError` naming file, row and column, never a text; `DeployError` without a tokenizer.json.
     """
     encoder = _Encoder(folder, task, max_tokens)
-    settings = DataSettings(path=os.fspath(data) if isinstance(data, (str, os.PathLike)) else "", num_labels=num_labels)
-    examples = read(data, settings, task)
+    examples = read(data, DataSettings(path="", num_labels=num_labels), task)
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATED_EXAMPLES + MEASURED_EXAMPLES]]
     cut = min(CALIBRATED_EXAMPLES, len(encoded) // 2)

@@ -155,11 +155,11 @@ def compare(
 
 _REMEDY: dict[Precision, str] = {
     "fp32": "This is a defect of the export: please report it with the model's config.json.",
-    "fp16": "The model does not bear float16; use precision='bf16' or 'fp32'.",
-    "bf16": "The model does not bear bfloat16; use precision='fp16' or 'fp32'.",
-    "int8": "The model does not bear 8 bits as calibrated; calibrate on more of its own data, or use precision='fp16'.",
-    "fp8": "The model does not bear 8 bits as calibrated; calibrate on more of its own data, or use precision='fp16'.",
-    "int4": "The model does not bear 4-bit weights; use precision='int8' or 'fp16'.",
+    "fp16": "The model does not bear float16; use `precision` bf16 or fp32.",
+    "bf16": "The model does not bear bfloat16; use `precision` fp16 or fp32.",
+    "int8": "The model does not bear 8 bits as calibrated; calibrate on more of its own data, or use `precision` fp16.",
+    "fp8": "The model does not bear 8 bits as calibrated; calibrate on more of its own data, or use `precision` fp16.",
+    "int4": "The model does not bear 4-bit weights; use `precision` int8 or fp16.",
 }
 
 

@@ -95,7 +95,7 @@ def compile_engine(
         raise ConfigError(f"lora is {lora!r}.", remedy="Choose merge or inputs.")
     from_bundle = is_bundle(folder)
     if from_bundle and lora is not None:
-        raise ConfigError(f"{folder} is a bundle; lora= is for model folders.", remedy="Compile the model folder.")
+        raise ConfigError(f"{folder} is a bundle; `lora` is for model folders.", remedy="Compile the model folder.")
     if out is None:
         out = folder if from_bundle else folder.absolute().with_name(f"{folder.absolute().name}.bundle")
     out = Path(out)

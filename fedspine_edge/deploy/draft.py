@@ -63,7 +63,7 @@ def draft_model(
     if precision in ("int8", "fp8") and examples is None:
         raise ConfigError(
             f"{precision} needs examples to take the ranges of activations from.",
-            remedy="Pass calibrate='train.csv' (on the command line --calibrate train.csv), a hundred rows or more.",
+            remedy="Give examples of your own with `calibrate`, a hundred rows or more.",
         )
     report(f"loading {folder}")
     model = load_folder(folder)

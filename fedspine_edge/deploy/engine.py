@@ -158,7 +158,7 @@ class EngineRunner:
         )
         raise DataError(
             f"The engine has no profile for batch {batch} × {tokens} tokens{after}; it has: {known}.",
-            remedy="Build it anew with a profile that covers this shape, or load with backend='onnxruntime'.",
+            remedy="Build it anew with a profile that covers this shape, or load with `backend` onnxruntime.",
         )
 
     @contextmanager

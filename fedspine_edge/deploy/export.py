@@ -116,7 +116,7 @@ def quantized(
         calibration: Inputs to take activations' ranges from; int4 needs none.
     """
     from fedspine_edge.deploy.quantize import quantize
-    from fedspine_edge.model.architecture import architecture_of
+    from fedspine_edge.model.families import architecture_of
 
     onnx = _import_onnx()
     architecture = architecture_of(module.config)
@@ -205,7 +205,7 @@ def load_folder(folder: Path) -> PrunableModel:
         return load_base(folder, task="causal_lm")
     raise DeployError(
         f"{folder} holds {kinds or 'a model without a stated class'}, which has no trained task head.",
-        remedy="Fine-tune it first: EdgeTuner.from_pretrained(folder, task='classification', ...).fit(data).save(out)",
+        remedy="Fine-tune it first, with fedspine-edge tune or EdgeTuner.",
     )
 
 
@@ -242,6 +242,8 @@ def _trace(module: nn.Module, graph: Graph, path: Path, opset: int) -> None:
                 opset_version=opset,
                 dynamo=False,
             )
+        except OSError:  # of the place that is written to
+            raise
         except Exception as error:  # tracing runs the model's own code: anything can come out of it
             raise DeployError(
                 f"{type(module).__name__} could not be exported with torch {torch.__version__}: {error}",

@@ -17,7 +17,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         r"HW-specific datatypes|(?:fp8|float8|fp4|bf16|bfloat16)\S* .{0,60}not supported",
         "the model uses a number format that this GPU lacks",
-        "float8 needs SM 89 or newer (Jetson Thor, not Orin), bfloat16 SM 80: compile with precision='int8' or 'fp16'.",
+        "float8 needs SM 89 or newer (Jetson Thor, not Orin), bfloat16 SM 80: compile with `precision` int8 or fp16.",
     ),
     (
         r"no (?:importer|checker) registered for op|unsupported .{0,40}op|UNSUPPORTED_NODE|plugin not found",
@@ -65,7 +65,7 @@ def translate(name: str, version: str, log: Sequence[str], problem: str) -> Engi
     """
     # Running short of memory is told by warnings, and the error that follows names an innocent operator.
     text = "\n".join(line for line in log if not line.startswith("warning") or "insuf" in line)
-    unknown = ("", "for a reason of its own", "Use backend='onnxruntime', which needs no TensorRT.")
+    unknown = ("", "for a reason of its own", "Use `backend` onnxruntime, which needs no TensorRT.")
     _, cause, remedy = next((row for row in _REMEDIES if re.search(row[0], text, flags=re.IGNORECASE)), unknown)
     return EngineBuildError(f"{name} {version} {problem}: {cause}. {last_words(log)}", remedy=remedy)
 

@@ -40,7 +40,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         if not (np.isfinite(self.temperature) and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ConfigError(
                 f"temperature {self.temperature}, top_k {self.top_k} and top_p {self.top_p} cannot be sampled with.",
-                remedy="Give temperature ≥ 0, top_k ≥ 0 and top_p in (0, 1].",
+                remedy="Give `temperature` ≥ 0, `top_k` ≥ 0 and `top_p` in (0, 1].",
             )
 
     def chooser(self) -> Callable[[Array], int]:
@@ -123,8 +123,10 @@ def pieces(
 ) -> Iterator[str]:
     """Text as it is generated; see `Session.generate` for the arguments and errors."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if max_new_tokens < 1 or "" in stop:
-        raise ConfigError("max_new_tokens must be at least 1 and stop strings not empty.")
+    if max_new_tokens < 1:
+        raise ConfigError(f"`max_new_tokens` is {max_new_tokens}.", remedy="Give at least 1.")
+    if "" in stop:
+        raise ConfigError("an empty `stop` string would end every text at once.", remedy="Leave it out.")
     if session.manifest.task != "causal_lm":
         raise DeployError(f"This bundle holds a {session.manifest.task} model, which does not generate.")
     ids = _prompt_ids(session, prompt)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fedspine_edge.deploy.bundle import AdapterSpec, LoraModule, Task, TensorInfo
 from fedspine_edge.deploy.export import task_of
-from fedspine_edge.model.architecture import SUPPORTED, architecture_of
+from fedspine_edge.model.families import SUPPORTED, architecture_of
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
 from fedspine_edge.model.prunable import PrunableModel

@@ -79,7 +79,7 @@ def first_difference(
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
     """Path in torch → this package's name: layers.3, layers.3.q; parts kept as one matrix are "layers.3.q+k+v"."""
-    from fedspine_edge.model.architecture import architecture_of
+    from fedspine_edge.model.families import architecture_of
 
     architecture = architecture_of(module.config)
     modules = dict(module.named_modules())

@@ -6,6 +6,7 @@ So a failed or interrupted build leaves an existing bundle as it was.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -15,7 +16,10 @@ from pathlib import Path
 import msgspec
 
 from fedspine_edge.deploy.bundle import MANIFEST, FileEntry, Manifest, digest_of, hash_file, is_bundle
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.errors import ConfigError, DeployError, FedspineError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -23,20 +27,38 @@ def staging(out: str | Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well and is sealed.
 
     When the block raises, the temporary folder goes and `out` stays as it was. An `out` that exists and is
-    neither a bundle nor empty is refused (`ConfigError`): it is not ours to replace.
+    neither a bundle nor empty is refused (`ConfigError`): it is not ours to replace. A place that is full or
+    read-only is a `DeployError`.
     """
     out = Path(out).absolute()
     check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+        try:
+            folder.chmod(0o755)  # mkdtemp makes it private; a service user must be able to read the bundle
+            yield folder
+            if not is_bundle(folder):
+                raise RuntimeError("staging() ended without seal(): a bundle without bundle.json would be published.")
+            _publish(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises `DeployError` where what the block writes for `out` meets a place that is full or read-only."""
     try:
-        folder.chmod(0o755)  # mkdtemp makes it private; a service user must be able to read the bundle
-        yield folder
-        if not is_bundle(folder):
-            raise RuntimeError("staging() ended without seal(): a bundle without bundle.json would be published.")
-        _publish(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except FedspineError:
+        raise
+    except Exception as error:  # some libraries wrap the system's error into one of their own
+        unwritable = isinstance(error, OSError) and error.errno in _UNWRITABLE
+        if not unwritable and not any(os.strerror(code) in str(error) for code in _FULL):
+            raise
+        raise DeployError(
+            f"{out} cannot be written: {error}.", remedy="Check space and permissions, or choose another place."
+        ) from error
 
 
 def check_target(out: Path) -> None:

@@ -242,7 +242,7 @@ def _weights_in_int4(proto: Any, linears: Sequence[Any], target: Path) -> Quanti
     if not used:
         raise DeployError(
             f"No linear's inputs are a multiple of {BLOCK_SIZES[-1]}, so int4 has no blocks.",
-            remedy="Prune with round_to=16 or wider, or use precision='int8'.",
+            remedy="Prune with `round_to` 16 or wider, or use `precision` int8.",
         )
     ordered = [*nodes.values(), *proto.graph.node]
     del proto.graph.node[:]

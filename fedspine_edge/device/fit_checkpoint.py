@@ -14,7 +14,7 @@ import msgspec
 from fedspine_edge.device.batches import Encoded
 from fedspine_edge.device.state import Document, StateDir
 from fedspine_edge.device.trainer import Trainer
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.prunable import PrunableModel
 
 log = logging.getLogger("fedspine_edge.tuner")
@@ -59,10 +59,17 @@ class FitCheckpoint:
         return True
 
     def stepped(self, trainer: Trainer) -> None:
-        """Write every ten steps, and after the last."""
+        """Write every ten steps, and after the last. Raises `CheckpointError`; the last state stays."""
         if trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == self._total:
             saved = trainer.state()
-            self._folder.write(FIT, Document({"key": self._key, "trainer": saved.info}, saved.tensors))
+            document = Document({"key": self._key, "trainer": saved.info}, saved.tensors)
+            try:
+                self._folder.write(FIT, document)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._folder.folder} cannot be written: {error.strerror}.",
+                    remedy="Check space and permissions; then the same call goes on from the last state there.",
+                ) from error
 
 
 @contextmanager

@@ -113,9 +113,10 @@ def open_model(
         )
     model = load_model(path)
     if model.task != task or (num_labels is not None and model.num_labels != num_labels):
+        asked = task if num_labels is None else f"{task} with {num_labels}"
         raise ConfigError(
-            f"{path} was saved for {model.task} with {model.num_labels} labels, not {task} with {num_labels}.",
-            remedy="Pass the task and num_labels it was saved with, or the base model.",
+            f"{path} was saved for {model.task} with {model.num_labels} labels, not for {asked}.",
+            remedy="Pass the `task` and `num_labels` it was saved with, or the base model.",
         )
     if base_dtype is not None:
         model.keep_base_in(base_dtype)

@@ -69,12 +69,12 @@ class StateDir:
         except BlockingIOError:
             self.close()
             raise ConfigError(
-                f"state_dir {self.folder} is in use by another agent.",
-                remedy="Stop that agent, or give each device a state_dir of its own.",
+                f"{self.folder} is in use by another process.",
+                remedy="Stop that one, or give each a folder of its own: a device its `state_dir`.",
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"state_dir {self.folder} cannot be used: {error.strerror}.", remedy="Name a folder you may write to."
+                f"{self.folder} cannot be used: {error.strerror}.", remedy="Name a folder you may write to."
             ) from None
         self.blobs = BlobStore(self.folder / "blobs")
         self.download = self.folder / "download"
@@ -133,7 +133,7 @@ class StateDir:
         """The error for a state file whose content cannot be used."""
         return StateDamaged(
             f"state file {self._path(name)} cannot be used: {why}.",
-            remedy=f"Delete the folder {self.folder}; the device then rejoins the fleet as a new one.",
+            remedy=f"Delete the folder {self.folder} to begin anew; a device then rejoins the fleet as a new one.",
         )
 
     def _path(self, name: str) -> Path:

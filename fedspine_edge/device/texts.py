@@ -79,7 +79,7 @@ class Texts:
     def _check_length(self, tokens: int, asked: int) -> None:
         if self.longest is not None and tokens > self.longest:
             raise ConfigError(
-                f"max_length_tokens is {asked}, {self.name} has positions for {self.longest} tokens.",
+                f"`max_length_tokens` is {asked}, {self.name} has positions for {self.longest} tokens.",
                 remedy=f"Use at most {self.longest}.",
             )
 

@@ -174,12 +174,17 @@ class Trainer:
             if on_step is not None:
                 on_step()
 
-    def evaluate(self, examples: Sequence[Encoded] | None = None) -> Evaluation:
-        """Loss and accuracy on the held-out examples, or on `examples`. Raises `OutOfMemory`, `DataError`."""
+    def evaluate(
+        self, examples: Sequence[Encoded] | None = None, *, on_batch: Callable[[int], None] | None = None
+    ) -> Evaluation:
+        """Loss and accuracy on the held-out examples, or on `examples`; `on_batch` is told the size of each batch.
+
+        Raises `OutOfMemory`, `DataError`.
+        """
         chosen = self._holdout if examples is None else examples
         if not chosen:
             raise DataError("there are no examples to evaluate on.", remedy="Provide at least one example.")
-        return self._with_less_memory(lambda: self._evaluate(chosen), evaluation=True)
+        return self._with_less_memory(lambda: self._evaluate(chosen, on_batch), evaluation=True)
 
     def compact(self, layout: Layout) -> None:
         """Shrink model, moments and importance to `layout`. Raises `LayoutError`."""
@@ -298,7 +303,7 @@ class Trainer:
     def _forward(self, batch: Mapping[str, Ints]) -> tuple[torch.Tensor, torch.Tensor]:
         return loss_sum(self.model, batch)
 
-    def _evaluate(self, examples: Sequence[Encoded]) -> Evaluation:
+    def _evaluate(self, examples: Sequence[Encoded], on_batch: Callable[[int], None] | None) -> Evaluation:
         loss, correct, count = 0.0, 0, 0
         self.model.module.eval()
         with torch.inference_mode():
@@ -309,6 +314,8 @@ class Trainer:
                 correct += int(batch_correct)
                 count += num_targets(batch, self.model.task)
                 self._account(batch, backward=False)
+                if on_batch is not None:
+                    on_batch(len(piece))
         return Evaluation(loss / count, correct / count, count)
 
     def _account(self, batch: Mapping[str, Ints], *, backward: bool, scored: bool = False) -> None:
@@ -336,7 +343,7 @@ class Trainer:
             if at_once <= 1:
                 raise OutOfMemory(
                     f"step {self.step + 1} does not fit into memory, even one example at a time.",
-                    remedy="Lower training.max_length_tokens, prune further or use a smaller base model.",
+                    remedy="Lower `max_length_tokens`, prune further or use a smaller base model.",
                 )
             if evaluation:
                 self._evaluation_batch = at_once // 2

@@ -22,11 +22,13 @@ from torch import nn
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
-from fedspine_edge.model.architecture import Architecture, architecture_of, model_spec
+from fedspine_edge.model.architecture import Architecture
+from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.seeded import uniform
+from fedspine_edge.model.shape import model_spec
 from fedspine_edge.model.weights import base_digest, check_finite, check_readable, weight_files
 
 MANIFEST = "layout.json"
@@ -86,11 +88,11 @@ def load_base(
     labelled = task != "causal_lm"
     if labelled and num_labels < 2:
         raise ConfigError(
-            f"num_labels is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
+            f"`num_labels` is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
         )
     if labels is not None and len(labels) != num_labels:
         raise ConfigError(
-            f"{len(labels)} label names for num_labels = {num_labels}.", remedy="Give one name for every class."
+            f"{len(labels)} label names, but `num_labels` is {num_labels}.", remedy="Give one name for every class."
         )
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
@@ -197,11 +199,14 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
     if not path.is_dir():
         path = _download(str(path_or_id))
     if gguf_file is not None and not (path / gguf_file).is_file():
-        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in gguf_file.")
+        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in `gguf_file`.")
     if gguf_file is None and not (path / "config.json").exists():
         found = sorted(file.name for file in path.glob("*.gguf"))
         if len(found) > 1:
-            raise CheckpointError(f"{path} holds several GGUF files: {', '.join(found)}.", remedy="Pass gguf_file.")
+            raise CheckpointError(
+                f"{path} holds several GGUF files: {', '.join(found)}.",
+                remedy="Point to one of them: FOLDER/FILE.gguf.",
+            )
         if not found:
             raise CheckpointError(f"{path} has no config.json.", remedy="Point to a Hugging Face model folder.")
         gguf_file = found[0]
@@ -211,16 +216,24 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
 def _download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise CheckpointError(f"model folder {name} does not exist.", remedy="Check the path.")
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # the hub client's errors share no base class
-        raise CheckpointError(
-            f"{name!r} is not a local folder, and the hub does not give it: {type(error).__name__}.",
-            remedy="Pass a local folder that holds the model, or go online and check the id.",
-        ) from error
+        if isinstance(error, GatedRepoError):
+            why = "is given only to those who accepted its terms"
+            remedy = f"Accept them at https://huggingface.co/{name}, then: hf auth login"
+        elif isinstance(error, RepositoryNotFoundError):
+            why, remedy = (
+                "is not known to the hub",
+                "Check the path or the id; for a private model first: hf auth login",
+            )
+        else:
+            why = f"could not be fetched from the hub ({type(error).__name__})"
+            remedy = f"Check the path, or fetch it where there is a network: hf download {name} --local-dir FOLDER"
+        raise CheckpointError(f"{name!r} is not a local folder and {why}.", remedy=remedy) from error
 
 
 def auto_class(transformers: Any, task: Task) -> Any:
@@ -277,12 +290,18 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
     if gguf_file is None:
         try:
             declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            architecture_of(str(declared.get("model_type")))
+            family = declared.get("model_type")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} is damaged: {error}.",
                 remedy="The folder needs config.json as Hugging Face writes it; copy it again.",
             ) from error
+        if not isinstance(family, str):
+            raise CheckpointError(
+                f"{folder / 'config.json'} does not state a model_type.",
+                remedy="Point to the folder of the model itself, with config.json as Hugging Face writes it.",
+            )
+        architecture_of(family)
     else:
         try:
             import gguf  # noqa: F401

@@ -21,11 +21,11 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.architecture import architecture_of
 from fedspine_edge.model.base import (
     LOAD_FAILURES,
     MANIFEST,
@@ -36,6 +36,7 @@ from fedspine_edge.model.base import (
     require_transformers,
 )
 from fedspine_edge.model.card import model_card
+from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused import from_files, take_apart, to_files
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.lora import plain_linear
@@ -45,6 +46,7 @@ from fedspine_edge.model.weights import base_digest, check_finite, file_sha256, 
 
 __all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
 
+_ROOM = "Check space and permissions, or choose another folder."
 _TOGETHER = "The files of a saved folder belong together; copy the whole folder again."
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,23 +83,33 @@ def save(
         staging.mkdir()
         _write(model, staging, merged, metrics or {})
         _swap(staging, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error}.", remedy="Check space and permissions.") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}.", remedy=_ROOM) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def check_target(folder: str | Path) -> Path:
-    """The absolute path of `folder`, if `save` may write there.
+def check_target(folder: str | Path, *, room_bytes: int = 0) -> Path:
+    """The absolute path of `folder`, if `save` may write `room_bytes` there.
 
-    Raises `CheckpointError` if it holds something that is not a saved model of this package.
+    Raises `CheckpointError` if it holds something that is not a saved model of this package, or for a place that is
+    read-only or full.
     """
     target = Path(folder).expanduser().absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists()):
         raise CheckpointError(
             f"{target} exists and is not a model saved by this package; nothing was written.",
             remedy="Choose a new or empty folder.",
+        )
+    present = next(parent for parent in target.parents if parent.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        what = "may not be written to" if present.is_dir() else "is a file"
+        raise CheckpointError(f"{target} cannot be written: {present} {what}.", remedy=_ROOM)
+    if (free := shutil.disk_usage(present).free) < room_bytes:
+        raise CheckpointError(
+            f"{target} cannot be written: it takes {room_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free.",
+            remedy=_ROOM,
         )
     return target
 

@@ -129,7 +129,7 @@ def check_ratio(pruning_ratio: float) -> None:
     """Raises `ConfigError` unless 0 ≤ pruning_ratio < 1."""
     if not 0.0 <= pruning_ratio < 1.0:
         raise ConfigError(
-            f"pruning_ratio is {pruning_ratio}; it must be at least 0 and below 1.",
+            f"`pruning_ratio` is {pruning_ratio}; it must be at least 0 and below 1.",
             remedy="It is the share of prunable parameters to remove; 0.5 removes half.",
         )
 

@@ -47,7 +47,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def read_manifest(folder: Path) -> Manifest:
     """layout.json of a saved model. Raises `CheckpointError`."""
     if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist.", remedy="Check the path.")
+        what = "is a file, not a model folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}.", remedy="Give a folder that `tune` or `export` wrote.")
     path = folder / MANIFEST
     if not path.exists():
         raise CheckpointError(

@@ -16,7 +16,7 @@ from fedspine_edge.config import Task
 from fedspine_edge.errors import LayoutError, ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.model.adapter_check import Arrays, checked_adapter
-from fedspine_edge.model.architecture import architecture_of, check_shapes, model_spec
+from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
@@ -24,6 +24,7 @@ from fedspine_edge.model.norm_and_gate import run_as_before, run_as_ops
 from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
 from fedspine_edge.model.read_token import READING_PARTS, Reading, read_positions, recomputation
 from fedspine_edge.model.seeded import kaiming_uniform
+from fedspine_edge.model.shape import check_shapes, model_spec
 from fedspine_edge.wire.messages import ModelSpec
 
 if TYPE_CHECKING:

@@ -62,6 +62,37 @@ def test_run_continues_a_text(decoder, capsys):
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert streamed == result["text"] + "\n"
     assert len(result["tokens"]) == 6
+    assert main([*command, "--max-new-tokens", "0"]) == 2
+    assert "--max-new-tokens is 0.\n  Give at least 1." in capsys.readouterr().err
+
+
+def test_run_takes_texts_before_and_after_its_options(compiled, capsys):
+    command = ["run", str(compiled), "the film", "--json", "bad", "--text=-good-"]
+    assert main(command) == 0
+    assert len(json.loads(capsys.readouterr().out)["results"]) == 3
+    assert main([*command, "--fast", "good"]) == 2
+    assert "unrecognized arguments: bad --fast good" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["compile", "FILE"], "FILE is a file, not a model folder.\n  "),
+        (["inspect", "FILE"], "FILE is not a bundle: it has no bundle.json.\n  "),
+        (
+            ["bench", "nowhere", "--plot", "no/folder.png"],
+            "no/folder.png is in no folder.\n  Make the folder of --plot",
+        ),
+        (["bench", "nowhere"], "error: nowhere does not exist.\n  "),
+        (["bench", "nowhere", "--batch", "0"], "error: --batch is 0.\n  Give at least 1."),
+        (["bench", "nowhere", "--threads", "0"], "error: --threads is 0.\n  Give at least 1."),
+    ],
+)
+def test_what_is_not_a_model_a_bundle_or_a_number_is_told_once(arguments, told, tmp_path, capsys):
+    file = tmp_path / "train.csv"
+    file.write_text("text,label\n")
+    assert main([word.replace("FILE", str(file)) for word in arguments]) == 2
+    assert told.replace("FILE", str(file)) in capsys.readouterr().err
 
 
 def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
@@ -69,9 +100,12 @@ def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
     write_tokenizer(tmp_path / "model")
     rows = [f"{'good very ' * (i % 6)}film,{i % 3}" for i in range(64)]
     data = tmp_path / "data.csv"
-    data.write_text("\n".join(["text,label", *rows]))
+    data.write_text("\n".join(["review,stars", *rows]))
+    columns = ["--text", "review", "--label", "stars"]
     compile_it = ["compile", str(tmp_path / "model"), "--backend", "onnxruntime", "--precision", "int8"]
-    assert main([*compile_it, "--calibrate", str(data)]) == 0
+    assert main([*compile_it, "--calibrate", str(data)]) == 2
+    assert "Name your columns with --text" in capsys.readouterr().err
+    assert main([*compile_it, "--calibrate", str(data), *columns]) == 0
     said = capsys.readouterr().err
     assert "calibrating on 32 examples" in said
     assert "answered alike" in said
@@ -80,7 +114,7 @@ def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
     text = capsys.readouterr().out
     for words in ("int8, opset 19", "12 linears, 0 left in fp16", "32 examples", "tokens 1–24", "accuracy"):
         assert words in text
-    assert main(["verify", bundle, "--model", str(tmp_path / "model"), "--data", str(data), "--json"]) == 0
+    assert main(["verify", bundle, "--model", str(tmp_path / "model"), "--data", str(data), *columns, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"]["num_answers"] == 64
     assert main(["verify", bundle, "--data", str(data)]) == 2

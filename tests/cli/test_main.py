@@ -12,35 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny_lm
+from commands import one_error, refused, tune
 
-from fedspine_edge import __version__
+from fedspine_edge import EdgeTuner, __version__
 from fedspine_edge.cli import main as cli
 from fedspine_edge.cli.main import main
+from fedspine_edge.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = list(cli._COMMANDS)
 Fingerprint = Callable[[Path], dict[str, str]]
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *told: str) -> str:
-    """Runs the command, which must end with code 2 and one error that says all of `told`."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    return one_error(capsys.readouterr().err, *told)
-
-
-def one_error(stderr: str, *told: str) -> str:
-    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, stderr
-    assert "Traceback" not in stderr
-    message = stderr[stderr.index("error: ") :]
-    for part in told:
-        assert part in message, message
-    remedy = message.splitlines()[1:]
-    assert remedy, f"no remedy: {message}"
-    assert remedy[0].strip()
-    return message
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -100,7 +81,8 @@ def test_an_argument_too_many_names_the_command_whose_help_to_read(capsys: pytes
 @pytest.mark.parametrize(
     ("command", "after"),
     [
-        (["tune", "--model", "m", "--data", "d", "--out", "o"], "starts from the beginning"),
+        (["compile", "m"], "starts from the beginning"),
+        (["tune", "--model", "m", "--data", "d", "--out", "o"], "continues where this one stopped"),
         (["server", "--config", "fleet.toml"], "continues where this one stopped"),
     ],
 )
@@ -113,6 +95,16 @@ def test_an_interruption_says_whether_the_work_is_kept(
     monkeypatch.setattr(f"fedspine_edge.cli.{command[0]}.run", interrupted)
     assert main(command) == 130
     assert after in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_unforeseen_is_one_error_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: object) -> int:
+        return len(Path("/nowhere/at/all").read_text())
+
+    monkeypatch.setattr("fedspine_edge.cli.inspect.run", run)
+    refused(capsys, ["inspect", "bundle"], "/nowhere/at/all", "permissions")
 
 
 def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
@@ -193,10 +185,6 @@ def write_device(folder: Path, *, model: Path, data: Path, port: int = 1) -> Pat
 # Models and data, by `tune` and by `device`
 
 
-def tune(model: Path | str, data: Path | str, out: Path, *more: str) -> list[str]:
-    return ["tune", "--model", str(model), "--data", str(data), "--out", str(out), "--steps", "1", *more]
-
-
 @pytest.fixture
 def earlier(tmp_path: Path, tuned: Path, fingerprint: Fingerprint) -> Iterator[Path]:
     """A result at the place where the command would write; it must be the same afterwards."""
@@ -271,6 +259,30 @@ def test_a_data_file_that_is_not_there(
     refused(capsys, tune(base_folder, tmp_path / "absent.csv", earlier), "absent.csv", "does not exist")
 
 
+def test_an_error_speaks_in_the_words_of_the_face_that_was_used(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same errors name flags, settings of device.toml, or arguments of Python."""
+    no_column, no_class = tmp_path / "no-column.csv", tmp_path / "no-class.csv"
+    no_column.write_text("sentence,label\nthe film,0\n")
+    no_class.write_text("text,label\nthe film,7\n")
+    command = tune(base_folder, no_column, tmp_path / "model")
+    message = refused(capsys, command, "Name your columns with --text and --text-pair and --label.")
+    assert "`" not in message
+    refused(capsys, tune(base_folder, no_class, tmp_path / "model"), "(--num-labels is 2)")
+    refused(
+        capsys, [*tune(base_folder, no_class, tmp_path / "model"), "--rank", "0", "--num-labels", "8"], "--rank is 0"
+    )
+    for data, told in (
+        (no_column, "data.text and data.text_pair and data.label"),
+        (no_class, "(data.num_labels is 2)"),
+    ):
+        refused(capsys, ["device", "--config", str(write_device(tmp_path, model=base_folder, data=data))], told)
+    tuner = EdgeTuner.from_pretrained(base_folder, r=2)
+    with pytest.raises(DataError, match="`text` and `text_pair` and `label`"):
+        tuner.fit(no_column)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "removed", "tampered"])
 def test_a_corrupt_checkpoint(
     damage: str,
@@ -310,49 +322,3 @@ def test_a_run_that_is_not_there(
     more = ["--model", str(base_folder), "--out", str(tmp_path / "model")] if command == "export" else []
     refused(capsys, [command, str(tmp_path / "absent-run"), *more], told)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("wrong", ["test", "out"])
-def test_tune_says_what_is_wrong_before_it_trains(
-    wrong: str,
-    base_folder: Path,
-    train_csv: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
-    taken = tmp_path / "taken"
-    taken.write_text("another's file")
-    test = tmp_path / "absent.csv" if wrong == "test" else train_csv
-    out = taken if wrong == "out" else tmp_path / "model"
-    refused(
-        capsys, tune(base_folder, train_csv, out, "--test", str(test)), "absent.csv" if wrong == "test" else "taken"
-    )
-
-
-def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(
-    base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    refused(capsys, tune(base_folder, train_csv, tmp_path / "file" / "model"), "cannot be written", "permissions")
-
-
-def test_tune_takes_labels_from_the_column_that_is_named(base_folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "train.csv"
-    data.write_text("text,stars\n" + "the film was good,1\nthe film was bad,0\n" * 8)
-    assert main(tune(base_folder, data, tmp_path / "model", "--label", "stars")) == 0
-
-
-def test_tune_teaches_a_language_model_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_lm.write_folder(tmp_path / "base")
-    train = tiny_lm.write_instructions(tmp_path / "train.jsonl", tiny_lm.instructions(60))
-    options = ["--task", "causal_lm", "--text", "prompt", "--text-pair", "answer", "--test", str(train), "--json"]
-    losses = []
-    for steps in ("1", "40"):
-        assert main([*tune(model, train, tmp_path / steps, *options), "--steps", steps]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["num_examples"] == 60 * 3
-        losses.append(found["loss"])
-    assert losses[1] < 0.8 * losses[0]
-    assert json.loads((tmp_path / "40" / "layout.json").read_text())["task"] == "causal_lm"

@@ -38,7 +38,7 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
     [
         ("", "data.csv", ["data.csv", "empty"]),
         ("text,label\n", "data.csv", ["no examples"]),
-        (f"sentence,label\n{SECRET},1\n", "data.csv", ["'text'", "sentence, label", "data.text"]),
+        (f"sentence,label\n{SECRET},1\n", "data.csv", ["'text'", "sentence, label", "`text`"]),
         (f"{SECRET},1\n{SECRET},0\n", "data.csv", ["no column 'text'", "not shown"]),
         (f"text,label\n{SECRET},1\n{SECRET},{SECRET}\n", "data.csv", ["row 3", "not an integer"]),
         (f"text,label\n{SECRET},0.5\n", "data.csv", ["row 2", "not an integer"]),
@@ -48,10 +48,13 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
         (f"text,label\n{SECRET}, and more,1\n", "data.csv", ["row 2", "more fields", "double quotes"]),
         (f'text,label\n"{SECRET},1\n', "data.csv", ["row 2", "not valid CSV"]),
         (b"text,label\n\xff\xfe,1\n", "data.csv", ["not UTF-8"]),
+        (f"text;label\n{SECRET};1\n", "data.csv", ["separated by ';'", ".tsv"]),
+        (f"text,label\n{SECRET}\n", "data.csv", ["row 2", "'label' is empty"]),
+        (f"text,label\n{SECRET},\n", "data.csv", ["row 2", "'label' is empty"]),
         (f'{{"text": "{SECRET}", "label": 1}}\n{{"text": "{SECRET}", \n', "data.jsonl", ["row 2", "not valid JSON"]),
         (f'["{SECRET}"]\n', "data.jsonl", ["row 1", "not a JSON object"]),
         (f'{{"text": "{SECRET}", "label": true}}\n', "data.jsonl", ["row 1", "not an integer"]),
-        (f'{{"text": "{SECRET}", "label": null}}\n', "data.jsonl", ["row 1", "not an integer"]),
+        (f'{{"text": "{SECRET}", "label": null}}\n', "data.jsonl", ["row 1", "'label' is empty"]),
         ('{"text": 5, "label": 1}\n', "data.jsonl", ["row 1", "int, not text"]),
         ("PAR1 not really", "data.parquet", ["not a readable Parquet"]),
         ("text", "data.xlsx", ["unknown kind '.xlsx'", ".parquet"]),
@@ -65,6 +68,11 @@ def test_bad_files_are_told_by_row_and_without_their_text(tmp_path, content, nam
     assert SECRET not in message
     assert caught.value.remedy
     assert caught.value.__cause__ is None  # the original, which may hold the row, is not shown
+
+
+def test_blanks_in_a_header_and_a_very_long_text_are_no_obstacle(tmp_path):
+    long = "word " * 40_000
+    assert from_text(tmp_path, f"text , label\n{long},1\n") == [Example(long, 1)]
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

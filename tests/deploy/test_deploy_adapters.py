@@ -173,7 +173,7 @@ def test_ranks_beyond_the_profile_are_refused(session, folder, tmp_path):
 def test_a_merged_bundle_has_no_place_for_adapters(shared_bundle, folder):
     with Session.load(shared_bundle) as session, pytest.raises(DeployError, match=r"adapter merged") as caught:
         session.set_adapter(folder)
-    assert "lora='inputs'" in caught.value.remedy
+    assert "--lora inputs" in caught.value.remedy
 
 
 def test_wrong_values_of_lora_are_named(folder, shared_bundle):

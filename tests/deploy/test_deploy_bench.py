@@ -78,14 +78,14 @@ def test_subjects_that_take_turns_do_not_spin_into_each_others(shared_bundle, mo
     assert [command["spinning"] for command in asked if command["do"] == "load"] == [True, False, False]
 
 
-def test_what_fails_in_a_subject_is_said_with_its_name(shared_bundle, decoder_bundle, tmp_path):
+def test_what_fails_in_a_subject_is_said_with_its_place(shared_bundle, decoder_bundle, tmp_path):
     one = Subject(name="one", path=str(shared_bundle))
-    with pytest.raises(CheckpointError, match=r"two: .*absent"):
+    with pytest.raises(CheckpointError, match=r"absent does not exist"):
         run_benchmark([one, Subject(name="two", path=str(tmp_path / "absent"))])
     with pytest.raises(ConfigError, match="do not do the same"):
         run_benchmark([one, Subject(name="two", path=str(decoder_bundle))])
-    for wrong in ({"repeats": 0}, {"batches": [0]}, {"tokens": 0}):
-        with pytest.raises(ConfigError):
+    for wrong in ({"repeats": 0}, {"batches": [0]}, {"tokens": 0}, {"threads": 0}):
+        with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` is 0"):
             run_benchmark([one], **wrong)
 
 

@@ -240,7 +240,7 @@ def test_modelopt_is_used_where_it_is_installed(tmp_path):
 def test_without_examples_int8_says_what_to_pass(model_folder, tmp_path):
     with pytest.raises(ConfigError, match="int8 needs examples") as caught:
         compile_engine(model_folder, tmp_path / "out", precision="int8")
-    assert "--calibrate" in caught.value.remedy
+    assert "`calibrate`" in caught.value.remedy
 
 
 def test_a_bfloat16_bundle_runs_where_there_are_no_bfloat16_kernels(model_folder, tmp_path):

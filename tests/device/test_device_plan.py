@@ -53,7 +53,7 @@ def test_a_plan_needs_scores_a_possible_ratio_and_the_model_it_was_made_for(tiny
     with pytest.raises(DataError, match="planning needs scores"):
         tuner.plan(0.5)
     tuner.fit(tiny_bert.sentences(40), steps=3)
-    with pytest.raises(ConfigError, match=r"pruning_ratio is 1\.0"):
+    with pytest.raises(ConfigError, match=r"`pruning_ratio` is 1\.0"):
         tuner.plan(1.0)
     gentle, hard = tuner.plan(0.25), tuner.plan(0.7)
     with pytest.raises(ConfigError, match="base_latency_ms is 0"):

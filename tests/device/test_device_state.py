@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
 
 def test_two_agents_cannot_share_a_folder(tmp_path):
     first = StateDir(tmp_path)
-    with pytest.raises(ConfigError, match="in use by another agent"):
+    with pytest.raises(ConfigError, match="in use by another process"):
         StateDir(tmp_path)
     first.close()
     StateDir(tmp_path).close()

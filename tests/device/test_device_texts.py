@@ -154,7 +154,7 @@ def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fle
     report = fleet.reports[-1]
     if words > 64:
         assert report.status == "failed"
-        assert "max_length_tokens is 100" in report.reason
+        assert "`max_length_tokens` is 100" in report.reason
         assert "positions for 64 tokens. Use at most 64." in report.reason  # with what to do about it
     else:  # no text is as long as it might be
         assert report.status == "ok"

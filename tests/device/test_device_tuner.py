@@ -58,7 +58,7 @@ def test_epochs_count_passes_over_the_data(tuner):
     assert tuner._steps_taken == 10
     with pytest.raises(ConfigError, match="not both"):
         tuner.fit(tiny_bert.sentences(40), epochs=1, steps=1)
-    with pytest.raises(ConfigError, match="0 steps"):
+    with pytest.raises(ConfigError, match="0 training steps are too few"):
         tuner.fit(tiny_bert.sentences(40), steps=0)
 
 
@@ -96,11 +96,11 @@ def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"r": 0}, "r is 0"),
+        ({"r": 0}, "`r` is 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"learning_rate": -1.0}, "learning_rate"),
-        ({"num_labels": 1}, "num_labels is 1"),
-        ({"num_labels": 0}, "num_labels is 0"),
+        ({"num_labels": 1}, "`num_labels` is 1"),
+        ({"num_labels": 0}, "`num_labels` is 0"),
         ({"criterion": "luck"}, "luck"),
         ({"scope": "world"}, "world"),
         ({"torch_device": "tpu"}, "tpu"),
@@ -190,7 +190,10 @@ def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folde
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"num_labels": 3}, "with 2 labels, not classification with 3"), ({"task": "token_classification"}, "was saved")],
+    [
+        ({"num_labels": 3}, "not for classification with 3"),
+        ({"task": "token_classification"}, "was saved"),
+    ],
 )
 def test_a_saved_model_is_not_opened_for_another_task(tuner, tmp_path, options, told):
     folder = tuner.save(tmp_path / "out")

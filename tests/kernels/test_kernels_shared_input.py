@@ -165,7 +165,7 @@ class Gated(torch.nn.Module):
         del self.parts
 
     def forward(self, x: Tensor) -> Tensor:
-        a0, b0, a1, b1 = self.adapters
+        a0, b0, a1, b1 = (self.adapters[i] for i in range(4))
         gate, up = ops.lora_gate_up(
             x, Projection(self.weight0, None, a0, b0), Projection(self.weight1, None, a1, b1), 2
         )

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedspine_edge.errors import CheckpointError, ConfigError, UnknownArchitecture
-from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.peft_format import load_adapter
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -188,6 +188,9 @@ def test_a_config_that_is_missing_damaged_or_of_an_unknown_model(base):
         refused(r"config\.json is damaged", load_base, base)
     (base / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": "two"}')
     refused("the config in .* cannot be read", load_base, base)
+    for text in ("{}", '{"model_type": null}'):
+        (base / "config.json").write_text(text)
+        refused("does not state a model_type", load_base, base)
     (base / "config.json").unlink()
     refused("has no config.json", load_base, base)
 
@@ -206,7 +209,7 @@ def test_a_tokenizer_that_is_missing_damaged_or_without_padding(base):
 def test_a_task_or_labels_that_the_model_does_not_have(base):
     settings = [
         ({"task": "causal_lm"}, "(?s)bert models do not support task 'causal_lm'.*classification"),
-        ({"num_labels": 1}, "num_labels is 1"),
+        ({"num_labels": 1}, "`num_labels` is 1"),
         ({"num_labels": 2, "labels": ["a", "b", "c"]}, "3 label names"),
     ]
     for options, message in settings:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedspine_edge.errors import CheckpointError, ModelError
 from fedspine_edge.kernels import ops
-from fedspine_edge.model.architecture import SUPPORTED
+from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.pruning import order_from_scores, plan_local

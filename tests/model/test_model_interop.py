@@ -8,8 +8,8 @@ import torch
 
 import fedspine_edge
 from fedspine_edge.errors import CheckpointError
-from fedspine_edge.model.architecture import SUPPORTED
 from fedspine_edge.model.checkpoint import load_base, read_manifest
+from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.layout import Layout
 
 FREE = [kind for kind in tiny.KINDS if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim]

@@ -9,7 +9,7 @@ import tiny_models as tiny
 import torch
 
 from fedspine_edge.errors import CheckpointError
-from fedspine_edge.model.architecture import SUPPORTED
+from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.peft_format import load_adapter
 
 TYPES = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}

@@ -110,7 +110,7 @@ def test_an_order_ranks_what_is_kept_and_keeps_the_decided_tail():
 def test_impossible_plans_are_refused():
     full = Layout.full(spec())
     scores = random_scores(full, 0)
-    with pytest.raises(ConfigError, match=r"pruning_ratio is 1\.2"):
+    with pytest.raises(ConfigError, match=r"`pruning_ratio` is 1\.2"):
         plan_local(scores, full, 1.2)
     scores.heads[1][0] = np.nan
     with pytest.raises(LayoutError, match="layer 1 heads: scores are not finite"):

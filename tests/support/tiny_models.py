@@ -23,7 +23,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from fedspine_edge.model.architecture import SUPPORTED
+from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.layout import Layout, module_names, split_name
 from fedspine_edge.model.prunable import PrunableModel
 

@@ -1,0 +1,182 @@
+"""`fedspine-edge tune`: wrong input is told before it trains, and nothing that was trained is lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_lm
+from commands import refused, tune
+
+from fedspine_edge.cli.main import main
+from fedspine_edge.device.fit_checkpoint import FitCheckpoint
+from fedspine_edge.errors import CheckpointError
+
+Fingerprint = Callable[[Path], dict[str, str]]
+
+
+def test_a_model_of_the_hub_is_taken_from_its_cache_or_its_absence_told(
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    command = tune("some/bert", train_csv, tmp_path / "model")
+    refused(capsys, command, "'some/bert' is not a local folder", "hf download some/bert --local-dir FOLDER")
+    cached = tmp_path / "hub" / "models--some--bert"
+    shutil.copytree(base_folder, cached / "snapshots" / "c0ffee")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c0ffee")
+    assert main(command) == 0
+    assert json.loads((tmp_path / "model" / "layout.json").read_text())["base"] == "some/bert"
+
+
+@pytest.mark.parametrize("out", ["model", "bundle", "bundle.zip"])
+def test_a_disk_that_is_full_at_the_end_is_told_and_leaves_what_was_there(
+    out: str,
+    tmp_path: Path,
+    base_folder: Path,
+    train_csv: Path,
+    tuned: Path,
+    compiled: Path,
+    fingerprint: Fingerprint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The system refuses files above a limit as it refuses those for which there is no room."""
+    shutil.copytree(tuned if out == "model" else compiled, tmp_path / out.partition(".")[0])
+    monkeypatch.setattr(FitCheckpoint, "stepped", lambda *_: None)
+    command = ["compile", str(tuned), "--out", str(tmp_path / out), "--backend", "onnxruntime"]
+    if out == "model":
+        command = tune(base_folder, train_csv, tmp_path / out)
+    before = fingerprint(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        refused(capsys, command, "cannot be written", "File too large", "space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = fingerprint(tmp_path)
+    assert {name: after[name] for name in after if ".unfinished" not in name} == before
+
+
+@pytest.mark.parametrize("wrong", ["test", "out"])
+def test_tune_says_what_is_wrong_before_it_trains(
+    wrong: str,
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    taken = tmp_path / "taken"
+    taken.write_text("another's file")
+    test = tmp_path / "absent.csv" if wrong == "test" else train_csv
+    out = taken if wrong == "out" else tmp_path / "model"
+    refused(
+        capsys, tune(base_folder, train_csv, out, "--test", str(test)), "absent.csv" if wrong == "test" else "taken"
+    )
+
+
+def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(
+    base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "file" / "model"), "cannot be written", "permissions")
+
+
+def test_tune_says_in_a_log_what_it_does_and_what_is_next(
+    base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*tune(base_folder, train_csv, tmp_path / "model"), "--test", str(train_csv), "--pruning-ratio", "0.5"]
+    assert main(command) == 0
+    done = capsys.readouterr()
+    lines = iter(done.err.splitlines())
+    stages = (
+        "40 examples",
+        "loading",
+        "fit: 1 of 1, loss",
+        "pruning to 0.5",
+        "recover",
+        "evaluate: 40 of 40",
+        "saving",
+    )
+    for stage in stages:  # in this order
+        assert any(stage in line for line in lines), (stage, done.err)
+    assert done.out.endswith(f"next: fedspine-edge compile {tmp_path / 'model'}\n")
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "model")
+
+
+def test_tune_goes_on_where_it_was_interrupted(
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    fingerprint: Fingerprint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(out: str) -> list[str]:
+        return [*tune(base_folder, train_csv, tmp_path / out), "--steps", "12", "--pruning-ratio", "0.5", "--rank", "2"]
+
+    def full(*_: object, **__: object) -> None:
+        raise CheckpointError("no space", remedy="Make room.")
+
+    assert main(command("straight")) == 0
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.save", full)
+    refused(capsys, command("model"), "no space", "Make room", "the same command goes on")
+    monkeypatch.undo()
+    refused(capsys, [*command("model"), "--seed", "1"], "model.unfinished", "another fit", "delete")
+    assert main(command("model")) == 0
+    said = capsys.readouterr().err
+    assert "goes on" in said
+    assert "fit:" not in said  # both trainings were found done
+    prints = [fingerprint(tmp_path / out) for out in ("straight", "model")]
+    assert prints[0]["adapter_model.safetensors"] == prints[1]["adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "straight"]
+
+
+def test_tune_needs_room_before_it_trains(
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    logged = [*tune(base_folder, train_csv, tmp_path / "model"), "--log-dir", str(tmp_path / "file")]
+    refused(capsys, logged, "--log-dir", "cannot be used")
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "cannot be written", "free", "space")
+    monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda *_: False)  # as on a read-only file system, for root too
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "may not be written to", "permissions")
+
+
+def test_tune_takes_labels_from_the_column_that_is_named(base_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text("text,stars\n" + "the film was good,1\nthe film was bad,0\n" * 8)
+    assert main(tune(base_folder, data, tmp_path / "model", "--label", "stars")) == 0
+
+
+def test_tune_teaches_a_language_model_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_lm.write_folder(tmp_path / "base")
+    train = tiny_lm.write_instructions(tmp_path / "train.jsonl", tiny_lm.instructions(60))
+    options = ["--task", "causal_lm", "--text", "prompt", "--text-pair", "answer", "--test", str(train), "--json"]
+    losses = []
+    for steps in ("1", "40"):
+        assert main([*tune(model, train, tmp_path / steps, *options), "--steps", steps]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["num_examples"] == 60 * 3
+        losses.append(found["loss"])
+    assert losses[1] < 0.8 * losses[0]
+    assert json.loads((tmp_path / "40" / "layout.json").read_text())["task"] == "causal_lm"
