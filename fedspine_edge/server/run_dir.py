@@ -28,6 +28,7 @@ OURS = frozenset(
         f"{FILE}-wal",
         f"{FILE}-shm",
         f"{FILE}-journal",
+        "simulated.json",  # what a simulation notes of its devices
         "blobs",
         "uploads",
         "rejected",

@@ -22,6 +22,7 @@ from fedspine_edge.server.coordinator import FleetServer, RunResult
 from fedspine_edge.server.reader import FILE, JournalReader
 from fedspine_edge.simulation.dropout import Unreliable
 from fedspine_edge.simulation.network import Participant, VirtualNetwork, VirtualTransport
+from fedspine_edge.simulation.pinned import pin
 from fedspine_edge.simulation.recorded import RecordedDevice, Shared
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -36,6 +37,9 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
 
     Returns:
         What the server returns; `adapter_sha256` is the same for the same inputs.
+
+    Raises:
+        ConfigError: `run_dir` holds a run of other devices or data.
     """
     network = VirtualNetwork()
     bases: dict[tuple[str, Task, int], PrunableModel] = {}
@@ -81,6 +85,7 @@ def _run(
     make: _Maker,
     on_event: OnEvent | None = None,
 ) -> RunResult:
+    pin(Path(fleet.run_dir), devices)
     start_s = _time_so_far(Path(fleet.run_dir))
     with ExitStack() as running:
         for config in sorted(devices, key=lambda one: one.device_id):

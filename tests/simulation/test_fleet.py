@@ -1,15 +1,21 @@
 """A whole fleet in virtual time: it prunes to the target and repeats bit for bit."""
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
+from recorded_fleet import RECORD
+from recorded_fleet import lay_out as lay_out_recorded
 
+from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.fleet_model import load_fleet_model
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.server.coordinator import RunResult
 from fedspine_edge.simulation.finish import build_finished_model
-from fedspine_edge.simulation.fleet import simulate
+from fedspine_edge.simulation.fleet import simulate, simulate_recorded
+from fedspine_edge.simulation.recorded import Shared
 from fedspine_edge.simulation.runview import by_round, read_run
 from fedspine_edge.simulation.setup import FleetSetup, lay_out, prepare_data
 
@@ -111,3 +117,40 @@ def test_a_damaged_or_foreign_run_is_named(tmp_path: Path, tiny_model: Path, tin
     with pytest.raises(CheckpointError, match="is not the model that the fleet trained"):
         build_finished_model(Path(setup.fleet.run_dir), other, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None:
+    data = tmp_path / "a.csv"
+    data.write_text("text,label\n")
+    fleet, devices = lay_out_recorded(tmp_path, {"tx2": 1, "agx": 1}, num_rounds=5)
+    devices = tuple(with_data(device, data) for device in devices)
+    before = simulate_recorded(fleet, devices, Shared(RECORD))
+    moved = data.rename(tmp_path / "b.csv")
+    same = [with_data(device, moved) for device in devices]
+    assert simulate_recorded(fleet, same, Shared(RECORD)) == before
+    renamed = msgspec.structs.replace(devices[1], device_id="tx2-9")
+    slower = msgspec.structs.replace(devices[1], up_mbit_s=1.0)
+    for others, told in (
+        ([devices[0], renamed], "device 'tx2-2' is missing, and 1 more do"),
+        ([devices[0], slower], "configuration of device 'tx2-2' differs"),
+    ):
+        others = [with_data(device, moved) for device in others]
+        with pytest.raises(ConfigError, match=re.escape(told)) as error:
+            simulate_recorded(fleet, others, Shared(RECORD))
+        assert "another folder" in error.value.remedy
+    moved.write_text("text,label\nnew,1\n")
+    with pytest.raises(ConfigError, match="data of device 'agx-1' differs, and 1 more"):
+        simulate_recorded(fleet, same, Shared(RECORD))
+
+
+def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path: Path) -> None:
+    fleet, devices = lay_out_recorded(tmp_path, {"agx": 1}, num_rounds=5)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="letter"):
+        simulate_recorded(fleet, devices, Shared(RECORD))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["letter.txt"]
+
+
+def with_data(device: DeviceConfig, path: Path) -> DeviceConfig:
+    return msgspec.structs.replace(device, data=msgspec.structs.replace(device.data, path=str(path)))
