@@ -101,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FedspineError as error:
         print(f"error: {error.in_words(arguments.names)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read the output has read enough: `fedspine-edge status RUN_DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return 1
     except OSError as error:  # a place that nobody looked at before: a plot's folder, a log's
         log.debug("where it happened:", exc_info=True)
         print(f"error: {error}\n  Check the place, its space and permissions.", file=sys.stderr)
@@ -109,9 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         after = "continues where this one stopped" if arguments.command in _CONTINUES else "starts from the beginning"
         print(f"interrupted; the same command {after}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output has read enough: `fedspine-edge status RUN_DIR | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
-        return 1
     return int(code or 0)
 
 

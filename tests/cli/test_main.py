@@ -107,6 +107,22 @@ def test_what_the_system_refuses_unforeseen_is_one_error_too(
     refused(capsys, ["inspect", "bundle"], "/nowhere/at/all", "permissions")
 
 
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """As in `fedspine-edge status RUN_DIR --json | head`: the pipe is closed while there is more to write."""
+    program = (
+        "import sys; from fedspine_edge.cli import inspect, main;"
+        "inspect.run = lambda _: print('x' * 1_000_000);"
+        "sys.exit(main.main(['inspect', 'bundle']))"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (1, "")
+
+
 def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedspine_edge", "server", "--config", str(tmp_path / "absent.toml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
