@@ -64,9 +64,10 @@ class BanditSettings(_Section, frozen=True, kw_only=True):
         Literal["paced", "uniform"],
         _doc("`paced`: among arms predicted to take as long as the slowest device must; `uniform`: among all."),
     ] = "paced"
-    slack: Annotated[float, _doc("How far a paced arm's predicted time may lie from that, as a share.", gt=0, lt=1)] = (
-        0.05
-    )
+    slack: Annotated[
+        float,
+        _doc("How far below that the logarithm of a paced arm's predicted time may lie: 0.05 is 4.9 %.", gt=0, lt=1),
+    ] = 0.05
     prior: Annotated[Literal["none", "class"], _doc("`class` lets a new device start from its class's tree.")] = "class"
 
 

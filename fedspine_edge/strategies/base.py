@@ -102,7 +102,7 @@ class Choice:
 
 
 class BaseStrategy:
-    """Bookkeeping shared by the built-in strategies; a subclass supplies `choose` and perhaps `learn`.
+    """Bookkeeping shared by the built-in strategies; a subclass supplies `choose`, and perhaps `reward` and `learn`.
 
     Args:
         config: Settings of the fleet.
@@ -141,6 +141,18 @@ class BaseStrategy:
         """What completion times are compared to in the reward; None for the mean of the round's reports."""
         return None
 
+    def target_of(self, device_id: str) -> float:
+        """The pruning ratio that the device ends at."""
+        return self.config.pruning_ratio
+
+    def reward(self, outcomes: Sequence[Outcome]) -> dict[str, RewardTerms | None]:
+        """What a round was worth to each device, in [0, 1]; None for one that says nothing of its assignment.
+
+        By default docs/algorithms.md, "Reward", with the configured weights.
+        """
+        weights = {name: getattr(self.config.reward, name) for name in TERMS}
+        return rewards(outcomes, weights, mode=self.config.reward.mode, expected_s=self.expected_s())
+
     def learn(self, terms: Mapping[str, RewardTerms | None], server_round: int) -> None:
         """What to do with rewards; by default nothing."""
 
@@ -166,10 +178,7 @@ class BaseStrategy:
 
     def observe(self, outcomes: Sequence[RoundOutcome], server_round: int) -> dict[str, RewardTerms | None]:
         answered = [o for o in outcomes if self._asked.get(o.device_id, {}).get("round") == server_round]
-        weights = {name: getattr(self.config.reward, name) for name in TERMS}
-        terms = rewards(
-            [self._outcome(o) for o in answered], weights, mode=self.config.reward.mode, expected_s=self.expected_s()
-        )
+        terms = self.reward([self._outcome(o) for o in answered])
         self.learn(terms, server_round)
         for o in answered:
             asked = self._asked.pop(o.device_id)
@@ -240,7 +249,7 @@ class BaseStrategy:
             lora_importance=o.lora_importance,
             pruning_ratio=o.pruning_ratio,
             previous_ratio=self._asked[o.device_id]["previous"],
-            target=self.config.pruning_ratio,
+            target=self.target_of(o.device_id),
             reason=o.reason,
         )
 

@@ -107,6 +107,9 @@ class FedSpine(BaseStrategy):
     def expected_s(self) -> float | None:
         return None if self._pace is None else math.exp(self._pace)
 
+    def target_of(self, device_id: str) -> float:
+        return self._targets.get(device_id, self.config.pruning_ratio)
+
     def learn(self, terms: Mapping[str, RewardTerms | None], server_round: int) -> None:
         for device_id, reward in terms.items():
             if reward is not None:
@@ -139,7 +142,7 @@ class FedSpine(BaseStrategy):
     def _envelope(self, device_id: str) -> Envelope:
         if self.envelope.spread == 0.0 or not self._targets:
             return self.envelope
-        return replace(self.envelope, target=self._targets.get(device_id, self.envelope.target), spread=0.0)
+        return replace(self.envelope, target=self.target_of(device_id), spread=0.0)
 
     def _kept(self, before: float, after: float) -> float:
         """Mean share of the model that is there during a round's steps."""

@@ -326,6 +326,13 @@ def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
     assert sum(max(times.values()) for times in rounds) < sum(max(times.values()) for times in equal)
 
 
+def test_with_a_mean_target_progress_is_measured_to_the_devices_own_target():
+    strategy, fleet = create(config(target="mean", num_rounds=6)), Fleet(3)
+    terms = [fleet.round(strategy, t)[1] for t in range(1, 5)]
+    assert {d.pruning_ratio for d in fleet.devices} != {0.5}
+    assert {reward.prune for reward in terms[-1].values()} == {1.0}  # each has arrived where it was to end
+
+
 def test_a_late_device_is_taken_for_slow_and_nobody_is_planned_past_the_deadline():
     strategy, fleet = create(config(num_rounds=12, deadline_s=15.0)), Fleet(3)
     for server_round in range(1, 5):
