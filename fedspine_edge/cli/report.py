@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge report runs/fleet --out report.html"
+EXAMPLE = """fedspine-edge report runs/fleet --out report.html
+  fedspine-edge report runs/fleet --csv rounds.csv"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, help="the server's run folder")
     parser.add_argument("--out", type=Path, default=None, help="HTML file (default: RUN_DIR/report.html)")
+    parser.add_argument(
+        "--csv", type=Path, default=None, help="write a row a device and round to this file, and no page unless --out"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -18,6 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.simulation.runview import read_run
 
     view = read_run(arguments.run_dir)
+    if arguments.csv is not None:
+        from fedspine_edge.simulation.table import COLUMNS, flat, write_csv
+
+        print(write_csv(arguments.csv, list(COLUMNS), flat(view.rows)))
+        if arguments.out is None:
+            return 0
     out = arguments.out or arguments.run_dir / "report.html"
     print(
         write_report(

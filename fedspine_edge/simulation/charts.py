@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -150,6 +151,17 @@ def before_after(pairs: Mapping[str, tuple[float, float, str]]) -> str:
 
 def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> str:
     """What `draw` puts on a matplotlib axes, as inline SVG of `size` in inches. Raises `MissingDependency`."""
+    drawn = re.sub(r"^.*?(?=<svg)", "", _drawn(draw, size, "svg").decode(), flags=re.DOTALL)
+    return re.sub(r"(\d\.\d{2})\d+", r"\1", drawn)  # a hundredth of a point is finer than any screen
+
+
+def pdf(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> bytes:
+    """The same as a PDF of one page, its text as text."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every glyph it takes along
+    return _drawn(draw, size, "pdf")
+
+
+def _drawn(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -> bytes:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -157,7 +169,7 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> 
         raise MissingDependency.of("matplotlib", extra="demo", purpose="The HTML report") from None
     # a fixed hash salt and no date: the same run gives the same file
     style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "fedspine"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**style, "pdf.fonttype": 42}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for side in ("top", "right"):
@@ -165,10 +177,9 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> 
         axes.grid(axis="y", color="#e6e9ed", linewidth=0.8)
         axes.set_axisbelow(True)
         draw(axes)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    drawn = re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
-    return re.sub(r"(\d\.\d{2})\d+", r"\1", drawn)  # a hundredth of a point is finer than any screen
+        out = io.BytesIO()
+        figure.savefig(out, format=kind, metadata={"Date" if kind == "svg" else "CreationDate": None})
+    return out.getvalue()
 
 
 def _colours(rows: Sequence[DeviceView]) -> dict[str, str]:

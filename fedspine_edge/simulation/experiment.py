@@ -1,18 +1,17 @@
 """Named experiments: read a committed config, run what has not been run, summarise with intervals.
 
-A config is a TOML file in `experiments/`. Every (variant, seed) is one job with a result file of its own, named by the
-job and holding a digest of everything it depends on: the same command after an interruption runs only what is missing.
+A config is a TOML file in `experiments/` or of the user's own. Every (variant, seed) is one job with a result file of
+its own, named by the job and holding a digest of everything it depends on: the same command after an interruption runs
+only what is missing.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,10 @@ from typing import Any
 
 from fedspine_edge import __version__
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.simulation import experiment_file
 from fedspine_edge.simulation.engines import Engine, run_all
-from fedspine_edge.simulation.measures import time_to
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fedspine_edge.simulation.measures import CURVE, time_to
+from fedspine_edge.simulation.table import COLUMNS, write_csv
 
 FOLDER = Path(__file__).with_name("experiments")
 _T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -67,11 +63,19 @@ def names() -> list[str]:
 
 
 def load_experiment(name: str, *, quick: bool) -> Experiment:
-    """Read a config. Raises `ConfigError` for an unknown name."""
-    path = FOLDER / f"{name}.toml"
-    if not path.is_file():
-        raise ConfigError(f"there is no experiment {name!r}.", remedy=f"One of: {', '.join(names())}.")
-    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    """Read a config, of the package by its name or the user's own by its path, which ends in `.toml`.
+
+    Raises `ConfigError` for an unknown name, and for a file of one's own that cannot be run, before anything is.
+    """
+    own = name.endswith(".toml")
+    path = Path(name) if own else FOLDER / f"{name}.toml"
+    if not own and not path.is_file():
+        raise ConfigError(
+            f"there is no experiment {name!r}.", remedy=f"One of: {', '.join(names())}; or the path of a .toml file."
+        )
+    data = experiment_file.read(path)
+    if quick and "quick" not in data:
+        raise ConfigError(f"experiment {path} has no [quick] section.", remedy="Add one, or leave out --quick.")
     form = "quick" if quick else "full"
     common = _merged(data["common"], data[form])
     jobs: dict[str, dict[str, Any]] = {}
@@ -81,9 +85,10 @@ def load_experiment(name: str, *, quick: bool) -> Experiment:
         settings = {k: v for k, v in variant.items() if k not in ("name", "forms")}
         job = _merged({k: v for k, v in common.items() if k != "seeds"}, settings)
         for seed in common["seeds"]:
-            jobs[job_name(variant["name"], seed)] = {**job, "variant": variant["name"], "seed": seed}
+            full = {**job, "variant": variant["name"], "seed": seed}
+            jobs[job_name(variant["name"], seed)] = experiment_file.complete(full, path) if own else full
     return Experiment(
-        name, form, data["title"], data["question"], data["paper"], data["measures"], jobs, data.get("target", {})
+        path.stem, form, data["title"], data["question"], data["paper"], data["measures"], jobs, data.get("target", {})
     )
 
 
@@ -130,7 +135,7 @@ def conclude(experiment: Experiment, out: Path) -> dict[str, Any]:
     found = {name: measures for name, measures in read.items() if measures is not None}
     summary = summarise(experiment, found)
     _replace(out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
-    _write_csv(out / "jobs.csv", experiment, found)
+    _write_tables(out, experiment, found)
     return summary
 
 
@@ -198,9 +203,11 @@ def _mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     points = []
     for same_round in zip(*curves):
         point: dict[str, Any] = {"round": same_round[0]["round"]}
-        for key in ("time_s", "loss", "accuracy", "ratio", "reward", "idle_share"):
-            known = [one[key] for one in same_round if one[key] is not None]
-            point[key] = round(fmean(known), 6) if known else None
+        for key in CURVE:
+            if key != "round":
+                found = interval([one[key] for one in same_round])
+                point[key] = None if found["mean"] is None else round(found["mean"], 6)
+                point[f"{key}_half"] = None if found["half"] is None else round(found["half"], 6)
         points.append(point)
     return points
 
@@ -216,7 +223,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest(job: Mapping[str, Any]) -> str:
     """Of everything that a result depends on; what an experiment calls its variant is not among it."""
-    what = {key: value for key, value in job.items() if key != "variant"}
+    what = {key: value for key, value in job.items() if key not in ("variant", *experiment_file.PATHS)}
     return hashlib.sha256(json.dumps([_CODE_VERSION, what], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -252,11 +259,16 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temp, path)
 
 
-def _write_csv(path: Path, experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_tables(out: Path, experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """`jobs.csv`, `rounds.csv` and `devices.csv`: a row a job, a round and a device's round."""
+
+    def rows(part: str) -> list[dict[str, Any]]:
+        names = {name: {key: experiment.jobs[name][key] for key in ("variant", "seed")} for name in found}
+        return [{**names[name], **row} for name, measures in found.items() for row in measures.get(part, [])]
+
     plain = sorted({key for measures in found.values() for key, v in measures.items() if not isinstance(v, list)})
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", *plain])
-        for name, measures in found.items():
-            job = experiment.jobs[name]
-            writer.writerow([job["variant"], job["seed"], *(measures.get(key, "") for key in plain)])
+    jobs = [{**measures, **{k: experiment.jobs[n][k] for k in ("variant", "seed")}} for n, measures in found.items()]
+    write_csv(out / "jobs.csv", ["variant", "seed", *plain], jobs)
+    for name, part, columns in (("rounds", "curve", CURVE), ("devices", "devices", COLUMNS)):
+        if table := rows(part):
+            write_csv(out / f"{name}.csv", ["variant", "seed", *columns], table)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedspine_edge.errors import MissingDependency
-from fedspine_edge.simulation.charts import svg
+from fedspine_edge.simulation.charts import pdf, svg
 
 _COLOURS = ("#2a6f97", "#e07a1f", "#5b8c3e", "#8a4fa3", "#b5403c", "#4f5d75", "#c9a227", "#3aa6a6", "#777777")
 
@@ -21,8 +23,21 @@ LABELS = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One chart of the page: a name for its files, a caption, and how it is drawn on axes of `size` inches."""
+
+    name: str
+    caption: str
+    draw: Callable[[Any], None]
+    size: tuple[float, float]
+
+
 def write_page(summary: Mapping[str, Any], path: Path) -> Path:
-    """Write the page atomically and return its path. Raises `MissingDependency` without jinja2 or matplotlib."""
+    """Write the page atomically and return its path; every chart too, as `figures/NAME.svg` and `.pdf` beside it.
+
+    Raises `MissingDependency` without jinja2 or matplotlib.
+    """
     try:
         import jinja2
     except ImportError:
@@ -31,11 +46,17 @@ def write_page(summary: Mapping[str, Any], path: Path) -> Path:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["interval"] = shown
-    charts = [(meaning, _bars(summary, name)) for name, meaning in summary["measures"].items() if _known(summary, name)]
+    figures = [_bars(summary, name, text) for name, text in summary["measures"].items() if _known(summary, name)]
     curves = {name: v["curve"] for name, v in summary["variants"].items() if v["curve"]}
     axes = [("accuracy", "mean held-out accuracy")] if "real" in summary["training"] else []
     axes += [("idle_share", "idle share"), ("ratio", "mean pruning ratio")]
-    charts += [(f"{label} over simulated time", _lines(curves, key, label)) for key, label in axes if curves]
+    figures += [_lines(curves, key, label) for key, label in axes if curves]
+    charts = [(figure.caption, svg(figure.draw, figure.size)) for figure in figures]
+    folder = path.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    for figure, (_, drawn) in zip(figures, charts):
+        (folder / f"{figure.name}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{drawn}', encoding="utf-8")
+        (folder / f"{figure.name}.pdf").write_bytes(pdf(figure.draw, figure.size))
     page = environment.get_template("experiment.html.j2").render(
         summary=summary, charts=charts, labels=[LABELS[kind] for kind in summary["training"]]
     )
@@ -58,7 +79,7 @@ def _known(summary: Mapping[str, Any], measure: str) -> bool:
     return any(variant[measure]["n"] for variant in summary["variants"].values())
 
 
-def _bars(summary: Mapping[str, Any], measure: str) -> str:
+def _bars(summary: Mapping[str, Any], measure: str, meaning: str) -> Figure:
     rows = {name: variant[measure] for name, variant in summary["variants"].items() if variant[measure]["n"]}
 
     def draw(axes: Any) -> None:
@@ -68,16 +89,27 @@ def _bars(summary: Mapping[str, Any], measure: str) -> str:
         axes.invert_yaxis()
         axes.set_xlabel(measure)
 
-    return svg(draw, size=(6.4, 0.9 + 0.32 * len(rows)))
+    return Figure(_file_name(measure), meaning, draw, (6.4, 0.9 + 0.32 * len(rows)))
 
 
-def _lines(curves: Mapping[str, list[dict[str, Any]]], key: str, label: str) -> str:
+def _lines(curves: Mapping[str, list[dict[str, Any]]], key: str, label: str) -> Figure:
     def draw(axes: Any) -> None:
         for position, (name, curve) in enumerate(curves.items()):
-            points = [(p["time_s"], p[key]) for p in curve if p[key] is not None]
-            axes.plot(*zip(*points), color=_COLOURS[position % len(_COLOURS)], linewidth=1.4, label=name)
+            colour = _COLOURS[position % len(_COLOURS)]
+            points = [p for p in curve if p[key] is not None]
+            times = [p["time_s"] for p in points]
+            axes.plot(times, [p[key] for p in points], color=colour, linewidth=1.4, label=name)
+            halves = [p.get(f"{key}_half") or 0.0 for p in points]  # none with one seed, and in older summaries
+            if any(halves):
+                low, high = ([p[key] + sign * half for p, half in zip(points, halves)] for sign in (-1, 1))
+                axes.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel("simulated time [s]")
         axes.set_ylabel(label)
         axes.legend(frameon=False, fontsize=7)
 
-    return svg(draw, size=(6.4, 3.6))
+    caption = f"{label} over simulated time: means over the seeds, bands of 95 % intervals"
+    return Figure(_file_name(f"{key}-over-time"), caption, draw, (6.4, 3.6))
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")

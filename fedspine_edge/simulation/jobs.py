@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -23,8 +24,14 @@ from fedspine_edge.server.journal import Journal
 from fedspine_edge.simulation.costs import MINILM, spec_of
 from fedspine_edge.simulation.measures import measure
 from fedspine_edge.simulation.oracle import oracle
+from fedspine_edge.simulation.profiles import BUILT_IN as PROFILES
 from fedspine_edge.simulation.profiles import load_profiles, parse_mix, scaled
 from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared
+from fedspine_edge.simulation.runview import read_run
+from fedspine_edge.simulation.table import flat
+
+LISTED_DEVICES = 200
+"""Larger fleets have no rows by device in their results."""
 
 
 def run_job(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -34,6 +41,8 @@ def run_job(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if "beside" in job and job["beside"] not in sys.path:  # where strategies of the user's own lie
+        sys.path.insert(0, job["beside"])
     kinds = {"recorded": _recorded, "real": _real, "sums": _sums}
     if job["training"] not in kinds:
         raise ConfigError(f"training is {job['training']!r}.", remedy=f"One of: {', '.join(kinds)}.")
@@ -67,7 +76,7 @@ def _end_with_parent() -> None:
 def _fleet(job: Mapping[str, Any], folder: Path, **inputs: Any) -> Any:
     from fedspine_edge.simulation.setup import lay_out_mix
 
-    profiles = load_profiles()
+    profiles = load_profiles(Path(job.get("profiles", PROFILES)))
     mix = scaled(parse_mix(job["mix"], profiles), job["num_devices"])
     return lay_out_mix(
         folder, mix=mix, profiles=profiles, holdout=job["holdout"], seed=job["seed"], **inputs, **job["settings"]
@@ -84,7 +93,7 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     stamps: list[tuple[str, float]] = []
     simulate_recorded(fleet, devices, shared, on_event=lambda name, _: stamps.append((name, time.process_time())))
     run_dir = Path(fleet.run_dir)
-    measures = measure(run_dir)
+    measures = _measured(run_dir)
     if fleet.pruning_ratio > 0 and len(devices) <= 200:
         best = oracle(fleet, devices, MINILM, shared.tokens)
         measures |= {
@@ -96,6 +105,14 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if job.get("server_costs"):
         measures |= _server_costs(run_dir, stamps)
     shutil.rmtree(folder)
+    return measures
+
+
+def _measured(run_dir: Path) -> dict[str, Any]:
+    """The run's measures, and for a fleet that a person could look at what every device did in every round."""
+    measures = measure(run_dir)
+    if measures["num_devices"] <= LISTED_DEVICES:
+        measures["devices"] = flat(read_run(run_dir).rows)
     return measures
 
 
@@ -134,23 +151,30 @@ def _real(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A fleet that really trains, and the accuracy of its finished model on sentences no device has seen."""
     from fedspine_edge.simulation.accuracy import finished_accuracy
     from fedspine_edge.simulation.fleet import simulate
-    from fedspine_edge.simulation.setup import demo_model, prepare_data
+    from fedspine_edge.simulation.setup import demo_model, own_shares, prepare_data
 
-    model = demo_model()
-    shares, test_csv = prepare_data(
-        folder / "data",
-        num_devices=job["num_devices"],
-        test_examples=job["test_examples"],
-        dirichlet=job.get("dirichlet"),
-        seed=job["seed"],
-    )
-    fleet, devices = _fleet(job, folder, model=str(model), shares=shares, torch_device="auto")
+    model = Path(job["model"]) if "model" in job else demo_model()
+    num_labels = job.get("num_labels", 2)
+    data = Path(job["data"]) if "data" in job else None
+    if data is not None and data.is_dir():
+        shares, test_csv = own_shares(data, job["num_devices"])
+    else:
+        shares, test_csv = prepare_data(
+            folder / "data",
+            num_devices=job["num_devices"],
+            data=data,
+            num_labels=num_labels,
+            test_examples=job["test_examples"],
+            dirichlet=job.get("dirichlet"),
+            seed=job["seed"],
+        )
+    fleet, devices = _fleet(job, folder, model=str(model), shares=shares, num_labels=num_labels, torch_device="auto")
     simulate(fleet, devices)
-    measures = measure(Path(fleet.run_dir))
+    measures = _measured(Path(fleet.run_dir))
     test = finished_accuracy(
         Path(fleet.run_dir) / "final",
         model,
-        DataSettings(path=str(test_csv)),
+        DataSettings(path=str(test_csv), num_labels=num_labels),
         max_length_tokens=fleet.training.max_length_tokens,
     )
     measures |= {"test_accuracy": test.accuracy, "test_loss": test.loss, "test_examples": test.num_examples}

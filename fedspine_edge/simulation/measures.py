@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedspine_edge.server.journal import Journal
 from fedspine_edge.simulation.runview import by_round, idle_share, read_run
+
+CURVE: Mapping[str, str] = {
+    "round": "round, from 1",
+    "time_s": "simulated seconds from the first round's start to this one's end",
+    "loss": "mean over devices of the held-out loss after the round",
+    "accuracy": "the same of the accuracy",
+    "ratio": "mean pruning ratio that was asked for",
+    "reward": "mean reward",
+    "idle_share": "mean over devices of 1 − T_i / max T",
+}
+"""Figures of a round and what they mean."""
 
 
 def measure(run_dir: Path) -> dict[str, Any]:
@@ -18,7 +30,7 @@ def measure(run_dir: Path) -> dict[str, Any]:
     - idle_share: mean over devices and rounds of 1 − T_i / max T.
     - spread: mean over rounds of (max T − min T) / mean T.
     - mean_ratio: mean over devices of the pruning ratio after the last round; max_ratio, min_ratio.
-    - curve: per round the time at its end, the mean held-out loss and accuracy, and the mean ratio.
+    - curve: per round what `CURVE` says.
     - bytes_up, bytes_down: as the devices counted them.
     """
     view = read_run(run_dir)

@@ -111,6 +111,20 @@ def prepare_data(
     return paths, test_csv
 
 
+def own_shares(folder: Path, num_devices: int) -> tuple[list[Path], Path]:
+    """A partition of the user's own: `device-1.csv`, `device-2.csv`, … and `test.csv`, columns text and label.
+
+    Raises `DataError` naming the file that is missing.
+    """
+    shares, test_csv = [folder / f"device-{index + 1}.csv" for index in range(num_devices)], folder / "test.csv"
+    for path in (*shares, test_csv):
+        if not path.is_file():
+            raise DataError(
+                f"{path} does not exist.", remedy="A folder of data has device-1.csv, device-2.csv, … and test.csv."
+            )
+    return shares, test_csv
+
+
 def deal_out(folder: Path, *, data: DataSettings, task: Task, num_devices: int) -> list[Path]:
     """Deal the examples of `data` out to the devices in turn, as `device-K.jsonl` below `folder`, columns as in `data`.
 

@@ -48,6 +48,27 @@ def test_the_local_example_runs(workplace: Path) -> None:
     assert (workplace / "out" / "layout.json").exists()
 
 
+def test_the_example_criterion_prunes_by_scores_of_its_own(workplace: Path) -> None:
+    out = run(ROOT / "examples" / "my_criterion.py", "train.csv", "--model", "base-model", cwd=workplace)
+    assert re.search(r"pruning ratio 0\.(4[5-9]|5)", out)
+    check = """
+import numpy as np
+from my_criterion import output_norms, prune
+from fedspine_edge import EdgeTuner
+
+tuner = EdgeTuner.from_pretrained("base-model", num_labels=2, r=4, criterion="magnitude")
+before = output_norms(tuner)
+weight = tuner.model.linear("layers.1.down").merged_weight().detach()
+assert np.allclose(before.channels[1], weight.norm(dim=0).numpy(), rtol=1e-5)
+prune(tuner, 0.5)
+kept = tuner.layout.channels[1]
+gone = np.setdiff1d(np.arange(weight.shape[1]), kept)
+assert gone.size and before.channels[1][kept].min() >= before.channels[1][gone].max()
+"""
+    (workplace / "check.py").write_text(f"import sys; sys.path.append({str(ROOT / 'examples')!r})\n{check}")
+    run("check.py", cwd=workplace)
+
+
 @pytest.mark.broker
 def test_the_fleet_example_runs(workplace: Path) -> None:
     out = run(ROOT / "examples" / "fleet.py", workplace / "base-model", workplace, cwd=workplace)

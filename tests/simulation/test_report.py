@@ -1,12 +1,17 @@
 """Rows to figures and to the HTML report."""
 
+import csv
 from pathlib import Path
 
 import pytest
+from recorded_fleet import run_recorded
 
+from fedspine_edge.cli.main import main
 from fedspine_edge.server.schema import DeviceView
+from fedspine_edge.simulation.measures import CURVE
 from fedspine_edge.simulation.report import write_report
 from fedspine_edge.simulation.runview import idle_by_device, idle_share
+from fedspine_edge.simulation.table import COLUMNS, flat, write_csv
 
 
 def row(number: int, device_id: str, device_class: str, status: str = "ok", ratio: float = 0.0, r: int = 8, **figures):
@@ -52,3 +57,25 @@ def test_report_is_self_contained_escapes_names_and_prints_only_what_was_measure
 def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
     pages = [write_report(tmp_path / f"{i}.html", title="t", rows=ROWS, summary={}).read_bytes() for i in range(2)]
     assert pages[0] == pages[1]
+
+
+def test_a_table_of_every_round_and_device_has_documented_columns(tmp_path: Path) -> None:
+    with write_csv(tmp_path / "t.csv", list(COLUMNS), flat(ROWS)).open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == list(COLUMNS)
+    assert [(row["server_round"], row["device_id"], row["status"]) for row in found][-1] == ("2", "tx2-2", "late")
+    assert found[2]["reward_time"] == "0.9"
+    assert found[2]["reward_loss"] == ""
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    for columns in (COLUMNS, CURVE):
+        for name, meaning in columns.items():
+            assert f"| `{name}` | {meaning} |" in page
+
+
+def test_the_command_writes_the_table_and_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_recorded(tmp_path / "run", mix={"nx": 2}, num_rounds=5)
+    table = tmp_path / "table.csv"
+    assert main(["report", str(tmp_path / "run"), "--csv", str(table)]) == 0
+    assert capsys.readouterr().out == f"{table}\n"
+    assert table.read_text().count("\n") == 1 + 5 * 2
+    assert not (tmp_path / "run" / "report.html").exists()
