@@ -6,11 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge experiment heterogeneity --quick"
+EXAMPLE = """fedspine-edge experiment heterogeneity --quick
+  fedspine-edge experiment mine.toml --workers 2"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="the experiment; without one, all names are listed")
+    parser.add_argument(
+        "name", nargs="?", help="the experiment, or a .toml file with one of your own; without, all names are listed"
+    )
     parser.add_argument("--quick", action="store_true", help="the form that takes minutes; the other takes hours")
     parser.add_argument("--out", type=Path, default=None, help="folder (default: runs/experiments/NAME-FORM)")
     parser.add_argument("--workers", type=int, default=1, help="processes, each kept on one core (default: 1)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,13 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.config import FleetConfig, load
+    from fedspine_edge.config import DeviceConfig, FleetConfig, load
     from fedspine_edge.simulation import profiles as classes
     from fedspine_edge.simulation.costs import spec_of
     from fedspine_edge.simulation.fleet import simulate, simulate_recorded
     from fedspine_edge.simulation.measures import measure
+    from fedspine_edge.simulation.pinned import FILE as NOTED
+    from fedspine_edge.simulation.pinned import pin
     from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared
     from fedspine_edge.simulation.setup import demo_model, lay_out_mix
 
@@ -105,12 +108,19 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         fleet, devices = lay_out_mix(out, model="none", shares=[Path("none.csv")], **common, **fleet_settings)
         result = simulate_recorded(fleet, devices, shared)
     else:
-        shares, columns = _shares(arguments, out / "data", sum(mix.values()), fleet_settings.get("task"))
         model = str((arguments.model or demo_model()).resolve())
-        holdout = min(64, _smallest(shares) // 2)
-        fleet, devices = lay_out_mix(
-            out, model=model, shares=shares, columns=columns, holdout=holdout, **common, **fleet_settings
-        )
+
+        def set_up(data: Path) -> tuple[FleetConfig, tuple[DeviceConfig, ...]]:
+            shares, columns = _shares(arguments, data, sum(mix.values()), fleet_settings.get("task"))
+            holdout = min(64, _smallest(shares) // 2)
+            return lay_out_mix(
+                out, model=model, shares=shares, columns=columns, holdout=holdout, **common, **fleet_settings
+            )
+
+        if (out / "run" / NOTED).is_file():  # refused before the shares of the run that is there are overwritten
+            with tempfile.TemporaryDirectory() as folder:
+                pin(out / "run", set_up(Path(folder))[1])
+        fleet, devices = set_up(out / "data")
         result = simulate(fleet, devices)
     figures = measure(Path(fleet.run_dir))
     if arguments.json:

@@ -14,6 +14,7 @@ import msgspec
 from fedspine_edge.config import FleetConfig, convert
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.simulation.profiles import BUILT_IN, load_profiles, parse_mix
+from fedspine_edge.strategies import create
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -117,7 +118,19 @@ def complete(job: dict[str, Any], path: Path) -> dict[str, Any]:
     found: dict[str, Path] = {key: Path(job[key]) for key in ("data", "model", "profiles") if key in job}
     if ":" in fleet.strategy:
         found["strategy"] = _module_file(fleet.strategy.partition(":")[0], path.parent, where)
+    _try_strategy(fleet, path.parent, where)
     return {**job, "inputs": {key: _digest(place, where) for key, place in found.items()}}
+
+
+def _try_strategy(fleet: FleetConfig, beside: Path, where: str) -> None:
+    """Make the strategy once, as the server will: what it refuses is better known now than hours later."""
+    sys.path.insert(0, str(beside.resolve()))
+    try:
+        create(fleet)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", remedy=error.remedy) from None
+    finally:
+        sys.path.remove(str(beside.resolve()))
 
 
 def _module_file(module: str, beside: Path, where: str) -> Path:

@@ -47,7 +47,7 @@ def pin(run_dir: Path, devices: Sequence[DeviceConfig]) -> None:
             what = f"{' and '.join(parts)} of device {name!r} {'differ' if len(parts) > 1 else 'differs'}"
         raise ConfigError(
             f"{run_dir} holds a simulated run of other devices or data: {what}"
-            f"{f', and {len(changed) - 1} more do' if len(changed) > 1 else ''}.",
+            f"{f' (one of {len(changed)} devices)' if len(changed) > 1 else ''}.",
             remedy="Give the options it was begun with to continue it, or another folder for a new run.",
         )
 

@@ -137,6 +137,8 @@ def test_real_training_takes_a_model_and_a_partition_of_the_users_own(
         ('mix = "bench=2,rack=2"', "mixture = 2", "variant 'S-UCB': Object contains unknown field `mixture`"),
         ("num_rounds = 12", "num_round = 12", "num_round"),
         ("my_strategy:PerSecond", "my_stratgy:PerSecond", "there is no module 'my_stratgy'"),
+        ("my_strategy:PerSecond", "my_strategy:PerHour", "rewarded per second': strategy 'my_strategy:PerHour'"),
+        ("pruning_ratio = 0.5", "pruning_ratio = 0.99\nbandit = { max_step = 0.1 }", "cannot be reached"),
         ('profiles = "boards.toml"', 'profiles = "board.toml"', "board.toml"),
         ("seeds = [0, 1, 2]", "seeds = 3", "seeds is 3"),
         ('training = "recorded"', 'training = "recorded"\ndata = "a.csv"', "data has no effect on recorded losses"),

@@ -8,6 +8,7 @@ import pytest
 from recorded_fleet import RECORD
 from recorded_fleet import lay_out as lay_out_recorded
 
+from fedspine_edge.cli.main import main
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.fleet_model import load_fleet_model
@@ -131,7 +132,7 @@ def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None
     renamed = msgspec.structs.replace(devices[1], device_id="tx2-9")
     slower = msgspec.structs.replace(devices[1], up_mbit_s=1.0)
     for others, told in (
-        ([devices[0], renamed], "device 'tx2-2' is missing, and 1 more do"),
+        ([devices[0], renamed], "device 'tx2-2' is missing (one of 2 devices)"),
         ([devices[0], slower], "configuration of device 'tx2-2' differs"),
     ):
         others = [with_data(device, moved) for device in others]
@@ -139,7 +140,7 @@ def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None
             simulate_recorded(fleet, others, Shared(RECORD))
         assert "another folder" in error.value.remedy
     moved.write_text("text,label\nnew,1\n")
-    with pytest.raises(ConfigError, match="data of device 'agx-1' differs, and 1 more"):
+    with pytest.raises(ConfigError, match=r"data of device 'agx-1' differs \(one of 2"):
         simulate_recorded(fleet, same, Shared(RECORD))
 
 
@@ -154,3 +155,20 @@ def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path: Path) -> None:
 
 def with_data(device: DeviceConfig, path: Path) -> DeviceConfig:
     return msgspec.structs.replace(device, data=msgspec.structs.replace(device.data, path=str(path)))
+
+
+def test_the_command_refuses_another_split_and_leaves_the_shares_as_they_are(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fleet.toml").write_text(
+        "num_rounds = 5\npruning_ratio = 0.4\nranks = [2]\nround_to = 4\n"
+        "training = { tau = 1, recovery_steps = 1, batch_size = 4, max_length_tokens = 16 }\n"
+    )
+    command = ["simulate", "--config", str(tmp_path / "fleet.toml"), "--mix", "nx=2", "--model", str(tiny_model)]
+    command += ["--data", str(tiny_csv), "--out", str(tmp_path / "out"), "--dirichlet"]
+    assert main([*command, "0.5"]) == 0
+    shares = {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
+    assert main([*command, "5"]) == 2
+    assert "data of device 'nx-1' " in capsys.readouterr().err
+    assert shares == {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
+    assert main([*command, "0.5"]) == 0
