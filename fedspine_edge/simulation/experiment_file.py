@@ -6,6 +6,7 @@ import hashlib
 import importlib.machinery
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,11 +150,15 @@ def _digest(path: Path, where: str) -> str:
     if not path.exists():
         raise ConfigError(f"{where}: {path} does not exist.")
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    lines = []
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-        lines.append(f"{digest.hexdigest()}  {file.name if path.is_dir() else ''}\n")
+    lines = [f"{_sha256(file, file.stat().st_mtime_ns)}  {file.name if path.is_dir() else ''}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, _: int) -> str:
+    """Of a file as of a time: every job names the same model, which is read once."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
