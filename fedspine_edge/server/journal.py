@@ -11,7 +11,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -38,13 +38,16 @@ class Journal(JournalReader):
         """Open for writing; created if absent. Raises `ConfigError` for another schema version or a damaged file."""
         path = Path(path)
         try:
-            journal = cls(sqlite3.connect(path, isolation_level=None), path)
-            journal._db.execute("PRAGMA journal_mode = WAL")
-            # FULL: what a device was told is journaled must outlive a power cut.
-            journal._db.execute("PRAGMA synchronous = FULL")
-            if journal._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                journal._db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
-            journal._check_version()
+            with ExitStack() as undo:
+                connection = undo.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+                journal = cls(connection, path)
+                connection.execute("PRAGMA journal_mode = WAL")
+                # FULL: what a device was told is journaled must outlive a power cut.
+                connection.execute("PRAGMA synchronous = FULL")
+                if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                    connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+                journal._check_version()
+                undo.pop_all()
         except sqlite3.DatabaseError as error:
             raise damaged(path, error) from error
         return journal

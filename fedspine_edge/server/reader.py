@@ -10,7 +10,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,11 @@ class JournalReader:
             uri = f"{path.absolute().as_uri()}?mode=ro"
             if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
                 uri += "&immutable=1"  # SQLite would make that file, which no server at work is without
-            journal = JournalReader(sqlite3.connect(uri, uri=True, isolation_level=None), path)
-            journal._check_version()
+            with ExitStack() as undo:
+                connection = undo.enter_context(closing(sqlite3.connect(uri, uri=True, isolation_level=None)))
+                journal = JournalReader(connection, path)
+                journal._check_version()
+                undo.pop_all()
         except sqlite3.DatabaseError as error:
             raise damaged(path, error) from error
         return journal

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,12 +67,12 @@ class RunDir:
             self._lock = self._acquire()
         except OSError as error:
             raise ConfigError(f"run_dir {self.path} cannot be used: {error}.") from error
-        try:
+        with ExitStack() as undo:
+            undo.enter_context(self._lock)
             self.journal = Journal.open(self.path / FILE)
+            undo.enter_context(self.journal)
             self._check_settings(config)
-        except BaseException:
-            self._lock.close()
-            raise
+            undo.pop_all()
 
     def close(self) -> None:
         """Release journal and lock. Harmless when repeated."""

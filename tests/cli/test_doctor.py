@@ -113,6 +113,7 @@ def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_t
     assert found["remedy"] == "pip install 'transformers>=5.15,<5.16'"
     command = [sys.executable, "-m", "fedspine_edge", "tune", "--model", ".", "--data", "x.csv", "--out", "out"]
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "x.csv").write_text("text,label\ngood,1\nbad,0\n")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2
     assert "pip install 'transformers>=5.15,<5.16'" in done.stderr, done.stderr
