@@ -232,9 +232,9 @@ def test_a_family_that_is_not_supported(
     [
         ("", ["empty"]),
         ("text,label\n", ["no"]),
-        ("text,label\nthe film,0\nthe film,7\n", ["row 3", "7", "from 0 to 1"]),
-        ("text,label\nthe film,-1\n", ["row 2", "-1"]),
-        ("text,label\nthe film,secret words\n", ["row 2"]),
+        ("text,label\nthe film,0\nthe film,7\n", ["line 3", "7", "from 0 to 1"]),
+        ("text,label\nthe film,-1\n", ["line 2", "-1"]),
+        ("text,label\nthe film,secret words\n", ["line 2"]),
         ("sentence,label\nthe film,0\n", ["text"]),
     ],
     ids=["empty", "header only", "label too large", "label negative", "label no number", "column missing"],
