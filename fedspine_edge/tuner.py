@@ -30,6 +30,7 @@ from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.texts import Texts
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
+from fedspine_edge.kernels.native import MAX_RANK
 from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.importance import Criterion, Metric
 from fedspine_edge.model.latency import Latency, measure_latency
@@ -140,8 +141,12 @@ class EdgeTuner:
 
         Raises `ModelError` for a folder that cannot be used, `ConfigError` for impossible settings.
         """
-        if r < 1:
-            raise ConfigError(f"`r` is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
+        if not 1 <= r <= MAX_RANK:
+            raise ConfigError(
+                f"`r` is {r}; the LoRA rank must be within 1..{MAX_RANK}.", remedy="Usual ranks are 4 to 32."
+            )
+        if seed < 0:
+            raise ConfigError(f"`seed` is {seed}; it must be at least 0.", remedy="Leave it out for the default, 0.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
         training: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}

@@ -70,6 +70,8 @@ def test_run_continues_a_text(decoder, capsys):
     assert texts["1"] == result["text"] != texts["0"]  # among one there is nothing to draw
     assert main([*command, "--max-new-tokens", "0"]) == 2
     assert "--max-new-tokens is 0.\n  Give at least 1." in capsys.readouterr().err
+    assert main([*command, "--temperature", "1", "--seed", "-1"]) == 2
+    assert "--seed is -1.\n  Give at least 0." in capsys.readouterr().err
 
 
 def test_run_takes_texts_before_and_after_its_options(compiled, capsys):

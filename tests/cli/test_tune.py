@@ -94,6 +94,8 @@ def test_tune_says_what_is_wrong_before_it_trains(
         ("--max-length-tokens", "3", "--max-length-tokens is 3; it must be at least 4"),
         ("--pruning-steps", "0", "--pruning-steps is 0; it must be at least 1"),
         ("--steps", "0", "--steps is 0; it must be at least 1"),
+        ("--rank", "257", "--rank is 257; the LoRA rank must be within 1..256"),
+        ("--seed", "-1", "--seed is -1; it must be at least 0"),
     ],
 )
 def test_a_number_beyond_its_limit_is_told_by_its_flag_before_a_model_is_loaded(
