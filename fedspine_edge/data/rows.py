@@ -168,4 +168,6 @@ class Source:
 
 def _named(columns: Sequence[str]) -> str:
     """Column names for a message; what is no plain name may be the first row's text of a file without a header."""
+    if not columns:
+        return "none"
     return ", ".join(name if _PLAIN_NAME.match(name) else "(not a plain name, not shown)" for name in columns)

@@ -59,6 +59,7 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
         ("PAR1 not really", "data.parquet", ["not a readable Parquet"]),
         ("[" * 100_000 + "\n", "data.jsonl", ["line 1", "not valid JSON"]),
         (f'{{"text": "a", "label": 1{"0" * 400}}}\n', "data.jsonl", ["line 1", "not an integer"]),
+        ("{}\n", "data.jsonl", ["line 1", "no column 'text'; the columns present are: none."]),
         ("text", "data.xlsx", ["unknown kind '.xlsx'", ".parquet"]),
     ],
 )
