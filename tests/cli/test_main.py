@@ -127,7 +127,7 @@ def test_a_config_file_that_is_not_there(command: str, tmp_path: Path, capsys: p
     [
         ("server", "num_round = 5", ["num_round", "Did you mean 'num_rounds'?"]),
         ("server", "[training]\ntua = 5", ["tua", "Did you mean 'tau'?"]),
-        ("server", "pruning_ratio = 1.2", ["pruning_ratio", "< 1"]),
+        ("server", "pruning_ratio = 1.2", ["pruning_ratio", "is 1.2; it must be below 1"]),
         ("server", "ranks = [0, 8]", ["ranks is [0, 8]", "1..256"]),
         ("server", "deadline_s = 'soon'", ["deadline_s"]),
         ("server", "deadline_s = ", ["not valid TOML"]),
