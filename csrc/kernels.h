@@ -22,7 +22,7 @@ struct Matrix {
 };
 
 // Sum over each group of metric(Ghat * (W + scaling B A)), Ghat = gB A + B gA - gB gA.
-// W (out, in); A, gA (r, in); B, gB (out, r), one dtype for these four. Group of row i (or of column i when not
+// W (out, in); A, gA (r, in); B, gB (out, r), each of its own dtype. Group of row i (or of column i when not
 // by_row): group[i]. scores: num_groups float32, overwritten.
 struct ImportanceArgs {
   Matrix weight, lora_a, lora_b, grad_a, grad_b;

@@ -342,13 +342,29 @@ def _read(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def convert(data: dict[str, Any], kind: type[T], *, where: str = "settings") -> T:
-    """Check plain data against `kind`. Raises `ConfigError` as `load` does."""
+def convert(data: dict[str, Any], kind: type[T], *, where: str = "") -> T:
+    """Check plain data against `kind`; `where` it is from is named first. Raises `ConfigError` as `load` does."""
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         message = re.sub(r"`\$\.([^`]+)`", r"`\1`", str(error))  # the path from the root is the name itself
-        raise ConfigError(f"{where}: {message}.", remedy=_suggest(message, data, kind)) from None
+        remedy = _suggest(message, data, kind) if where else "Leave it out for the default."
+        place = f"{where}: " if where else ""
+        raise ConfigError(f"{place}{_limit_in_words(message, data)}.", remedy=remedy) from None
+
+
+_LIMITS = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
+
+
+def _limit_in_words(message: str, data: dict[str, Any]) -> str:
+    """A number's limit as in this package's other errors, with the number; `message` itself where it is no limit."""
+    found = re.fullmatch(r"Expected `\w+` ([<>]=?) (\S+) - at `([\w.]+)`", message)
+    if not found:
+        return message
+    value: Any = data
+    for name in found[3].split("."):
+        value = value[name]
+    return f"`{found[3]}` is {value}; it must be {_LIMITS[found[1]]} {float(found[2]):g}"
 
 
 def _suggest(message: str, data: dict[str, Any], kind: type[msgspec.Struct]) -> str:

@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fedspine_edge.config import DataSettings, Task, TrainingSettings, convert
 from fedspine_edge.data.reading import Data, read
 from fedspine_edge.device.batches import Encoded
+from fedspine_edge.device.fit import run_fit
 from fedspine_edge.device.fit_checkpoint import key_of, open_checkpoint
 from fedspine_edge.device.memory import MemoryEstimate, estimate
 from fedspine_edge.device.objective import can_pack
@@ -27,6 +30,7 @@ from fedspine_edge.device.telemetry import pass_flops
 from fedspine_edge.device.texts import Texts
 from fedspine_edge.device.trainer import Trainer
 from fedspine_edge.errors import ConfigError, DataError
+from fedspine_edge.kernels.native import MAX_RANK
 from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.importance import Criterion, Metric
 from fedspine_edge.model.latency import Latency, measure_latency
@@ -39,9 +43,6 @@ from fedspine_edge.model.ranking import Ranking
 from fedspine_edge.wire.messages import Training
 
 log = logging.getLogger("fedspine_edge.tuner")
-
-SCORED_STEPS = 40
-"""Steps at the end of a `fit` whose gradients are scored: with a decay of 0.9 the ones before hardly count."""
 
 
 class EdgeTuner:
@@ -140,10 +141,18 @@ class EdgeTuner:
 
         Raises `ModelError` for a folder that cannot be used, `ConfigError` for impossible settings.
         """
-        if r < 1:
-            raise ConfigError(f"`r` is {r}; the LoRA rank must be at least 1.", remedy="Usual ranks are 4 to 32.")
+        if not 1 <= r <= MAX_RANK:
+            raise ConfigError(
+                f"`r` is {r}; the LoRA rank must be within 1..{MAX_RANK}.", remedy="Usual ranks are 4 to 32."
+            )
+        if seed < 0:
+            raise ConfigError(f"`seed` is {seed}; it must be at least 0.", remedy="Leave it out for the default, 0.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
+        training: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
+        if max_length_tokens is not None:
+            training["max_length_tokens"] = max_length_tokens
+        settings = convert(training, TrainingSettings)  # before the model, which takes long to load
         model = open_model(
             path, task=task, num_labels=num_labels, gguf_file=gguf_file, base_dtype=base_dtype, seed=seed
         )
@@ -154,8 +163,7 @@ class EdgeTuner:
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
         longest = Texts.of(model, tokenizer).length(max_length_tokens)
-        training = {"learning_rate": learning_rate, "batch_size": batch_size, "max_length_tokens": longest}
-        settings = convert(training, TrainingSettings)
+        settings = msgspec.structs.replace(settings, max_length_tokens=longest)
         classes = max(2, model.num_labels)
         columns = DataSettings(path="", text=text, text_pair=text_pair, label=label, num_labels=classes)
         ranking = Ranking(criterion, metric, scope, round_to, min_heads, min_channels)
@@ -209,22 +217,8 @@ class EdgeTuner:
             saver = None
             if checkpoint is not None:
                 saver = stack.enter_context(open_checkpoint(checkpoint, self._fit_key(train, total), total))
-                saver.resume(trainer)
-            advance = stack.enter_context(bar("fit", total, progress, done=trainer.step))
             curves = None if log_dir is None else stack.enter_context(tensorboard(log_dir, self._steps_taken))
-
-            def stepped() -> None:
-                loss = trainer.last_loss
-                advance(1, "" if loss is None else f"loss {loss:.3f}")
-                if saver is not None:
-                    saver.stepped(trainer)
-                if curves is not None:
-                    curves(trainer)
-                if on_step is not None:
-                    on_step(trainer.step, loss)
-
-            trainer.run(max(0, total - SCORED_STEPS), on_step=stepped)
-            trainer.run(total, scored=True, on_step=stepped)
+            run_fit(trainer, total, saver=saver, curves=curves, progress=progress, on_step=on_step)
         self._done(trainer, train)
         return self
 

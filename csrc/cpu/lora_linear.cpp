@@ -1,8 +1,8 @@
 // The one product of lora_linear that beats torch's BLAS on a CPU: H = alpha X S with a handful of columns.
 //
-// The base GEMM, the rank-r updates and the adapter gradients stay with torch (see ops.py and docs/kernels.md for the
-// measurements). A general GEMM with 8 columns spends as long on packing X as on arithmetic; here X is read in place
-// and only the small factor is packed.
+// The base GEMM, the rank-r updates and the adapter gradients stay with torch (see lowrank.py, and docs/kernels.md for
+// the measurements). A general GEMM with 8 columns spends as long on packing X as on arithmetic; here X is read in
+// place and only the small factor is packed.
 #include <vector>
 
 #include "../kernels.h"

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="folder of another adapter; needs a bundle with --lora inputs")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of a decoder; default 128")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; default 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest up to this; default 1")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
     parser.add_argument("--stop", action="append", default=[], help="end the text before this string, may repeat")
@@ -81,7 +82,8 @@ def _label_words(session: Session, texts: list[str], arguments: argparse.Namespa
 
 
 def _generate(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
-    settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "stop")}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    settings = {name: getattr(arguments, name) for name in names}
     if arguments.json:
         _print_json(session, [session.generate(text, **settings).to_dict() for text in texts])
         return 0

@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pruning-ratio", type=float, default=0.0, help="share of prunable parameters to remove; default 0"
     )
     parser.add_argument(
+        "--pruning-stages",
+        type=int,
+        default=3,
+        help="parts in which pruning removes them, with training in between; default 3",
+    )
+    parser.add_argument("--pruning-steps", type=int, default=20, help="training steps between two parts; default 20")
+    parser.add_argument(
         "--steps", type=int, default=200, help="training steps before and again after pruning; default 200"
     )
     parser.add_argument("--num-labels", type=int, default=2, help="number of classes; default 2; not for causal_lm")
@@ -59,11 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
+    from fedspine_edge.errors import ConfigError
     from fedspine_edge.model.checkpoint import check_target
     from fedspine_edge.model.layout import check_ratio
     from fedspine_edge.tuner import EdgeTuner
 
     check_ratio(arguments.pruning_ratio)
+    for name in ("steps", "pruning_stages", "pruning_steps", "batch_size"):
+        if (number := getattr(arguments, name)) < 1:
+            raise ConfigError(f"`{name}` is {number}; it must be at least 1.", remedy="Leave it out for the default.")
     check_target(arguments.out)
     # What is wrong with the data is said now, not after a model was loaded and trained.
     train = _read(arguments.data, arguments)
@@ -103,8 +114,9 @@ def _tune(tuner: EdgeTuner, train: list[Example], test: list[Example], arguments
     _say(f"training {arguments.steps} steps of {arguments.batch_size} examples: {share:.2g} times through the data")
     tuner.fit(train, checkpoint=unfinished / "fit", **shown)
     if arguments.pruning_ratio > 0:
-        _say(f"pruning to {arguments.pruning_ratio:g}, with training in between")
-        tuner.prune(arguments.pruning_ratio, progress=True)
+        stages, steps = arguments.pruning_stages, arguments.pruning_steps
+        _say(f"pruning to {arguments.pruning_ratio:g} in {stages} parts, with {steps} training steps between two")
+        tuner.prune(arguments.pruning_ratio, stages=stages, steps=steps, progress=True)
         _say(f"training {arguments.steps} steps to recover")
         tuner.fit(train, checkpoint=unfinished / "recovery", **shown)
     metrics = {}

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.rows import Source
@@ -37,50 +38,59 @@ def read_file(path: Path, source: Source) -> list[Example]:
             f"is not UTF-8 (byte {error.start}).",
             "Convert it with iconv -f KIND -t utf-8; KIND is often latin1 or utf-16.",
         ) from None
-    return source.not_empty(examples)
+    return source.checked(examples)
 
 
 def _csv(path: Path, source: Source) -> Iterator[Example]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        row = 1
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        line = 1
         try:
-            header = [name.strip() for name in reader.fieldnames or []]
+            header = [name.strip() for name in next(reader, [])]
             if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
                 raise source.fail(
                     f"its columns are separated by {other!r}.", "Save it with commas, or with tabs as .tsv."
                 )
-            reader.fieldnames = header
             source.check_columns(header)
-            for row, record in enumerate(reader, start=2):
-                if None in record:
-                    raise source.fail(
-                        "more fields than the header has.",
-                        "Put texts that contain the separator into double quotes.",
-                        row=row,
-                    )
-                yield source.example(record, row)
+            line = reader.line_num + 1  # a row begins where the one before ended: quoted texts may have line breaks
+            for fields in reader:
+                if fields:  # no blank line
+                    with source.going_on():
+                        yield source.example(_record(header, fields, source, line), line)
+                line = reader.line_num + 1
         except csv.Error:
             raise source.fail(
-                "is not valid CSV.", "Double every quote inside a quoted text and close every quote.", row=row + 1
+                "is not valid CSV.", "Double every quote inside a quoted text and close every quote.", row=line
             ) from None
+
+
+def _record(header: list[str], fields: list[str], source: Source, line: int) -> dict[str, str | None]:
+    if len(fields) > len(header):
+        raise source.fail(
+            "more fields than the header has.", "Put texts that contain the separator into double quotes.", row=line
+        )
+    return {**dict.fromkeys(header), **dict(zip(header, fields))}
 
 
 def _json_lines(path: Path, source: Source) -> Iterator[Example]:
     with path.open(encoding="utf-8-sig") as file:
         for row, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:  # its message quotes no text, but the exception carries the whole line
-                raise source.fail("is not valid JSON.", "Write one JSON object per line.", row=row) from None
-            if not isinstance(record, dict):
-                raise source.fail("is not a JSON object.", "Write one JSON object per line.", row=row)
-            source.check_columns(list(record), row=row)
-            yield source.example(record, row)
+            if line.strip():
+                with source.going_on():
+                    yield source.example(_parsed(line, source, row), row)
+
+
+def _parsed(line: str, source: Source, row: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # its message quotes no text, but the exception carries the whole line
+        raise source.fail("is not valid JSON.", "Write one JSON object per line.", row=row) from None
+    if not isinstance(record, dict):
+        raise source.fail("is not a JSON object.", "Write one JSON object per line.", row=row)
+    source.check_columns(list(record), row=row)
+    return record
 
 
 def _parquet(path: Path, source: Source) -> Iterator[Example]:
@@ -96,6 +106,7 @@ def _parquet(path: Path, source: Source) -> Iterator[Example]:
         for batch in file.iter_batches(columns=source.columns):
             for record in batch.to_pylist():
                 row += 1
-                yield source.example(record, row)
+                with source.going_on():
+                    yield source.example(record, row)
     except pyarrow.ArrowException:
         raise source.fail("is not a readable Parquet file.", "Write it again; it may be truncated.") from None

@@ -18,10 +18,12 @@ def read_items(items: Iterable[Any], source: Source) -> list[Example]:
     """Every example of `items`; see `examples_of` for what an item can be, and for the errors."""
     examples: list[Example] = []
     for row, item in enumerate(items, start=1):
-        examples.append(_labelled_words(item, source, row) if source.words else _text(item, source, row))
-        if (examples[-1].text_pair is None) != (examples[0].text_pair is None):
-            raise source.fail("single texts and pairs are mixed.", "Give every example a pair, or none.", row=row)
-    return source.not_empty(examples)
+        with source.going_on():
+            example = _labelled_words(item, source, row) if source.words else _text(item, source, row)
+            if examples and (example.text_pair is None) != (examples[0].text_pair is None):
+                raise source.fail("single texts and pairs are mixed.", "Give every example a pair, or none.", row=row)
+            examples.append(example)
+    return source.checked(examples)
 
 
 def _labelled_words(item: Any, source: Source, row: int) -> Example:

@@ -40,13 +40,14 @@ def load_examples(settings: DataSettings, *, labelled: bool = True, words: bool 
         words: The text column holds a list of words and the label column a list of as many labels (token
             classification; JSON lines and Parquet can hold lists).
 
-    Raises `DataError` naming the file, the row (as an editor numbers it: the header of a CSV is row 1) and the
-    remedy; `MissingDependency` for Parquet without pyarrow.
+    Raises `DataError` naming the file, what is wrong with how many rows and which (in a text file by line, as an
+    editor numbers them) and the remedy; `MissingDependency` for Parquet without pyarrow.
     """
     if _CALLABLE.match(settings.path) and not Path(settings.path).exists():
         return read_items(call_by_name(settings.path), Source(settings.path, settings, labelled, words))
     path = Path(settings.path).expanduser()
-    return read_file(path, Source(f"data file {path}", settings, labelled, words))
+    unit = "row" if path.suffix.lower() == ".parquet" else "line"
+    return read_file(path, Source(f"data file {path}", settings, labelled, words, unit))
 
 
 def examples_of(data: Data, settings: DataSettings, *, labelled: bool = True, words: bool = False) -> list[Example]:

@@ -1,4 +1,4 @@
-"""Rows of a user's data, checked one by one.
+"""Rows of a user's data, checked one by one; those that cannot be used are told together.
 
 The text of an example never enters an error, a log line or a `repr`: messages name the file, the row and the
 column only. A label that is not a number is not quoted either, since a wrong `label` column is often the text.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedspine_edge.config import DataSettings
@@ -17,6 +18,17 @@ from fedspine_edge.data.examples import Example
 from fedspine_edge.errors import DataError
 
 _PLAIN_NAME = re.compile(r"^[A-Za-z_][\w-]{0,39}$")
+
+SHOWN = 5
+"""Rows that are named of those with one problem, and problems that are named."""
+
+
+class BadRow(DataError):
+    """One row cannot be used; `Source.going_on` collects these."""
+
+    def __init__(self, place: str, row: int, what: str, remedy: str) -> None:
+        super().__init__(f"{place} {row}: {what}", remedy=remedy)
+        self.row, self.what = row, what
 
 
 @dataclass(frozen=True)
@@ -28,17 +40,54 @@ class Source:
         settings: Names of the columns and the number of labels.
         labelled: Whether rows have labels.
         words: Whether texts are lists of words with a label each.
+        unit: What a row's number counts: "row", or "line" of a text file, as an editor numbers them.
     """
 
     name: str
     settings: DataSettings
     labelled: bool
     words: bool = False
+    unit: str = "row"
+    _bad: dict[tuple[str, str], list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def fail(self, what: str, remedy: str, *, row: int | None = None) -> DataError:
         """The error that says `what` is wrong with this source, or with one row of it (from 1)."""
-        place = f"{self.name}, row {row}" if row is not None else self.name
-        return DataError(f"{place}: {what}", remedy=remedy)
+        if row is not None:
+            return BadRow(f"{self.name}, {self.unit}", row, what, remedy)
+        return DataError(f"{self.name}: {what}", remedy=remedy)
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Around the reading of one row: if it cannot be used, that is kept for `checked`, and the next one is read."""
+        try:
+            yield
+        except BadRow as error:  # kept without its traceback, whose frames hold the text
+            self._bad.setdefault((error.what, error.remedy), []).append(error.row)
+
+    def checked(self, examples: list[Example]) -> list[Example]:
+        """`examples` if there is one and no row was bad. Raises one `DataError` that tells all that were."""
+        count = sum(len(rows) for rows in self._bad.values())
+        if count == 1:
+            ((what, remedy),) = self._bad
+            raise self.fail(what, remedy, row=self._bad[what, remedy][0])
+        if self._bad:
+            shown = list(self._bad.items())[:SHOWN]
+            problems = [f"{what.rstrip('.')} ({self._places(rows)})" for (what, _), rows in shown]
+            if (others := len(self._bad) - len(shown)) > 0:
+                problems.append(f"{others} more kinds of problems")
+            remedies = dict.fromkeys(remedy for (_, remedy), _ in shown)
+            raise self.fail(
+                f"{count:,} of {len(examples) + count:,} rows cannot be used: {'; '.join(problems)}.",
+                " ".join(remedies),
+            )
+        if not examples:
+            raise self.fail("holds no examples.", "Provide at least one.")
+        return examples
+
+    def _places(self, rows: list[int]) -> str:
+        names = ", ".join(str(row) for row in rows[:SHOWN])
+        more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+        return f"{self.unit}{'s' if len(rows) > 1 else ''} {names}{more}"
 
     @property
     def columns(self) -> list[str]:
@@ -108,7 +157,7 @@ class Source:
             if isinstance(value, bool):
                 raise ValueError
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or number != int(number):
             raise self.fail(f"the label in column {column!r} is not an integer.", remedy, row=row)
@@ -116,13 +165,9 @@ class Source:
             raise self.fail(f"label {int(number)} is out of range.", remedy, row=row)
         return int(number)
 
-    def not_empty(self, examples: list[Example]) -> list[Example]:
-        """`examples` if there is one. Raises `DataError`."""
-        if not examples:
-            raise self.fail("holds no examples.", "Provide at least one.")
-        return examples
-
 
 def _named(columns: Sequence[str]) -> str:
     """Column names for a message; what is no plain name may be the first row's text of a file without a header."""
+    if not columns:
+        return "none"
     return ", ".join(name if _PLAIN_NAME.match(name) else "(not a plain name, not shown)" for name in columns)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fedspine_edge.deploy.inputs import check_length
 from fedspine_edge.deploy.session import Session
 from fedspine_edge.errors import FedspineError
 
@@ -51,6 +52,7 @@ class BundleContestant:
         self._state: Any = None
 
     def prepare(self, batch: int, tokens: int, new_tokens: int) -> None:
+        check_length(tokens, self._session.manifest.max_tokens, new_tokens)
         self._inputs = self._session.checked_inputs(self._session.random_inputs(batch, tokens))
         self._tokens = self._session.random_inputs(batch, tokens) | self._session.adapter_inputs()
         self._next = self._tokens["input_ids"][:, :1].copy()
@@ -106,6 +108,9 @@ class TorchContestant:
         }
 
     def prepare(self, batch: int, tokens: int, new_tokens: int) -> None:
+        from fedspine_edge.deploy.export import max_tokens_of
+
+        check_length(tokens, max_tokens_of(self._module.config), new_tokens)
         ids = self._torch.randint(5, self._module.config.vocab_size, (batch, tokens), device=self._device)
         self._inputs = {"input_ids": ids, "attention_mask": self._torch.ones_like(ids)}
         self._next = ids[:, :1]

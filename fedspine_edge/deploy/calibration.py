@@ -113,17 +113,22 @@ def profile_of(lengths: Sequence[int], max_tokens: int, *, batch: tuple[int, int
     return Profile(batch=batch, tokens=(1, min(lengths[len(lengths) // 2], longest), longest))
 
 
+def require_tokenizer(folder: Path) -> None:
+    """Raises `DeployError` unless `folder` holds a tokenizer.json."""
+    if not (folder / TOKENIZER).is_file():
+        raise DeployError(
+            f"The model has no {TOKENIZER}, so examples cannot be turned into tokens.",
+            remedy="Put the tokenizer's tokenizer.json into the model folder.",
+        )
+
+
 class _Encoder:
     def __init__(self, folder: Path, task: Task, max_tokens: int) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise MissingDependency.of("tokenizers", extra="export", purpose="Reading text") from error
-        if not (folder / TOKENIZER).is_file():
-            raise DeployError(
-                f"The model has no {TOKENIZER}, so examples cannot be turned into tokens.",
-                remedy="Put the tokenizer's tokenizer.json into the model folder.",
-            )
+        require_tokenizer(folder)
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         self._task, self._max_tokens = task, max_tokens

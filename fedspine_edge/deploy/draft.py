@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedspine_edge.data.reading import Data
+from fedspine_edge.config import DataSettings
+from fedspine_edge.data.reading import Data, read
 from fedspine_edge.deploy.bundle import (
     ADAPTER,
     MODEL,
@@ -19,7 +20,7 @@ from fedspine_edge.deploy.bundle import (
     Precision,
     producer_versions,
 )
-from fedspine_edge.deploy.calibration import UserData, measure, profile_of, read_data
+from fedspine_edge.deploy.calibration import UserData, measure, profile_of, read_data, require_tokenizer
 from fedspine_edge.deploy.export import Exported, export_onnx, load_folder, merged_module, quantized
 from fedspine_edge.deploy.measured import Accuracy, Quantization, Verification
 from fedspine_edge.deploy.quantize import QUANTIZED
@@ -70,6 +71,9 @@ def draft_model(
     names = _label_names(model, labels)
     module = merged_module(model)
     _copy_tokenizer(folder, draft)
+    if examples is not None:  # an export takes minutes: what is wrong with the user's data is said before it
+        examples = read(examples, DataSettings(path="", num_labels=max(2, model.num_labels)), model.task)
+        require_tokenizer(draft)
     opset = opset if opset is not None else opset_for(precision)
     adapter, values, runtime = None, None, module
     if runtime_adapter:

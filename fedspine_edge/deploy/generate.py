@@ -42,6 +42,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
                 f"temperature {self.temperature}, top_k {self.top_k} and top_p {self.top_p} cannot be sampled with.",
                 remedy="Give `temperature` ≥ 0, `top_k` ≥ 0 and `top_p` in (0, 1].",
             )
+        if self.seed < 0:
+            raise ConfigError(f"`seed` is {self.seed}.", remedy="Give at least 0.")
 
     def chooser(self) -> Callable[[Array], int]:
         """A function from logits (vocabulary,) to a token; it carries the random state of one text."""

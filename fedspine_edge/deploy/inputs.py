@@ -68,8 +68,16 @@ def _check_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
         )
 
 
+def check_length(tokens: int, max_tokens: int, new_tokens: int = 0) -> None:
+    """Raises `DataError` if made-up sequences of `tokens`, and the `new_tokens` after them, do not fit the model."""
+    if tokens + new_tokens > max_tokens:
+        asked = f"{tokens} `tokens` and {new_tokens} `new_tokens`" if new_tokens else f"{tokens} `tokens`"
+        raise DataError(f"{asked} were asked for; the model allows {max_tokens}.", remedy="Time shorter sequences.")
+
+
 def random_tokens(manifest: Manifest, batch: int, tokens: int) -> dict[str, Array]:
-    """Random tokens of shape (batch, tokens) without padding, the same every time."""
+    """Random tokens of shape (batch, tokens) without padding, the same every time. Raises `DataError` if too long."""
+    check_length(tokens, manifest.max_tokens)
     rng = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for tensor in manifest.inputs:

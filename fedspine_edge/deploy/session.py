@@ -298,7 +298,10 @@ class Session:
         return TextCodec(self.bundle, min(self.manifest.max_tokens, limit or self.manifest.max_tokens))
 
     def bench(self, batch: int = 1, tokens: int = 32, repeats: int = 100, *, warmup: int = 10) -> Latency:
-        """Times `repeats` runs on random tokens, after `warmup` runs that are not counted."""
+        """Times `repeats` runs on random tokens, after `warmup` runs that are not counted.
+
+        Raises `DataError` for more tokens than the model allows.
+        """
         inputs = self.random_inputs(batch, tokens)
         times = time_sessions([(self, inputs)], repeats, warmup)
         return latency_of(self.backend, batch, tokens, times[0])

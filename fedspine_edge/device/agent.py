@@ -357,7 +357,10 @@ class FleetDevice:
         if ack.status == "incomplete":
             self._send_chunks(report, ack.missing)
             return
-        log.info("round %d: report %s%s", ack.server_round, ack.status, f" ({ack.reason})" if ack.reason else "")
+        if ack.status == "accepted" and report.status != "ok":
+            log.info("round %d: the server knows that this device failed (%s)", ack.server_round, report.reason)
+        else:
+            log.info("round %d: report %s%s", ack.server_round, ack.status, f" ({ack.reason})" if ack.reason else "")
         self._record.acked, self._retry_at = True, None
         self._record.save(self._state_dir, self.config)
 

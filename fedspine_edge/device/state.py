@@ -15,9 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ import safetensors.numpy
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.wire.messages import ModelSpec
-from fedspine_edge.wire.transfer import BlobStore
+from fedspine_edge.wire.transfer import BlobStore, write_atomically
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -96,7 +94,7 @@ class StateDir:
         body = json.dumps({"schema": SCHEMA, **document.info}, allow_nan=True, separators=(",", ":"))
         arrays = {key: np.asarray(value, order="C") for key, value in document.tensors.items()}
         metadata = {"json": body, "sha256": _digest(body, arrays)}
-        _replace(self._path(name), safetensors.numpy.save(arrays, metadata))
+        write_atomically(self._path(name), safetensors.numpy.save(arrays, metadata), sync=True)
 
     def read(self, name: str) -> Document | None:
         """The content of `{name}.state`, None if there is none. Raises `CheckpointError` for a damaged file."""
@@ -174,22 +172,3 @@ def _digest(body: str, arrays: Mapping[str, npt.NDArray[Any]]) -> str:
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         found.update(np.ascontiguousarray(arrays[name]).data.cast("B") if arrays[name].size else b"")
     return found.hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside `path`, sync, rename over it, sync the folder."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

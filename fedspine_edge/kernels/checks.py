@@ -42,10 +42,10 @@ def check_adapter(op: str, weight: Tensor | QuantisedWeight, lora_A: Tensor, lor
     device = weight.device
     if not isinstance(weight, QuantisedWeight):
         check_matrix(op, "weight", weight, None, None, device)
+    check_matrix(op, "lora_A", lora_A, None, weight.shape[1], device)
     rank = lora_A.shape[0]
     if not 1 <= rank <= native.MAX_RANK:
         fail(op, f"lora_A has rank {rank}; 1 to {native.MAX_RANK} are supported.")
-    check_matrix(op, "lora_A", lora_A, None, weight.shape[1], device)
     check_matrix(op, "lora_B", lora_B, weight.shape[0], rank, device)
 
 

@@ -99,7 +99,7 @@ class Download:
         else:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Not synced: after a power cut a torn chunk fails the check of its length or of the whole.
-            _write_atomically(self._folder / str(index), data, sync=False)
+            write_atomically(self._folder / str(index), data, sync=False)
         self._have.add(index)
         return True
 
@@ -172,7 +172,7 @@ class BlobStore:
         sha256 = digest(data)
         path = self.path(sha256)
         if not (path.is_file() and path.read_bytes() == data):
-            _write_atomically(path, data, sync=True)
+            write_atomically(path, data, sync=True)
         return sha256
 
     def get(self, sha256: str) -> bytes:
@@ -207,7 +207,7 @@ def _check_index(ref: BlobRef, index: int) -> None:
         raise BlobError(f"blob {ref.sha256[:12]} has {ref.num_chunks} chunks; there is no chunk {index}.")
 
 
-def _write_atomically(path: Path, data: bytes, *, sync: bool) -> None:
+def write_atomically(path: Path, data: bytes, *, sync: bool) -> None:
     """Write beside `path`, then rename over it; with `sync` both are on the disk on return."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:

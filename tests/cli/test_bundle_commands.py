@@ -62,8 +62,16 @@ def test_run_continues_a_text(decoder, capsys):
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert streamed == result["text"] + "\n"
     assert len(result["tokens"]) == 6
+    drawn = [*command, "--json", "--temperature", "50", "--seed", "3"]
+    texts = {}
+    for top_k in ("0", "1"):
+        assert main([*drawn, "--top-k", top_k]) == 0
+        texts[top_k] = json.loads(capsys.readouterr().out)["results"][0]["text"]
+    assert texts["1"] == result["text"] != texts["0"]  # among one there is nothing to draw
     assert main([*command, "--max-new-tokens", "0"]) == 2
     assert "--max-new-tokens is 0.\n  Give at least 1." in capsys.readouterr().err
+    assert main([*command, "--temperature", "1", "--seed", "-1"]) == 2
+    assert "--seed is -1.\n  Give at least 0." in capsys.readouterr().err
 
 
 def test_run_takes_texts_before_and_after_its_options(compiled, capsys):

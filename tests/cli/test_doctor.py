@@ -113,7 +113,7 @@ def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_t
     assert found["remedy"] == "pip install 'transformers>=5.15,<5.16'"
     command = [sys.executable, "-m", "fedspine_edge", "tune", "--model", ".", "--data", "x.csv", "--out", "out"]
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    (tmp_path / "x.csv").write_text("text,label\ngood,1\nbad,0\n")
+    (tmp_path / "x.csv").write_text("text,label\nfine,1\nbad,0\n")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2
     assert "pip install 'transformers>=5.15,<5.16'" in done.stderr, done.stderr
@@ -220,7 +220,7 @@ def test_each_thing_that_a_device_lacks_is_named_with_its_remedy(device_folder: 
     assert {name for name, check in found.items() if check.state == "failed"} == found.keys() - {"config"}
     assert all(check.remedy for name, check in found.items() if name != "config")
     assert "connection refused" in found["broker"].detail
-    assert "train.csv, row 3: label 7" in found["data"].detail
+    assert "train.csv, line 3: label 7" in found["data"].detail
     assert "secret" not in found["data"].detail
     assert "lacks a tokenizer" in found["model"].detail
     shutil.rmtree(device_folder / "base")

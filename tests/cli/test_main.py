@@ -143,7 +143,7 @@ def test_a_config_file_that_is_not_there(command: str, tmp_path: Path, capsys: p
     [
         ("server", "num_round = 5", ["num_round", "Did you mean 'num_rounds'?"]),
         ("server", "[training]\ntua = 5", ["tua", "Did you mean 'tau'?"]),
-        ("server", "pruning_ratio = 1.2", ["pruning_ratio", "< 1"]),
+        ("server", "pruning_ratio = 1.2", ["pruning_ratio", "is 1.2; it must be below 1"]),
         ("server", "ranks = [0, 8]", ["ranks is [0, 8]", "1..256"]),
         ("server", "deadline_s = 'soon'", ["deadline_s"]),
         ("server", "deadline_s = ", ["not valid TOML"]),
@@ -248,9 +248,9 @@ def test_a_family_that_is_not_supported(
     [
         ("", ["empty"]),
         ("text,label\n", ["no"]),
-        ("text,label\nthe film,0\nthe film,7\n", ["row 3", "7", "from 0 to 1"]),
-        ("text,label\nthe film,-1\n", ["row 2", "-1"]),
-        ("text,label\nthe film,secret words\n", ["row 2"]),
+        ("text,label\nthe film,0\nthe film,7\n", ["line 3", "7", "from 0 to 1"]),
+        ("text,label\nthe film,-1\n", ["line 2", "-1"]),
+        ("text,label\nthe film,secret words\n", ["line 2"]),
         ("sentence,label\nthe film,0\n", ["text"]),
     ],
     ids=["empty", "header only", "label too large", "label negative", "label no number", "column missing"],

@@ -86,6 +86,42 @@ def test_tune_says_what_is_wrong_before_it_trains(
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--learning-rate", "0", "--learning-rate is 0.0; it must be above 0"),
+        ("--batch-size", "0", "--batch-size is 0; it must be at least 1"),
+        ("--max-length-tokens", "3", "--max-length-tokens is 3; it must be at least 4"),
+        ("--pruning-steps", "0", "--pruning-steps is 0; it must be at least 1"),
+        ("--steps", "0", "--steps is 0; it must be at least 1"),
+        ("--rank", "257", "--rank is 257; the LoRA rank must be within 1..256"),
+        ("--seed", "-1", "--seed is -1; it must be at least 0"),
+    ],
+)
+def test_a_number_beyond_its_limit_is_told_by_its_flag_before_a_model_is_loaded(
+    flag: str,
+    value: str,
+    told: str,
+    base_folder: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedspine_edge.tuner.open_model", lambda *_, **__: pytest.fail("it loaded a model first"))
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model", flag, value), f"error: {told}")
+
+
+def test_pruning_takes_as_many_steps_as_it_is_told(
+    base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = tune(base_folder, train_csv, tmp_path / "model", "--pruning-ratio", "0.5")
+    assert main([*command, "--pruning-stages", "2", "--pruning-steps", "3"]) == 0
+    told = capsys.readouterr().err
+    assert "in 2 parts, with 3 training steps between two" in told
+    assert "prune: 3 of 3" in told
+
+
 def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(
     base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

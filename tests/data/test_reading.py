@@ -40,23 +40,26 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
         ("text,label\n", "data.csv", ["no examples"]),
         (f"sentence,label\n{SECRET},1\n", "data.csv", ["'text'", "sentence, label", "`text`"]),
         (f"{SECRET},1\n{SECRET},0\n", "data.csv", ["no column 'text'", "not shown"]),
-        (f"text,label\n{SECRET},1\n{SECRET},{SECRET}\n", "data.csv", ["row 3", "not an integer"]),
-        (f"text,label\n{SECRET},0.5\n", "data.csv", ["row 2", "not an integer"]),
-        (f"text,label\n{SECRET},2\n", "data.csv", ["row 2", "label 2 is out of range", "0 to 1"]),
+        (f"text,label\n{SECRET},1\n{SECRET},{SECRET}\n", "data.csv", ["line 3", "not an integer"]),
+        (f"text,label\n{SECRET},0.5\n", "data.csv", ["line 2", "not an integer"]),
+        (f"text,label\n{SECRET},2\n", "data.csv", ["line 2", "label 2 is out of range", "0 to 1"]),
         (f"text,label\n{SECRET},-1\n", "data.csv", ["label -1 is out of range"]),
-        ("text,label\n ,1\n", "data.csv", ["row 2", "'text' is empty"]),
-        (f"text,label\n{SECRET}, and more,1\n", "data.csv", ["row 2", "more fields", "double quotes"]),
-        (f'text,label\n"{SECRET},1\n', "data.csv", ["row 2", "not valid CSV"]),
+        ("text,label\n ,1\n", "data.csv", ["line 2", "'text' is empty"]),
+        (f"text,label\n{SECRET}, and more,1\n", "data.csv", ["line 2", "more fields", "double quotes"]),
+        (f'text,label\n"{SECRET},1\n', "data.csv", ["line 2", "not valid CSV"]),
         (b"text,label\n\xff\xfe,1\n", "data.csv", ["not UTF-8"]),
         (f"text;label\n{SECRET};1\n", "data.csv", ["separated by ';'", ".tsv"]),
-        (f"text,label\n{SECRET}\n", "data.csv", ["row 2", "'label' is empty"]),
-        (f"text,label\n{SECRET},\n", "data.csv", ["row 2", "'label' is empty"]),
-        (f'{{"text": "{SECRET}", "label": 1}}\n{{"text": "{SECRET}", \n', "data.jsonl", ["row 2", "not valid JSON"]),
-        (f'["{SECRET}"]\n', "data.jsonl", ["row 1", "not a JSON object"]),
-        (f'{{"text": "{SECRET}", "label": true}}\n', "data.jsonl", ["row 1", "not an integer"]),
-        (f'{{"text": "{SECRET}", "label": null}}\n', "data.jsonl", ["row 1", "'label' is empty"]),
-        ('{"text": 5, "label": 1}\n', "data.jsonl", ["row 1", "int, not text"]),
+        (f"text,label\n{SECRET}\n", "data.csv", ["line 2", "'label' is empty"]),
+        (f"text,label\n{SECRET},\n", "data.csv", ["line 2", "'label' is empty"]),
+        (f'{{"text": "{SECRET}", "label": 1}}\n{{"text": "{SECRET}", \n', "data.jsonl", ["line 2", "not valid JSON"]),
+        (f'["{SECRET}"]\n', "data.jsonl", ["line 1", "not a JSON object"]),
+        (f'{{"text": "{SECRET}", "label": true}}\n', "data.jsonl", ["line 1", "not an integer"]),
+        (f'{{"text": "{SECRET}", "label": null}}\n', "data.jsonl", ["line 1", "'label' is empty"]),
+        ('{"text": 5, "label": 1}\n', "data.jsonl", ["line 1", "int, not text"]),
         ("PAR1 not really", "data.parquet", ["not a readable Parquet"]),
+        ("[" * 100_000 + "\n", "data.jsonl", ["line 1", "not valid JSON"]),
+        (f'{{"text": "a", "label": 1{"0" * 400}}}\n', "data.jsonl", ["line 1", "not an integer"]),
+        ("{}\n", "data.jsonl", ["line 1", "no column 'text'; the columns present are: none."]),
         ("text", "data.xlsx", ["unknown kind '.xlsx'", ".parquet"]),
     ],
 )
@@ -68,6 +71,42 @@ def test_bad_files_are_told_by_row_and_without_their_text(tmp_path, content, nam
     assert SECRET not in message
     assert caught.value.remedy
     assert caught.value.__cause__ is None  # the original, which may hold the row, is not shown
+
+
+def test_all_bad_rows_are_told_at_once_by_the_lines_an_editor_shows(tmp_path):
+    """Lines, not records: a quoted text goes over several, and blank ones are skipped."""
+    rows = [f'"{SECRET}\nsecond line",1', "", *["good,0"] * 2, *[f"{SECRET},"] * 300, f"{SECRET},7", f"a,{SECRET},1"]
+    content = "\n".join(["text,label", *rows])
+    with pytest.raises(DataError) as caught:
+        from_text(tmp_path, content)
+    lines = content.split("\n")
+    first = lines.index(f"{SECRET},") + 1
+    assert caught.value.message.endswith(
+        "data.csv: 302 of 305 rows cannot be used: "
+        f"column 'label' is empty (lines {', '.join(str(first + i) for i in range(5))} and 295 more); "
+        f"label 7 is out of range (line {lines.index(f'{SECRET},7') + 1}); "
+        f"more fields than the header has (line {len(lines)})."
+    )
+    assert "Fill it in" in caught.value.remedy
+    assert "`num_labels` is 2" in caught.value.remedy
+    assert SECRET not in str(caught.value)
+
+
+def test_the_rows_of_every_kind_of_data_are_all_looked_at(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [{"text": "a", "label": 9}, {"text": "a", "label": 1}, {"text": None, "label": 1}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    lines = "\n".join(json.dumps(row) for row in rows)
+    for read, unit in (
+        (lambda: load_examples(DataSettings(path=str(tmp_path / "d.parquet"))), "row"),
+        (lambda: from_text(tmp_path, lines, "d.jsonl"), "line"),
+        (lambda: examples_of(rows, DataSettings(path="")), "row"),
+    ):
+        with pytest.raises(DataError, match=rf"2 of 3 rows .* range \({unit} 1\); .* empty \({unit} 3\)"):
+            read()
+    many = [("a", label) for label in range(2, 20)]
+    with pytest.raises(DataError, match=r"18 of 18 rows .* label 6 .*; 13 more kinds of problems\."):
+        examples_of(many, DataSettings(path=""))
 
 
 def test_blanks_in_a_header_and_a_very_long_text_are_no_obstacle(tmp_path):

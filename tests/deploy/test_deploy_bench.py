@@ -10,8 +10,9 @@ import pytest
 from fedspine_edge.cli.main import main
 from fedspine_edge.deploy import bench
 from fedspine_edge.deploy.bench import Subject, run_benchmark
+from fedspine_edge.deploy.bundle import load_bundle
 from fedspine_edge.deploy.power import PowerMeter, PowerSensor
-from fedspine_edge.errors import CheckpointError, ConfigError, DeployError
+from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError
 
 
 def board(root, rails):
@@ -87,6 +88,24 @@ def test_what_fails_in_a_subject_is_said_with_its_place(shared_bundle, decoder_b
     for wrong in ({"repeats": 0}, {"batches": [0]}, {"tokens": 0}, {"threads": 0}):
         with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` is 0"):
             run_benchmark([one], **wrong)
+
+
+def test_sequences_longer_than_the_model_are_told_in_the_words_of_the_command(shared_bundle, model_folder, capsys):
+    command = ["bench", str(shared_bundle), "--backend", "onnxruntime", "--tokens", "5000"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "5000 --tokens were asked for; the model allows" in told
+    assert "classify" not in told
+    with pytest.raises(DataError, match="5000 `tokens` were asked for"):
+        run_benchmark([Subject(name="one", path=str(model_folder), kind="torch")], tokens=5000, repeats=1)
+
+
+def test_a_prompt_leaves_room_for_the_new_tokens(decoder_bundle):
+    limit = load_bundle(decoder_bundle).manifest.max_tokens
+    with pytest.raises(
+        DataError, match=f"{limit} `tokens` and 1 `new_tokens` were asked for; the model allows {limit}"
+    ):
+        run_benchmark([Subject(name="a", path=str(decoder_bundle))], tokens=limit, new_tokens=1, repeats=1)
 
 
 def test_a_subject_that_dies_or_hangs_ends_the_benchmark(shared_bundle, monkeypatch):

@@ -166,7 +166,8 @@ def test_decoders_are_quantised_and_measured_by_their_next_tokens(tmp_path):
         assert session.generate("the", max_new_tokens=3).tokens
 
 
-def test_examples_of_a_kind_that_the_task_does_not_have_are_named(model_folder, tmp_path):
+def test_examples_that_cannot_be_used_are_named_before_the_export(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedspine_edge.deploy.draft.export_onnx", lambda *_, **__: pytest.fail("it exported first"))
     with pytest.raises(DataError, match="label 7 is out of range"):
         compile_engine(model_folder, tmp_path / "out", precision="int8", calibrate=[("good", 7)] * 4)
     with pytest.raises(DataError, match="nowhere"):

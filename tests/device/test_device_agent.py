@@ -287,12 +287,17 @@ def test_a_smaller_micro_batch_is_said_in_the_report(fleet, driven, tiny_base, m
     assert "4 instead of 8" in fleet.reports[-1].reason
 
 
-def test_an_adapter_that_does_not_fit_is_a_failed_round(fleet, driven, tiny_base):
+def test_an_adapter_that_does_not_fit_is_a_failed_round(fleet, driven, tiny_base, caplog):
+    caplog.set_level("INFO")
     tensors = round_tensors(tiny_base.spec, r=2)
     fleet.send(adapter=fleet.offer(tensors), r=4)
     driven.settle()
     assert fleet.reports[-1].status == "failed"
     assert "rank 4" in fleet.reports[-1].reason
+    fleet.ack("accepted")
+    driven.settle()
+    assert f"round 1: the server knows that this device failed ({fleet.reports[-1].reason})" in caplog.text
+    assert "report accepted" not in caplog.text
 
 
 def test_only_the_bands_of_the_plan_are_fetched_and_they_are_one_adapter(fleet, driven, tiny_base):

@@ -237,6 +237,7 @@ BAD = {
     "x dtype": ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x is torch.float64, the weight is torch.float32"),
     "weight": ({"weight": torch.zeros(6)}, "weight must be a matrix"),
     "bias": ({"bias": torch.zeros(5)}, r"bias must have shape \(6,\), it has \(5,\)"),
+    "lora_A, a number": ({"lora_A": torch.tensor(1.0)}, "lora_A must be a matrix"),
     "lora_A": ({"lora_A": torch.zeros(2, 9)}, r"lora_A must have shape \(2, 8\)"),
     "lora_B": ({"lora_B": torch.zeros(6, 3)}, r"lora_B must have shape \(6, 2\)"),
     "rank 0": ({"lora_A": torch.zeros(0, 8), "lora_B": torch.zeros(6, 0)}, "rank 0; 1 to 256"),

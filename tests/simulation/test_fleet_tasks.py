@@ -146,7 +146,7 @@ def test_a_device_that_cannot_do_the_task_is_told_at_its_start(tmp_path: Path, m
     with pytest.raises(ConfigError, match=r"bert models do not support task 'causal_lm'.*\n.*token_classification"):
         simulate(fleet_of(tmp_path, "causal_lm"), [wrong_model])
     wrong_file = device_of("d2", tmp_path, models[tagged], task=tagged, data=data_of(answers, tagged))
-    with pytest.raises(DataError, match=r"row 1: no column 'text'; the columns present are: prompt, answer"):
+    with pytest.raises(DataError, match=r"40 of 40 rows .*no column 'text'; the columns present are: prompt, answer"):
         simulate(fleet_of(tmp_path, tagged), [wrong_file])
 
 
