@@ -28,8 +28,9 @@ def pin(run_dir: Path, devices: Sequence[DeviceConfig]) -> None:
     """
     now = {device.device_id: _digests(device) for device in devices}
     path = run_dir / FILE
-    if not path.is_file():
-        if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / JOURNAL).exists():
+    begun = (run_dir / JOURNAL).exists()
+    if not begun or not path.is_file():  # noted by a run whose devices could not even start: correct and try again
+        if not begun and run_dir.is_dir() and any(not one.name.startswith(FILE) for one in run_dir.iterdir()):
             return  # no run: the server will say so
         run_dir.mkdir(parents=True, exist_ok=True)
         temp = path.with_name(FILE + ".tmp")
