@@ -275,15 +275,9 @@ class EdgeTuner:
         Returns the tuner itself. Raises `ConfigError` for a ratio outside [0, 1) or below the present one, and
         `DataError` when there is no data to score with.
         """
-        check_ratio(pruning_ratio)
+        check_ratio(pruning_ratio, self.layout)
         if stages < 1 or steps < 1:
             raise ConfigError(f"stages is {stages} and steps is {steps}; both must be at least 1.")
-        unit = 1.0 / self.layout.spec.num_kv_heads  # rounding to whole groups may overshoot by less than this
-        if pruning_ratio < (present := self.layout.pruning_ratio) - unit:
-            raise ConfigError(
-                f"the model is already pruned to {present:.3f}; it cannot go back to {pruning_ratio}.",
-                remedy="Load the base model again to prune less.",
-            )
         train = self._last if data is None else self._encoded(data)
         unscored = not self._tracker.ready
         if train is None and (unscored or stages > 1):

@@ -82,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, unknown = parser().parse_known_args(argv)
         if hasattr(arguments, "texts") and not any(word.startswith("-") for word in unknown):
             arguments.texts += unknown  # what argparse leaves where texts stand after an option
-        elif (
-            unknown
-        ):  # argparse itself would point to the help of the whole program, which does not list a command's own
+        elif unknown:
+            # argparse itself would point to the help of the whole program, which does not list a command's own
             raise FedspineError(
                 f"fedspine-edge {arguments.command}: unrecognized arguments: {' '.join(unknown)}",
                 remedy=f"See: fedspine-edge {arguments.command} --help",

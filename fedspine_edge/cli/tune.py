@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.model.checkpoint import check_target
-    from fedspine_edge.model.layout import check_ratio
+    from fedspine_edge.model.layout import check_ratio, prunable_parameters
     from fedspine_edge.tuner import EdgeTuner
 
     check_ratio(arguments.pruning_ratio)
@@ -91,8 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
         base_dtype=arguments.base_dtype,
         seed=arguments.seed,
     )
-    whole = tuner.model.num_parameters() * tuner.model.compute_dtype.itemsize
-    check_target(arguments.out, room_bytes=round(whole * (1 - arguments.pruning_ratio)))
+    gone = 0.0
+    if arguments.pruning_ratio > 0:
+        check_ratio(arguments.pruning_ratio, tuner.layout)
+        gone = (arguments.pruning_ratio - tuner.layout.pruning_ratio) * prunable_parameters(tuner.layout.spec)
+    kept = tuner.model.num_parameters() - max(0.0, gone)
+    check_target(arguments.out, room_bytes=round(kept * tuner.model.compute_dtype.itemsize))
     figures = _tune(tuner, train, test, arguments)
     if arguments.json:
         print_json(figures)

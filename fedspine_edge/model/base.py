@@ -271,15 +271,14 @@ def require_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise MissingDependency.of("transformers", extra="device", purpose="Loading a model") from error
+    why = "" if transformers.is_torch_available() else "it asks for a newer one"
     try:
-        usable = transformers.is_torch_available()
         importlib.import_module("transformers.generation.utils")
-    except (ImportError, AttributeError, NameError):
-        usable = False
-    if not usable:
+    except (ImportError, AttributeError, NameError) as error:  # a name that only a newer torch has
+        why = why or f"{type(error).__name__}: {error}"
+    if why:
         raise MissingDependency(
-            f"transformers {transformers.__version__} does not work with torch {torch.__version__}, "
-            "which is older than it needs.",
+            f"transformers {transformers.__version__} does not work with torch {torch.__version__}: {why}.",
             remedy=f"Install an older one, and leave torch as it is: pip install '{FOR_AN_OLD_TORCH}'",
         )
     return transformers

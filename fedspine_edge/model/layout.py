@@ -125,12 +125,20 @@ def smallest_counts(spec: ModelSpec, round_to: int, at_least: tuple[int, int]) -
     return heads, min(-(-channels // round_to) * round_to, spec.intermediate_size)
 
 
-def check_ratio(pruning_ratio: float) -> None:
-    """Raises `ConfigError` unless 0 ≤ pruning_ratio < 1."""
+def check_ratio(pruning_ratio: float, present: Layout | None = None) -> None:
+    """Raises `ConfigError` unless 0 ≤ pruning_ratio < 1, and for less than the `present` layout has removed."""
     if not 0.0 <= pruning_ratio < 1.0:
         raise ConfigError(
             f"`pruning_ratio` is {pruning_ratio}; it must be at least 0 and below 1.",
             remedy="It is the share of prunable parameters to remove; 0.5 removes half.",
+        )
+    if present is None:
+        return
+    unit = 1.0 / present.spec.num_kv_heads  # rounding to whole groups may overshoot by less than this
+    if pruning_ratio < present.pruning_ratio - unit:
+        raise ConfigError(
+            f"the model is already pruned to {present.pruning_ratio:.3f}; it cannot go back to {pruning_ratio}.",
+            remedy="Load the base model again to prune less.",
         )
 
 

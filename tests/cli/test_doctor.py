@@ -30,6 +30,13 @@ def block(folder: Path, *packages: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
+def beside(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m module`, which finds the modules in `folder` before the installed ones."""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
 def executable(path: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -89,10 +96,7 @@ def test_a_server_without_torch_is_usable_and_told_how_to_become_a_device(tmp_pa
 
 def test_a_package_that_is_there_but_does_not_load_is_failed_not_missing(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnxruntime.so.1: cannot open')\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "fedspine_edge.cli.probes", "onnxruntime"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    found = json.loads(done.stdout)
+    found = json.loads(beside(tmp_path, "fedspine_edge.cli.probes", "onnxruntime").stdout)
     assert found["state"] == "failed"
     assert "cannot open" in found["detail"]
 
@@ -104,17 +108,13 @@ def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_t
         "real = metadata.version\n"
         "metadata.version = lambda name: '2.0.0' if name == 'torch' else real(name)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "fedspine_edge.cli.probes", "transformers"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    found = json.loads(done.stdout)
+    found = json.loads(beside(tmp_path, "fedspine_edge.cli.probes", "transformers").stdout)
     assert found["state"] == "failed"
     assert "does not work with torch" in found["detail"]
     assert found["remedy"] == "pip install 'transformers>=5.15,<5.16'"
-    command = [sys.executable, "-m", "fedspine_edge", "tune", "--model", ".", "--data", "x.csv", "--out", "out"]
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "x.csv").write_text("text,label\nfine,1\nbad,0\n")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = beside(tmp_path, "fedspine_edge", "tune", "--model", ".", "--data", "x.csv", "--out", "out")
     assert done.returncode == 2
     assert "pip install 'transformers>=5.15,<5.16'" in done.stderr, done.stderr
 

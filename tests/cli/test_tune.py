@@ -112,6 +112,18 @@ def test_a_number_beyond_its_limit_is_told_by_its_flag_before_a_model_is_loaded(
     refused(capsys, tune(base_folder, train_csv, tmp_path / "model", flag, value), f"error: {told}")
 
 
+def test_a_model_that_is_pruned_further_already_is_refused_before_it_trains(
+    tuned: Path,
+    train_csv: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    command = tune(tuned, train_csv, tmp_path / "model", "--rank", "2", "--pruning-ratio", "0.1")
+    refused(capsys, command, "already pruned to 0.5", "base model")
+
+
 def test_pruning_takes_as_many_steps_as_it_is_told(
     base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
