@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedspine_edge.bandit.reward import TERMS, RewardTerms
 from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, SimulatedSettings, convert
-from fedspine_edge.device.telemetry import conditions
-from fedspine_edge.simulation.costs import MINILM, round_cost_s
+from fedspine_edge.device.cost_meter import conditions
+from fedspine_edge.simulation.cost_model import MINILM, round_cost_s
 from fedspine_edge.simulation.oracle import oracle_plan
-from fedspine_edge.simulation.recorded import BUILT_IN, Record
+from fedspine_edge.simulation.replay import BUILT_IN, Record
 from fedspine_edge.strategies import DeviceInfo, RoundOutcome, create
 
 TOKENS = 32

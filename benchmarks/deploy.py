@@ -5,9 +5,9 @@
     benchmarks/deploy.py --models minilm --quick   # does it run?
     benchmarks/deploy.py --backend tensorrt        # on a board: bundles with engines, made by `fedspine-edge compile`
 
-All models of a family take turns within one run (see fedspine_edge/deploy/bench.py). The part that pruning can remove
-is told from the rest (embeddings, norms, head) by a model that keeps one head and eight channels a layer: its time is
-taken off both sides. Groups are chosen by weight magnitude; nothing is trained, since time depends on widths alone.
+All models of a family take turns within one run (see fedspine_edge/benchmark/benchmark.py). The part that pruning can
+remove is told from the rest (embeddings, norms, head) by a model that keeps one head and eight channels a layer: its time
+is taken off both sides. Groups are chosen by weight magnitude; nothing is trained, since time depends on widths alone.
 The bundles stay in --work and are used again. Needs the demo's models (scripts/bootstrap).
 """
 
@@ -41,11 +41,11 @@ QUIET = 0.6
 def prepare(name: str, ratio: float, work: Path) -> Path:
     """The bundle of a pruned model; made once."""
     from benchmarks.pruning import package_folder
-    from fedspine_edge.deploy.compile import compile_engine
-    from fedspine_edge.model.base import load_base
-    from fedspine_edge.model.importance import ImportanceTracker
+    from fedspine_edge.export.compile import compile_engine
     from fedspine_edge.model.layout import Layout, target_counts
-    from fedspine_edge.model.pruning import order_from_scores
+    from fedspine_edge.model.loading import load_base
+    from fedspine_edge.pruning.importance import ImportanceTracker
+    from fedspine_edge.pruning.selection import order_from_scores
 
     package, task = MODELS[name]
     folder = work / f"{name}-{ratio:g}"
@@ -71,7 +71,7 @@ def wait_for_quiet(patience_s: float) -> None:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    from fedspine_edge.deploy.bench import Subject, plot, run_benchmark
+    from fedspine_edge.benchmark.benchmark import Subject, plot, run_benchmark
 
     bundles = {ratio: prepare(name, ratio, args.work) for ratio in (*RATIOS, LEAST)}
     subjects = [Subject(name=label(ratio), path=str(bundle)) for ratio, bundle in bundles.items()]

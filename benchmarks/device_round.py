@@ -58,8 +58,8 @@ class Ours:
     """The package as a device runs it."""
 
     def __init__(self, name: str) -> None:
-        from fedspine_edge.model.importance import ImportanceTracker
         from fedspine_edge.model.prunable import PrunableModel
+        from fedspine_edge.pruning.importance import ImportanceTracker
 
         self.model = PrunableModel.from_module(build(name), task="classification")
         self.model.attach_lora(RANK, 2.0, seed=0)
@@ -75,7 +75,7 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
 
     def prune(self) -> None:
-        from fedspine_edge.model.pruning import plan_local
+        from fedspine_edge.pruning.selection import plan_local
 
         layout = plan_local(self.tracker.scores(), self.model.layout, RATIO)
         self.model.compact(layout, optimizer=self.optimizer, importance=self.tracker)

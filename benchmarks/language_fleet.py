@@ -43,11 +43,11 @@ def answered(model: Any, tokenizer: Any, columns: Any) -> dict[str, float]:
     """Loss and accuracy over the answers' tokens, and the share of answers whose first token is the likeliest."""
     from dataclasses import replace
 
-    from fedspine_edge.data.reading import read
+    from fedspine_edge.data.loading import read
     from fedspine_edge.data.targets import IGNORED
-    from fedspine_edge.device.texts import Texts
-    from fedspine_edge.device.trainer import Trainer
-    from fedspine_edge.wire.messages import Training
+    from fedspine_edge.protocol.messages import Training
+    from fedspine_edge.training.tokenization import Texts
+    from fedspine_edge.training.trainer import Trainer
 
     texts = Texts.of(model, tokenizer)
     examples = texts.encode(read(columns.path, columns, model.task), LENGTH_TOKENS)
@@ -86,11 +86,11 @@ def main() -> None:
     import torch
 
     from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
+    from fedspine_edge.data import sentiment
+    from fedspine_edge.export.fleet_model import load_fleet_model
     from fedspine_edge.model.checkpoint import load_base, load_tokenizer
-    from fedspine_edge.model.fleet_model import load_fleet_model
-    from fedspine_edge.server.journal import Journal
-    from fedspine_edge.simulation import sentiment
-    from fedspine_edge.simulation.fleet import simulate
+    from fedspine_edge.server.journal.writer import Journal
+    from fedspine_edge.simulation.virtual_fleet import simulate
 
     torch.set_num_threads(1)
     began = time.process_time()

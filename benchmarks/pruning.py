@@ -80,7 +80,7 @@ def package_folder(package: str) -> Path:
 
 
 def sentences(size: Size) -> tuple[list[Any], list[Any]]:
-    from fedspine_edge.simulation import sentiment
+    from fedspine_edge.data import sentiment
 
     split = sentiment.load()
     parts = sentiment.balanced(split.train, size.train // 4), sentiment.balanced(split.test, size.test // 4)
@@ -138,7 +138,7 @@ def job(size: Size, start: Path, seed: int, criterion: str, ratio: float, data: 
 
 def cell(values: list[float], digits: int) -> str:
     """Mean and half the width of its 95 % interval over the seeds."""
-    from fedspine_edge.simulation.experiment import interval
+    from fedspine_edge.simulation.experiments.experiment import interval
 
     found = interval(values)
     if found["half"] is None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedspine_edge.simulation import recorded
-from fedspine_edge.simulation.fleet import simulate
-from fedspine_edge.simulation.profiles import load_profiles
-from fedspine_edge.simulation.setup import demo_model, lay_out_mix, prepare_data
+from fedspine_edge.simulation import replay
+from fedspine_edge.simulation.device_classes import load_profiles
+from fedspine_edge.simulation.fleet_files import demo_model, lay_out_mix, prepare_data
+from fedspine_edge.simulation.virtual_fleet import simulate
 
 RUNS = ({"strategy": "fedspine", "pruning_ratio": 0.75}, {"strategy": "fedlora", "pruning_ratio": 0.0})
 TRAINING = {"tau": 8, "recovery_steps": 8, "learning_rate": 1e-3, "batch_size": 8, "max_length_tokens": 48}
@@ -27,7 +27,7 @@ TRAINING = {"tau": 8, "recovery_steps": 8, "learning_rate": 1e-3, "batch_size": 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=recorded.BUILT_IN)
+    parser.add_argument("--out", type=Path, default=replay.BUILT_IN)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--devices", type=int, default=4)
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> int:
             f"all-MiniLM-L6-v2 on four-domain sentiment, {arguments.devices} devices by domain, {arguments.rounds} "
             f"rounds of {TRAINING['tau']} + {TRAINING['recovery_steps']} steps; FedSpine to 0.75, and FedLoRA unpruned"
         )
-        record = recorded.Record.of_runs(folders, source)
+        record = replay.Record.of_runs(folders, source)
     record.save(arguments.out)
     print(f"{len(record.points)} device-rounds: {arguments.out}")
     return 0

@@ -36,7 +36,7 @@ def folder_of(package: str) -> Path:
 def base_dtypes(args: argparse.Namespace, write: Any) -> None:
     """The same fit, cut to half and second fit from every dtype of the base."""
     from fedspine_edge import EdgeTuner
-    from fedspine_edge.simulation import sentiment
+    from fedspine_edge.data import sentiment
 
     split = sentiment.load()
     train = [(s.text, s.label) for s in sentiment.balanced(split.train, 500)]
@@ -65,9 +65,9 @@ def packing(args: argparse.Namespace, write: Any) -> None:
     import torch
 
     from fedspine_edge import EdgeTuner
-    from fedspine_edge.device.batches import BatchOrder, collate, pack
-    from fedspine_edge.device.objective import loss_sum
-    from fedspine_edge.simulation import sentiment
+    from fedspine_edge.data import sentiment
+    from fedspine_edge.training.batching import BatchOrder, collate, pack
+    from fedspine_edge.training.loss import loss_sum
 
     torch.set_num_threads(1)
     tuner = EdgeTuner.from_pretrained(

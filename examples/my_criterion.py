@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedspine_edge import EdgeTuner
-from fedspine_edge.model.pruning import GroupScores, plan_local
+from fedspine_edge.pruning.selection import GroupScores, plan_local
 
 
 def output_norms(tuner: EdgeTuner) -> GroupScores:

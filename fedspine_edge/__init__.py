@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fedspine_edge.errors import MissingDependency
 
 if TYPE_CHECKING:
-    from fedspine_edge.deploy.compile import compile_engine as compile_engine
-    from fedspine_edge.deploy.session import Session as Session
     from fedspine_edge.device.agent import FleetDevice as FleetDevice
+    from fedspine_edge.export.compile import compile_engine as compile_engine
     from fedspine_edge.model.checkpoint import load_model as load_model
-    from fedspine_edge.server.coordinator import FleetServer as FleetServer
+    from fedspine_edge.runtime.session import Session as Session
+    from fedspine_edge.server.server import FleetServer as FleetServer
     from fedspine_edge.tuner import EdgeTuner as EdgeTuner
 
 __version__ = "0.1.0"
@@ -24,9 +24,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "EdgeTuner": "fedspine_edge.tuner",
     "FleetDevice": "fedspine_edge.device.agent",
-    "FleetServer": "fedspine_edge.server.coordinator",
-    "Session": "fedspine_edge.deploy.session",
-    "compile_engine": "fedspine_edge.deploy.compile",
+    "FleetServer": "fedspine_edge.server.server",
+    "Session": "fedspine_edge.runtime.session",
+    "compile_engine": "fedspine_edge.export.compile",
     "load_model": "fedspine_edge.model.checkpoint",
 }
 __all__ = ["EdgeTuner", "FleetDevice", "FleetServer", "Session", "__version__", "compile_engine", "load_model"]

@@ -17,30 +17,30 @@ from typing import Any
 import msgspec
 
 from fedspine_edge.config import DataSettings, Task, TrainingSettings, convert
-from fedspine_edge.data.reading import Data, read
-from fedspine_edge.device.batches import Encoded
-from fedspine_edge.device.fit import run_fit
-from fedspine_edge.device.fit_checkpoint import key_of, open_checkpoint
-from fedspine_edge.device.memory import MemoryEstimate, estimate
-from fedspine_edge.device.objective import can_pack
-from fedspine_edge.device.progress import bar, tensorboard
-from fedspine_edge.device.source import choose_torch_device, open_model
-from fedspine_edge.device.stages import prune_in_stages
-from fedspine_edge.device.telemetry import pass_flops
-from fedspine_edge.device.texts import Texts
-from fedspine_edge.device.trainer import Trainer
+from fedspine_edge.data.loading import Data, read
+from fedspine_edge.device.cost_meter import pass_flops
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.kernels.native import MAX_RANK
 from fedspine_edge.model.checkpoint import load_tokenizer
-from fedspine_edge.model.importance import Criterion, Metric
-from fedspine_edge.model.latency import Latency, measure_latency
 from fedspine_edge.model.layout import Layout, check_ratio
-from fedspine_edge.model.plan import PruningPlan
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.pruning import Scope
-from fedspine_edge.model.ranking import Ranking
-from fedspine_edge.wire.messages import Training
+from fedspine_edge.protocol.messages import Training
+from fedspine_edge.pruning.importance import Criterion, Metric
+from fedspine_edge.pruning.latency import Latency, measure_latency
+from fedspine_edge.pruning.preview import PruningPlan
+from fedspine_edge.pruning.selection import Scope
+from fedspine_edge.pruning.settings import Ranking
+from fedspine_edge.training.base_model import choose_torch_device, open_model
+from fedspine_edge.training.batching import Encoded
+from fedspine_edge.training.checkpoint import key_of, open_checkpoint
+from fedspine_edge.training.gradual_pruning import prune_in_stages
+from fedspine_edge.training.loss import can_pack
+from fedspine_edge.training.memory import MemoryEstimate, estimate
+from fedspine_edge.training.progress import bar, tensorboard
+from fedspine_edge.training.tokenization import Texts
+from fedspine_edge.training.trainer import Trainer
+from fedspine_edge.training.training_loop import run_fit
 
 log = logging.getLogger("fedspine_edge.tuner")
 
@@ -128,7 +128,7 @@ class EdgeTuner:
             batch_size: Examples per step.
             max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
             text, text_pair, label: Columns of a file's texts, second texts (empty for none) and integer labels.
-            criterion, metric, scope, round_to, min_heads, min_channels: As in `fedspine_edge.model.ranking.Ranking`.
+            criterion, metric, scope, round_to, min_heads, min_channels: As in `fedspine_edge.pruning.settings.Ranking`.
             base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
                 head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
             gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:

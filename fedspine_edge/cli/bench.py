@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedspine_edge.deploy.bench import Report
+    from fedspine_edge.benchmark.benchmark import Report
 
 EXAMPLE = "fedspine-edge bench pruned.bundle/ --against dense.bundle/ --torch model/ --batch 1 8 --plot bench.png"
 
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.benchmark.benchmark import Subject, plot, run_benchmark
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.deploy.bench import Subject, plot, run_benchmark
     from fedspine_edge.errors import ConfigError
 
     if arguments.plot is not None and not arguments.plot.absolute().parent.is_dir():

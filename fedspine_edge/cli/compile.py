@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedspine_edge.cli.columns import add_columns, with_columns
+from fedspine_edge.cli.column_options import add_columns, with_columns
 
 if TYPE_CHECKING:
-    from fedspine_edge.deploy.builder import OnStep
-    from fedspine_edge.deploy.draft import Report
+    from fedspine_edge.engine.tensorrt_builder import OnStep
+    from fedspine_edge.export.export_bundle import Report
 
 EXAMPLE = """fedspine-edge compile model/ --precision fp16
   fedspine-edge compile model/ --precision int8 --calibrate train.csv   # accuracy before and after is printed
@@ -77,9 +77,9 @@ def _progress() -> Iterator[tuple[Report, OnStep]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.bundle.bundle import read_sidecar
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.deploy.bundle import read_sidecar
-    from fedspine_edge.deploy.compile import compile_engine
+    from fedspine_edge.export.compile import compile_engine
 
     data = None if arguments.calibrate is None else with_columns(arguments.calibrate, arguments)
     with _progress() as (report, step):

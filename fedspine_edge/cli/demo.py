@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.cli.live import LiveTable
+    from fedspine_edge.cli.live_table import LiveTable
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.simulation.demo import DemoSettings, run_demo
+    from fedspine_edge.demo.demo import DemoSettings, run_demo
 
     settings = DemoSettings(
         out=arguments.out,

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedspine_edge import __version__
-from fedspine_edge.cli import board
-from fedspine_edge.cli.check import Check
-from fedspine_edge.cli.probes import PROBES, on_jetson
+from fedspine_edge.diagnostics import system
+from fedspine_edge.diagnostics.check import Check
+from fedspine_edge.diagnostics.probes import PROBES, on_jetson
 from fedspine_edge.errors import ConfigError
 
 EXAMPLE = """fedspine-edge doctor --role device --broker broker.local:1883
@@ -114,11 +114,11 @@ def examine(
     probes += [("broker", broker)] if broker else []
     probes += [(settings[0], str(settings[1]))] if settings else []
     local: list[tuple[str, Callable[[], Check]]] = [
-        ("python", board.python_check),
-        ("jetson", board.jetson_check),
-        ("disk", lambda: board.disk_check(folder.absolute())),
-        ("memory", board.memory_check),
-        ("clock", board.clock_check),
+        ("python", system.python_check),
+        ("jetson", system.jetson_check),
+        ("disk", lambda: system.disk_check(folder.absolute())),
+        ("memory", system.memory_check),
+        ("clock", system.clock_check),
     ]
     machine = [_guarded(name, check) for name, check in local]  # before the probes take their memory
     with ThreadPoolExecutor(max_workers=3) as pool:
@@ -129,7 +129,7 @@ def examine(
 def probe(name: str, argument: str = "", *, timeout_s: float = PROBE_TIMEOUT_S) -> list[Check]:
     """The checks of one probe, run in a process of its own; those it did not live to finish are `failed`."""
     names = PROBES[name][1]
-    command = [sys.executable, "-m", "fedspine_edge.cli.probes", name, *([argument] if argument else [])]
+    command = [sys.executable, "-m", "fedspine_edge.diagnostics.probes", name, *([argument] if argument else [])]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, errors="replace"
@@ -141,7 +141,7 @@ def probe(name: str, argument: str = "", *, timeout_s: float = PROBE_TIMEOUT_S) 
     except OSError as error:
         output, ending = "", f"could not be started: {error}"
     checks = list(_checks(output.splitlines(), names))
-    remedy = f"{Path(sys.executable).name} -m fedspine_edge.cli.probes {name}  # shows the whole error"
+    remedy = f"{Path(sys.executable).name} -m fedspine_edge.diagnostics.probes {name}  # shows the whole error"
     seen = {check.name for check in checks}
     return checks + [Check(name, "failed", ending, remedy) for name in names if name not in seen]
 

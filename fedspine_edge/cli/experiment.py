@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.simulation.experiment import load_experiment, names, run_experiment
-    from fedspine_edge.simulation.experiment_page import shown, write_page
+    from fedspine_edge.simulation.experiments.experiment import load_experiment, names, run_experiment
+    from fedspine_edge.simulation.experiments.experiment_page import shown, write_page
 
     if arguments.name is None:
         for name in names():

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.simulation.explain import describe, explain
+    from fedspine_edge.monitoring.explain import describe, explain
 
     explained = explain(arguments.run_dir, arguments.device, server_round=arguments.round)
     if arguments.json:

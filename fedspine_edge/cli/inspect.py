@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from fedspine_edge.bundle.archive import opened
+    from fedspine_edge.bundle.bundle import PLAN, TIMINGS, damage_of, load_bundle, read_sidecar
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.deploy.archive import opened
-    from fedspine_edge.deploy.bundle import PLAN, TIMINGS, damage_of, load_bundle, read_sidecar
 
     with opened(arguments.bundle) as folder:
         if arguments.json:

@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.simulation.report import write_report
-    from fedspine_edge.simulation.runview import read_run
+    from fedspine_edge.monitoring.report import write_report
+    from fedspine_edge.monitoring.run_view import read_run
 
     view = read_run(arguments.run_dir)
     if arguments.csv is not None:
-        from fedspine_edge.simulation.table import COLUMNS, flat, write_csv
+        from fedspine_edge.monitoring.csv_export import COLUMNS, flat, write_csv
 
         print(write_csv(arguments.csv, list(COLUMNS), flat(view.rows)))
         if arguments.out is None:

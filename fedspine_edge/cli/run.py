@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedspine_edge.deploy.session import Session
+    from fedspine_edge.runtime.session import Session
 
 EXAMPLE = "fedspine-edge run bundle/ 'what a lovely board'"
 
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.deploy.session import Session
     from fedspine_edge.errors import ConfigError
+    from fedspine_edge.runtime.session import Session
 
     texts = [*arguments.texts, *arguments.text] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:

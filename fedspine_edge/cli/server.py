@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import FleetConfig, load
-    from fedspine_edge.server.coordinator import FleetServer
+    from fedspine_edge.server.server import FleetServer
     from fedspine_edge.transport.mqtt import MqttTransport
 
     config = load(arguments.config, FleetConfig)

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import DeviceConfig, FleetConfig, load, setting_names
     from fedspine_edge.errors import ConfigError
-    from fedspine_edge.simulation.fleet import simulate
+    from fedspine_edge.simulation.virtual_fleet import simulate
 
     if arguments.mix:
         if arguments.devices:
@@ -76,14 +76,14 @@ def _run_mix(arguments: argparse.Namespace) -> int:
 
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import DeviceConfig, FleetConfig, load
-    from fedspine_edge.simulation import profiles as classes
-    from fedspine_edge.simulation.costs import spec_of
-    from fedspine_edge.simulation.fleet import simulate, simulate_recorded
-    from fedspine_edge.simulation.measures import measure
-    from fedspine_edge.simulation.pinned import FILE as NOTED
-    from fedspine_edge.simulation.pinned import pin
-    from fedspine_edge.simulation.recorded import BUILT_IN, Record, Shared
-    from fedspine_edge.simulation.setup import demo_model, lay_out_mix
+    from fedspine_edge.simulation import device_classes as classes
+    from fedspine_edge.simulation.cost_model import spec_of
+    from fedspine_edge.simulation.experiments.run_metrics import measure
+    from fedspine_edge.simulation.fleet_files import demo_model, lay_out_mix
+    from fedspine_edge.simulation.replay import BUILT_IN, Record, Shared
+    from fedspine_edge.simulation.run_identity import FILE as NOTED
+    from fedspine_edge.simulation.run_identity import pin
+    from fedspine_edge.simulation.virtual_fleet import simulate, simulate_recorded
 
     known = classes.load_profiles(arguments.profiles or classes.BUILT_IN)
     mix = classes.parse_mix(arguments.mix, known)
@@ -139,7 +139,7 @@ def _shares(
     """Each device's file, and how its columns are called."""
     from fedspine_edge.config import DataSettings
     from fedspine_edge.errors import ConfigError
-    from fedspine_edge.simulation.setup import deal_out, prepare_data
+    from fedspine_edge.simulation.fleet_files import deal_out, prepare_data
 
     named = (arguments.text, arguments.text_pair) != ("text", "")
     if task in (None, "classification") and not named:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from fedspine_edge.server.schema import DeviceView
-    from fedspine_edge.simulation.fleet_status import DeviceStatus, FleetStatus
+    from fedspine_edge.monitoring.status import DeviceStatus, FleetStatus
+    from fedspine_edge.server.journal.schema import DeviceView
 
 EXAMPLE = """fedspine-edge status runs/fleet
   fedspine-edge status runs/fleet --follow"""
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.simulation.fleet_status import read_status
+    from fedspine_edge.monitoring.status import read_status
 
     if arguments.follow:
         try:
@@ -90,8 +90,8 @@ def _follow(run_dir: Path, *, as_json: bool) -> int:
 
 def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus]:
     """The run's status now and whenever it changes, until it is finished or no server is at work any more."""
+    from fedspine_edge.monitoring.status import read_status
     from fedspine_edge.server.run_dir import changed_wall_s, server_at_work
-    from fedspine_edge.simulation.fleet_status import read_status
 
     status = read_status(run_dir)
     folder = run_dir if run_dir.is_dir() else run_dir.parent
@@ -125,7 +125,7 @@ def _page(status: FleetStatus, run_dir: Path, console: Console, *, rows: int | N
     from rich.console import Group
     from rich.text import Text
 
-    from fedspine_edge.cli.live import COLUMNS, cells, empty_table
+    from fedspine_edge.cli.live_table import COLUMNS, cells, empty_table
 
     now_s = time.time()
     before = [_server_line(status, now_s), *_totals(status), *_time_left(status, now_s), *_next(status, run_dir)]

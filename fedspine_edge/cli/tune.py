@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedspine_edge.cli.columns import add_columns, with_columns
+from fedspine_edge.cli.column_options import add_columns, with_columns
 
 if TYPE_CHECKING:
     from fedspine_edge.data.examples import Example
@@ -140,7 +140,7 @@ def _tune(tuner: EdgeTuner, train: list[Example], test: list[Example], arguments
 
 def _read(path: str, arguments: argparse.Namespace) -> list[Example]:
     from fedspine_edge.config import DataSettings
-    from fedspine_edge.data.reading import read
+    from fedspine_edge.data.loading import read
 
     data = with_columns(path, arguments)
     examples = read(data, DataSettings(path="", num_labels=arguments.num_labels), arguments.task)

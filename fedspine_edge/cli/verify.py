@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedspine_edge.cli.columns import add_columns, with_columns
+from fedspine_edge.cli.column_options import add_columns, with_columns
 
 EXAMPLE = """fedspine-edge verify model.bundle/ --model model/
   fedspine-edge verify model.bundle/ --model model/ --data test.csv   # and accuracy, torch against the bundle"""
@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import msgspec
 
+    from fedspine_edge.bundle.archive import opened
+    from fedspine_edge.bundle.bundle import load_bundle
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.deploy.archive import opened
-    from fedspine_edge.deploy.bundle import load_bundle
     from fedspine_edge.errors import ConfigError, ExportMismatch
 
     if arguments.data is not None and arguments.model is None:
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundle = load_bundle(folder)
         found, problem, accuracy = [], "", None
         if arguments.model is not None:
-            from fedspine_edge.deploy.verify import measure_bundle, verify_bundle
+            from fedspine_edge.export.verification import measure_bundle, verify_bundle
 
             try:
                 found = verify_bundle(bundle, arguments.model, data)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.rows import Source
+from fedspine_edge.data.row_validation import Source
 from fedspine_edge.errors import MissingDependency
 
 LONGEST_CELL = 1 << 24

@@ -16,26 +16,26 @@ import torch
 from fedspine_edge.clock import Clock, RealClock
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.data.examples import split
-from fedspine_edge.data.reading import read
-from fedspine_edge.device.failure import failure_report
-from fedspine_edge.device.fetch import Fetch
-from fedspine_edge.device.inbox import Inbox, Superseded
-from fedspine_edge.device.outbox import Outbox
+from fedspine_edge.data.loading import read
+from fedspine_edge.device.adapter_download import Fetch
+from fedspine_edge.device.cost_meter import Meter, PeakMemory
+from fedspine_edge.device.device_state import DEVICE, Outcome, Record, Standing
+from fedspine_edge.device.failure_report import failure_report
+from fedspine_edge.device.message_queue import Inbox, Superseded
+from fedspine_edge.device.publisher import Outbox
 from fedspine_edge.device.round import ROUND, LocalRound, order_of
-from fedspine_edge.device.source import ModelSource, choose_torch_device
-from fedspine_edge.device.standing import DEVICE, Outcome, Record, Standing
-from fedspine_edge.device.state import StateDamaged, StateDir, Tensors
 from fedspine_edge.device.status import status_of
-from fedspine_edge.device.telemetry import Meter, PeakMemory
-from fedspine_edge.device.texts import Texts, Tokenised
 from fedspine_edge.errors import BlobError, MessageError, TransportError
-from fedspine_edge.model.bands import join
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
+from fedspine_edge.protocol.rank_slices import join
+from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
+from fedspine_edge.training.base_model import ModelSource, choose_torch_device
+from fedspine_edge.training.state_dir import StateDamaged, StateDir, Tensors
+from fedspine_edge.training.tokenization import Texts, Tokenised
 from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Transport, Will
-from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import Ack, Plan, Report, Status
-from fedspine_edge.wire.topics import BlobTopic, DeviceTopic, Topics
 
 log = logging.getLogger("fedspine_edge.device")
 

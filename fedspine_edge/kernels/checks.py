@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import native
-from fedspine_edge.kernels.quantised import QuantisedWeight
+from fedspine_edge.kernels.quantized import QuantisedWeight
 
 
 def fail(op: str, message: str) -> NoReturn:

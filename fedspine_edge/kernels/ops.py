@@ -14,7 +14,7 @@ from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import native, reference
 from fedspine_edge.kernels.checks import check_adapter, check_matrix, require
 from fedspine_edge.kernels.elementwise import rms_norm, swiglu
-from fedspine_edge.kernels.lowrank import lora_linear
+from fedspine_edge.kernels.lora_linear import lora_linear
 from fedspine_edge.kernels.reference import Metric
 from fedspine_edge.kernels.shared_input import Projection, lora_gate_up, lora_qkv
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedspine_edge.kernels import reference
 from fedspine_edge.kernels.checks import decompose, fail
-from fedspine_edge.kernels.lowrank import (
+from fedspine_edge.kernels.lora_linear import (
     eager_lora_linear,
     expand_,
     gradient,
@@ -24,7 +24,7 @@ from fedspine_edge.kernels.lowrank import (
     prepare,
     project,
 )
-from fedspine_edge.kernels.quantised import QuantisedWeight, dense
+from fedspine_edge.kernels.quantized import QuantisedWeight, dense
 
 # Below this two linears of their own are faster than one op for both, by up to 2 % (docs/kernels.md); three never are.
 _CPU_PAIR_MIN_TOKENS = 64

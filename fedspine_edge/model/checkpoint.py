@@ -26,7 +26,10 @@ from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.base import (
+from fedspine_edge.model.families import architecture_of
+from fedspine_edge.model.fused_projections import from_files, take_apart, to_files
+from fedspine_edge.model.layout import Layout, module_names
+from fedspine_edge.model.loading import (
     LOAD_FAILURES,
     MANIFEST,
     auto_class,
@@ -35,14 +38,11 @@ from fedspine_edge.model.base import (
     quiet,
     require_transformers,
 )
-from fedspine_edge.model.card import model_card
-from fedspine_edge.model.families import architecture_of
-from fedspine_edge.model.fused import from_files, take_apart, to_files
-from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.lora import plain_linear
 from fedspine_edge.model.manifest import WEIGHTS, Manifest, read_manifest
+from fedspine_edge.model.model_card import model_card
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.weights import base_digest, check_finite, file_sha256, read_tensors
+from fedspine_edge.model.weight_files import base_digest, check_finite, file_sha256, read_tensors
 
 __all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedspine_edge.errors import ModelError
 from fedspine_edge.kernels import ops
-from fedspine_edge.kernels.quantised import Bits, QuantisedWeight
-from fedspine_edge.model.read_token import current, read_token
+from fedspine_edge.kernels.quantized import Bits, QuantisedWeight
+from fedspine_edge.model.pooled_token import current, read_token
 
 
 class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed

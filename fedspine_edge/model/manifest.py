@@ -10,8 +10,8 @@ import msgspec
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.base import MANIFEST
-from fedspine_edge.wire.messages import ModelSpec, Sha256
+from fedspine_edge.model.loading import MANIFEST
+from fedspine_edge.protocol.messages import ModelSpec, Sha256
 
 WEIGHTS = "model.safetensors"
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import full_shape, module_names, split_name
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.seeded import kaiming_uniform
-from fedspine_edge.model.weights import read_tensors, refuse_pickles
+from fedspine_edge.model.weight_files import read_tensors, refuse_pickles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedspine_edge.errors import ConfigError, ModelError
-from fedspine_edge.kernels.quantised import Bits
+from fedspine_edge.kernels.quantized import Bits
 from fedspine_edge.model.layout import module_names
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear
 

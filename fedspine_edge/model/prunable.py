@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from fedspine_edge.config import Task
 from fedspine_edge.errors import LayoutError, ModelError
 from fedspine_edge.kernels import ops
-from fedspine_edge.model.adapter_check import Arrays, checked_adapter
+from fedspine_edge.model.adapter_validation import Arrays, checked_adapter
+from fedspine_edge.model.derive_spec import check_shapes, model_spec
+from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.families import architecture_of
-from fedspine_edge.model.fused import put_together
+from fedspine_edge.model.fused_ops import run_as_before, run_as_ops
+from fedspine_edge.model.fused_projections import put_together
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
-from fedspine_edge.model.norm_and_gate import run_as_before, run_as_ops
+from fedspine_edge.model.pooled_token import READING_PARTS, Reading, read_positions, recomputation
 from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
-from fedspine_edge.model.read_token import READING_PARTS, Reading, read_positions, recomputation
-from fedspine_edge.model.seeded import kaiming_uniform
-from fedspine_edge.model.shape import check_shapes, model_spec
-from fedspine_edge.wire.messages import ModelSpec
+from fedspine_edge.protocol.messages import ModelSpec
 
 if TYPE_CHECKING:
-    from fedspine_edge.model.importance import ImportanceTracker
+    from fedspine_edge.pruning.importance import ImportanceTracker
 
 PACKED = (".codes", ".scales", ".group_of_col")
 """Ends of the names of a quantised weight's tensors."""

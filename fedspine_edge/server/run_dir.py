@@ -14,8 +14,8 @@ import msgspec
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.server.journal import Journal
-from fedspine_edge.server.reader import FILE
+from fedspine_edge.server.journal.reader import FILE
+from fedspine_edge.server.journal.writer import Journal
 
 LOCK = "lock"
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 5, 0.05

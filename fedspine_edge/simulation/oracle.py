@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedspine_edge.bandit.envelope import Envelope, spread_by_speed
+from fedspine_edge.bandit.pruning_schedule import Envelope, spread_by_speed
 from fedspine_edge.config import DeviceConfig, FleetConfig
-from fedspine_edge.device.telemetry import conditions
-from fedspine_edge.simulation.costs import round_cost_s
+from fedspine_edge.device.cost_meter import conditions
+from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.simulation.cost_model import round_cost_s
 from fedspine_edge.strategies.base import envelope
-from fedspine_edge.wire.messages import ModelSpec
 
 _STEPS = 21
 """Places of the envelope that are tried for each rank."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from fedspine_edge.bandit.envelope import MEAN_SPREAD, Envelope, rounds_needed
+from fedspine_edge.bandit.pruning_schedule import MEAN_SPREAD, Envelope, rounds_needed
 from fedspine_edge.bandit.reward import TERMS, Outcome, RewardTerms, Status, rewards
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError

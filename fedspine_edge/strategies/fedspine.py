@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedspine_edge.bandit.envelope import Envelope, settle_mean, spread_by_speed
-from fedspine_edge.bandit.pace import Reach, Speed, TimeModel
+from fedspine_edge.bandit.pruning_schedule import Envelope, settle_mean, spread_by_speed
 from fedspine_edge.bandit.reward import RewardTerms
 from fedspine_edge.bandit.sucb import SUCB, Arm
+from fedspine_edge.bandit.time_model import Reach, Speed, TimeModel
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.strategies.base import BaseStrategy, Choice, DeviceInfo, RoundOutcome, envelope
 

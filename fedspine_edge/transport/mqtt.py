@@ -21,11 +21,11 @@ from typing import Any
 
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.errors import BrokerUnreachable, FedspineError, TransportError
-from fedspine_edge.transport.access import NotConnected, password, tls_context
 from fedspine_edge.transport.base import LONGEST_PAUSE_S, Connected, Event, Incoming, Will
-from fedspine_edge.transport.connection import Connection, Outgoing
-from fedspine_edge.transport.filters import check_filter, check_topic
-from fedspine_edge.transport.inbox import Inbox
+from fedspine_edge.transport.credentials import NotConnected, password, tls_context
+from fedspine_edge.transport.mqtt_connection import Connection, Outgoing
+from fedspine_edge.transport.receive_queue import Inbox
+from fedspine_edge.transport.topic_filters import check_filter, check_topic
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import shutil
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
+from fedspine_edge.bundle.bundle import load_bundle
+from fedspine_edge.bundle.publish import seal
 from fedspine_edge.cli.main import main
-from fedspine_edge.deploy.bundle import load_bundle
-from fedspine_edge.deploy.publish import seal
 
 
 @pytest.fixture(scope="module")

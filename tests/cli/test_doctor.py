@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from transport_support import Mosquitto, needs_mosquitto
 
-from fedspine_edge.cli import board, doctor, probes
-from fedspine_edge.cli.check import Check, State
+from fedspine_edge.cli import doctor
 from fedspine_edge.cli.main import main
+from fedspine_edge.diagnostics import probes, system
+from fedspine_edge.diagnostics.check import Check, State
 from fedspine_edge.transport.broker import EmbeddedBroker
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +54,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
         return [check for check in found if check.name in probes.PROBES[name][1]]
 
     monkeypatch.setattr(doctor, "probe", probe)
-    monkeypatch.setattr(board, "disk_check", lambda _: Check("disk", "ok", "room"))
-    monkeypatch.setattr(board, "memory_check", lambda: Check("memory", "ok", "room"))
+    monkeypatch.setattr(system, "disk_check", lambda _: Check("disk", "ok", "room"))
+    monkeypatch.setattr(system, "memory_check", lambda: Check("memory", "ok", "room"))
     return found
 
 
@@ -96,7 +97,7 @@ def test_a_server_without_torch_is_usable_and_told_how_to_become_a_device(tmp_pa
 
 def test_a_package_that_is_there_but_does_not_load_is_failed_not_missing(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnxruntime.so.1: cannot open')\n")
-    found = json.loads(beside(tmp_path, "fedspine_edge.cli.probes", "onnxruntime").stdout)
+    found = json.loads(beside(tmp_path, "fedspine_edge.diagnostics.probes", "onnxruntime").stdout)
     assert found["state"] == "failed"
     assert "cannot open" in found["detail"]
 
@@ -108,7 +109,7 @@ def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_t
         "real = metadata.version\n"
         "metadata.version = lambda name: '2.0.0' if name == 'torch' else real(name)\n"
     )
-    found = json.loads(beside(tmp_path, "fedspine_edge.cli.probes", "transformers").stdout)
+    found = json.loads(beside(tmp_path, "fedspine_edge.diagnostics.probes", "transformers").stdout)
     assert found["state"] == "failed"
     assert "does not work with torch" in found["detail"]
     assert found["remedy"] == "pip install 'transformers>=5.15,<5.16'"
@@ -288,7 +289,7 @@ def test_a_check_that_raises_is_a_finding(quick: list[Check], monkeypatch: pytes
     def broken() -> Check:
         raise RuntimeError("no such sensor")
 
-    monkeypatch.setattr(board, "clock_check", broken)
+    monkeypatch.setattr(system, "clock_check", broken)
     clock = next(check for check in doctor.examine() if check.name == "clock")
     assert clock.state == "failed"
     assert "no such sensor" in clock.detail
@@ -304,7 +305,7 @@ def test_a_check_that_raises_is_a_finding(quick: list[Check], monkeypatch: pytes
     ],
 )
 def test_l4t_is_read_from_the_release_file(release: str, version: tuple[int, int] | None) -> None:
-    assert board.l4t_version(release) == version
+    assert system.l4t_version(release) == version
 
 
 def test_the_remedy_for_a_missing_tensorrt_brings_it_on_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,11 +321,11 @@ def test_a_board_is_described_with_its_power_mode_by_name(tmp_path: Path) -> Non
     (tmp_path / "release").write_text("# R36 (release), REVISION: 5.0, GCID: 1")
     (tmp_path / "model").write_text("NVIDIA Jetson Orin NX\0")
     nvpmodel = executable(tmp_path / "nvpmodel", "printf 'NV Power Mode: MAXN_SUPER\\n2\\n'")
-    found = board.jetson_check(tmp_path / "release", tmp_path / "model", nvpmodel)
+    found = system.jetson_check(tmp_path / "release", tmp_path / "model", nvpmodel)
     assert (found.state, found.detail) == ("ok", "NVIDIA Jetson Orin NX, L4T 36.5, power mode MAXN_SUPER")
 
     (tmp_path / "release").write_text("# R32 (release), REVISION: 7.1, GCID: 1")
-    old = board.jetson_check(tmp_path / "release", tmp_path / "model", str(tmp_path / "absent"))
+    old = system.jetson_check(tmp_path / "release", tmp_path / "model", str(tmp_path / "absent"))
     assert old.state == "failed"
     assert "power mode unknown" in old.detail
     assert "JetPack 6 or 7" in old.remedy
@@ -333,20 +334,20 @@ def test_a_board_is_described_with_its_power_mode_by_name(tmp_path: Path) -> Non
 def test_memory_is_what_can_be_had_within_the_container(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 4096000 kB\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert board.memory_check(tmp_path / "meminfo", tmp_path / "memory.max") == Check(
+    assert system.memory_check(tmp_path / "meminfo", tmp_path / "memory.max") == Check(
         "memory", "ok", "4,000 MiB available"
     )
-    (tmp_path / "memory.max").write_text(f"{1024 * board.MIB}\n")
-    (tmp_path / "memory.current").write_text(f"{724 * board.MIB}\n")
-    limited = board.memory_check(tmp_path / "meminfo", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text(f"{1024 * system.MIB}\n")
+    (tmp_path / "memory.current").write_text(f"{724 * system.MIB}\n")
+    limited = system.memory_check(tmp_path / "meminfo", tmp_path / "memory.max")
     assert limited.state == "failed"
     assert limited.detail.startswith("300 MiB")
 
 
 def test_a_folder_that_is_not_there_and_a_clock_that_was_never_set(tmp_path: Path) -> None:
-    assert board.disk_check(tmp_path / "absent").remedy == f"mkdir -p {tmp_path / 'absent'}"
-    unset = board.clock_check(now_s=86400.0 * 30)
+    assert system.disk_check(tmp_path / "absent").remedy == f"mkdir -p {tmp_path / 'absent'}"
+    unset = system.clock_check(now_s=86400.0 * 30)
     assert (unset.state, unset.remedy) == ("failed", "sudo timedatectl set-ntp true")
-    drifting = board.clock_check(timedatectl=executable(tmp_path / "timedatectl", "echo no"))
+    drifting = system.clock_check(timedatectl=executable(tmp_path / "timedatectl", "echo no"))
     assert drifting.state == "warn"
-    assert board.clock_check(timedatectl=executable(tmp_path / "timedatectl", "echo yes")).state == "ok"
+    assert system.clock_check(timedatectl=executable(tmp_path / "timedatectl", "echo yes")).state == "ok"

@@ -13,8 +13,8 @@ import tiny_lm
 from commands import refused, tune
 
 from fedspine_edge.cli.main import main
-from fedspine_edge.device.fit_checkpoint import FitCheckpoint
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.training.checkpoint import FitCheckpoint
 
 Fingerprint = Callable[[Path], dict[str, str]]
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from fedspine_edge.device.state import Document, StateDir, layout_from, layout_tensors
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.wire.messages import ModelSpec
+from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.training.state_dir import Document, StateDir, layout_from, layout_tensors
 
 SPEC = ModelSpec(
     family="bert",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
-from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.export.compile import compile_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import BlobError
-from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import Report, Status
+from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.messages import Report, Status
 
 PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
 

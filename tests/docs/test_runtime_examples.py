@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
-from fedspine_edge.deploy.compile import compile_engine
+from fedspine_edge.export.compile import compile_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer
 
-from fedspine_edge.deploy.bundle import EngineInfo, Profile, load_bundle
-from fedspine_edge.deploy.compile import compile_engine
-from fedspine_edge.deploy.publish import seal
-from fedspine_edge.deploy.session import Session
+from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.publish import seal
+from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.runtime.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "examples/cpp"

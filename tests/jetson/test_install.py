@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedspine_edge.cli.main import parser
-from fedspine_edge.model.base import FOR_AN_OLD_TORCH
+from fedspine_edge.model.loading import FOR_AN_OLD_TORCH
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jetson" / "install.sh"

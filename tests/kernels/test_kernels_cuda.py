@@ -20,7 +20,7 @@ from test_kernels_lora_linear import assert_as_exact_as_eager as assert_layer_as
 from torch import Tensor
 
 from fedspine_edge.errors import KernelError
-from fedspine_edge.kernels import lowrank, native, ops, reference
+from fedspine_edge.kernels import lora_linear, native, ops, reference
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -45,7 +45,7 @@ def cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         emulation = EmulatedCuda(tmp_path_factory.mktemp("emulated"))
         patch.setattr(native, "_call", emulation.call)
         patch.setattr(native, "runs", lambda tensor: tensor.dtype in native.DTYPES)
-        patch.setattr(lowrank, "_all_native", lambda x: x.dtype in native.DTYPES)
+        patch.setattr(lora_linear, "_all_native", lambda x: x.dtype in native.DTYPES)
         yield emulation
 
 
@@ -212,7 +212,7 @@ def test_low_rank_products(cuda: Cuda, dtype: torch.dtype, tokens: int, width: i
         grown = x.double() + 0.5 * left.double() @ small.double()
         out = same_bits_in_every_order(cuda, lambda factor=factor: native.expand_(x.clone(), left, factor, 0.5))
         torch.testing.assert_close(out.double(), grown, **tolerance)
-    for function in (lowrank.gradient, lambda *of: lowrank.gradient_transposed(*of).t()):
+    for function in (lora_linear.gradient, lambda *of: lora_linear.gradient_transposed(*of).t()):
         out = same_bits_in_every_order(cuda, lambda function=function: function(left, x, 0.5))
         torch.testing.assert_close(out.double(), 0.5 * left.double().t() @ x.double(), **tolerance)
 
@@ -226,7 +226,7 @@ def test_low_rank_products_of_strided_input(cuda: Cuda, how: str, dtype: torch.d
     exact = 0.5 * x.double() @ small.double().t()
     torch.testing.assert_close(native.project(xs, smalls.t(), 0.5, dtype).double(), exact, **tolerance)
     exact = 0.5 * left.double().t() @ x.double()
-    torch.testing.assert_close(lowrank.gradient(lefts, xs, 0.5).double(), exact, **tolerance)
+    torch.testing.assert_close(lora_linear.gradient(lefts, xs, 0.5).double(), exact, **tolerance)
     exact = x.double() + 0.5 * left.double() @ small.double()
     torch.testing.assert_close(native.expand_(xs, lefts, smalls, 0.5).double(), exact, **tolerance)
 

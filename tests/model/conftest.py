@@ -2,17 +2,9 @@
 
 import pytest
 import tiny_models as tiny
-import torch
+from one_thread import one_thread  # noqa: F401  a fixture
 
 from fedspine_edge.model.checkpoint import load_base
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

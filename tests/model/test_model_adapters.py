@@ -6,8 +6,8 @@ import tiny_models as tiny
 import torch
 
 from fedspine_edge.errors import CheckpointError, ModelError
+from fedspine_edge.model.deterministic_init import kaiming_uniform, uniform
 from fedspine_edge.model.layout import full_shape, module_names, split_name
-from fedspine_edge.model.seeded import kaiming_uniform, uniform
 
 
 def fleet_adapter(model, r, seed=0):

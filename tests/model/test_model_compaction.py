@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspine_edge.errors import LayoutError
-from fedspine_edge.model.importance import CRITERIA, ImportanceTracker
 from fedspine_edge.model.layout import Layout, module_names
-from fedspine_edge.model.pruning import plan_local
+from fedspine_edge.pruning.importance import CRITERIA, ImportanceTracker
+from fedspine_edge.pruning.selection import plan_local
 
 shapes = st.fixed_dictionaries(
     {

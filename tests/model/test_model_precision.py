@@ -12,9 +12,9 @@ import torch
 
 from fedspine_edge.errors import ConfigError, ModelError
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
-from fedspine_edge.model.importance import ImportanceTracker
 from fedspine_edge.model.layout import module_names
 from fedspine_edge.model.lora import QuantisedLinear
+from fedspine_edge.pruning.importance import ImportanceTracker
 
 ON_CPU = ("bfloat16", "int8", "int4")  # float16 products take minutes on a CPU
 

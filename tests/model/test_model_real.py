@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer, read_manifest
-from fedspine_edge.model.importance import ImportanceTracker
-from fedspine_edge.model.pruning import plan_local
+from fedspine_edge.pruning.importance import ImportanceTracker
+from fedspine_edge.pruning.selection import plan_local
 
 
 def folder_of(package: str) -> Path:

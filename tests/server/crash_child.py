@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fleet_fakes import Fleet, make_config
 
-from fedspine_edge.server.journal import Journal
-from fedspine_edge.server.post import Post
+from fedspine_edge.server.journal.writer import Journal
+from fedspine_edge.server.publisher import Post
 
 
 def arm(point: str, count: int) -> None:

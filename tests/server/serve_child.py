@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fleet_fakes import make_config
 
-from fedspine_edge.server.coordinator import FleetServer
+from fedspine_edge.server.server import FleetServer
 from fedspine_edge.transport.mqtt import MqttTransport
 
 if __name__ == "__main__":

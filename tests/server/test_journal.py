@@ -11,10 +11,10 @@ from fleet_fakes import SPEC
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.server.journal import Journal
-from fedspine_edge.server.schema import OutcomeRow, PlanRow, ReportRow, RunState
-from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import BlobRef, Plan, Report, Status
+from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.messages import BlobRef, Plan, Report, Status
+from fedspine_edge.server.journal.schema import OutcomeRow, PlanRow, ReportRow, RunState
+from fedspine_edge.server.journal.writer import Journal
 
 BLOB = BlobRef(sha256="a" * 64, size_bytes=10)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fleet_fakes import Fleet, make_config
 
-from fedspine_edge.server.journal import Journal
+from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.transport.base import LONGEST_PAUSE_S
 
 CHILD = Path(__file__).with_name("crash_child.py")
@@ -25,7 +25,7 @@ def child(folder, point="never", count=0):
         text=True,
         timeout=60,
         cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{CHILD.parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )
 
 

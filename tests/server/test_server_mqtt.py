@@ -15,7 +15,7 @@ from fleet_fakes import FakeDevice, make_config
 
 from fedspine_edge.clock import RealClock
 from fedspine_edge.config import BrokerSettings
-from fedspine_edge.server.journal import Journal
+from fedspine_edge.server.journal.writer import Journal
 
 pytestmark = pytest.mark.broker
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def spawn(run_dir, port):
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
     )
 
 

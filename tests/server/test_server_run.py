@@ -13,9 +13,9 @@ from fleet_fakes import SPEC, Fleet, make_config, make_spec
 
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.server.journal import Journal
-from fedspine_edge.wire import codec
-from fedspine_edge.wire.messages import Report
+from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.messages import Report
+from fedspine_edge.server.journal.writer import Journal
 
 
 def views(config, number=None):

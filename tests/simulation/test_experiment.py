@@ -10,9 +10,10 @@ from recorded_fleet import lay_out
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.errors import ConfigError, MissingDependency
-from fedspine_edge.simulation import experiment as module
-from fedspine_edge.simulation.costs import MINILM, round_cost_s
-from fedspine_edge.simulation.experiment import (
+from fedspine_edge.simulation.cost_model import MINILM, round_cost_s
+from fedspine_edge.simulation.device_classes import load_profiles, parse_mix
+from fedspine_edge.simulation.experiments import experiment as module
+from fedspine_edge.simulation.experiments.experiment import (
     Experiment,
     interval,
     load_experiment,
@@ -20,9 +21,8 @@ from fedspine_edge.simulation.experiment import (
     run_experiment,
     summarise,
 )
-from fedspine_edge.simulation.measures import time_to
+from fedspine_edge.simulation.experiments.run_metrics import time_to
 from fedspine_edge.simulation.oracle import oracle
-from fedspine_edge.simulation.profiles import load_profiles, parse_mix
 
 
 @pytest.mark.parametrize("name", names())

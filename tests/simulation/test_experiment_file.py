@@ -12,11 +12,11 @@ import pytest
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.errors import ConfigError, DataError
-from fedspine_edge.simulation import experiment as module
-from fedspine_edge.simulation.experiment import load_experiment, run_experiment
-from fedspine_edge.simulation.jobs import run_job
-from fedspine_edge.simulation.measures import CURVE
-from fedspine_edge.simulation.table import COLUMNS
+from fedspine_edge.monitoring.csv_export import COLUMNS
+from fedspine_edge.simulation.experiments import experiment as module
+from fedspine_edge.simulation.experiments.experiment import load_experiment, run_experiment
+from fedspine_edge.simulation.experiments.jobs import run_job
+from fedspine_edge.simulation.experiments.run_metrics import CURVE
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ("experiment.toml", "boards.toml", "my_strategy.py")

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import tiny_lm
 
-from fedspine_edge.simulation.runview import by_round, peek_run, read_run
+from fedspine_edge.monitoring.run_view import by_round, peek_run, read_run
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 COMMAND = [sys.executable, "-m", "fedspine_edge"]

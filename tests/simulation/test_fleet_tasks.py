@@ -13,10 +13,10 @@ from fedspine_edge import Session, compile_engine
 from fedspine_edge.cli.main import main
 from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
 from fedspine_edge.errors import ConfigError, DataError
-from fedspine_edge.simulation.accuracy import finished_accuracy
-from fedspine_edge.simulation.finish import build_finished_model
-from fedspine_edge.simulation.fleet import simulate
-from fedspine_edge.simulation.runview import by_round, read_run
+from fedspine_edge.export.finished_model import build_finished_model
+from fedspine_edge.monitoring.run_view import by_round, read_run
+from fedspine_edge.simulation.evaluation import finished_accuracy
+from fedspine_edge.simulation.virtual_fleet import simulate
 from fedspine_edge.tuner import EdgeTuner
 
 LENGTH = 24

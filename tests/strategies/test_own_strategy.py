@@ -11,8 +11,8 @@ sys.path.insert(0, str(ROOT / "tests" / "simulation"))
 
 from recorded_fleet import run_recorded  # noqa: E402
 
-from fedspine_edge.server.schema import DeviceView  # noqa: E402
-from fedspine_edge.simulation.runview import by_round, read_run  # noqa: E402
+from fedspine_edge.monitoring.run_view import by_round, read_run  # noqa: E402
+from fedspine_edge.server.journal.schema import DeviceView  # noqa: E402
 
 MIX = {"tx2": 2, "nx": 2, "agx": 2}
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fedspine_edge.deploy import trt
+from fedspine_edge.runtime import tensorrt_api
 
 SCRATCH_BYTES = 4096
 KINDS = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -46,7 +46,7 @@ class FakeTensorRT:
         }
         if rtx:
             names["CudaGraphStrategy"] = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
-        self.backend = trt.Backend("tensorrt_rtx" if rtx else "tensorrt", SimpleNamespace(**names), "10.3.0")
+        self.backend = tensorrt_api.Backend("tensorrt_rtx" if rtx else "tensorrt", SimpleNamespace(**names), "10.3.0")
 
     def _runtime(self, logger):
         self.log = logger

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from memory_transport import MemoryBroker, MemoryTransport
 
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.transport.base import Connected, Event, Incoming, Transport
 from fedspine_edge.transport.broker import EmbeddedBroker, accepts_mqtt, free_port
-from fedspine_edge.transport.memory import MemoryBroker, MemoryTransport
 from fedspine_edge.transport.mqtt import MqttTransport
 
 _NUMBERS = itertools.count()

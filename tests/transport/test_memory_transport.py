@@ -7,11 +7,11 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_transport import MemoryBroker, MemoryTransport
 
 from fedspine_edge.errors import BrokerUnreachable, TransportError
 from fedspine_edge.transport.base import Connected, Incoming, Will
-from fedspine_edge.transport.filters import topic_matches
-from fedspine_edge.transport.memory import MemoryBroker, MemoryTransport
+from fedspine_edge.transport.topic_filters import topic_matches
 
 LEVELS = st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=4)
 

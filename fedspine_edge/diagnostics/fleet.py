@@ -1,0 +1,182 @@
+"""What `doctor` finds out about a broker, and about what a fleet.toml or a device.toml names.
+
+A server or device that is at work is not disturbed: the client id is another, nothing is retained, and an empty
+message is ignored by whoever hears it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedspine_edge.config import BrokerSettings, DeviceConfig, FleetConfig, load
+from fedspine_edge.diagnostics.check import Check, line_of
+from fedspine_edge.errors import BrokerUnreachable, FedspineError
+from fedspine_edge.transport.credentials import explain
+
+CONNECT_TIMEOUT_S = 5.0
+REFUSAL_TIMEOUT_S = 1.0
+"""How long a broker is given to refuse a message. One that agrees says so sooner, but the transport does not tell."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def broker_check(address: str) -> Iterator[Check]:
+    """A real MQTT connection to HOST:PORT, and a plain TCP one to tell a dead host from a broker that refuses."""
+    host, _, port = address.rpartition(":")
+    remedy = f"fedspine-edge broker --host {host} --port {port}  # on the broker's machine, or start your own there"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        yield Check("broker", "failed", f"{address} does not answer: {line_of(error)}", remedy)
+        return
+    try:
+        _connect(BrokerSettings(host=host.strip("[]"), port=int(port)), f"fedspine-doctor-{os.getpid()}")
+    except Exception as error:
+        detail = f"{address} accepts TCP but no anonymous MQTT 5 connection: {line_of(error)}"
+        remedy = "check that MQTT listens there; with TLS or passwords: fedspine-edge doctor --config device.toml"
+        yield Check("broker", "failed", detail, remedy)
+    else:
+        yield Check("broker", "ok", f"{address} accepts MQTT 5")
+
+
+def device_checks(path: str) -> Iterator[Check]:
+    """What the settings of a device name."""
+    from fedspine_edge.protocol.topics import Topics
+
+    config = load(path, DeviceConfig)
+    topics, name = Topics(config.fleet), config.device_id
+    client_id = f"fedspine-{config.fleet}-{name}-doctor"
+    yield _login(config.broker, client_id, topics.device_filters(name), topics.report(name))
+    yield _checked("data", lambda: _data(config))
+    yield _model(config.model)
+    yield _folder("state_dir", Path(config.state_dir))
+
+
+def fleet_checks(path: str) -> Iterator[Check]:
+    """What the settings of a fleet name."""
+    from fedspine_edge.protocol.topics import Topics
+
+    config = load(path, FleetConfig)
+    topics = Topics(config.fleet)
+    client_id = f"fedspine-{config.fleet}-server-doctor"
+    yield _login(config.broker, client_id, topics.server_filters, topics.ack("doctor"))
+    yield _checked("strategy", lambda: _strategy(config))
+    yield _run_dir(Path(config.run_dir))
+
+
+def _login(settings: BrokerSettings, client_id: str, filters: tuple[str, ...], topic: str) -> Check:
+    """Connect as these settings say, subscribe, and publish an empty message to `topic`."""
+
+    def log_in() -> str:
+        try:  # at once: the transport would try again and again
+            socket.create_connection((settings.host, settings.port), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            why = explain(error, tls=bool(settings.ca_file))
+            text = f"no connection to the MQTT broker at {settings.host}:{settings.port}: {why.reason}."
+            raise BrokerUnreachable(text, remedy=why.remedy) from None
+        _connect(settings, client_id, filters, topic)
+        tls, user = ", TLS" if settings.ca_file else "", f", user {settings.username}" if settings.username else ""
+        return f"{settings.host}:{settings.port} accepts MQTT 5{tls}{user}, and a message to {topic}"
+
+    found = _checked("broker", log_in)
+    if found.state == "ok" and settings.password_file and not (settings.ca_file or _is_loopback(settings.host)):
+        return Check("broker", "warn", f"{found.detail}; the password travels in the clear", "set broker.ca_file")
+    return found
+
+
+def _connect(settings: BrokerSettings, client_id: str, filters: tuple[str, ...] = (), topic: str = "") -> None:
+    from fedspine_edge.transport.mqtt import MqttTransport
+
+    transport = MqttTransport(settings, client_id, publish_timeout_s=CONNECT_TIMEOUT_S, flush_timeout_s=1.0)
+    try:
+        transport.connect(timeout_s=CONNECT_TIMEOUT_S)
+        if filters:
+            transport.subscribe(*filters)
+            transport.publish(topic, b"")
+            until = time.monotonic() + REFUSAL_TIMEOUT_S
+            while (left := until - time.monotonic()) > 0:
+                transport.receive(timeout_s=left)  # raises a refusal
+    finally:
+        transport.close()
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _data(config: DeviceConfig) -> str:
+    from fedspine_edge.data.examples import split
+    from fedspine_edge.data.loading import read
+
+    data = config.data
+    train, held = split(read(data.path, data, config.task), data.holdout, config.seed, where=data.path)
+    return f"{data.path}: {len(train):,} examples to train on, {len(held):,} held out"
+
+
+def _model(name: str) -> Check:
+    """The files of a base model; whether its weights are sound is seen when a device reads them."""
+    folder = Path(name).expanduser()
+    if (folder.suffix == ".gguf" and folder.is_file()) or any(folder.glob("*.gguf")):
+        return Check("model", "ok", f"{folder}: GGUF")
+    if not folder.exists():
+        if _HUB_ID.fullmatch(name):
+            detail = f"{name} is no folder here; the device takes it for a hub id and fetches it when it starts"
+            return Check("model", "warn", detail, "correct model, or copy the folder here, if that is not meant")
+        return Check("model", "failed", f"model folder {folder} does not exist", "correct model in the config file")
+    wanted = {"config.json": ("config.json",), "*.safetensors": ("*.safetensors",), "a tokenizer": _TOKENIZERS}
+    lacking = [what for what, patterns in wanted.items() if not any(any(folder.glob(p)) for p in patterns)]
+    if lacking:
+        detail = f"{folder} lacks {', '.join(lacking)}"
+        return Check("model", "failed", detail, "copy the whole folder of the base model, as Hugging Face writes it")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Check("model", "ok", f"{folder}: {size / 1e6:,.0f} MB of weights")
+
+
+def _strategy(config: FleetConfig) -> str:
+    from fedspine_edge.strategies import create
+
+    create(config)
+    return f"{config.strategy}: {config.num_rounds} rounds to a pruning ratio of {config.pruning_ratio:g}"
+
+
+def _run_dir(path: Path) -> Check:
+    from fedspine_edge.server.journal.reader import FILE
+    from fedspine_edge.server.run_dir import server_at_work
+
+    found = _folder("run_dir", path)
+    if found.state == "ok" and (path / FILE).exists():
+        at_work = "a server is at work on it" if server_at_work(path) else "the server continues it"
+        return Check("run_dir", "ok", f"{path} holds a run; {at_work}")
+    return found
+
+
+def _folder(name: str, path: Path) -> Check:
+    """Whether this user can write to the folder, or make it."""
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    remedy = f"give it to this user (chown), or set {name} to another folder"
+    if not nearest.is_dir():
+        return Check(name, "failed", f"{nearest} is not a folder", f"set {name} to another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return Check(name, "failed", f"{nearest} cannot be written by this user", remedy)
+    return Check(name, "ok", f"{path}{'' if path.exists() else ' will be made'}")
+
+
+def _checked(name: str, look: Callable[[], str]) -> Check:
+    """What `look` found; its errors are findings."""
+    try:
+        return Check(name, "ok", look())
+    except FedspineError as error:
+        return Check(name, "failed", error.message, error.remedy or "correct the config file")

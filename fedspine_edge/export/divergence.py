@@ -1,0 +1,159 @@
+"""Which layer of an exported file is the first whose output differs from torch's?
+
+Torch's modules are watched by hooks, in the order in which they run. The tensor that the file computes for a
+module is the last one inside the module's scope, which the exporter writes into the names of nodes
+(/model/bert/encoder/layer.0/attention/self/query/Add). All of them come out of one run of both, so there is no need
+to halve the graph again and again; docs/decisions/0062-one-pass-names-the-failing-layer.md.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.export.mixed_precision import tensor_types
+from fedspine_edge.runtime.bf16_emulation import widened
+from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+Array = npt.NDArray[Any]
+ROOT = "/model/"
+"""The scope that tracing puts around the model (`graphs._Traced.model`)."""
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """A module whose output differs: its canonical name ("layers.3.q"), its path in torch, and by how much."""
+
+    name: str
+    path: str
+    max_abs_diff: float
+    largest: float
+    """Largest absolute value of torch's output."""
+
+    def __str__(self) -> str:
+        where = self.name if self.name == self.path else f"{self.name} ({self.path})"
+        return f"{where}: it differs by {self.max_abs_diff:.3g} where the largest value is {self.largest:.3g}"
+
+
+def first_difference(
+    model: Path, module: nn.Module, inputs: dict[str, Array], run: Callable[[], object], *, tolerance: float
+) -> LayerDifference | None:
+    """The first module whose output in the file differs from torch's by more than `tolerance` × its largest value.
+
+    Args:
+        model: The exported file.
+        module: The module it was made from.
+        inputs: One batch for the file.
+        run: Runs `module` once on the same batch.
+        tolerance: Relative to the module's largest output.
+
+    Returns None where all agree: the difference is then in how the outputs are put together.
+    """
+    ours = _intermediate_tensors(model, [path for path, _ in module.named_modules() if path], inputs)
+    mask = inputs["attention_mask"] > 0
+    names = canonical_names(module)
+    for path, reference in _module_outputs(module, run):
+        tensor = ours.get(path)
+        if tensor is None or tensor.shape != reference.shape:
+            continue
+        if reference.shape[:2] == mask.shape:  # what stands at padding is nobody's business
+            tensor, reference = tensor[mask], reference[mask]
+        difference = float(np.abs(tensor.astype(np.float32) - reference).max(initial=0.0))
+        largest = float(np.abs(reference).max(initial=0.0))
+        if not difference <= tolerance * largest:  # also where it is not a number
+            return LayerDifference(names.get(path, path), path, difference, largest)
+    return None
+
+
+def canonical_names(module: nn.Module) -> dict[str, str]:
+    """Path in torch → this package's name: layers.3, layers.3.q; parts kept as one matrix are "layers.3.q+k+v"."""
+    from fedspine_edge.model.families import architecture_of
+
+    architecture = architecture_of(module.config)
+    modules = dict(module.named_modules())
+    layers = len(modules[f"{architecture.backbone}.{architecture.layers}"])
+    names = {}
+    for layer in range(layers):
+        names[architecture.layer_path(layer)] = f"layers.{layer}"
+        for part in architecture.linears:
+            path = architecture.path(f"layers.{layer}.{part}")
+            names[path] = f"layers.{layer}.{part}"
+        for path, parts in architecture.fused.items():
+            names[f"{architecture.layer_path(layer)}.{path}"] = f"layers.{layer}.{'+'.join(parts)}"
+    return names
+
+
+def _module_outputs(module: nn.Module, run: Callable[[], object]) -> Iterator[tuple[str, Array]]:
+    """Path and output of every module that gives one float tensor, in the order in which they finish."""
+    import torch
+
+    found: list[tuple[str, Array]] = []
+
+    def watch(path: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            every = output if isinstance(output, tuple) else (output,)
+            tensors = [one for one in every if isinstance(one, torch.Tensor) and one.is_floating_point()]
+            if len(tensors) == 1:  # of several (a rotary embedding's), none is the last in the file
+                found.append((path, tensors[0].detach().float().cpu().numpy()))
+
+        return hook
+
+    handles = [child.register_forward_hook(watch(path)) for path, child in module.named_modules() if path]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls: dict[str, int] = {}
+    for path, _ in found:
+        calls[path] = calls.get(path, 0) + 1
+    # A module that runs twice (DeBERTa projects its positions too) has no one output to compare.
+    return (entry for entry in found if calls[entry[0]] == 1)
+
+
+def _intermediate_tensors(model: Path, paths: list[str], inputs: dict[str, Array]) -> dict[str, Array]:
+    """By module path, what the file computes as the module's output."""
+    import onnx
+
+    proto = onnx.load(model)
+    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in proto.graph.initializer):
+        widened(proto)
+    types = tensor_types(proto)
+    floats = {name for name, kind in types.items() if kind in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)}
+    scopes = {ROOT + re.sub(r"\.(?=\D)", "/", path) + "/": path for path in paths}
+    last: dict[str, str] = {}
+    for node in proto.graph.node:
+        outputs = [name for name in node.output if name in floats]
+        if not outputs:
+            continue
+        position = node.name.find("/", len(ROOT))
+        while position > 0:
+            path = scopes.get(node.name[: position + 1])
+            if path is not None and node.name.startswith(ROOT):
+                last[path] = outputs[0]
+            position = node.name.find("/", position + 1)
+    known = {output.name for output in proto.graph.output}
+    for name in dict.fromkeys(last.values()):
+        if name not in known:
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+    with tempfile.TemporaryDirectory(prefix="fedspine-locate-") as folder:
+        copy = Path(folder) / "model.onnx"
+        onnx.save(proto, copy, save_as_external_data=True, size_threshold=1 << 16)
+        runner = OnnxRuntimeRunner(copy, threads=1)
+        try:
+            tensors = runner.run(inputs)
+        finally:
+            runner.close()
+    return {path: tensors[name] for path, name in last.items()}

@@ -1,0 +1,392 @@
+"""Plain model folders: finding them, the tokenizer, and loading with a fresh task head.
+
+Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` that names the folder and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fedspine_edge.config import Task
+from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
+from fedspine_edge.model.architecture import Architecture
+from fedspine_edge.model.derive_spec import model_spec
+from fedspine_edge.model.deterministic_init import uniform
+from fedspine_edge.model.families import architecture_of
+from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.precision import BaseDtype, compute_dtype
+from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.weight_files import base_digest, check_finite, check_readable, weight_files
+
+MANIFEST = "layout.json"
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers and safetensors raise for files they cannot use."""
+
+FOR_AN_OLD_TORCH = "transformers>=5.15,<5.16"
+"""The last releases that work with torch 2.5.0a0, NVIDIA's first for JetPack 6; later ones ask for more."""
+
+
+def load_base(
+    path_or_id: str | Path,
+    *,
+    task: Task = "classification",
+    num_labels: int = 2,
+    labels: Sequence[str] | None = None,
+    gguf_file: str | None = None,
+    base_dtype: BaseDtype = "float32",
+    seed: int = 0,
+) -> PrunableModel:
+    """Load an unpruned model.
+
+    Args:
+        path_or_id: Folder with config.json and safetensors, folder with one GGUF file, GGUF file, or hub id.
+        task: "classification" (of texts) and "token_classification" (of words) get a head of `num_labels` classes;
+            "causal_lm" keeps the model's own.
+        num_labels: Number of classes, at least 2.
+        labels: Their names, for the config; default LABEL_0, LABEL_1, ...
+        gguf_file: Which GGUF file of the folder, if there are several.
+        base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; see
+            `PrunableModel.keep_base_in`. The head is float32.
+        seed: Of a fresh head, which is then the same on every machine. A head of the right shape that the
+            checkpoint brings is kept.
+
+    Raises `CheckpointError` (missing, truncated, incomplete or non-finite files, or a folder that `save` wrote),
+    `UnknownArchitecture`, `ConfigError` (task or number of labels).
+    """
+    transformers = require_transformers()
+    folder, gguf_file = resolve(path_or_id, gguf_file)
+    if (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder} holds a model saved by this package, not a plain one.", remedy="Read it with load_model(folder)."
+        )
+    labelled = task != "causal_lm"
+    if labelled and num_labels < 2:
+        raise ConfigError(
+            f"`num_labels` is {num_labels}; classification needs at least 2.", remedy="Count the classes of your data."
+        )
+    if labels is not None and len(labels) != num_labels:
+        raise ConfigError(
+            f"{len(labels)} label names, but `num_labels` is {num_labels}.", remedy="Give one name for every class."
+        )
+    config = _read_config(folder, gguf_file)
+    architecture = architecture_of(config)
+    architecture.check_config(config)
+    head_modules = architecture.head_modules(task)
+    if gguf_file is None:
+        check_readable(weight_files(folder))
+    digest = base_digest(folder, gguf_file)
+    dtype = compute_dtype(base_dtype)
+    settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if labelled:
+        config.num_labels = num_labels
+        if task == "classification":
+            config.problem_type = "single_label_classification"
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+    kind = auto_class(transformers, task)
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    settings["ignore_mismatched_sizes"] = True  # named by _prepare_head
+    with quiet(transformers):
+        try:
+            module, info = kind.from_pretrained(folder, local_files_only=True, **settings, **source)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(
+                f"the weights in {_named(folder, gguf_file)} cannot be loaded: {_first_line(error)}.",
+                remedy="A truncated or damaged file is the usual cause; copy it again.",
+            ) from error
+    module.eval()
+    prefixes = tuple(f"{name}." for name in head_modules)
+    for name, parameter in module.named_parameters():  # buffers stay: tables of RoPE need their bits
+        parameter.data = parameter.data.to(torch.float32 if name.startswith(prefixes) else dtype)
+    if dtype != torch.float32 and gguf_file is None:
+        _restore_head(module, architecture, prefixes, weight_files(folder))
+    head = _prepare_head(module, architecture, head_modules, info, seed, _named(folder, gguf_file))
+    check_finite(module, _named(folder, gguf_file))
+    if task == "classification" and architecture.last_token_pools:
+        module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
+    module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
+    spec = model_spec(module, digest)
+    model = PrunableModel(
+        module,
+        spec,
+        Layout.full(spec),
+        task=task,
+        num_labels=num_labels if labelled else 0,
+        head_names=head,
+        folder=folder,
+        gguf_file=gguf_file,
+    )
+    if not Path(path_or_id).expanduser().exists():
+        model.base = str(path_or_id)  # a hub id: its folder is called after a commit
+    model.keep_base_in(base_dtype)
+    return model
+
+
+def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padding: bool = True) -> Any:
+    """The tokenizer of a model folder, with a padding token (the end token where the model has none).
+
+    Args:
+        path_or_id: Folder, file or hub id of the model.
+        gguf_file: Within the folder, if it holds GGUF weights.
+        padding: Whether a padding token is needed; the tokenizer is left as it is otherwise.
+
+    Raises `CheckpointError` if there is none or it cannot be read.
+    """
+    transformers = require_transformers()
+    folder, gguf_file = resolve(path_or_id, gguf_file)
+    files = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    if gguf_file is None and not any((folder / name).exists() for name in files):
+        raise CheckpointError(
+            f"{folder} has no tokenizer.",
+            remedy="Copy tokenizer.json and tokenizer_config.json of the base model into it.",
+        )
+    with quiet(transformers):
+        try:
+            source = {"gguf_file": gguf_file} if gguf_file else {}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(
+                f"the tokenizer in {folder} cannot be read: {_first_line(error)}.",
+                remedy="The folder needs tokenizer.json and tokenizer_config.json as Hugging Face writes them.",
+            ) from error
+    if padding and tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has neither a padding nor an end token.",
+                remedy='Set "pad_token" in its tokenizer_config.json.',
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path, str | None]:
+    """(local folder, GGUF file name or None). Downloads a hub id where the hub can be reached.
+
+    Raises `CheckpointError`.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is a file.", remedy="Pass the model's folder, or a .gguf file.")
+        path, gguf_file = path.parent, path.name
+    if not path.is_dir():
+        path = _download(str(path_or_id))
+    if gguf_file is not None and not (path / gguf_file).is_file():
+        raise CheckpointError(f"{path} has no file {gguf_file!r}.", remedy="Check the name in `gguf_file`.")
+    if gguf_file is None and not (path / "config.json").exists():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{path} holds several GGUF files: {', '.join(found)}.",
+                remedy="Point to one of them: FOLDER/FILE.gguf.",
+            )
+        if not found:
+            raise CheckpointError(f"{path} has no config.json.", remedy="Point to a Hugging Face model folder.")
+        gguf_file = found[0]
+    return path, gguf_file
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise CheckpointError(f"model folder {name} does not exist.", remedy="Check the path.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub client's errors share no base class
+        if isinstance(error, GatedRepoError):
+            why = "is given only to those who accepted its terms"
+            remedy = f"Accept them at https://huggingface.co/{name}, then: hf auth login"
+        elif isinstance(error, RepositoryNotFoundError):
+            why, remedy = (
+                "is not known to the hub",
+                "Check the path or the id; for a private model first: hf auth login",
+            )
+        else:
+            why = f"could not be fetched from the hub ({type(error).__name__})"
+            remedy = f"Check the path, or fetch it where there is a network: hf download {name} --local-dir FOLDER"
+        raise CheckpointError(f"{name!r} is not a local folder and {why}.", remedy=remedy) from error
+
+
+def auto_class(transformers: Any, task: Task) -> Any:
+    """transformers' factory for a task."""
+    names = {
+        "classification": "AutoModelForSequenceClassification",
+        "token_classification": "AutoModelForTokenClassification",
+        "causal_lm": "AutoModelForCausalLM",
+    }
+    return getattr(transformers, names[task])
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Silence progress bars and the report about fresh heads, which we create on purpose."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar of its own
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def require_transformers() -> Any:
+    """The package with its models, or `MissingDependency` naming the extra or a version for this torch.
+
+    A release for a newer torch than the one here imports all the same, and lacks its models.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependency.of("transformers", extra="device", purpose="Loading a model") from error
+    why = "" if transformers.is_torch_available() else "it asks for a newer one"
+    try:
+        importlib.import_module("transformers.generation.utils")
+    except (ImportError, AttributeError, NameError) as error:  # a name that only a newer torch has
+        why = why or f"{type(error).__name__}: {error}"
+    if why:
+        raise MissingDependency(
+            f"transformers {transformers.__version__} does not work with torch {torch.__version__}: {why}.",
+            remedy=f"Install an older one, and leave torch as it is: pip install '{FOR_AN_OLD_TORCH}'",
+        )
+    return transformers
+
+
+def _read_config(folder: Path, gguf_file: str | None) -> Any:
+    transformers = require_transformers()
+    if gguf_file is None:
+        try:
+            declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            family = declared.get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} is damaged: {error}.",
+                remedy="The folder needs config.json as Hugging Face writes it; copy it again.",
+            ) from error
+        if not isinstance(family, str):
+            raise CheckpointError(
+                f"{folder / 'config.json'} does not state a model_type.",
+                remedy="Point to the folder of the model itself, with config.json as Hugging Face writes it.",
+            )
+        architecture_of(family)
+    else:
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise MissingDependency.of("gguf", extra="demo", purpose="Reading a GGUF file") from error
+    with quiet(transformers):
+        try:
+            source = {"gguf_file": gguf_file} if gguf_file else {}
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(
+                f"the config in {_named(folder, gguf_file)} cannot be read: {_first_line(error)}.",
+                remedy="A folder needs config.json as Hugging Face writes it; a GGUF file is truncated, damaged or of "
+                "a kind that transformers does not read.",
+            ) from error
+
+
+def _prepare_head(
+    module: nn.Module,
+    architecture: Architecture,
+    head_modules: tuple[str, ...],
+    info: dict[str, Any],
+    seed: int,
+    where: Path,
+) -> tuple[str, ...]:
+    """Initialise what the checkpoint lacks of the head; returns the names of the parameters to train."""
+    absent = {str(key) for key in info["missing_keys"]}
+    absent |= {key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"]}
+    prefixes = [f"{name}." for name in head_modules]
+    stray = sorted(name for name in absent if not any(name.startswith(prefix) for prefix in prefixes))
+    if stray:
+        raise CheckpointError(
+            f"the weights in {where} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
+            f"first {stray[0]!r}.",
+            remedy="config.json and the weight files must belong together.",
+        )
+    fresh = tuple(prefix for prefix in prefixes if any(name.startswith(prefix) for name in absent))
+    names = tuple(name for name, _ in module.named_parameters() if name.startswith(tuple(prefixes)))
+    bound = float(module.config.initializer_range) * 3.0**0.5  # the uniform law with the usual normal's variance
+    with torch.no_grad():
+        for name in names:
+            parameter = module.get_parameter(name)
+            if not name.startswith(fresh):
+                continue
+            if parameter.ndim < 2:  # a norm's weight starts at one
+                parameter.fill_(1.0 if name.endswith(".weight") else 0.0)
+            else:
+                parameter.copy_(torch.from_numpy(uniform(seed, name, tuple(parameter.shape), bound)))
+    return names
+
+
+def _restore_head(
+    module: nn.Module, architecture: Architecture, prefixes: tuple[str, ...], files: Sequence[Path]
+) -> None:
+    """Give the head the exact values of the files, which were rounded with the rest on the way in."""
+    head = {name: p for name, p in module.named_parameters() if name.startswith(prefixes)}
+    names = {alias: name for name in head for alias in (name, name.removeprefix(f"{architecture.backbone}."))}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for alias in names.keys() & set(tensors.keys()):
+                parameter, value = head[names[alias]], tensors.get_tensor(alias)
+                if value.shape == parameter.shape:  # another number of labels: a fresh head follows
+                    parameter.data = value.to(torch.float32, copy=True)
+
+
+def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
+    """The token that fills short rows: the classifier reads the last token that is something else."""
+    pad: Any = config.pad_token_id
+    if gguf_file is None or pad is None:
+        try:
+            pad = load_tokenizer(folder, gguf_file=gguf_file).pad_token_id
+        except CheckpointError:
+            end = config.eos_token_id
+            pad = pad if pad is not None else end[0] if isinstance(end, list) else end
+    if pad is None or not 0 <= int(pad) < config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: padding token {pad} is not one of the model's {config.vocab_size} tokens.",
+            remedy="Set pad_token_id in config.json and pad_token in tokenizer_config.json to an existing token.",
+        )
+    return int(pad)
+
+
+def _named(folder: Path, gguf_file: str | None) -> Path:
+    return folder / (gguf_file or "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:300]

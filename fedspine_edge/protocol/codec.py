@@ -1,0 +1,210 @@
+"""Messages and tensors to bytes and back, with every length checked before anything is allocated.
+
+Messages are JSON (readable with `mosquitto_sub`), tensors are safetensors. Whatever the bytes are, only a
+`WireError` is raised. `check_names` and `check_tensors` hold the allow-list of what leaves a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from fedspine_edge.errors import BlobError, MessageError
+from fedspine_edge.protocol.messages import MAX_BLOB_BYTES, SCHEMA, Message
+
+M = TypeVar("M", bound=Message)
+Tensor = npt.NDArray[Any]
+BlobKind = Literal["round", "update"]
+
+MAX_MESSAGE_BYTES = 64 * 1024
+MAX_HEADER_BYTES = 2 * 1024 * 1024
+MAX_TENSORS = 8192
+MAX_DIMENSIONS = 4
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "I32": np.dtype("int32")}
+"""The only element types on the wire, by their safetensors name."""
+
+_LAYER = r"(?:0|[1-9][0-9]{0,3})"
+_FLOAT = frozenset({"float32", "float16"})
+_INDEX = frozenset({"int32"})
+_ADAPTER = (
+    (re.compile(rf"layers\.{_LAYER}\.(?:q|k|v|o|up|gate|down)\.lora_[AB]"), _FLOAT),
+    (re.compile(r"head(?:\.[A-Za-z0-9_]{1,64}){1,6}"), _FLOAT),
+)
+_ALLOWED: dict[str, tuple[tuple[re.Pattern[str], frozenset[str]], ...]] = {
+    "round": (*_ADAPTER, (re.compile(rf"(?:order|held)\.{_LAYER}\.(?:heads|channels)"), _INDEX)),
+    "update": (
+        *_ADAPTER,
+        (re.compile(rf"(?:keep|scored)\.{_LAYER}\.(?:heads|channels)"), _INDEX),
+        (re.compile(rf"scores\.{_LAYER}\.(?:heads|channels)"), frozenset({"float32"})),
+    ),
+}
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def encode(message: Message) -> bytes:
+    """JSON of `message`, checked like an arriving one, so nothing is sent that would be refused.
+
+    A NaN or infinity in an optional field becomes null. Raises `MessageError`.
+    """
+    payload = msgspec.json.encode(message)
+    decode(payload, type(message))
+    return payload
+
+
+def decode(payload: bytes, kind: type[M]) -> M:
+    """The message of type `kind` in `payload`.
+
+    Raises `MessageError` that names the kind, the field and what was expected.
+    """
+    name = kind.__name__
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"{name} has {len(payload):,} bytes; at most {MAX_MESSAGE_BYTES:,} are accepted.")
+    try:
+        schema = msgspec.json.decode(payload, type=_Versioned).schema
+        if schema != SCHEMA:
+            raise MessageError(
+                f"{name} field 'schema' is {schema}; this version understands {SCHEMA}.",
+                remedy="Update the older of server and device so that both speak the same schema.",
+            )
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MessageError(f"not a valid {name}: {error}.", remedy="docs/protocol.md has the fields.") from error
+
+
+def digest(data: bytes | memoryview) -> str:
+    """SHA-256 as 64 lower-case hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """safetensors bytes of `tensors`; the same tensors always give the same bytes.
+
+    Raises `BlobError` for more than `MAX_TENSORS`, a dtype outside `DTYPES` or too many bytes.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise BlobError(f"{len(tensors)} tensors to pack; at most {MAX_TENSORS} go into one blob.")
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        native = tensor.dtype.newbyteorder("=")
+        if native not in DTYPES.values() or tensor.ndim > MAX_DIMENSIONS:
+            raise BlobError(
+                f"tensor {name!r} is {tensor.dtype} with {tensor.ndim} dimensions; "
+                f"allowed are {_dtype_names()} with at most {MAX_DIMENSIONS}."
+            )
+        # asarray(order="C") rather than ascontiguousarray: the latter turns scalars into vectors.
+        ready[name] = np.asarray(tensor, dtype=native, order="C")
+    size = sum(tensor.nbytes for tensor in ready.values())
+    if size > MAX_BLOB_BYTES - MAX_HEADER_BYTES:
+        raise BlobError(f"{size:,} bytes of tensors; a blob holds at most {MAX_BLOB_BYTES - MAX_HEADER_BYTES:,}.")
+    try:
+        data = safetensors.numpy.save(ready)
+    except (SafetensorError, ValueError) as error:
+        raise BlobError(f"tensors cannot be packed: {error}.") from error
+    _check_header(data)
+    return data
+
+
+def unpack(data: bytes, *, max_bytes: int = MAX_BLOB_BYTES) -> dict[str, Tensor]:
+    """The tensors of safetensors bytes, by name.
+
+    Raises `BlobError` for anything truncated, tampered with, over a limit, or outside `DTYPES`.
+    """
+    if len(data) > max_bytes:
+        raise BlobError(f"blob has {len(data):,} bytes; at most {max_bytes:,} are accepted.")
+    _check_header(data)
+    try:
+        return safetensors.numpy.load(data)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise BlobError(f"not valid safetensors: {error}.") from error
+
+
+def check_names(names: Iterable[str], kind: BlobKind) -> None:
+    """Raises `BlobError` naming the first tensor that a round or update blob may not contain."""
+    for name in names:
+        if _allowed_dtypes(name, kind) is None:
+            raise BlobError(
+                f"tensor {name[:80]!r} is not on the allow-list of {kind} blobs.",
+                remedy="docs/protocol.md lists every tensor name that may travel.",
+            )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], kind: BlobKind) -> None:
+    """Like `check_names`, and every tensor must have the dtype that goes with its name."""
+    check_names(tensors, kind)
+    for name, tensor in tensors.items():
+        dtypes = _allowed_dtypes(name, kind)
+        if dtypes is None or tensor.dtype.name not in dtypes:
+            raise BlobError(f"tensor {name!r} is {tensor.dtype}; expected {' or '.join(sorted(dtypes or ()))}.")
+
+
+def _allowed_dtypes(name: str, kind: BlobKind) -> frozenset[str] | None:
+    return next((dtypes for pattern, dtypes in _ALLOWED[kind] if pattern.fullmatch(name)), None)
+
+
+def _check_header(data: bytes) -> None:
+    """Limits on what the safetensors header announces, before the parser allocates for it.
+
+    Free-form `__metadata__` is refused: it would be a way for text to leave a device.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise BlobError(f"not valid safetensors: {len(data):,} bytes end before the header does.")
+    if length > MAX_HEADER_BYTES:
+        raise BlobError(f"safetensors header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are accepted.")
+    try:
+        # json, unlike msgspec, shows repeated names, of which a parser keeps only one.
+        pairs = json.loads(data[8 : 8 + length], object_pairs_hook=_Pairs)
+        if not isinstance(pairs, _Pairs):
+            raise BlobError("not valid safetensors: the header is not an object.")
+        header = {name: msgspec.convert(_plain(entry), _Entry) for name, entry in pairs.items if _is_tensor(name)}
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+        raise BlobError(f"not valid safetensors: {error}.") from error
+    if len(header) != len(pairs.items):
+        raise BlobError("not valid safetensors: a tensor name is repeated.")
+    if len(header) > MAX_TENSORS:
+        raise BlobError(f"blob has {len(header)} tensors; at most {MAX_TENSORS} are accepted.")
+    for name, entry in header.items():
+        if entry.dtype not in DTYPES or len(entry.shape) > MAX_DIMENSIONS:
+            raise BlobError(
+                f"tensor {name[:80]!r} is {entry.dtype[:8]} with {len(entry.shape)} dimensions; "
+                f"allowed are {_dtype_names()} with at most {MAX_DIMENSIONS}."
+            )
+
+
+class _Pairs:
+    """A JSON object with its repeated names, if any."""
+
+    def __init__(self, items: list[tuple[str, Any]]) -> None:
+        self.items = items
+
+
+def _plain(entry: Any) -> Any:
+    return dict(entry.items) if isinstance(entry, _Pairs) else entry
+
+
+def _is_tensor(name: str) -> bool:
+    if name == "__metadata__":
+        raise BlobError("blob carries free-form metadata; only tensors may travel.")
+    return True
+
+
+def _dtype_names() -> str:
+    return ", ".join(dtype.name for dtype in DTYPES.values())

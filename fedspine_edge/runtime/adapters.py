@@ -1,0 +1,169 @@
+"""Adapters as inputs of a bundle: read from PEFT's files, checked, laid out as the graph takes them. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fedspine_edge.bundle.bundle import ADAPTER, AdapterSpec, LoraModule, Manifest
+from fedspine_edge.errors import CheckpointError, DeployError
+
+Array = npt.NDArray[Any]
+CONFIG, WEIGHTS, LAYOUT = "adapter_config.json", "adapter_model.safetensors", "layout.json"
+PREFIX = "base_model.model."
+
+
+def bundled_adapter(folder: Path, manifest: Manifest) -> dict[str, Array]:
+    """The inputs of the adapter that a bundle starts with; empty where adapters are not inputs."""
+    return {} if manifest.adapter is None else _tensors(folder / ADAPTER)
+
+
+def read_adapter(folder: str | Path, manifest: Manifest, default: dict[str, Array]) -> dict[str, Array]:
+    """The model's adapter inputs from a PEFT folder such as `PrunableModel.save` and `save_pretrained` write.
+
+    Linears that the adapter leaves out get rank 0's equivalent, zeros; a head that it leaves out stays the
+    bundle's own. Mixed ranks are filled up with zeros, which change nothing.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors.
+        manifest: Of the bundle.
+        default: The bundle's own adapter.
+
+    Raises:
+        DeployError: The bundle was compiled with its adapter merged.
+        CheckpointError: The adapter is damaged, not plain LoRA, of a rank above 64, or for another model; two
+            models of equal widths that kept other channels count as other models.
+    """
+    spec = manifest.adapter
+    if spec is None:
+        raise DeployError(
+            "This bundle has its adapter merged into the weights.",
+            remedy="Compile its model anew with: fedspine-edge compile MODEL --lora inputs",
+        )
+    folder = Path(folder)
+    config = _config(folder)
+    _check_model(folder, spec)
+    tensors = _tensors(folder / WEIGHTS)
+    inputs = {name: array for name, array in default.items() if name.startswith("head.")}
+    factors: dict[str, dict[str, Array]] = {entry.path: {} for entry in spec.modules}
+    parts: dict[str, list[LoraModule]] = {}
+    for entry in spec.modules:
+        parts.setdefault(entry.path.rpartition(".")[0], []).append(entry)
+    for key, array in tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        if match and match[1] in factors:
+            factors[match[1]][match[2]] = array
+        elif match and match[1] in parts:
+            _take_apart(match[2], array, parts[match[1]], factors, f"{folder / WEIGHTS}: {name}")
+        elif not match and name in spec.head:
+            _expect(array, tuple(spec.head[name]), f"{folder / WEIGHTS}: {name}")
+            inputs[f"head.{name}"] = np.ascontiguousarray(array, np.float32)
+        else:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} adapts {name!r}, which this bundle has no input for.",
+                remedy="The adapter belongs to another base model or task.",
+            )
+    for pair in factors.values():
+        if len(pair) == 2 and pair["B"].ndim == 2 and pair["B"].shape[1] == pair["A"].shape[0]:
+            # A fused adapter that was put together from one per part has zeros where the others are.
+            used = np.any(pair["B"] != 0, axis=0) | ~np.isfinite(pair["B"]).all(axis=0)
+            pair["A"], pair["B"] = pair["A"][used], pair["B"][:, used]
+    rank = max((pair["A"].shape[0] for pair in factors.values() if pair.get("A", np.zeros(0)).ndim == 2), default=0)
+    if rank > spec.max_rank:
+        raise CheckpointError(f"{folder / WEIGHTS} has rank {rank}; the bundle takes at most {spec.max_rank}.")
+    for entry in spec.modules:
+        pair, where = factors[entry.path], f"{folder / WEIGHTS}: {entry.path}"
+        lora_A = np.zeros((entry.in_features, rank), np.float32)
+        lora_B = np.zeros((rank, entry.out_features), np.float32)
+        if pair:
+            if set(pair) != {"A", "B"}:
+                raise CheckpointError(f"{where} has only one of lora_A and lora_B.")
+            r = len(pair["A"])
+            _expect(pair["A"], (r, entry.in_features), f"{where}.lora_A")
+            _expect(pair["B"], (entry.out_features, r), f"{where}.lora_B")
+            lora_A[:, :r] = pair["A"].T
+            lora_B[:r] = pair["B"].T * np.float32(_scaling(config, entry.path))
+        inputs[f"lora.{entry.path}.A"], inputs[f"lora.{entry.path}.B"] = lora_A, lora_B
+    return inputs
+
+
+def _take_apart(
+    side: str, array: Array, entries: list[LoraModule], factors: dict[str, dict[str, Array]], where: str
+) -> None:
+    """PEFT's one adapter on a matrix of several linears (GPT-2's c_attn): they share A and split the rows of B."""
+    ends = np.cumsum([entry.out_features for entry in entries])
+    if side == "B" and (array.ndim != 2 or array.shape[0] != ends[-1]):
+        raise CheckpointError(f"{where} is {array.shape}; {ends[-1]} rows are needed.", remedy=_REMEDY)
+    for entry, end in zip(entries, ends):
+        factors[entry.path][side] = array if side == "A" else array[end - entry.out_features : end]
+
+
+def _expect(array: Array, shape: tuple[int, ...], where: str) -> None:
+    if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise CheckpointError(
+            f"{where} is {array.dtype} of shape {array.shape}, or not finite; finite floats of {shape} are needed.",
+            remedy="The adapter is damaged or belongs to a model of other widths.",
+        )
+
+
+def _scaling(config: dict[str, Any], path: str) -> float:
+    """lora_alpha / r of a linear, or / sqrt(r) with rslora; PEFT's patterns match a path's end."""
+
+    def pattern(name: str, default: float) -> float:
+        for key, value in (config.get(name) or {}).items():
+            if path == key or re.fullmatch(rf"(.*\.)?({key})", path):
+                return float(value)
+        return default
+
+    r = pattern("rank_pattern", float(config["r"]))
+    alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
+    return alpha / (r**0.5 if config.get("use_rslora") else r)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        plain = config["peft_type"] == "LORA" and not config.get("use_dora") and config.get("bias", "none") == "none"
+        positive = float(config["r"]) >= 1 and float(config["lora_alpha"]) > 0
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {CONFIG}.", remedy="Point to a PEFT adapter folder.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+    if not plain or not positive:
+        raise CheckpointError(f"{path}: only plain LoRA adapters without biases can be set.")
+    return config
+
+
+def _check_model(folder: Path, spec: AdapterSpec) -> None:
+    """An adapter that this package saved says which base and which kept channels it was trained on."""
+    path = folder / LAYOUT
+    if not path.is_file():
+        return
+    try:
+        layout = json.loads(path.read_text(encoding="utf-8"))
+        base, kept = layout["spec"]["base_sha256"], AdapterSpec.layout_digest(layout["heads"], layout["channels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+    if base != spec.base_sha256:
+        raise CheckpointError(f"The adapter in {folder} was trained on another base model.", remedy=_REMEDY)
+    if kept != spec.layout_sha256:
+        raise CheckpointError(f"The adapter in {folder} was trained on other heads and channels.", remedy=_REMEDY)
+
+
+_REMEDY = "Set an adapter of the pruned model that this bundle was compiled from."
+
+
+def _tensors(path: Path) -> dict[str, Array]:
+    try:
+        return dict(load_file(path))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.", remedy="It is truncated or damaged.") from error

@@ -1,0 +1,92 @@
+"""The arrays that a model takes: checked, completed, or made up for timing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.bundle.bundle import Manifest, TensorInfo
+from fedspine_edge.errors import DataError
+
+Array = npt.NDArray[Any]
+
+
+def checked_tokens(manifest: Manifest, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Every token input of the model, contiguous and of its type; what may be left out is filled in.
+
+    Raises `DataError`: an input is missing, unknown, of the wrong type or shape, out of range, or too long.
+    """
+    known = {tensor.name: tensor for tensor in manifest.inputs if tensor.kind == "tokens"}
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise DataError(f"The model has no input {unknown[0]!r}.", remedy=f"Its inputs: {', '.join(known)}")
+    shape: tuple[int, ...] | None = None
+    for name, array in given.items():
+        _check_array(known[name], array, manifest.max_tokens)
+        if shape is not None and array.shape != shape:
+            raise DataError(
+                f"{name} has shape {array.shape}, another input {shape}.",
+                remedy="All inputs must have the same (batch, tokens).",
+            )
+        shape = array.shape
+    checked = {}
+    for name, tensor in known.items():
+        if name in given:
+            checked[name] = np.ascontiguousarray(given[name], dtype=tensor.dtype)
+        elif tensor.default is not None and shape is not None:
+            checked[name] = np.full(shape, tensor.default, dtype=tensor.dtype)
+        else:
+            raise DataError(
+                f"The input {name!r} is missing.",
+                remedy=f"Pass an integer numpy array of shape (batch, tokens) as {name}=...",
+            )
+    return checked
+
+
+def _check_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
+    """Raises `DataError` unless `array` can be the integer input `tensor`."""
+    name = tensor.name
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{name} is a {type(array).__name__}.", remedy="Pass a numpy array, np.array(...).")
+    if array.dtype.kind not in "iu":
+        raise DataError(f"{name} has dtype {array.dtype}.", remedy=f"Pass {tensor.dtype} (any integer type will do).")
+    if array.ndim != 2 or 0 in array.shape:
+        raise DataError(f"{name} has shape {array.shape}.", remedy="Pass (batch, tokens), neither of them 0.")
+    if array.shape[1] > max_tokens:
+        raise DataError(
+            f"{name} has {array.shape[1]} tokens; the model allows {max_tokens}.",
+            remedy="Cut the text; classify() does so by itself.",
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or (tensor.limit is not None and high >= tensor.limit):
+        raise DataError(
+            f"{name} holds {low if low < 0 else high}; it must be within 0..{(tensor.limit or 2**63) - 1}.",
+            remedy="Use the tokenizer of this bundle.",
+        )
+
+
+def check_length(tokens: int, max_tokens: int, new_tokens: int = 0) -> None:
+    """Raises `DataError` if made-up sequences of `tokens`, and the `new_tokens` after them, do not fit the model."""
+    if tokens + new_tokens > max_tokens:
+        asked = f"{tokens} `tokens` and {new_tokens} `new_tokens`" if new_tokens else f"{tokens} `tokens`"
+        raise DataError(f"{asked} were asked for; the model allows {max_tokens}.", remedy="Time shorter sequences.")
+
+
+def random_tokens(manifest: Manifest, batch: int, tokens: int) -> dict[str, Array]:
+    """Random tokens of shape (batch, tokens) without padding, the same every time. Raises `DataError` if too long."""
+    check_length(tokens, manifest.max_tokens)
+    rng = np.random.default_rng(0)
+    inputs: dict[str, Array] = {}
+    for tensor in manifest.inputs:
+        if tensor.kind != "tokens":
+            continue
+        # A full mask, and only tokens that cannot be padding: padding would shorten the sequence.
+        if tensor.name == "input_ids":
+            allowed = np.setdiff1d(np.arange(tensor.limit or 2), [manifest.pad_token_id])
+            inputs[tensor.name] = rng.choice(allowed, size=(batch, tokens)).astype(np.int64)
+        else:
+            inputs[tensor.name] = np.full((batch, tokens), int(tensor.name == "attention_mask"), dtype=np.int64)
+    return inputs

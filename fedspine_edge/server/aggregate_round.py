@@ -1,0 +1,224 @@
+"""From a round's checked updates to what the next round starts from: adapter, task head and order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedspine_edge.aggregation.consensus import average_scores, held_by_all, update_order
+from fedspine_edge.aggregation.factored import initial_factors
+from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
+from fedspine_edge.config import FleetConfig
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.layout import Indices, Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.protocol.codec import Tensor
+from fedspine_edge.protocol.messages import ModelSpec, Report
+from fedspine_edge.pruning.selection import Scope
+from fedspine_edge.server.update_validation import KINDS, Update
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+_COMPLETED = ("reconstruct", "trimmed_mean", "median")
+"""Rules that compare whole products; the others are published baselines and stay as they are."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The result of a round.
+
+    Attributes:
+        tensors: The next round's blob: adapter in full coordinates at the largest rank, head, order.
+        aggregate: What the adapter was made of.
+        kept: By device what its update says it keeps now.
+        scores: Per kind and layer the averaged score of every group, NaN where nobody scored.
+    """
+
+    tensors: Tensors
+    aggregate: Aggregate
+    kept: dict[str, Layout]
+    scores: dict[str, tuple[npt.NDArray[np.float64], ...]]
+
+
+def initial_tensors(config: FleetConfig, spec: ModelSpec) -> Tensors:
+    """The first round's blob: A seeded, B zero, no head (devices draw it from the seed) and no order."""
+    return _adapter(initial_factors(_shapes(spec), max(config.ranks), config.seed))
+
+
+def fold(
+    devices: Sequence[tuple[Report, Callable[[], Update]]],
+    *,
+    rule: str,
+    config: FleetConfig,
+    spec: ModelSpec,
+    order: Order | None,
+    layouts: Mapping[str, Layout],
+    sent: Mapping[str, Tensor],
+) -> Folded:
+    """Combine the accepted updates, one at a time, in order of device id.
+
+    Args:
+        devices: Each device's report and how to load its update; an update is in memory only while it is folded in
+            (robust rules keep them all).
+        rule: The strategy's aggregation rule.
+        config: The fleet's settings.
+        spec: The fleet's model.
+        order: The order sent with the round's plans.
+        layouts: What each device of the fleet kept before, those that did not take part included: what any of them
+            has removed keeps its place in the order.
+        sent: The blob that the round started from.
+    """
+    if rule not in get_args(Rule):
+        raise ConfigError(f"the strategy asks for aggregation rule {rule!r}, which is unknown.")
+    devices = sorted(devices, key=lambda device: device[0].device_id)
+    weights = _weights([report for report, _ in devices], config)
+    aggregator = Aggregator(
+        rule,  # type: ignore[arg-type]  # checked above
+        _shapes(spec),
+        max(config.ranks),
+        config.training.lora_alpha_per_r,
+        config.seed,
+        clip_norm=config.aggregation.clip_norm,
+    )
+    heads: list[tuple[float, Mapping[str, Tensor]]] = []
+    ballots: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    kept: dict[str, Layout] = {}
+    for (report, load), weight in zip(devices, weights):
+        update = load()
+        kept[report.device_id] = update.layout
+        rows = {name: update.layout.rows(name) for name in update.factors}
+        cols = {name: update.layout.cols(name) for name in update.factors}
+        factors: Factors = update.factors
+        if rule in _COMPLETED and config.aggregation.complete_ranks:
+            factors = completed(factors, sent, rows, cols)
+        aggregator.add(report.device_id, weight, factors, rows, cols)
+        heads.append((float(report.num_examples), update.head))
+        for kind, ballot in update.ballots.items():
+            ballots[kind].append(ballot)
+    aggregate = aggregator.finish()
+    tensors = _adapter(aggregate.factors)
+    tensors.update(average_tensors(heads) if heads[0][1] else {})
+    sizes = _sizes(spec)
+    scores = {kind: average_scores(ballots[kind], sizes[kind]) for kind in KINDS}
+    if config.layout == "consensus" and (order is not None or ballots["heads"]):
+        tensors.update(_order_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
+    return Folded(tensors, aggregate, kept, scores)
+
+
+def completed(
+    factors: Factors, sent: Mapping[str, Tensor], rows: Mapping[str, Indices], cols: Mapping[str, Indices]
+) -> Factors:
+    """`factors` with the components of the sent adapter that a device of lower rank was not given.
+
+    A device of rank r trains the first r components and knows nothing of the others. Averaged as it is, its update
+    would say that they are zero: a device that learned nothing would erase them. Source: docs/algorithms.md,
+    "Aggregation".
+    """
+    found = {}
+    for name, (A, B) in factors.items():
+        tail_A = sent[f"{name}.lora_A"][A.shape[0] :, cols[name]]
+        tail_B = sent[f"{name}.lora_B"][rows[name], A.shape[0] :]
+        live = np.flatnonzero(tail_B.any(axis=0))  # a component whose B is zero adds nothing
+        found[name] = (np.concatenate([A, tail_A[live]]), np.concatenate([B, tail_B[:, live]], axis=1))
+    return found
+
+
+def order_of(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Order | None:
+    """The order in a round's blob; None before there is one."""
+    if "order.0.heads" not in tensors:
+        return None
+
+    def layers(kind: str) -> tuple[Indices, ...]:
+        return tuple(tensors[f"order.{layer}.{kind}"].astype(np.int64) for layer in range(spec.num_layers))
+
+    return Order(layers("heads"), layers("channels"))
+
+
+def coverage_layout(
+    layouts: Mapping[str, Layout],
+    weights: Mapping[str, float],
+    scores: Mapping[str, Sequence[npt.NDArray[np.float64]]],
+    *,
+    pruning_ratio: float,
+    round_to: int,
+    scope: Scope = "layer",
+) -> Layout:
+    """One layout for a fleet whose devices ranked alone, at `pruning_ratio`.
+
+    In each layer the groups held by most training examples stay, since those are the ones the global adapter was
+    trained on; among equals the better averaged score decides, then the index. With scope "global" a layer is as
+    wide as it is on the devices in the mean.
+    """
+    spec = next(iter(layouts.values())).spec
+    sizes = _sizes(spec)
+    ranked: dict[str, tuple[Indices, ...]] = {}
+    for kind in KINDS:
+        orders = []
+        for layer in range(spec.num_layers):
+            held = np.zeros(sizes[kind][layer])
+            for device_id in sorted(layouts):
+                held[getattr(layouts[device_id], kind)[layer]] += weights[device_id]
+            score = np.nan_to_num(scores[kind][layer], nan=-math.inf)
+            orders.append(np.lexsort((np.arange(held.size), -score, -held)).astype(np.int64))
+        ranked[kind] = tuple(orders)
+    counts = [target_counts(spec, pruning_ratio, round_to=round_to)] * spec.num_layers
+    if scope == "global":
+        devices = sorted(layouts)
+        mean = np.average([layouts[i].counts for i in devices], axis=0, weights=[weights[i] for i in devices])
+        counts = [(_whole(h, 1, spec.num_kv_heads), _whole(c, round_to, spec.intermediate_size)) for h, c in mean]
+    return Layout.prefix(spec, Order(ranked["heads"], ranked["channels"]), counts)
+
+
+def _whole(width: float, unit: int, full: int) -> int:
+    """`width` to the nearest multiple of `unit`, at least one and at most `full`."""
+    return min(full, max(unit, round(width / unit) * unit))
+
+
+def _next_order(
+    order: Order | None,
+    scores: Mapping[str, tuple[npt.NDArray[np.float64], ...]],
+    layouts: Mapping[str, Layout],
+    spec: ModelSpec,
+) -> Order:
+    sizes = _sizes(spec)
+    ranked = {}
+    for kind in KINDS:
+        held = held_by_all([getattr(layout, kind) for _, layout in sorted(layouts.items())], sizes[kind])
+        ranked[kind] = update_order(None if order is None else getattr(order, kind), scores[kind], held)
+    return Order(ranked["heads"], ranked["channels"])
+
+
+def _order_tensors(order: Order) -> Tensors:
+    found: Tensors = {}
+    for layer, (heads, channels) in enumerate(zip(order.heads, order.channels)):
+        found[f"order.{layer}.heads"] = heads.astype(np.int32)
+        found[f"order.{layer}.channels"] = channels.astype(np.int32)
+    return found
+
+
+def _weights(reports: Sequence[Report], config: FleetConfig) -> list[float]:
+    examples = [float(report.num_examples) for report in reports]
+    if not config.aggregation.weight_by_importance:
+        return examples
+    weights = [n * max(0.0, report.lora_importance or 0.0) for n, report in zip(examples, reports)]
+    # Nobody measured an importance: then it cannot tell the devices apart.
+    return weights if any(weights) else examples
+
+
+def _adapter(factors: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Tensors:
+    found: Tensors = {}
+    for name, (A, B) in factors.items():
+        found[f"{name}.lora_A"], found[f"{name}.lora_B"] = A, B
+    return found
+
+
+def _shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    return {name: full_shape(spec, split_name(name)[1]) for name in module_names(spec)}
+
+
+def _sizes(spec: ModelSpec) -> dict[str, list[int]]:
+    return {"heads": [spec.num_kv_heads] * spec.num_layers, "channels": [spec.intermediate_size] * spec.num_layers}

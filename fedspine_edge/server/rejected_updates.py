@@ -1,0 +1,45 @@
+"""Refused updates, kept for inspection: the bytes as they came and the reason, the newest few only."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from fedspine_edge.protocol.codec import digest
+from fedspine_edge.protocol.messages import Report
+
+
+class Rejected:
+    """The folder `run_dir/rejected`.
+
+    Args:
+        folder: Created with the first refusal.
+        keep: How many updates stay; older ones are deleted.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def put(self, report: Report, attempt: int, data: bytes, reason: str) -> Path | None:
+        """Keep an update; returns its file, or None when none are kept."""
+        if self._keep == 0:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stem = f"{report.server_round:05d}-{attempt:02d}-{report.device_id}-{digest(data)[:12]}"
+        path = self.folder / f"{stem}.safetensors"
+        _replace(path, data)
+        note = {"reason": reason, "device_id": report.device_id, "server_round": report.server_round, "r": report.r}
+        _replace(path.with_suffix(".json"), json.dumps(note, indent=2).encode())
+        oldest_first = sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+        for old in oldest_first[: -self._keep]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".json").unlink(missing_ok=True)
+        return path
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -1,0 +1,166 @@
+"""What a round costs by the cost model of device/cost_meter.py, and the model shapes that simulations pay for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from fedspine_edge.clock import VirtualClock
+from fedspine_edge.config import DeviceConfig, FleetConfig
+from fedspine_edge.device.cost_meter import Conditions, Meter, pass_flops
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.layout import Layout, module_names, target_counts
+from fedspine_edge.protocol.messages import ModelSpec
+
+_EVALUATION_BATCH = 32
+
+SMALL = ModelSpec(
+    family="bert",
+    num_layers=2,
+    hidden_size=16,
+    num_heads=12,
+    num_kv_heads=12,
+    head_dim=2,
+    intermediate_size=192,
+    gated_ffn=False,
+    attention_bias=True,
+    ffn_bias=True,
+    num_parameters=40_000,
+    base_sha256="5" * 64,
+)
+"""A stand-in for the model on the wire where its size is not the question; as many heads as MiniLM."""
+
+MINILM = ModelSpec(
+    family="bert",
+    num_layers=6,
+    hidden_size=384,
+    num_heads=12,
+    num_kv_heads=12,
+    head_dim=32,
+    intermediate_size=1536,
+    gated_ffn=False,
+    attention_bias=True,
+    ffn_bias=True,
+    num_parameters=22_713_600,
+    base_sha256="6" * 64,
+)
+"""The shapes of all-MiniLM-L6-v2, for the cost of a step and for wire sizes."""
+
+
+def spec_of(name: str) -> ModelSpec:
+    """`small` or `minilm`. Raises `ConfigError`."""
+    known = {"small": SMALL, "minilm": MINILM}
+    if name not in known:
+        raise ConfigError(f"model shapes {name!r} are not known.", remedy=f"One of: {', '.join(known)}.")
+    return known[name]
+
+
+def round_cost_s(
+    device: DeviceConfig,
+    fleet: FleetConfig,
+    spec: ModelSpec,
+    tokens: int,
+    *,
+    before: float,
+    after: float,
+    r: int,
+    conditions: Conditions | None = None,
+) -> float:
+    """Simulated completion time in seconds of a round from ratio `before` to `after`; no `conditions`, no jitter."""
+    meter = Meter(
+        "simulated",
+        time_factor=device.time_factor,
+        up_mbit_s=device.up_mbit_s,
+        down_mbit_s=device.down_mbit_s,
+        clock=VirtualClock(),
+        simulated=device.simulated,
+        conditions=conditions,
+    )
+    layout = work(
+        meter,
+        spec,
+        tokens,
+        ratios=(before, after),
+        r=r,
+        steps=(fleet.training.tau, fleet.training.recovery_steps),
+        batch_size=fleet.training.batch_size,
+        round_to=fleet.round_to,
+        holdout=device.data.holdout,
+    )
+    meter.transfer(
+        down_bytes=2 * band_end(fleet.ranks, r) * factor_elements(costed(spec, before, fleet.round_to)),
+        up_bytes=2 * r * factor_elements(layout),
+    )
+    return meter.completion_s()
+
+
+def work(
+    meter: Meter,
+    spec: ModelSpec,
+    tokens: int,
+    *,
+    ratios: tuple[float, float],
+    r: int,
+    steps: tuple[int, int],
+    batch_size: int,
+    round_to: int,
+    holdout: int,
+) -> Layout:
+    """Tell `meter` the passes of a round, as a real device would; returns the layout after pruning."""
+    before, after = (costed(spec, ratio, round_to) for ratio in ratios)
+    for layout in (before, after):
+        evaluation = _flops(spec, layout.counts[0], r, min(_EVALUATION_BATCH, holdout), tokens)
+        for _ in range(math.ceil(holdout / _EVALUATION_BATCH)):
+            meter.work(evaluation)
+    scored = _flops(spec, before.counts[0], r, batch_size, tokens, backward=True, scored=True)
+    recovery = _flops(spec, after.counts[0], r, batch_size, tokens, backward=True)
+    for flops in (scored,) * steps[0] + (recovery,) * steps[1]:
+        meter.work(flops)
+    return after
+
+
+def band_end(ranks: Sequence[int], r: int) -> int:
+    """How many components a device of rank `r` fetches: those of the bands of protocol/rank_slices.py up to it."""
+    return min(end for end in ranks if end >= r)
+
+
+def factor_elements(layout: Layout) -> int:
+    """Elements of A and B at rank 1."""
+    return _factor_elements(layout.spec, *layout.counts[0])
+
+
+def costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
+    """A layout of `spec` at `ratio`; which groups it keeps costs the same."""
+    return _layout(spec, *target_counts(spec, ratio, round_to=round_to))
+
+
+# There are few layouts and ranks, and thousands of devices ask for their costs in every round.
+
+
+@lru_cache(maxsize=4096)
+def _layout(spec: ModelSpec, heads: int, channels: int) -> Layout:
+    layers = range(spec.num_layers)
+    return Layout(spec, tuple(np.arange(heads) for _ in layers), tuple(np.arange(channels) for _ in layers))
+
+
+@lru_cache(maxsize=4096)
+def _factor_elements(spec: ModelSpec, heads: int, channels: int) -> int:
+    layout = _layout(spec, heads, channels)
+    return sum(layout.rows(name).size + layout.cols(name).size for name in module_names(spec))
+
+
+@lru_cache(maxsize=65536)
+def _flops(
+    spec: ModelSpec,
+    counts: tuple[int, int],
+    r: int,
+    batch: int,
+    tokens: int,
+    *,
+    backward: bool = False,
+    scored: bool = False,
+) -> float:
+    return pass_flops(_layout(spec, *counts), r, batch, tokens, backward=backward, scored=scored)

@@ -1,0 +1,153 @@
+"""One file instead of a folder, engines rebuilt on load, runs in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from fedspine_edge.bundle.archive import pack
+from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.publish import seal
+from fedspine_edge.engine import engine_build
+from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError, EngineIncompatible
+from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.runtime import cuda
+from fedspine_edge.runtime.session import Session
+
+INPUTS = {"input_ids": np.arange(2, 9)[None], "attention_mask": np.ones((1, 7), np.int64)}
+
+
+def test_a_packed_bundle_runs_and_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    packed = pack(bundle, tmp_path / "model.zip")
+    assert pack(bundle, tmp_path / "again.zip").read_bytes() == packed.read_bytes()
+    with Session.load(bundle) as folder, Session.load(packed) as file:
+        np.testing.assert_array_equal(file.run(**INPUTS), folder.run(**INPUTS))
+        assert file.classify("good film") == folder.classify("good film")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_compile_writes_one_file(model_folder, tmp_path):
+    out = compile_engine(model_folder, tmp_path / "model.zip", backend="onnxruntime")
+    assert out == tmp_path / "model.zip"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.zip"}
+    with zipfile.ZipFile(out) as archive:
+        assert {m.compress_type for m in archive.infolist()} == {zipfile.ZIP_STORED}
+    with Session.load(out) as session:
+        assert session.run(**INPUTS).shape == (1, 3)
+
+
+def test_foreign_files_are_not_replaced(model_folder, bundle, tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"precious")
+    for call in (
+        lambda: pack(bundle, tmp_path / "photos.zip"),
+        lambda: compile_engine(model_folder, tmp_path / "photos.zip"),
+    ):
+        with pytest.raises(ConfigError, match="not a packed bundle"):
+            call()
+    assert (tmp_path / "photos.zip").read_bytes() == b"precious"
+    with pytest.raises(ConfigError, match=r"\.zip"):
+        pack(bundle, tmp_path / "model.tar")
+
+
+def rewritten(packed, out, name=lambda n: n, data=lambda n, d: d, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(out, "w", compression) as target:
+        for member in source.namelist():
+            target.writestr(name(member), data(member, source.read(member)))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p, o: o.write_bytes(p.read_bytes()[:-30]) and o, "not a packed bundle"),
+        (lambda p, o: rewritten(p, o, name=lambda n: "../" + n if n == "tokenizer.json" else n), "not a packed bundle"),
+        (lambda p, o: rewritten(p, o, compression=zipfile.ZIP_DEFLATED), "not a packed bundle"),
+        (lambda p, o: rewritten(p, o, data=lambda n, d: d[::-1] if n == "model.onnx" else d), "was altered"),
+        (lambda p, o: o, "does not exist"),
+    ],
+)
+def test_damaged_files_are_refused(bundle, tmp_path, damage, words):
+    bad = damage(pack(bundle, tmp_path / "good.zip"), tmp_path / "bad.zip")
+    with pytest.raises(CheckpointError, match=words):
+        Session.load(bad)
+
+
+def stale(bundle):
+    """The bundle with a plan of another TensorRT-RTX."""
+    (bundle / "engine.plan").write_bytes(b"plan of long ago")
+    info = EngineInfo(
+        backend="tensorrt_rtx", version="0.9", compute_capabilities=("86",), profiles=(Profile(tokens=(1, 8, 16)),)
+    )
+    seal(bundle, msgspec.structs.replace(load_bundle(bundle).manifest, engine=info))
+    return bundle
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path, monkeypatch, packed):
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
+    if cuda.device_info() is not None:
+        pytest.skip("with a GPU the rebuilt engine runs; this test is about a machine without one")
+    target = pack(stale(bundle), tmp_path / "model.zip") if packed else stale(bundle)
+    real = engine_build.build_plan
+
+    def for_sm86(*arguments, **settings):  # what a machine with such a GPU would ask for; this one may have none
+        return real(*arguments, **(settings | {"device": None, "compute_capabilities": ("86",)}))
+
+    monkeypatch.setattr(engine_build, "build_plan", for_sm86)
+    monkeypatch.setattr(cuda, "open_cuda", lambda index=0: pytest.fail("nothing can be run here"))
+    with Session.load(target, backend="auto", rebuild=True) as session:
+        assert session.backend == "onnxruntime"
+        assert "no GPU" in session.why
+    with pytest.raises(EngineIncompatible, match="no GPU"):
+        Session.load(target, backend="tensorrt_rtx", rebuild=True)
+    folder = bundle
+    if packed:
+        folder = tmp_path / "out"
+        with zipfile.ZipFile(target) as archive:
+            archive.extractall(folder)
+    info = load_bundle(folder).manifest.engine
+    assert info.version != "0.9"
+    assert info.profiles == (Profile(tokens=(1, 8, 16)),)
+
+
+def test_rebuild_without_tensorrt_falls_back_and_says_why(bundle, monkeypatch):
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    before = (stale(bundle) / "engine.plan").read_bytes()
+    with Session.load(bundle, rebuild=True) as session:
+        assert session.backend == "onnxruntime"
+    assert (bundle / "engine.plan").read_bytes() == before
+
+
+def test_runs_in_the_background_and_in_asyncio(bundle):
+    async def both(session):
+        runs = [asyncio.wrap_future(session.run_async(**INPUTS)) for _ in range(8)]
+        return await asyncio.gather(*runs)
+
+    with Session.load(bundle, threads=1) as session:
+        expected = session.run(**INPUTS)
+        for logits in asyncio.run(both(session)):
+            np.testing.assert_allclose(logits, expected, atol=1e-6)
+        with pytest.raises(DataError, match="missing"):
+            session.run_async(input_ids=INPUTS["input_ids"]).result(timeout=10)
+    with pytest.raises(DeployError, match="closed"):
+        session.run_async(**INPUTS)
+
+
+def test_the_runtime_imports_neither_torch_nor_transformers_even_to_generate():
+    code = (
+        "import sys, fedspine_edge.runtime.session, fedspine_edge.engine.engine_build, fedspine_edge.runtime.adapters\n"
+        "bad = {'torch', 'transformers', 'onnx', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)

@@ -1,0 +1,89 @@
+"""A decoder's norms and gates run as the package's ops: the same numbers, and nothing of it in merged models."""
+
+import copy
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import nn
+
+from fedspine_edge.kernels import elementwise, ops
+from fedspine_edge.model import fused_ops
+from fedspine_edge.model.fused_ops import run_as_before
+
+DECODERS = [kind for kind in tiny.KINDS if kind.startswith(("llama", "mistral", "qwen"))]
+
+
+def overridden(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if "forward" in vars(child)]
+
+
+def step(model, inputs):
+    """Logits and every gradient."""
+    output = model(**inputs)
+    output.loss.backward()
+    grads = {name: p.grad for name, p in model.trainable_parameters().items()}
+    for parameter in model.trainable_parameters().values():
+        parameter.grad = None
+    return {"logits": output.logits.detach(), **grads}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_logits_and_gradients_are_those_of_transformers_modules(kind, monkeypatch):
+    monkeypatch.setattr(elementwise, "_CPU_MIN_NORM", 0)
+    monkeypatch.setattr(elementwise, "_CPU_MIN_GATE", 0)
+    model = tiny.prunable(kind)
+    assert overridden(model.module)
+    inputs = tiny.batch(model)
+    mine = step(model, inputs)
+    run_as_before(model.module)
+    assert not overridden(model.module)
+    for name, theirs in step(model, inputs).items():
+        torch.testing.assert_close(mine[name], theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_norm_and_every_gate(monkeypatch):
+    """Two norms a layer, qwen3 two more, one at the end; one gate a layer."""
+    calls = {"rms_norm": 0, "swiglu": 0}
+
+    def counting(name):
+        original = getattr(ops, name)
+
+        def counted(*args):
+            calls[name] += 1
+            return original(*args)
+
+        return counted
+
+    for name in calls:
+        monkeypatch.setattr(fused_ops.ops, name, counting(name))
+    for kind, norms in (("llama_lm", 2 * 2 + 1), ("qwen3_lm", 2 * 4 + 1)):
+        model = tiny.prunable(kind)
+        calls.update(rms_norm=0, swiglu=0)
+        model(**tiny.batch(model))
+        assert calls == {"rms_norm": norms, "swiglu": 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "gpt2_lm"])
+def test_other_families_are_left_alone(kind):
+    assert not overridden(tiny.prunable(kind).module)
+
+
+def test_a_gate_that_is_no_silu_stays():
+    model = tiny.prunable("llama_lm")
+    run_as_before(model.module)
+    model.module.config.hidden_act = "gelu"
+    fused_ops.run_as_ops(model.module, model.architecture)
+    names = overridden(model.module)
+    assert names
+    assert all("norm" in name for name in names)
+
+
+def test_a_merged_model_and_a_copy():
+    model = tiny.prunable("llama_lm")
+    assert not overridden(model.merged())
+    twin = copy.deepcopy(model.module)
+    with torch.no_grad():
+        twin.model.norm.weight.zero_()  # a copy whose override still meant the original would not notice
+        assert not twin(**tiny.batch(model)).logits.any()
+        assert model(**tiny.batch(model)).logits.any()

@@ -1,0 +1,281 @@
+"""`fedspine-edge status` on journals as a server leaves them; test_demo.py asks it about a fleet of real processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from fedspine_edge.cli import status as command
+from fedspine_edge.cli.main import main
+from fedspine_edge.config import FleetConfig
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.monitoring.status import FleetStatus, read_status
+from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.messages import Plan, Report, Status
+from fedspine_edge.server.journal.schema import OutcomeRow, PlanRow, ReportRow, RunState
+from fedspine_edge.server.journal.writer import Journal
+from fedspine_edge.server.run_dir import RunDir
+
+NAMES = ("nx-1", "nx-2", "nx-3")
+OOM = "4 GiB short. Lower data.batch_size."
+
+
+class Run:
+    """Writes what a server writes, at times of its own."""
+
+    def __init__(self, folder: Path, *, at_s: float, clock: str = "real") -> None:
+        self.config = FleetConfig(run_dir=str(folder), num_rounds=5, min_devices=2, deadline_s=600.0)
+        self.at_s = at_s
+        self.dir = RunDir(self.config)
+        config = msgspec.json.encode(self.config).decode()
+        self.journal.set_meta(run_id="abc", config=config, clock=clock, stopped="")
+
+    @property
+    def journal(self) -> Journal:
+        return self.dir.journal
+
+    def hello(self, device_id: str, *, online: bool = True, refused: str = "") -> None:
+        status = Status(device_id=device_id, state="online" if online else "offline", device_class="orin-nx")
+        self.journal.put_device(status, online=online, refused=refused, wall_s=self.at_s)
+
+    def open_round(self, number: int, attempt: int = 1) -> None:
+        plans = []
+        for name in NAMES:
+            payload = codec.encode(Plan(run_id="abc", action="round", device_id=name, server_round=number, r=4))
+            plans.append(PlanRow(name, payload, codec.digest(payload), 0.5))
+        state = RunState(number, attempt)
+        self.journal.open_round(state, plans, published=[], wall_s=self.at_s)
+
+    def report(self, number: int, device_id: str, status: str = "accepted", reason: str = "", attempt: int = 1) -> None:
+        report = Report(
+            run_id="abc",
+            device_id=device_id,
+            server_round=number,
+            plan_sha256="0" * 64,
+            status="ok" if status == "accepted" else "out_of_memory",
+            loss_after=0.25,
+            accuracy_after=0.75,
+            completion_time_s=12.5,
+            bytes_up=1_000_000,
+            bytes_down=2_000_000,
+        )
+        row = ReportRow(device_id, msgspec.json.encode(report), status, reason)
+        self.journal.put_report(number, attempt, row, wall_s=self.at_s)
+
+    def close_round(self, number: int, *, done: bool = True, attempt: int = 1) -> None:
+        following = RunState(number + 1) if done else RunState(number, attempt + 1, 1)
+        ended = {p.device_id: p for p in self.journal.device_rounds(number, attempt)}
+        outcomes = [OutcomeRow(i, p.status if p.status != "running" else "late", p.reason) for i, p in ended.items()]
+        self.journal.close_round(
+            following,
+            server_round=number,
+            attempt=attempt,
+            done=done,
+            outcomes=outcomes,
+            layouts={},
+            energy={},
+            wall_s=self.at_s,
+            means=(0.25, 0.75),
+            traffic=(3_000_000, 6_000_000),
+        )
+
+    def whole_round(self, number: int, duration_s: float) -> None:
+        self.open_round(number)
+        self.at_s += duration_s
+        for name in NAMES:
+            self.report(number, name)
+        self.close_round(number)
+
+    def read(self) -> FleetStatus:
+        return read_status(Path(self.config.run_dir))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A server at work since 1000 s, three devices online."""
+    made = Run(tmp_path / "run", at_s=time.time() - 1000.0)
+    for name in NAMES:
+        made.hello(name)
+    yield made
+    made.dir.close()
+
+
+def shown(run_dir: str | Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    capsys.readouterr()
+    assert main(["status", str(run_dir), *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_says_what_a_server_waits_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Run(tmp_path / "run", at_s=time.time())
+    made.hello("nx-1")
+    made.hello("nx-9", refused="its base model has digest 00, this fleet trains 11.")
+    text = shown(tmp_path / "run", capsys)
+    assert "run abc · waiting for devices before round 1 of 5: 1 of 2 online" in text
+    assert "a server is at work" in text
+    assert "on one that does not appear here: fedspine-edge doctor --config device.toml" in text
+    assert "nx-9: refused: its base model has digest 00" in text
+    made.hello("nx-2")
+    assert made.read().state == "running"
+    made.dir.close()
+
+
+def test_a_running_round_shows_each_device_and_what_it_did(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.open_round(1)
+    run.report(1, "nx-1")
+    run.report(1, "nx-2", "out_of_memory", OOM)
+    run.hello("nx-3", online=False)
+    text = shown(run.config.run_dir, capsys)
+    assert "round 1 of 5 runs: 2 of 3 devices have answered" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("nx-")}
+    assert rows["nx-1"][:9] == ["nx-1", "orin-nx", "ok", "0.000", "4", "12.5", "0.2500", "0.750", "1000"]
+    assert rows["nx-3"][2:4] == ["running,", "offline"]
+    assert rows["nx-1"][-3:] == ["17", "min", "ago"]
+    assert f"nx-2: round 1, out_of_memory: {OOM}" in text
+    assert "up 2.0 MB, down 4.0 MB" in text
+
+
+def test_a_small_terminal_shows_first_who_needs_somebody(run: Run) -> None:
+    run.open_round(1)
+    run.report(1, "nx-2", "out_of_memory", OOM)
+    run.hello("nx-3", online=False)
+    console = Console(width=80, file=io.StringIO())
+    console.print(command._page(run.read(), Path(run.config.run_dir), console, rows=2))
+    text = console.file.getvalue()
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("nx-")] == ["nx-2", "nx-3"]
+    assert "and 1 more devices" in text
+    assert "accuracy" in text
+    assert "reward" not in text
+
+
+def test_the_last_failure_of_a_device_stays_when_it_does_well_again(run: Run) -> None:
+    run.open_round(1)
+    run.report(1, "nx-2", "out_of_memory", OOM)
+    run.close_round(1, done=False)
+    run.open_round(1, attempt=2)
+    for name in NAMES:
+        run.report(1, name, attempt=2)
+    status = run.read()
+    by_id = {device.device_id: device for device in status.devices}
+    assert {name: by_id[name].part.status for name in NAMES} == dict.fromkeys(NAMES, "ok")
+    assert (by_id["nx-2"].failure.status, by_id["nx-2"].failure.attempt) == ("out_of_memory", 1)
+    assert by_id["nx-1"].failure.status == "late"
+    assert status.totals()["attempts_failed"] == 1
+    assert json.dumps(status.to_dict()) == json.dumps(run.read().to_dict()), "no time of asking is in it"
+
+
+def test_time_left_is_told_only_where_it_is_no_guess(run: Run) -> None:
+    now_s = run.at_s
+    run.whole_round(1, 100.0)
+    run.open_round(2)
+    assert run.read().time_left_s(now_s + 100) is None, "one round is no pace"
+    for name in NAMES:
+        run.report(2, name)
+    run.at_s += 140.0
+    run.close_round(2)
+    assert run.read().time_left_s(now_s + 240) is None, "between rounds nobody knows when the next begins"
+    run.open_round(3)
+    assert run.read().pace_s == pytest.approx((100, 140))
+    assert run.read().time_left_s(now_s + 240 + 30) == pytest.approx((2 * 100 + 70, 2 * 140 + 110))
+    # beyond the longest round so far this one may go on to its deadline
+    assert run.read().time_left_s(now_s + 240 + 200) == pytest.approx((2 * 100, 2 * 140 + 400))
+    run.dir.close()
+    assert run.read().time_left_s(now_s + 250) is None, "nobody is at work"
+
+
+def test_a_server_that_stopped_is_told_from_one_at_work(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.open_round(1)
+    assert run.read().server_at_work is True
+    run.dir.close()  # as SIGKILL leaves it: nothing said
+    text = shown(run.config.run_dir, capsys)
+    assert "stopped, not finished; when it stopped: round 1 of 5 runs: 0 of 3" in text
+    assert "3 online when the server last heard" in text
+    assert "it was killed, or its machine stopped" in text
+    assert "it continues with: fedspine-edge server" in text
+    run.dir = RunDir(run.config)
+    run.journal.set_meta(stopped="no broker.\n  Start it.")
+    run.dir.close()
+    assert "why it stopped: no broker.\n  Start it." in shown(run.config.run_dir, capsys)
+
+
+def test_a_simulation_has_no_time_of_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Run(tmp_path / "run", at_s=40.0, clock="virtual")
+    made.hello("nx-1")
+    made.whole_round(1, 10.0)
+    made.whole_round(2, 10.0)
+    made.open_round(3)
+    made.dir.close()
+    text = shown(tmp_path / "run", capsys)
+    assert "at 60 s" in text
+    assert "virtual" in text
+    assert "time left" not in text
+
+
+def test_following_prints_what_changes_and_ends_with_the_run(run: Run) -> None:
+    run.open_round(1)
+    follow = [sys.executable, "-m", "fedspine_edge", "status", run.config.run_dir, "--follow"]
+    with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [next(process.stdout)]
+        run.report(1, "nx-1")
+        while "nx-1 ok" not in lines[-1]:
+            lines.append(next(process.stdout))
+        run.journal.set_meta(result='{"num_rounds": 5}')
+        lines += process.stdout
+    assert process.returncode == 0
+    said = [line.split(" ", 1)[1].rstrip() for line in lines]
+    assert said.count("round 1: nx-1 ok, ratio 0.000, rank 4, 12.5 s measured, loss 0.2500, accuracy 0.7500") == 1
+    assert said.count("round 1: nx-2 running, ratio 0.000, rank 4") == 1
+    assert said[-1] == "run abc · finished after 5 rounds"
+
+
+def test_following_a_run_without_a_server_ends(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.dir.close()
+    monkeypatch.setattr(command, "POLL_S", 0.05)
+    monkeypatch.setattr(command, "GONE_S", 0.2)
+    assert main(["status", run.config.run_dir, "--follow", "--json"]) == 1
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    assert json.loads(line)["state"] == "stopped"
+    assert "no server has been at work" in err
+
+
+def test_following_a_folder_that_is_removed_is_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "POLL_S", 0.05)
+    changes = command._changes(Path(run.config.run_dir))
+    assert next(changes).state == "running"
+    run.dir.close()
+    shutil.rmtree(run.config.run_dir)
+    with pytest.raises(ConfigError, match="no journal"):
+        list(changes)
+
+
+def test_a_folder_that_is_no_run_is_one_error_with_a_remedy(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(run.config.run_dir)
+    assert main(["status", str(folder / "absent")]) == 2
+    assert "Give the run_dir of a server" in capsys.readouterr().err
+    assert main(["status", str(folder.parent)]) == 2  # simulate's --out holds the run
+    assert f"Did you mean {folder}?" in capsys.readouterr().err
+
+
+def test_whoever_may_only_read_looks_at_an_ended_run_and_leaves_nothing_behind(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.whole_round(1, 10.0)
+    run.dir.close()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert run.read().totals()["rounds_done"] == 1
+    assert {path.name for path in Path(run.config.run_dir).iterdir()} == {"journal.sqlite", "lock"}

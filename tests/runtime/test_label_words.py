@@ -1,0 +1,190 @@
+"""Token classifiers at run time: a label for every word, the one that training and torch mean."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_bert
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import RobertaConfig, RobertaModel
+
+from fedspine_edge.cli.main import main
+from fedspine_edge.errors import ConfigError, DataError, DeployError
+from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.runtime.session import Session, WordLabel
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("other", "praise", "blame")
+TEXTS = [
+    ["the", "films", "was", "good"],
+    ["bad", "plots", "and", "zanzibars", "actor", "superb", "scenes", "films"],
+    ["awful"],
+    ["a", "lovely", "story"],
+]
+"""An s after a word is a token of its own."""
+
+
+@pytest.fixture(scope="module")
+def words_folder(tmp_path_factory) -> Path:
+    """A tiny token classifier whose random head gives different labels to different words."""
+    base = tmp_path_factory.mktemp("words") / "base"
+    tiny_bert.write_model(base)
+    model = load_base(base, task="token_classification", num_labels=3, labels=NAMES)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        model.module.classifier.weight.normal_()
+    model.save(base.parent / "model")
+    return base.parent / "model"
+
+
+@pytest.fixture(scope="module")
+def words_bundle(words_folder) -> Path:
+    return compile_engine(words_folder, backend="onnxruntime")
+
+
+@pytest.fixture
+def session(words_bundle):
+    with Session.load(words_bundle, threads=1) as session:
+        yield session
+
+
+def by_torch(folder, words):
+    """(index, probability) of every word: torch on transformers' tokens, read at each word's first token."""
+    encoded = load_tokenizer(folder)([words], is_split_into_words=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = load_model(folder).merged()(**encoded).logits[0].softmax(-1)
+    places = encoded.word_ids(0)
+    rows = [scores[places.index(word)] for word in range(len(words))]
+    return [(int(row.argmax()), float(row.max())) for row in rows]
+
+
+def test_every_word_has_the_label_that_torch_gives_its_first_token(session, words_folder):
+    found = [session.label_words(words) for words in TEXTS]
+    for words, answers in zip(TEXTS, found):
+        expected = by_torch(words_folder, words)
+        assert [(answer.word, answer.index) for answer in answers] == list(zip(words, [i for i, _ in expected]))
+        assert [answer.label for answer in answers] == [NAMES[i] for i, _ in expected]
+        assert [answer.probability for answer in answers] == pytest.approx([p for _, p in expected], abs=1e-5)
+    assert len({answer.index for answers in found for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_several_texts_keep_their_order_whatever_the_batches(session, batch_size):
+    together = session.label_words(TEXTS, batch_size=batch_size)
+    for ours, words in zip(together, TEXTS, strict=True):
+        alone = session.label_words(words)
+        assert [(a.word, a.label) for a in ours] == [(a.word, a.label) for a in alone]
+        assert [a.probability for a in ours] == pytest.approx([a.probability for a in alone], abs=1e-5)
+
+
+def test_the_form_of_the_answer_follows_the_question(session):
+    [one] = session.label_words(("good",))
+    assert isinstance(one, WordLabel)
+    assert one.to_dict() == {"word": "good", "label": one.label, "probability": one.probability, "index": one.index}
+    assert session.label_words([["good"]]) == [[one]]
+    assert session.label_words_async(["good"]).result(timeout=60) == [one]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "empty list"),
+        ("good film", "Text 1 is not a list of words"),
+        ([["good"], "film"], "Text 2 is not a list of words"),
+        (["good", 3], "Text 1 is not a list of words"),
+        ([["good"], []], "Text 2 has no words"),
+        ([["good"], ["film", " ", "bad"]], "Word 2 of text 2 has no tokens"),
+    ],
+)
+def test_what_is_no_list_of_words_is_refused(session, words, told):
+    with pytest.raises(DataError, match=told) as caught:
+        session.label_words(words)
+    assert caught.value.remedy
+    assert not any(word in str(caught.value) for word in ("film", "bad"))
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        session.label_words(["good"], batch_size=0)
+
+
+def test_a_text_that_is_too_long_is_refused_with_the_number_of_words_that_fit(session):
+    words = ["films"] * 40  # two tokens each, of 64 with [CLS] and [SEP]
+    with pytest.raises(DataError, match="Text 2 has 82 tokens; the model and its engine allow 64") as caught:
+        session.label_words([["good"], words])
+    assert "its first 31 words fit" in caught.value.remedy
+    assert len(session.label_words(words[:31])) == 31
+    with pytest.raises(DataError):
+        session.label_words(words[:32])
+
+
+def test_words_and_texts_are_asked_of_the_right_model(session, shared_bundle):
+    with pytest.raises(DeployError, match="holds a token_classification model") as caught:
+        session.classify("good")
+    assert "label_words()" in caught.value.remedy
+    with Session.load(shared_bundle) as classifier, pytest.raises(DeployError, match="holds a classification model"):
+        classifier.label_words(["good"])
+
+
+def test_how_words_begin_is_what_training_saw(tmp_path):
+    """RoBERTa's tokenizer puts a space before every word only if tokenizer_config.json says so, not tokenizer.json."""
+    write_byte_level_roberta(tmp_path / "base")
+    load_base(tmp_path / "base", task="token_classification", num_labels=3).save(tmp_path / "model")
+    words = ["the", "film", "was", "good"]
+    expected = load_tokenizer(tmp_path / "model")([words], is_split_into_words=True)
+    raw = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(words, is_pretokenized=True)
+    assert raw.ids != expected["input_ids"][0]
+    with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
+        [encoding] = session.encode_words([words])
+        assert encoding.ids == expected["input_ids"][0]
+        assert encoding.word_ids == expected.word_ids(0)
+
+
+def write_byte_level_roberta(folder):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special, letters = ["<s>", "<pad>", "</s>", "<unk>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=special, initial_alphabet=letters)
+    tokenizer.train_from_iterator(["the film was good and the story was good"] * 9, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=300, max_position_embeddings=40, pad_token_id=1, type_vocab_size=1, **shape)
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
+
+
+def test_run_prints_a_line_per_word_and_a_blank_line_between_texts(words_bundle, session, capsys):
+    texts = ["the films was good", "awful"]
+    command = ["run", str(words_bundle), "--backend", "onnxruntime", "--text", texts[0], "--text", texts[1]]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    expected = session.label_words([text.split() for text in texts])
+    lines = [[f"{a.word}\t{a.label}\t{a.probability:.3f}" for a in answers] for answers in expected]
+    assert printed == "\n\n".join("\n".join(each) for each in lines) + "\n"
+    assert main([*command, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [[word["word"] for word in words] for words in results] == [text.split() for text in texts]
+    assert results[0][0]["label"] in NAMES
+
+
+def test_labelling_words_needs_neither_torch_nor_transformers(words_bundle):
+    program = f"""
+import sys
+for name in ("torch", "transformers", "peft", "onnx"):
+    sys.modules[name] = None  # importing it would raise
+from fedspine_edge import Session
+with Session.load({str(words_bundle)!r}) as session:
+    print(len(session.label_words([["the", "films"], ["good"]])[0]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2\n"

@@ -1,0 +1,96 @@
+"""What is said where the driver, pycuda, cuda-python or TensorRT is absent, as most of them really are here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedspine_edge.errors import DeployError, MissingDependency
+from fedspine_edge.runtime import cuda, tensorrt_api
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_new_process(program, **environment):
+    """The error that `program` prints, in a process that has loaded no stand-in for a driver."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program + EPILOGUE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PRELUDE = """
+import sys
+from fedspine_edge.deploy import cuda, trt
+try:
+"""
+EPILOGUE = """
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+# Asked while the tests are collected, before any of them loads the stand-in.
+no_driver = pytest.mark.skipif(not cuda.why_no_device(), reason="this machine has a driver")
+
+
+@no_driver
+def test_without_a_driver_it_is_the_driver_that_is_asked_for():
+    assert "libcuda.so.1 is not installed" in in_new_process("    print(cuda.why_no_device())")
+    if importlib.util.find_spec("cuda") is not None:
+        words = in_new_process("    cuda.open_cuda()")
+        assert words.startswith("DeployError cuda-python is installed, but not the NVIDIA driver")
+        assert "JetPack" in words
+
+
+@no_driver
+def test_pycuda_alone_asks_for_the_driver_too():
+    if importlib.util.find_spec("pycuda") is None:
+        pytest.skip("pycuda is not installed")
+    words = in_new_process("    sys.modules['cuda'] = None; cuda.open_cuda()")
+    assert words.startswith("DeployError pycuda is installed, but not the NVIDIA driver: libcuda.so.1")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_missing_tensorrt_names_jetpack_and_the_extra():
+    with pytest.raises(MissingDependency, match="No module named 'tensorrt'") as caught:
+        tensorrt_api.find_backend("tensorrt")
+    assert "python3-libnvinfer" in caught.value.remedy
+    assert "fedspine-edge[tensorrt]" in caught.value.remedy
+
+
+def test_l4t_release_is_read_from_the_boards_file(tmp_path):
+    file = tmp_path / "nv_tegra_release"
+    file.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
+    assert cuda.l4t_release(str(file)) == "36.4.3"
+    file.write_text("something else\n")
+    assert cuda.l4t_release(str(file)) == ""
+    assert cuda.l4t_release(str(tmp_path / "absent")) == ""
+
+
+def test_a_driver_without_a_device_says_which_call_failed(driver):
+    assert cuda.device_info() == cuda.DeviceInfo("Fake Orin", "87")
+    assert cuda.why_no_device() == ""
+    driver.reset(absent=1)
+    assert cuda.device_info() is None
+    assert cuda.why_no_device() == "the driver is there, but cuInit answers error 100"
+    with pytest.raises(DeployError, match="CUDA_ERROR_NO_DEVICE"):
+        cuda.open_cuda()
+
+
+def test_without_a_cuda_package_both_are_named(monkeypatch):
+    for name in ("pycuda", "pycuda.driver", "cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=r"cuda-python: .*pycuda: ") as caught:
+        cuda.open_cuda()
+    assert "pip install" in caught.value.remedy

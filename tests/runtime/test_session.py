@@ -1,0 +1,304 @@
+"""The runtime: backends and why, input checks, text, timing; and that it needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from tiny_deploy import tiny_model, write_tokenizer
+
+from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.publish import seal
+from fedspine_edge.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeployError,
+    EngineIncompatible,
+    MissingDependency,
+)
+from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import load_model
+from fedspine_edge.runtime import cuda, tensorrt_api
+from fedspine_edge.runtime.session import Session, compare_latency
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def session(shared_bundle):
+    with Session.load(shared_bundle, threads=1) as session:
+        yield session
+
+
+def ids(*shape):
+    return np.random.default_rng(0).integers(1, 100, shape)
+
+
+def test_run_gives_what_torch_gives(session, model_folder):
+    inputs = {"input_ids": ids(2, 9), "attention_mask": np.array([[1] * 9, [1] * 6 + [0] * 3])}
+    logits = session.run(**inputs)
+    with torch.no_grad():
+        expected = load_model(model_folder).merged()(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected.numpy(), atol=2e-6)
+
+
+def test_token_types_count_and_default_to_zero(session):
+    inputs = {"input_ids": ids(1, 5), "attention_mask": np.ones((1, 5), np.int64)}
+    zero = session.run(**inputs, token_type_ids=np.zeros((1, 5), np.int64))
+    one = session.run(**inputs, token_type_ids=np.ones((1, 5), np.int64))
+    np.testing.assert_array_equal(session.run(**inputs), zero)
+    assert np.abs(zero - one).max() > 1e-4
+
+
+def test_any_integer_type_and_memory_order_will_do(session):
+    mask = np.ones((2, 6), np.int64)
+    expected = session.run(input_ids=ids(2, 6), attention_mask=mask)
+    actual = session.run(input_ids=np.asfortranarray(ids(2, 6).astype(np.uint16)), attention_mask=mask.astype(np.int8))
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_ids": None}, "input 'input_ids' is missing"),
+        ({"attention_mask": None}, "input 'attention_mask' is missing"),
+        ({"pixels": ids(2, 6)}, "no input 'pixels'"),
+        ({"input_ids": [[1, 2]]}, "input_ids is a list"),
+        ({"input_ids": np.ones((2, 6), np.float32)}, "input_ids has dtype float32"),
+        ({"attention_mask": np.ones((2, 6), bool)}, "attention_mask has dtype bool"),
+        ({"input_ids": ids(6)}, r"input_ids has shape \(6,\)"),
+        ({"input_ids": ids(2, 6, 1)}, r"input_ids has shape \(2, 6, 1\)"),
+        ({"input_ids": ids(0, 6)}, r"input_ids has shape \(0, 6\)"),
+        ({"attention_mask": np.ones((2, 7), np.int64)}, r"shape \(2, 7\), another input \(2, 6\)"),
+        ({"input_ids": np.full((2, 6), 120)}, r"input_ids holds 120; it must be within 0\.\.119"),
+        ({"input_ids": np.full((2, 6), -1)}, "input_ids holds -1"),
+        ({"attention_mask": np.full((2, 6), 2)}, "attention_mask holds 2"),
+        ({"input_ids": ids(2, 67)}, "67 tokens; the model allows 66"),
+    ],
+)
+def test_wrong_inputs_are_named(session, change, words):
+    inputs = {"input_ids": ids(2, 6), "attention_mask": np.ones((2, 6), np.int64)} | change
+    with pytest.raises(DataError, match=words):
+        session.run(**{name: value for name, value in inputs.items() if value is not None})
+
+
+def test_classify_agrees_with_run(session):
+    inputs = session.tokenize(["a very good film"])
+    assert inputs["input_ids"].tolist() == [[2, 10, 8, 4, 6, 3]]
+    logits = session.run(**inputs)[0]
+    prediction = session.classify("a very good film")
+    assert prediction.index == int(logits.argmax())
+    assert prediction.label == ("bad", "mixed", "good")[prediction.index]
+    assert prediction.probability == pytest.approx(float(np.exp(logits).max() / np.exp(logits).sum()), rel=1e-5)
+    assert prediction.to_dict() == {
+        "label": prediction.label,
+        "probability": prediction.probability,
+        "index": prediction.index,
+    }
+
+
+def test_lists_keep_their_order_whatever_the_batches(session):
+    texts = ["good", "a very very very bad film", "not good", "the the the board", "bad"] * 3
+    alone = [session.classify(text) for text in texts]
+    for batch_size in (1, 4, 100):
+        together = session.classify(texts, batch_size=batch_size)
+        assert [p.index for p in together] == [p.index for p in alone]
+        np.testing.assert_allclose([p.probability for p in together], [p.probability for p in alone], atol=1e-5)
+
+
+def test_pairs_carry_their_token_types(session):
+    inputs = session.tokenize([("good film", "bad"), ("a", "the")])
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert inputs["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
+    assert len(session.classify([("good film", "bad"), "a"])) == 2
+    assert session.classify(("good film", "bad")).label in ("bad", "mixed", "good")
+
+
+def test_long_texts_are_cut_to_the_model(session):
+    assert session.tokenize(["good " * 500])["input_ids"].shape == (1, 66)
+
+
+@pytest.mark.parametrize("texts", [[], [3], [("a", "b", "c")], [None]])
+def test_what_is_no_text_is_refused(session, texts):
+    with pytest.raises(DataError):
+        session.classify(texts)
+
+
+def test_threads_share_a_session(session):
+    inputs = [{"input_ids": ids(1, n), "attention_mask": np.ones((1, n), np.int64)} for n in range(1, 40)]
+    expected = [session.run(**each) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda each: session.run(**each), inputs))
+    for a, b in zip(actual, expected):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_threads_that_may_not_spin_leave_the_processor_alone(shared_bundle):
+    with Session.load(shared_bundle, "onnxruntime", threads=2, spinning=False) as session:
+        inputs = session.random_inputs(8, 32)
+        used = []
+        for _ in range(5):
+            session.run(**inputs)
+            before = time.process_time()
+            time.sleep(0.03)
+            used.append(time.process_time() - before)
+    assert np.median(used) < 0.005  # spinning threads take all of it, or what other programs leave them
+
+
+def test_a_closed_session_says_so(shared_bundle):
+    with Session.load(shared_bundle) as session:
+        pass
+    session.close()
+    with pytest.raises(DeployError, match="closed"):
+        session.run(input_ids=ids(1, 2), attention_mask=np.ones((1, 2), np.int64))
+
+
+def test_bench_counts_what_it_says(session):
+    latency = session.bench(batch=2, tokens=8, repeats=7, warmup=1)
+    assert (latency.batch, latency.tokens, latency.repeats, latency.backend) == (2, 8, 7, "onnxruntime")
+    assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.p99_ms
+    with pytest.raises(ConfigError):
+        session.bench(repeats=0)
+    with pytest.raises(DataError):
+        session.bench(tokens=67)
+
+
+def test_sessions_are_timed_in_alternation(shared_bundle, monkeypatch):
+    order = []
+    with Session.load(shared_bundle, threads=1) as first, Session.load(shared_bundle, threads=1) as second:
+        for name, session in (("first", first), ("second", second)):
+            run = session._runner.run
+            monkeypatch.setattr(session._runner, "run", lambda x, n=name, r=run: order.append(n) or r(x))
+        result = compare_latency(first, second, tokens=4, repeats=5)
+    assert order == ["first", "second"] * 15
+    assert result.first.repeats == result.second.repeats == 5
+    assert result.ratio == result.second_ms / result.first_ms
+    assert result.to_dict()["ratio"] == result.ratio
+
+
+def test_auto_takes_onnxruntime_where_no_engine_was_built(session):
+    assert session.backend == "onnxruntime"
+    assert "has no engine" in session.why
+
+
+def test_requests_that_cannot_be_met_are_errors(shared_bundle):
+    for backend in ("tensorrt", "tensorrt_rtx"):
+        with pytest.raises(EngineIncompatible, match="has no engine") as caught:
+            Session.load(shared_bundle, backend=backend)
+        assert "fedspine-edge compile" in caught.value.remedy
+    with pytest.raises(ConfigError, match="cuda"):
+        Session.load(shared_bundle, backend="cuda")
+    with pytest.raises(ConfigError, match="threads is 0"):
+        Session.load(shared_bundle, threads=0)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Session.load("nowhere")
+
+
+def with_engine(bundle, **changes):
+    values = {"backend": "tensorrt", "version": "10.3.0", "compute_capabilities": ("87",), "profiles": (Profile(),)}
+    (bundle / "engine.plan").write_bytes(b"plan")
+    info = EngineInfo(**(values | changes))
+    seal(bundle, msgspec.structs.replace(load_bundle(bundle).manifest, engine=info))
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "words"),
+    [
+        ({"version": "10.3.1"}, cuda.DeviceInfo("Orin", "87"), r"built by tensorrt 10\.3\.1 and 10\.3\.0 is installed"),
+        ({"compute_capabilities": ("110",)}, cuda.DeviceInfo("Orin", "87"), "built for SM 110 and this GPU is SM 87"),
+        ({"l4t": "36.4.3"}, cuda.DeviceInfo("Orin", "87", "36.5.0"), r"built on L4T 36\.4\.3 and this is 36\.5\.0"),
+    ],
+)
+def test_plans_for_another_machine_are_never_deserialised(bundle, monkeypatch, changes, device, words):
+    monkeypatch.setattr(tensorrt_api, "find_backend", lambda name: tensorrt_api.Backend(name, sys, "10.3.0"))
+    monkeypatch.setattr(cuda, "device_info", lambda: device)
+    with_engine(bundle, **changes)
+    with pytest.raises(EngineIncompatible, match=words) as caught:
+        Session.load(bundle, backend="tensorrt")
+    assert f"fedspine-edge compile {bundle} --out {bundle}" in caught.value.remedy
+    with Session.load(bundle) as session:  # auto falls back and says why
+        assert session.backend == "onnxruntime"
+        assert "this machine" in session.why or "built" in session.why
+
+
+def test_without_a_driver_the_remedy_is_a_driver_and_auto_falls_back(bundle, monkeypatch):
+    if cuda.device_info() is not None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(tensorrt_api, "find_backend", lambda name: tensorrt_api.Backend(name, sys, "10.3.0"))
+    with_engine(bundle)
+    with pytest.raises(EngineIncompatible, match=r"no GPU that CUDA can see \(the") as caught:
+        Session.load(bundle, backend="tensorrt")
+    assert "NVIDIA driver" in caught.value.remedy
+    with Session.load(bundle) as session:
+        assert session.backend == "onnxruntime"
+        assert "no GPU that CUDA can see" in session.why
+
+
+def test_the_other_tensorrt_is_not_taken_for_the_one_asked_for(bundle):
+    with_engine(bundle)
+    with pytest.raises(EngineIncompatible, match="engine for tensorrt, not for tensorrt_rtx"):
+        Session.load(bundle, backend="tensorrt_rtx")
+
+
+def test_a_missing_tensorrt_names_the_way_to_get_it(bundle, monkeypatch):
+    with_engine(bundle)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingDependency, match="tensorrt") as caught:
+        Session.load(bundle, backend="tensorrt")
+    assert "JetPack" in caught.value.remedy
+
+
+def test_causal_models_run_and_do_not_classify(tmp_path):
+    model = tiny_model("llama", "causal_lm")
+    model.save(tmp_path / "model")
+    out = compile_engine(tmp_path / "model", backend="onnxruntime")
+    assert out == tmp_path / "model.bundle"
+    with Session.load(out) as session:
+        logits = session.run(input_ids=ids(2, 5), attention_mask=np.ones((2, 5), np.int64))
+        assert logits.shape == (2, 5, 120)
+        with pytest.raises(DeployError, match="causal_lm"):
+            session.classify("good")
+
+
+def test_padding_of_a_llama_classifier_does_not_move_its_answer(tmp_path):
+    tiny_model("llama").save(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
+        short, _ = session.classify(["good", "the board not a bad bad film"], batch_size=2)
+        assert short.probability == pytest.approx(session.classify("good").probability, abs=1e-5)
+
+
+def test_a_bundle_without_tokenizer_still_runs(tmp_path):
+    tiny_model("bert").save(tmp_path / "model")
+    with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
+        assert session.run(input_ids=ids(1, 2), attention_mask=np.ones((1, 2), np.int64)).shape == (1, 3)
+        with pytest.raises(DeployError, match=r"no tokenizer\.json"):
+            session.classify("good")
+
+
+def test_runtime_and_rebuild_need_neither_torch_nor_transformers(shared_bundle, tmp_path):
+    program = f"""
+import sys
+for name in ("torch", "transformers", "peft", "onnx"):
+    sys.modules[name] = None  # importing it would raise
+from fedspine_edge import Session, compile_engine
+copy = compile_engine({str(shared_bundle)!r}, {str(tmp_path / "again.bundle")!r}, backend="onnxruntime")
+with Session.load(copy) as session:
+    print(session.classify(["a good film", ("bad", "board")])[0].label, session.backend)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == "onnxruntime"
+    assert done.stdout.split()[0] in ("bad", "mixed", "good")

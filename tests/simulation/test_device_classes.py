@@ -1,0 +1,100 @@
+"""Device classes: the file is complete and read strictly, mixes are scaled, and a mix lays out a fleet."""
+
+from pathlib import Path
+
+import pytest
+from recorded_fleet import lay_out
+
+from fedspine_edge.cli.main import main
+from fedspine_edge.data import sentiment
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.simulation.device_classes import load_profiles, parse_mix, scaled
+from fedspine_edge.simulation.fleet_files import in_turn
+
+
+def test_the_built_in_classes_are_ordered_as_their_boards_are() -> None:
+    profiles = load_profiles()
+    rates = [profiles[name].rate for name in ("tx2", "nx", "agx", "agx-orin")]
+    assert rates == sorted(rates)
+    assert profiles["tx2"].rate == pytest.approx(2 * 256 * 1300e6 * 0.25)
+    for fast, slow in (("tx2", "tx2-maxq"), ("orin-nano", "orin-nano-7w"), ("agx-orin", "agx-orin-15w")):
+        assert profiles[slow].rate < profiles[fast].rate
+        assert profiles[slow].step_s > profiles[fast].step_s
+    factors = [profiles[name].time_factor for name in ("paper-agx", "paper-nx", "paper-tx2")]
+    assert factors == [1.0, 1.2, 1.43]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[a]\nboard = "x"\nstep_s = 0.1\nup_mbit_s = 1.0\ndown_mbit_s = 1.0', r"\[a\]: needs flops_per_s"),
+        ('[a]\nboard = "x"\nflops_per_s = 1e9\nstep_s = 0.1\nup_mbit_s = 1.0\nspeed = 2', r"\[a\].*`speed`"),
+        ("[a", "cannot be used"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_section(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_profiles(path)
+
+
+def test_a_mix_is_scaled_to_any_number_and_keeps_every_class() -> None:
+    profiles = load_profiles()
+    mix = parse_mix("tx2=30,nx=40,agx=10", profiles)
+    assert scaled(mix, 80) == mix
+    assert scaled(mix, 8) == {"tx2": 3, "nx": 4, "agx": 1}
+    assert scaled(mix, 3) == {"tx2": 1, "nx": 1, "agx": 1}
+    for number in range(3, 200):
+        assert sum(scaled(mix, number).values()) == number
+    with pytest.raises(ConfigError, match="cannot be of 3 classes"):
+        scaled(mix, 2)
+    with pytest.raises(ConfigError, match="unknown class 'tx3'"):
+        parse_mix("tx3=1", profiles)
+    with pytest.raises(ConfigError, match="is not CLASS=COUNT"):
+        parse_mix("tx2=0", profiles)
+
+
+def test_classes_take_turns_so_that_none_sits_on_one_domain() -> None:
+    names = in_turn({"tx2": 3, "nx": 4, "agx": 1})
+    assert sorted(names) == ["agx"] + ["nx"] * 4 + ["tx2"] * 3
+    assert all(names[i : i + 3] != [names[i]] * 3 for i in range(6))
+
+
+def test_a_laid_out_device_has_its_profile(tmp_path: Path) -> None:
+    _, devices = lay_out(tmp_path, {"tx2": 1, "paper-nx": 1}, drop_out=0.1)
+    by_class = {device.device_class: device for device in devices}
+    profile = load_profiles()["tx2"]
+    assert by_class["tx2"].simulated.flops_per_s == profile.rate
+    assert by_class["tx2"].simulated.drop_out == 0.1
+    assert by_class["tx2"].memory_limit_mib == profile.memory_mib
+    assert by_class["paper-nx"].time_factor == 1.2
+
+
+def test_a_small_alpha_makes_labels_uneven_and_nobody_is_left_empty() -> None:
+    rows = [sentiment.Sentence("x", f"t{i}", i % 2) for i in range(2000)]
+
+    def unevenness(alpha: float) -> float:
+        shares = sentiment.dirichlet(rows, 10, alpha=alpha, seed=1)
+        assert sorted(s.text for share in shares for s in share) == sorted(s.text for s in rows)
+        assert min(map(len, shares)) >= 16
+        return sum(abs(sum(s.label for s in share) / len(share) - 0.5) for share in shares) / 10
+
+    assert unevenness(0.1) > 2 * unevenness(10.0)
+    assert sentiment.dirichlet(rows, 10, alpha=0.3, seed=1) == sentiment.dirichlet(rows, 10, alpha=0.3, seed=1)
+
+
+def test_the_command_trains_a_mix_of_classes(
+    tmp_path: Path, tiny_model: Path, tiny_csv: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sim"
+    settings = tmp_path / "fleet.toml"
+    settings.write_text(
+        "num_rounds = 4\nround_to = 4\nranks = [2, 4]\npruning_ratio = 0.2\n"
+        "[training]\ntau = 2\nrecovery_steps = 1\nbatch_size = 4\nmax_length_tokens = 16\n"
+    )
+    options = ["--config", str(settings), "--mix", "tx2=1,nx=1", "--model", str(tiny_model), "--data", str(tiny_csv)]
+    assert main(["simulate", *options, "--dirichlet", "0.5", "--out", str(out)]) == 0
+    assert "finished after 4 rounds" in capsys.readouterr().out
+    assert main(["simulate", "--mix", "tx2=1", "x.toml"]) == 2
+    assert "exclude each other" in capsys.readouterr().err

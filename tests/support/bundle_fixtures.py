@@ -1,0 +1,73 @@
+"""Fixtures of the deployment tests: one tiny BERT folder and its bundle, made once."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fake_tensorrt import FakeDriver
+from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
+
+from fedspine_edge.export.compile import compile_engine
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A saved tiny BERT with unequal widths and a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    tiny_model("bert").save(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(model_folder, tmp_path_factory) -> Path:
+    """Its bundle for ONNX Runtime; not to be altered."""
+    out = tmp_path_factory.mktemp("bundles") / "bert.bundle"
+    return compile_engine(model_folder, out, backend="onnxruntime", labels=("bad", "mixed", "good"))
+
+
+@pytest.fixture(scope="session")
+def decoder_bundle(tmp_path_factory) -> Path:
+    """A tiny LLaMA whose layers keep 3 and 2 KV heads, for ONNX Runtime; not to be altered."""
+    folder = tmp_path_factory.mktemp("decoders") / "model"
+    tiny_model("llama", "causal_lm", kv_heads=4).save(folder)
+    write_byte_tokenizer(folder)
+    return compile_engine(folder, backend="onnxruntime")
+
+
+@pytest.fixture
+def bundle(shared_bundle, tmp_path) -> Path:
+    """A copy of it that a test may break."""
+    return Path(shutil.copytree(shared_bundle, tmp_path / "copy.bundle"))
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory):
+    """fake_libcuda.cpp, loaded so that everybody who asks for libcuda.so.1 gets it. It says "no device" until used."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("this machine has a real driver; the tests marked gpu use it")
+    except OSError:
+        pass
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_libcuda.cpp")
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([compiler, *flags, "-o", library, source], check=True, timeout=120)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture
+def driver(driver_library):
+    """A GPU with nothing on it; afterwards there is none again."""
+    driver = FakeDriver(driver_library)
+    driver.reset()
+    yield driver
+    driver.reset(absent=1)

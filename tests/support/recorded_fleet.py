@@ -1,0 +1,46 @@
+"""A small fleet of recorded devices for tests, with a record made up here: the tests are not about its numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from fedspine_edge.config import DeviceConfig, FleetConfig
+from fedspine_edge.server.server import RunResult
+from fedspine_edge.simulation.device_classes import load_profiles
+from fedspine_edge.simulation.fleet_files import lay_out_mix
+from fedspine_edge.simulation.replay import Point, Record, Shared
+from fedspine_edge.simulation.virtual_fleet import simulate_recorded
+
+RECORD = Record(
+    "made up for tests",
+    tuple(
+        Point(t / 6, p, r, 0.7 - 0.05 * t, 0.66 - 0.05 * t + 0.1 * p, 0.5 + 0.05 * t, 0.52 + 0.05 * t, 1.0 + 0.01 * r)
+        for t in range(6)
+        for p in (0.0, 0.25, 0.5)
+        for r in (4, 8)
+    ),
+)
+
+
+def lay_out(folder: Path, mix: dict[str, int], **settings: Any) -> tuple[FleetConfig, tuple[DeviceConfig, ...]]:
+    defaults: dict[str, Any] = {
+        "num_rounds": 6,
+        "ranks": [4, 8],
+        "training": {"tau": 4, "recovery_steps": 4, "batch_size": 8},
+    }
+    drop_out = settings.pop("drop_out", None)
+    return lay_out_mix(
+        folder,
+        model="none",
+        shares=[Path("none.csv")],
+        mix=mix,
+        profiles=load_profiles(),
+        drop_out=drop_out,
+        **{**defaults, **settings},
+    )
+
+
+def run_recorded(folder: Path, *, mix: dict[str, int], **settings: Any) -> RunResult:
+    """Run a fleet whose run_dir is `folder`."""
+    fleet, devices = lay_out(folder.parent, mix, **settings)
+    assert Path(fleet.run_dir) == folder
+    return simulate_recorded(fleet, devices, Shared(RECORD))
