@@ -6,8 +6,9 @@
     benchmarks/deploy.py --backend tensorrt        # on a board: bundles with engines, made by `fedspine-edge compile`
 
 All models of a family take turns within one run (see fedspine_edge/benchmark/benchmark.py). The part that pruning can
-remove is told from the rest (embeddings, norms, head) by a model that keeps one head and eight channels a layer: its time
-is taken off both sides. Groups are chosen by weight magnitude; nothing is trained, since time depends on widths alone.
+remove is told from the rest (embeddings, norms, head) by a model that keeps one head and eight channels a layer: its
+time is taken off both sides. Groups are chosen by weight magnitude; nothing is trained, since time depends on widths
+alone.
 The bundles stay in --work and are used again. Needs the demo's models (scripts/bootstrap).
 """
 

@@ -86,7 +86,7 @@ def trainer_of(model: Any, case: dict[str, Any], *, tracked: bool = True) -> Any
     """A trainer on random tokens of the case's length."""
     import numpy as np
 
-    from fedspine_edge.protocol.messages import Training
+    from fedspine_edge.config import OptimizerSettings
     from fedspine_edge.pruning.importance import ImportanceTracker
     from fedspine_edge.training.batching import Encoded
     from fedspine_edge.training.trainer import Trainer
@@ -94,7 +94,7 @@ def trainer_of(model: Any, case: dict[str, Any], *, tracked: bool = True) -> Any
     rng = np.random.default_rng(0)
     kinds = [0] * case["tokens"] if case["model"] == "MiniLM" else None
     data = [Encoded(rng.integers(1000, 20000, case["tokens"]).tolist(), i % 2, kinds) for i in range(2 * case["batch"])]
-    training = Training(batch_size=case["batch"], max_length_tokens=case["tokens"], total_steps=10)
+    training = OptimizerSettings(batch_size=case["batch"], max_length_tokens=case["tokens"], total_steps=10)
     tracker = ImportanceTracker(model) if tracked else None
     return Trainer(model, data, [], training, round_steps=10, tracker=tracker)
 
@@ -143,7 +143,7 @@ def import_everything() -> None:
 
 
 def peak_meter(torch_device: str) -> Any:
-    from fedspine_edge.device.cost_meter import PeakMemory
+    from fedspine_edge.training.peak_memory import PeakMemory
 
     return PeakMemory(torch_device)
 

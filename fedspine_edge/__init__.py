@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fedspine_edge.errors import MissingDependency
+from fedspine_edge.version import __version__
 
 if TYPE_CHECKING:
     from fedspine_edge.device.agent import FleetDevice as FleetDevice
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from fedspine_edge.runtime.session import Session as Session
     from fedspine_edge.server.server import FleetServer as FleetServer
     from fedspine_edge.tuner import EdgeTuner as EdgeTuner
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "EdgeTuner": "fedspine_edge.tuner",

@@ -132,6 +132,24 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     lora_alpha_per_r: Annotated[float, _doc("scaling = lora_alpha / r, held constant over ranks.", gt=0)] = 2.0
 
 
+class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Optimisation settings that come with the plan, the same for every device of the fleet."""
+
+    learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-3
+    batch_size: Annotated[int, Meta(ge=1)] = 8
+    max_length_tokens: Annotated[int, Meta(ge=1)] = 48
+    warmup_share: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
+    """Share of a round's steps over which the learning rate rises linearly, since moments start at zero."""
+    max_grad_norm: Annotated[float, Meta(gt=0.0)] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
+    first_step: Annotated[int, Meta(ge=0)] = 0
+    """Steps taken before this round."""
+    total_steps: Annotated[int, Meta(ge=1)] = 1
+    """Steps of the whole run, at whose end the learning rate reaches zero."""
+    decay_from_step: Annotated[int, Meta(ge=0)] = 0
+    """Step of the run at which the learning rate begins its cosine; before it stays at its peak."""
+
+
 class FleetConfig(_Section, frozen=True, kw_only=True):
     """Settings of `fedspine-edge server`."""
 

@@ -16,16 +16,15 @@ from typing import Any
 
 import msgspec
 
-from fedspine_edge.config import DataSettings, Task, TrainingSettings, convert
+from fedspine_edge.config import DataSettings, OptimizerSettings, Task, TrainingSettings, convert
 from fedspine_edge.data.loading import Data, read
-from fedspine_edge.device.cost_meter import pass_flops
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.kernels.native import MAX_RANK
 from fedspine_edge.model.checkpoint import load_tokenizer
+from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout, check_ratio
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.protocol.messages import Training
 from fedspine_edge.pruning.importance import Criterion, Metric
 from fedspine_edge.pruning.latency import Latency, measure_latency
 from fedspine_edge.pruning.preview import PruningPlan
@@ -361,8 +360,8 @@ class EdgeTuner:
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
         settings = self._settings
-        names = set(Training.__struct_fields__) & set(settings.__struct_fields__)
-        training = Training(total_steps=max(1, steps), **{name: getattr(settings, name) for name in names})
+        names = set(OptimizerSettings.__struct_fields__) & set(settings.__struct_fields__)
+        training = OptimizerSettings(total_steps=max(1, steps), **{name: getattr(settings, name) for name in names})
         return Trainer(
             self.model,
             train,

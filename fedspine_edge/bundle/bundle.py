@@ -29,21 +29,11 @@ from msgspec import Meta
 
 from fedspine_edge.bundle.metrics import Accuracy, Quantization, Record, Verification
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
+from fedspine_edge.files import sha256_of_file
 
 FORMAT_VERSION = 2
 MANIFEST, MODEL, PLAN, TIMINGS = "bundle.json", "model.onnx", "engine.plan", "timing.cache"
 ADAPTER = "adapter.safetensors"
-TOKENIZER = "tokenizer.json"
-TOKENIZER_FILES = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 MAX_MANIFEST_BYTES = 4 * 1024**2
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
@@ -317,18 +307,9 @@ def damage_of(path: Path, entry: FileEntry) -> str:
         return "is missing"
     if path.stat().st_size != entry.size_bytes:
         return f"has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-    if hash_file(path) != entry.sha256:
+    if sha256_of_file(path) != entry.sha256:
         return "was altered: its sha256 is not the one in bundle.json"
     return ""
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def digest_of(manifest: Manifest) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from fedspine_edge.bundle.bundle import MANIFEST, FileEntry, Manifest, digest_of, hash_file, is_bundle
+from fedspine_edge.bundle.bundle import MANIFEST, FileEntry, Manifest, digest_of, is_bundle
 from fedspine_edge.errors import ConfigError, DeployError, FedspineError
+from fedspine_edge.files import sha256_of_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
@@ -79,7 +80,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
             continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = FileEntry(size_bytes=path.stat().st_size, sha256=hash_file(path))
+        files[path.name] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
     manifest = msgspec.structs.replace(manifest, files=files)
     manifest = msgspec.structs.replace(manifest, digest=digest_of(manifest))
     with (folder / MANIFEST).open("wb") as file:

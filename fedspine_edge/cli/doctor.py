@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fedspine_edge import __version__
 from fedspine_edge.diagnostics import system
 from fedspine_edge.diagnostics.check import Check
 from fedspine_edge.diagnostics.probes import PROBES, on_jetson
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.version import __version__
 
 EXAMPLE = """fedspine-edge doctor --role device --broker broker.local:1883
   fedspine-edge doctor --config device.toml"""

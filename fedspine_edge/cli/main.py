@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fedspine_edge import __version__
 from fedspine_edge.errors import FedspineError, MissingDependency
+from fedspine_edge.version import __version__
 
 log = logging.getLogger("fedspine_edge.cli")
 

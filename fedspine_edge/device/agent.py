@@ -18,7 +18,7 @@ from fedspine_edge.config import DeviceConfig
 from fedspine_edge.data.examples import split
 from fedspine_edge.data.loading import read
 from fedspine_edge.device.adapter_download import Fetch
-from fedspine_edge.device.cost_meter import Meter, PeakMemory
+from fedspine_edge.device.cost_meter import Meter
 from fedspine_edge.device.device_state import DEVICE, Outcome, Record, Standing
 from fedspine_edge.device.failure_report import failure_report
 from fedspine_edge.device.message_queue import Inbox, Superseded
@@ -29,10 +29,12 @@ from fedspine_edge.errors import BlobError, MessageError, TransportError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
 from fedspine_edge.protocol.rank_slices import join
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
 from fedspine_edge.training.base_model import ModelSource, choose_torch_device
+from fedspine_edge.training.peak_memory import PeakMemory
 from fedspine_edge.training.state_dir import StateDamaged, StateDir, Tensors
 from fedspine_edge.training.tokenization import Texts, Tokenised
 from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Transport, Will
@@ -93,6 +95,7 @@ class FleetDevice:
         examples = read(config.data.path, config.data, config.task)
         self._train, self._holdout = split(examples, config.data.holdout, config.seed, where=config.data.path)
         self._state = StateDir(config.state_dir)
+        self._blobs = BlobStore(self._state.folder / "blobs")
         try:
             self._source = ModelSource(
                 config.model,
@@ -110,8 +113,8 @@ class FleetDevice:
             self._examples.at(self._longest_tokens)  # what does not fit the model is told now, not in a round
             self._record = Record.load(self._state, config, self._spec)
             self._retry_at = None if self._record.acked else self._clock.now()
-            self._outbox = Outbox(self._transport, self._topics, config.device_id, self._state.blobs)
-            self._fetch = Fetch(self._transport, self._topics, self._state.download)
+            self._outbox = Outbox(self._transport, self._topics, config.device_id, self._blobs)
+            self._fetch = Fetch(self._transport, self._topics, self._state.folder / "download")
             will = Will(self._topics.status(config.device_id), codec.encode(self._status("offline")))
             self._transport.connect(timeout_s=min(FIRST_CONNECT_TIMEOUT_S, config.reconnect_timeout_s), will=will)
             self._transport.subscribe(*self._topics.device_filters(config.device_id))
@@ -328,7 +331,7 @@ class FleetDevice:
         state = self._state_dir
         self._clock.spend(0.0 if report.time_kind == "measured" else report.completion_time_s)
         if outcome is not None:
-            state.blobs.put(outcome.update)
+            self._blobs.put(outcome.update)
             self._record.standing = outcome.standing
             losses = ("none" if x is None else f"{x:.4f}" for x in (report.loss_before, report.loss_after))
             log.info(
@@ -339,7 +342,7 @@ class FleetDevice:
         self._record.report, self._record.acked = report, False
         self._record.save(state, self.config)
         state.remove(ROUND)
-        state.blobs.prune([] if report.update is None else [report.update.sha256])
+        self._blobs.prune([] if report.update is None else [report.update.sha256])
         self._fetch.discard()
         self._drop_plan()
         if outcome is not None:

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import math
 import random
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fedspine_edge.clock import Clock
 from fedspine_edge.config import DeviceConfig, SimulatedSettings
-from fedspine_edge.model.layout import Layout, module_names, prunable_parameters
 
 TimeKind = Literal["measured", "modelled", "simulated"]
 
@@ -164,64 +160,3 @@ class Meter:
         self._simulated_s = float(data["simulated_s"])
         self.bytes_up = int(data["bytes_up"])
         self.bytes_down = int(data["bytes_down"])
-
-
-def pass_flops(layout: Layout, r: int, batch: int, length: int, *, backward: bool, scored: bool = False) -> float:
-    """FLOPs of one pass over a padded batch (batch, length), from the layout's widths.
-
-    Forward: 2 per kept weight and token, the attention products, and the adapters. Backward through frozen weights
-    computes no weight gradients: as much as forward, plus twice the adapters. Scoring: the rank-2r product of
-    every module's Ghat, 4·r per weight, once per step.
-    """
-    spec, tokens = layout.spec, batch * length
-    weights = prunable_parameters(spec) - layout.removed_parameters
-    query_width = spec.num_heads // spec.num_kv_heads * spec.head_dim
-    attention = sum(4.0 * tokens * length * heads * query_width for heads, _ in layout.counts)
-    factors = sum(layout.rows(name).size + layout.cols(name).size for name in module_names(spec)) * r
-    forward = 2.0 * tokens * weights + attention
-    adapters = 2.0 * tokens * factors
-    total = forward + adapters
-    if backward:
-        total += forward + 2 * adapters
-    if scored:
-        total += 4.0 * r * weights
-    return total
-
-
-def output_flops(vocabulary: int, hidden_size: int, targets: int, *, backward: bool) -> float:
-    """FLOPs of a language model's logits, which are formed for `targets` predicted tokens alone, and their gradient."""
-    return 2.0 * targets * vocabulary * hidden_size * (2 if backward else 1)
-
-
-class PeakMemory:
-    """Peak memory of a stretch of work: CUDA's allocator on a GPU, else the process's resident set.
-
-    Linux can restart the resident peak (`/proc/self/clear_refs`); where that is not permitted, the peak is the
-    one since the process began.
-    """
-
-    def __init__(self, torch_device: str) -> None:
-        self._cuda = torch_device.startswith("cuda")
-
-    def reset(self) -> None:
-        """Begin a new stretch."""
-        if self._cuda:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-            return
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def read(self) -> int:
-        """Bytes at the highest point since `reset`."""
-        if self._cuda:
-            import torch
-
-            return int(torch.cuda.max_memory_allocated())
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -9,7 +9,8 @@ import msgspec
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import LayoutError
 from fedspine_edge.model.layout import Layout, Order
-from fedspine_edge.protocol.messages import ModelSpec, Report
+from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.messages import Report
 from fedspine_edge.training.state_dir import (
     Document,
     StateDir,

@@ -15,22 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.cost_meter import Meter, PeakMemory
+from fedspine_edge.device.cost_meter import Meter
 from fedspine_edge.device.device_state import Outcome, Standing
 from fedspine_edge.device.privacy import protect
 from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import Layout, Order, full_shape, module_names, split_name, target_counts
 from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.chunks import ref_of
 from fedspine_edge.protocol.codec import check_tensors, pack
-from fedspine_edge.protocol.messages import ModelSpec, Plan, Report
+from fedspine_edge.protocol.messages import Plan, Report
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.selection import GroupScores, plan_local
 from fedspine_edge.training.base_model import ModelSource
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import fitting_micro_batch
+from fedspine_edge.training.peak_memory import PeakMemory
 from fedspine_edge.training.state_dir import (
     Document,
     StateDir,

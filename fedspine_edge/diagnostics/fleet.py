@@ -16,6 +16,7 @@ from pathlib import Path
 from fedspine_edge.config import BrokerSettings, DeviceConfig, FleetConfig, load
 from fedspine_edge.diagnostics.check import Check, line_of
 from fedspine_edge.errors import BrokerUnreachable, FedspineError
+from fedspine_edge.files import TOKENIZER_VOCABULARIES
 from fedspine_edge.transport.credentials import explain
 
 CONNECT_TIMEOUT_S = 5.0
@@ -23,14 +24,6 @@ REFUSAL_TIMEOUT_S = 1.0
 """How long a broker is given to refuse a message. One that agrees says so sooner, but the transport does not tell."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 def broker_check(address: str) -> Iterator[Check]:
@@ -136,7 +129,11 @@ def _model(name: str) -> Check:
             detail = f"{name} is no folder here; the device takes it for a hub id and fetches it when it starts"
             return Check("model", "warn", detail, "correct model, or copy the folder here, if that is not meant")
         return Check("model", "failed", f"model folder {folder} does not exist", "correct model in the config file")
-    wanted = {"config.json": ("config.json",), "*.safetensors": ("*.safetensors",), "a tokenizer": _TOKENIZERS}
+    wanted = {
+        "config.json": ("config.json",),
+        "*.safetensors": ("*.safetensors",),
+        "a tokenizer": TOKENIZER_VOCABULARIES,
+    }
     lacking = [what for what, patterns in wanted.items() if not any(any(folder.glob(p)) for p in patterns)]
     if lacking:
         detail = f"{folder} lacks {', '.join(lacking)}"

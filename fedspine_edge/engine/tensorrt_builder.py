@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedspine_edge.bundle.bundle import EngineInfo, Profile, TensorInfo
+from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.engine.build_errors import parser_errors, translate
+from fedspine_edge.engine.cuda_driver import DeviceInfo
 from fedspine_edge.errors import EngineBuildError
-from fedspine_edge.runtime import tensorrt_api
-from fedspine_edge.runtime.cuda import DeviceInfo
 
 OnStep = Callable[[str, float], None]
 """Called with what the builder does and the share of the work done, 0 to 1."""

@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import msgspec
+
 from fedspine_edge.bundle.archive import check_archive_target, is_archive, pack
-from fedspine_edge.bundle.bundle import Precision, Profile, is_bundle, rebuild_command
+from fedspine_edge.bundle.bundle import Manifest, Precision, Profile, is_bundle, rebuild_command
 from fedspine_edge.bundle.publish import check_target, seal, staging
 from fedspine_edge.data.loading import Data
-from fedspine_edge.engine.engine_build import (
+from fedspine_edge.engine.tensorrt_builder import OnStep
+from fedspine_edge.errors import ConfigError
+from fedspine_edge.export.calibration import profile_of, read_data
+from fedspine_edge.runtime.engine_build import (
     BACKENDS,
     BackendChoice,
     EngineRequest,
@@ -24,10 +29,7 @@ from fedspine_edge.engine.engine_build import (
     add_engine,
     choose_backend,
     copy_bundle,
-    with_profile_of,
 )
-from fedspine_edge.engine.tensorrt_builder import OnStep
-from fedspine_edge.errors import ConfigError
 
 Lora = Literal["merge", "inputs"]
 
@@ -127,7 +129,7 @@ def compile_engine(
         if from_bundle:
             manifest = copy_bundle(folder, draft, precision, labels)
             if calibrate is not None:
-                manifest = with_profile_of(calibrate, draft, manifest)
+                manifest = _with_profile_of(calibrate, draft, manifest)
         else:
             from fedspine_edge.export.export_bundle import draft_model
 
@@ -145,3 +147,17 @@ def compile_engine(
         seal(draft, manifest)
         report(f"writing {out}")
     return out
+
+
+def _with_profile_of(examples: Data, draft: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the profile that the user's examples ask for."""
+    data = read_data(
+        examples,
+        draft,
+        task=manifest.task,
+        num_labels=max(2, len(manifest.labels)),
+        inputs=manifest.inputs,
+        max_tokens=manifest.max_tokens,
+        pad_token_id=manifest.pad_token_id,
+    )
+    return msgspec.structs.replace(manifest, default_profile=profile_of(data.lengths, manifest.max_tokens))

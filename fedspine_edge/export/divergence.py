@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.export.mixed_precision import tensor_types
-from fedspine_edge.runtime.bf16_emulation import widened
+from fedspine_edge.runtime.bf16_emulation import tensor_types, widened
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 if TYPE_CHECKING:

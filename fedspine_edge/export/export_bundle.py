@@ -8,26 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedspine_edge.bundle.bundle import (
-    ADAPTER,
-    MODEL,
-    TOKENIZER,
-    TOKENIZER_FILES,
-    LayerWidths,
-    Manifest,
-    Precision,
-    producer_versions,
-)
+from fedspine_edge.bundle.bundle import ADAPTER, MODEL, LayerWidths, Manifest, Precision, producer_versions
 from fedspine_edge.bundle.metrics import Accuracy, Quantization, Verification
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.loading import Data, read
-from fedspine_edge.engine.calibration import UserData, measure, profile_of, read_data, require_tokenizer
+from fedspine_edge.engine.tensorrt_api import opset_for
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.export.calibration import UserData, measure, profile_of, read_data, require_tokenizer
 from fedspine_edge.export.onnx_export import Exported, export_onnx, load_folder, merged_module, quantized
 from fedspine_edge.export.quantization import QUANTIZED
 from fedspine_edge.export.verification import run_torch, verify_adapters, verify_cache, verify_onnx
+from fedspine_edge.files import TOKENIZER, TOKENIZER_FILES
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
-from fedspine_edge.runtime.tensorrt_api import opset_for
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,8 +15,8 @@ from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.loading import load_base
 from fedspine_edge.model.prunable import PrunableModel
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.codec import digest
-from fedspine_edge.protocol.messages import ModelSpec
 
 
 def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> PrunableModel:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedspine_edge.errors import DeployError
+from fedspine_edge.runtime.bf16_emulation import tensor_types
 
 Kind = Literal["fp16", "bf16"]
 LARGEST: dict[Kind, float] = {"fp16": 65504.0, "bf16": 3.3895e38}
@@ -31,38 +32,6 @@ _NORM_TAIL = frozenset({"Add", "Sqrt", "Div", "Reciprocal", "Mul"})
 def to_half(model: Any, kind: Kind = "fp16") -> None:
     """Converts an `onnx.ModelProto` in place. Raises `DeployError` for a graph with nested graphs."""
     _Converter(model, kind).convert()
-
-
-def tensor_types(model: Any) -> dict[str, int]:
-    """ONNX element type of every tensor, found by shape inference on a copy without the weights.
-
-    Raises `DeployError`, naming the tensor, where a type cannot be inferred.
-    """
-    import onnx
-
-    skeleton = onnx.ModelProto()
-    skeleton.ir_version = model.ir_version
-    skeleton.opset_import.extend(model.opset_import)
-    graph = skeleton.graph
-    graph.name = "skeleton"
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT64:
-            graph.initializer.append(tensor)  # shapes: small, and needed to infer others
-        else:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    inferred = onnx.shape_inference.infer_shapes(skeleton).graph
-    every = (*inferred.input, *inferred.output, *inferred.value_info, *graph.initializer)
-    types = {
-        info.name: info.data_type if isinstance(info, onnx.TensorProto) else info.type.tensor_type.elem_type
-        for info in every
-    }
-    unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
-    if unknown:
-        raise DeployError(f"The type of the tensor {unknown[0]!r} cannot be inferred, which 16-bit precisions need.")
-    return types
 
 
 def bfloat16_bits(value: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -185,10 +185,11 @@ def load_folder(folder: Path) -> PrunableModel:
 
     Raises `DeployError` for a bare backbone, whose task head would be random.
     """
+    from fedspine_edge.files import LAYOUT
     from fedspine_edge.model.checkpoint import load_model
-    from fedspine_edge.model.loading import LOAD_FAILURES, MANIFEST, load_base, require_transformers
+    from fedspine_edge.model.loading import LOAD_FAILURES, load_base, require_transformers
 
-    if not (folder / "config.json").is_file() or (folder / MANIFEST).is_file():
+    if not (folder / "config.json").is_file() or (folder / LAYOUT).is_file():
         return load_model(folder)  # also says what is missing where there is no model at all
     transformers = require_transformers()
     try:

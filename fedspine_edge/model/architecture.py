@@ -13,7 +13,7 @@ from torch import nn
 from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError, UnknownArchitecture
 from fedspine_edge.model.layout import Layout, Part, split_name
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
+from fedspine_edge.files import LAYOUT, TOKENIZER_FILES, WEIGHTS
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import from_files, take_apart, to_files
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.loading import (
     LOAD_FAILURES,
-    MANIFEST,
     auto_class,
     load_base,
     load_tokenizer,
@@ -39,7 +39,7 @@ from fedspine_edge.model.loading import (
     require_transformers,
 )
 from fedspine_edge.model.lora import plain_linear
-from fedspine_edge.model.manifest import WEIGHTS, Manifest, read_manifest
+from fedspine_edge.model.manifest import Manifest, read_manifest
 from fedspine_edge.model.model_card import model_card
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.weight_files import base_digest, check_finite, file_sha256, read_tensors
@@ -48,19 +48,6 @@ __all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer
 
 _ROOM = "Check space and permissions, or choose another folder."
 _TOGETHER = "The files of a saved folder belong together; copy the whole folder again."
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 def save(
@@ -97,7 +84,7 @@ def check_target(folder: str | Path, *, room_bytes: int = 0) -> Path:
     read-only or full.
     """
     target = Path(folder).expanduser().absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists()):
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / LAYOUT).exists()):
         raise CheckpointError(
             f"{target} exists and is not a model saved by this package; nothing was written.",
             remedy="Choose a new or empty folder.",
@@ -131,7 +118,7 @@ def load_model(folder: str | Path) -> PrunableModel:
     try:
         layout = Layout.from_dict(manifest.spec, {"heads": manifest.heads, "channels": manifest.channels})
     except LayoutError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: {error.message}", remedy=_TOGETHER) from error
+        raise CheckpointError(f"{folder / LAYOUT}: {error.message}", remedy=_TOGETHER) from error
     architecture = architecture_of(manifest.spec.family)
     with quiet(transformers):
         try:
@@ -186,7 +173,7 @@ def _fill(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
         unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not have the widths of {MANIFEST}: {error}.", remedy=_TOGETHER
+            f"{folder / WEIGHTS} does not have the widths of {LAYOUT}: {error}.", remedy=_TOGETHER
         ) from error
     module.tie_weights()
     missing = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
@@ -234,7 +221,7 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
         trained_steps=model.trained_steps,
         sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir())},
     )
-    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    (folder / LAYOUT).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     (folder / "README.md").write_text(model_card(manifest, metrics), encoding="utf-8")
 
 
@@ -268,7 +255,7 @@ def _write_tokenizer(model: PrunableModel, folder: Path) -> None:
 
 def _swap(staging: Path, target: Path) -> None:
     """Put `staging` in the place of `target`; the old folder is removed only after the new one is there."""
-    readable = (staging / MANIFEST).stat().st_mode
+    readable = (staging / LAYOUT).stat().st_mode
     for file in staging.iterdir():
         file.chmod(readable)  # safetensors writes for the owner alone; a service may run as someone else
         with file.open("rb") as handle:

@@ -8,7 +8,7 @@ from fedspine_edge.errors import ModelError
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import take_apart
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 
 
 def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.errors import ConfigError, LayoutError
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 
 Indices = npt.NDArray[np.int64]
 Part = Literal["q", "k", "v", "o", "up", "gate", "down"]

@@ -22,6 +22,7 @@ from torch import nn
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
+from fedspine_edge.files import LAYOUT, TOKENIZER_VOCABULARIES
 from fedspine_edge.model.architecture import Architecture
 from fedspine_edge.model.derive_spec import model_spec
 from fedspine_edge.model.deterministic_init import uniform
@@ -31,7 +32,6 @@ from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.weight_files import base_digest, check_finite, check_readable, weight_files
 
-MANIFEST = "layout.json"
 LOAD_FAILURES = (
     OSError,
     ValueError,
@@ -81,7 +81,7 @@ def load_base(
     """
     transformers = require_transformers()
     folder, gguf_file = resolve(path_or_id, gguf_file)
-    if (folder / MANIFEST).exists():
+    if (folder / LAYOUT).exists():
         raise CheckpointError(
             f"{folder} holds a model saved by this package, not a plain one.", remedy="Read it with load_model(folder)."
         )
@@ -161,8 +161,7 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padd
     """
     transformers = require_transformers()
     folder, gguf_file = resolve(path_or_id, gguf_file)
-    files = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-    if gguf_file is None and not any((folder / name).exists() for name in files):
+    if gguf_file is None and not any((folder / name).exists() for name in TOKENIZER_VOCABULARIES):
         raise CheckpointError(
             f"{folder} has no tokenizer.",
             remedy="Copy tokenizer.json and tokenizer_config.json of the base model into it.",

@@ -9,11 +9,9 @@ import msgspec
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.files import LAYOUT, WEIGHTS
 from fedspine_edge.model import peft_format
-from fedspine_edge.model.loading import MANIFEST
-from fedspine_edge.protocol.messages import ModelSpec, Sha256
-
-WEIGHTS = "model.safetensors"
+from fedspine_edge.model.spec import ModelSpec, Sha256
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,10 +47,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}.", remedy="Give a folder that `tune` or `export` wrote.")
-    path = folder / MANIFEST
+    path = folder / LAYOUT
     if not path.exists():
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}: it was not saved by this package.",
+            f"{folder} has no {LAYOUT}: it was not saved by this package.",
             remedy="Give a folder that `tune` or `export` wrote; load_base(folder) loads a plain Hugging Face one.",
         )
     try:

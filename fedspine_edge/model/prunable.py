@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,7 @@ from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positio
 from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
 from fedspine_edge.model.pooled_token import READING_PARTS, Reading, read_positions, recomputation
 from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
-from fedspine_edge.protocol.messages import ModelSpec
-
-if TYPE_CHECKING:
-    from fedspine_edge.pruning.importance import ImportanceTracker
+from fedspine_edge.model.spec import ModelSpec
 
 PACKED = (".codes", ".scales", ".group_of_col")
 """Ends of the names of a quantised weight's tensors."""
@@ -36,6 +33,13 @@ PACKED = (".codes", ".scales", ".group_of_col")
 
 LOGITS_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "labels"}
 """Arguments of a call that ask for nothing but loss and logits."""
+
+
+class FollowsCompaction(Protocol):
+    """State aligned with the kept groups, such as an importance tracker, that shrinks with the model."""
+
+    def compact(self, old: Layout, new: Layout) -> None:
+        """Keep what belongs to the groups of `new`, which is within `old`."""
 
 
 class PrunableModel:
@@ -263,7 +267,7 @@ class PrunableModel:
         layout: Layout,
         *,
         optimizer: torch.optim.Optimizer | None = None,
-        importance: ImportanceTracker | None = None,
+        importance: FollowsCompaction | None = None,
     ) -> None:
         """Shrink weights, biases, adapters, gradients, optimizer moments and importance to `layout`.
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.files import sha256_of_file
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -94,16 +95,12 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def file_sha256(path: Path) -> str:
     """Hash of a file, read in pieces. Raises `CheckpointError` if it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        return sha256_of_file(path)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}.", remedy="Copy the model folder again, with all its files."
         ) from error
-    return digest.hexdigest()
 
 
 def check_finite(module: nn.Module, where: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedspine_edge.bandit.reward import TERMS
+from fedspine_edge.files import write_text_atomically
 from fedspine_edge.server.journal.schema import DeviceView
 
 COLUMNS: Mapping[str, str] = {
@@ -53,10 +54,9 @@ def flat(rows: Iterable[DeviceView]) -> list[dict[str, Any]]:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write all of it or nothing, since others may be reading; what a row lacks is left empty. Returns the path."""
-    temp = path.with_name(path.name + ".tmp")
-    with temp.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temp, path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomically(path, table.getvalue())
     return path

@@ -5,12 +5,12 @@ Reads rows and measured figures only; a number that was not measured is not prin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedspine_edge.errors import MissingDependency
+from fedspine_edge.files import write_text_atomically
 from fedspine_edge.monitoring import charts
 from fedspine_edge.monitoring.run_view import by_round
 from fedspine_edge.server.journal.schema import DeviceView
@@ -52,9 +52,7 @@ def write_report(
         rows=rows,
         figures=sorted(summary.items()),
     )
-    temp = path.with_name(path.name + ".tmp")
-    temp.write_text(page, encoding="utf-8")
-    os.replace(temp, path)
+    write_text_atomically(path, page)
     return path
 
 

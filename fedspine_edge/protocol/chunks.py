@@ -5,14 +5,13 @@ A chunk is trusted only as far as its place and length; the whole is trusted onc
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fedspine_edge.errors import BlobError
+from fedspine_edge.files import write_atomically
 from fedspine_edge.protocol.codec import digest
 from fedspine_edge.protocol.messages import CHUNK_BYTES, MAX_BLOB_BYTES, BlobRef
 
@@ -205,24 +204,3 @@ class BlobStore:
 def _check_index(ref: BlobRef, index: int) -> None:
     if not 0 <= index < ref.num_chunks:
         raise BlobError(f"blob {ref.sha256[:12]} has {ref.num_chunks} chunks; there is no chunk {index}.")
-
-
-def write_atomically(path: Path, data: bytes, *, sync: bool) -> None:
-    """Write beside `path`, then rename over it; with `sync` both are on the disk on return."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if sync:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

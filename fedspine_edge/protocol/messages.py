@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from fedspine_edge.config import Task
+from fedspine_edge.config import OptimizerSettings, Task
+from fedspine_edge.model.spec import ModelSpec, Positive, Sha256
 
 SCHEMA = 1
 CHUNK_BYTES = 96 * 1024
@@ -21,10 +22,8 @@ MAX_BLOB_BYTES = 2 * 1024**3
 """Sanity cap checked before anything is allocated for an announced blob."""
 
 DeviceId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,28 +42,6 @@ class BlobRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def num_chunks(self) -> int:
         return -(-self.size_bytes // self.chunk_bytes)
-
-
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The numbers that define a model's prunable groups; enough for the server to plan without torch.
-
-    Canonical linear names are `layers.{i}.{part}` with parts q, k, v, o, up, down and, for gated FFNs, gate.
-    """
-
-    family: str
-    num_layers: Positive
-    hidden_size: Positive
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-    intermediate_size: Positive
-    gated_ffn: bool
-    attention_bias: bool
-    ffn_bias: bool
-    num_parameters: Positive
-    """All parameters of the unpruned model, task head included, adapters excluded."""
-    base_sha256: Sha256
-    """Digest of the frozen base weights; devices with another base cannot join."""
 
 
 class Status(Message, frozen=True, kw_only=True):
@@ -87,24 +64,6 @@ class Status(Message, frozen=True, kw_only=True):
     pruning_ratio: Ratio = 0.0
     """What the device has already removed (a device that comes back, or a late joiner)."""
     version: str = ""
-
-
-class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Optimisation settings that come with the plan, the same for every device of the fleet."""
-
-    learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-3
-    batch_size: Positive = 8
-    max_length_tokens: Positive = 48
-    warmup_share: Ratio = 0.1
-    """Share of a round's steps over which the learning rate rises linearly, since moments start at zero."""
-    max_grad_norm: Annotated[float, Meta(gt=0.0)] = 1.0
-    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
-    first_step: Count = 0
-    """Steps taken before this round."""
-    total_steps: Positive = 1
-    """Steps of the whole run, at whose end the learning rate reaches zero."""
-    decay_from_step: Count = 0
-    """Step of the run at which the learning rate begins its cosine; before it stays at its peak."""
 
 
 class Plan(Message, frozen=True, kw_only=True):
@@ -133,7 +92,7 @@ class Plan(Message, frozen=True, kw_only=True):
     seed: Count = 0
     adapter: Annotated[tuple[BlobRef, ...], Meta(max_length=64)] = ()
     """What the round starts from: task head, consensus order and the bands of the fleet's adapter up to rank r."""
-    training: Training = Training()
+    training: OptimizerSettings = OptimizerSettings()
     reason: str = ""
     """Why a device that is refused has to wait, and what to do."""
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedspine_edge.errors import BlobError, LayoutError
 from fedspine_edge.model.layout import Layout, full_shape, module_names, split_name
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 
 Tensors = dict[str, npt.NDArray[Any]]
 

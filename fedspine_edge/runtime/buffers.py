@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.bundle.bundle import TensorInfo
+from fedspine_edge.engine.cuda_driver import Bytes, Cuda
 from fedspine_edge.errors import DeployError
-from fedspine_edge.runtime.cuda import Bytes, Cuda
 
 Array = npt.NDArray[Any]
 

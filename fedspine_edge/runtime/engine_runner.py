@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.bundle.bundle import EngineInfo, TensorInfo
+from fedspine_edge.engine.cuda_driver import Cuda
+from fedspine_edge.engine.tensorrt_api import Backend, OpenEngine, open_engine
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
 from fedspine_edge.runtime.buffers import KvCache, Part
-from fedspine_edge.runtime.cuda import Cuda
 from fedspine_edge.runtime.execution import Job, Lane
 from fedspine_edge.runtime.onnxruntime_runner import past_name
-from fedspine_edge.runtime.tensorrt_api import Backend, OpenEngine, open_engine
 
 Array = npt.NDArray[Any]
 

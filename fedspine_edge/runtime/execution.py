@@ -19,10 +19,10 @@ from typing import Any
 import numpy.typing as npt
 
 from fedspine_edge.bundle.bundle import TensorInfo
+from fedspine_edge.engine.cuda_driver import Cuda
+from fedspine_edge.engine.tensorrt_api import OpenEngine
 from fedspine_edge.errors import DeployError
 from fedspine_edge.runtime.buffers import Buffer, Part, Resident
-from fedspine_edge.runtime.cuda import Cuda
-from fedspine_edge.runtime.tensorrt_api import OpenEngine
 
 Array = npt.NDArray[Any]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fedspine_edge.bundle.archive import pack
 from fedspine_edge.bundle.bundle import PLAN, TIMINGS, Bundle, damage_of, load_bundle, rebuild_command
-from fedspine_edge.engine.engine_build import BackendChoice, rebuild_engine
+from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.errors import EngineBuildError, EngineIncompatible, FedspineError, MissingDependency
-from fedspine_edge.runtime import cuda, tensorrt_api
+from fedspine_edge.runtime.engine_build import BackendChoice, rebuild_engine
 from fedspine_edge.runtime.engine_runner import EngineRunner
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner, Runner
 
@@ -106,16 +106,17 @@ def _on_engine(bundle: Bundle, wanted: str) -> Opened:
             f"{bundle.folder} holds an engine for {info.backend}, not for {wanted}.",
             remedy=f"Build one with: {rebuild} --backend {wanted}",
         )
-    backend, device = tensorrt_api.find_backend(info.backend), cuda.device_info()
+    backend, device = tensorrt_api.find_backend(info.backend), cuda_driver.device_info()
     if device is None:
         # To build anew would not help: say what is missing.
         raise EngineIncompatible(
-            f"The engine cannot be used here: this machine has no GPU that CUDA can see ({cuda.why_no_device()}).",
+            "The engine cannot be used here: this machine has no GPU that CUDA can see "
+            f"({cuda_driver.why_no_device()}).",
             remedy="Install or load the NVIDIA driver (a Jetson has it from JetPack) and check with fedspine-edge "
             "doctor, or load with `backend` onnxruntime.",
         )
     tensorrt_api.check_engine(info, backend, device, rebuild)
-    driver = cuda.open_cuda()
+    driver = cuda_driver.open_cuda()
     runner = EngineRunner(
         bundle.plan_path.read_bytes(),
         info,

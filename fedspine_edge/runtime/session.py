@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from fedspine_edge.bundle.archive import is_archive, unpack
 from fedspine_edge.bundle.bundle import Manifest
-from fedspine_edge.engine.engine_build import BACKENDS, BackendChoice
 from fedspine_edge.errors import ConfigError, DeployError
 from fedspine_edge.runtime import classification
 from fedspine_edge.runtime.adapters import bundled_adapter, read_adapter
 from fedspine_edge.runtime.classification import Prediction, WordLabel
+from fedspine_edge.runtime.engine_build import BACKENDS, BackendChoice
 from fedspine_edge.runtime.generation import Generation, Sampling, generate, pieces
 from fedspine_edge.runtime.inputs import checked_tokens, random_tokens
 from fedspine_edge.runtime.latency import (

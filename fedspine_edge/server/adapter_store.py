@@ -9,9 +9,10 @@ import msgspec
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, union
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.chunks import BlobStore, ref_of
 from fedspine_edge.protocol.codec import Tensor, pack, unpack
-from fedspine_edge.protocol.messages import BlobRef, ModelSpec, Plan
+from fedspine_edge.protocol.messages import BlobRef, Plan
 from fedspine_edge.protocol.rank_slices import cut, starts
 from fedspine_edge.server.aggregate_round import initial_tensors, order_of
 from fedspine_edge.server.journal.writer import Journal

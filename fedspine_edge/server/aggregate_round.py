@@ -16,8 +16,9 @@ from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Indices, Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.codec import Tensor
-from fedspine_edge.protocol.messages import ModelSpec, Report
+from fedspine_edge.protocol.messages import Report
 from fedspine_edge.pruning.selection import Scope
 from fedspine_edge.server.update_validation import KINDS, Update
 

@@ -9,7 +9,8 @@ import msgspec
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.protocol.messages import ModelSpec, Status
+from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.messages import Status
 
 
 @dataclass

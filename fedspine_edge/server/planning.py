@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fedspine_edge.config import FleetConfig
+from fedspine_edge.config import FleetConfig, OptimizerSettings
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import BlobRef, Plan, Status, Training
+from fedspine_edge.protocol.messages import BlobRef, Plan, Status
 from fedspine_edge.server.adapter_store import needed
 from fedspine_edge.server.journal.schema import RunState
 from fedspine_edge.strategies import Assignment, DeviceInfo
@@ -64,7 +64,7 @@ def round_plan(
         deadline_s=config.deadline_s,
         seed=config.seed,
         adapter=needed(bands, config, assignment.r),
-        training=Training(
+        training=OptimizerSettings(
             learning_rate=training.learning_rate,
             batch_size=training.batch_size,
             max_length_tokens=training.max_length_tokens,

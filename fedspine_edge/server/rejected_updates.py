@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from fedspine_edge.files import write_atomically
 from fedspine_edge.protocol.codec import digest
 from fedspine_edge.protocol.messages import Report
 
@@ -29,17 +29,11 @@ class Rejected:
         self.folder.mkdir(parents=True, exist_ok=True)
         stem = f"{report.server_round:05d}-{attempt:02d}-{report.device_id}-{digest(data)[:12]}"
         path = self.folder / f"{stem}.safetensors"
-        _replace(path, data)
+        write_atomically(path, data, sync=False)
         note = {"reason": reason, "device_id": report.device_id, "server_round": report.server_round, "r": report.r}
-        _replace(path.with_suffix(".json"), json.dumps(note, indent=2).encode())
+        write_atomically(path.with_suffix(".json"), json.dumps(note, indent=2).encode(), sync=False)
         oldest_first = sorted(self.folder.glob("*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))
         for old in oldest_first[: -self._keep]:
             old.unlink(missing_ok=True)
             old.with_suffix(".json").unlink(missing_ok=True)
         return path
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

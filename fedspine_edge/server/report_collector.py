@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from fedspine_edge.errors import BlobError, UpdateRejected
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.chunks import BlobStore, Download
 from fedspine_edge.protocol.codec import Tensor, unpack
-from fedspine_edge.protocol.messages import Ack, ModelSpec, Plan, Report
+from fedspine_edge.protocol.messages import Ack, Plan, Report
 from fedspine_edge.server.journal.schema import PlanRow, ReportRow
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.server.rejected_updates import Rejected

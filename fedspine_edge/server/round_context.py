@@ -9,9 +9,10 @@ import msgspec
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.codec import Tensor, unpack
-from fedspine_edge.protocol.messages import ModelSpec, Plan, Report
+from fedspine_edge.protocol.messages import Plan, Report
 from fedspine_edge.server import round_results
 from fedspine_edge.server.aggregate_round import order_of
 from fedspine_edge.server.journal.writer import Journal

@@ -26,8 +26,9 @@ from fedspine_edge.model.layout import (
     prunable_parameters,
     target_counts,
 )
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.codec import Tensor, check_tensors
-from fedspine_edge.protocol.messages import ModelSpec, Plan, Report
+from fedspine_edge.protocol.messages import Plan, Report
 
 KINDS = ("heads", "channels")
 HeadShapes = Mapping[str, tuple[int, ...]]

@@ -10,10 +10,11 @@ import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, FleetConfig
-from fedspine_edge.device.cost_meter import Conditions, Meter, pass_flops
+from fedspine_edge.device.cost_meter import Conditions, Meter
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout, module_names, target_counts
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 
 _EVALUATION_BATCH = 32
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fedspine_edge.bandit.pruning_schedule import Envelope, spread_by_speed
 from fedspine_edge.config import DeviceConfig, FleetConfig
 from fedspine_edge.device.cost_meter import conditions
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.simulation.cost_model import round_cost_s
 from fedspine_edge.strategies.base import envelope
 

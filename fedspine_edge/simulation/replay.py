@@ -25,10 +25,11 @@ from fedspine_edge.device.cost_meter import Meter, conditions
 from fedspine_edge.device.round import order_of
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, module_names, target_counts
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import Download, split
-from fedspine_edge.protocol.messages import Ack, ModelSpec, Plan, Report, Status
+from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
 from fedspine_edge.protocol.rank_slices import Tensors, join
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
 from fedspine_edge.simulation.cost_model import MINILM, SMALL, costed, factor_elements, work

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import msgspec
 
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.files import write_text_atomically
 from fedspine_edge.server.journal.reader import FILE as JOURNAL
 
 FILE = "simulated.json"
@@ -33,9 +33,7 @@ def pin(run_dir: Path, devices: Sequence[DeviceConfig]) -> None:
         if not begun and run_dir.is_dir() and any(not one.name.startswith(FILE) for one in run_dir.iterdir()):
             return  # no run: the server will say so
         run_dir.mkdir(parents=True, exist_ok=True)
-        temp = path.with_name(FILE + ".tmp")
-        temp.write_text(json.dumps(now, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temp, path)
+        write_text_atomically(path, json.dumps(now, indent=0, sort_keys=True) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

@@ -14,8 +14,8 @@ import torch
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.files import LAYOUT
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
-from fedspine_edge.model.loading import MANIFEST
 from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 
@@ -106,7 +106,7 @@ def open_model(
     """
     if base_dtype is not None:
         compute_dtype(base_dtype)  # an unknown name is told before anything is loaded
-    if not (Path(path).expanduser() / MANIFEST).exists():
+    if not (Path(path).expanduser() / LAYOUT).exists():
         classes = 2 if num_labels is None else num_labels
         return load_base(
             path, task=task, num_labels=classes, gguf_file=gguf_file, base_dtype=base_dtype or "float32", seed=seed

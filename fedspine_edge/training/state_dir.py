@@ -27,9 +27,9 @@ import safetensors
 import safetensors.numpy
 
 from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.files import write_atomically
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.protocol.chunks import BlobStore, write_atomically
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -74,8 +74,6 @@ class StateDir:
             raise ConfigError(
                 f"{self.folder} cannot be used: {error.strerror}.", remedy="Name a folder you may write to."
             ) from None
-        self.blobs = BlobStore(self.folder / "blobs")
-        self.download = self.folder / "download"
 
     def __enter__(self) -> StateDir:
         return self

@@ -10,17 +10,17 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedspine_edge.device.cost_meter import Meter, output_flops, pass_flops
+from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.errors import DataError, OutOfMemory
+from fedspine_edge.model.flops import output_flops, pass_flops
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.protocol.messages import Training
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training.batching import BatchOrder, Encoded, Ints, collate, evaluation_batches, pack
 from fedspine_edge.training.loss import loss_sum, num_targets
@@ -59,7 +59,7 @@ class Evaluation:
     num_examples: int
 
 
-def learning_rate(training: Training, step: int, round_steps: int) -> float:
+def learning_rate(training: OptimizerSettings, step: int, round_steps: int) -> float:
     """Learning rate of `step` (from 0) of a round of `round_steps`.
 
     The peak until `decay_from_step` of the run, then a cosine to its end; over both a linear rise during the first
@@ -70,6 +70,13 @@ def learning_rate(training: Training, step: int, round_steps: int) -> float:
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     warmup = training.warmup_share * round_steps
     return training.learning_rate * cosine * min(1.0, (step + 1) / warmup if warmup > 1 else 1.0)
+
+
+class WorkMeter(Protocol):
+    """Receives the cost of every pass."""
+
+    def work(self, flops: float) -> None:
+        """Account for one training step or evaluation batch of `flops` floating-point operations."""
 
 
 class Trainer:
@@ -94,13 +101,13 @@ class Trainer:
         model: PrunableModel,
         train: Sequence[Encoded],
         holdout: Sequence[Encoded],
-        training: Training,
+        training: OptimizerSettings,
         *,
         round_steps: int,
         tracker: ImportanceTracker | None = None,
         seed: int = 0,
         pad_id: int = 0,
-        meter: Meter | None = None,
+        meter: WorkMeter | None = None,
         pack: bool = False,
         micro_batch: int | None = None,
     ) -> None:

@@ -15,10 +15,10 @@ import pytest
 from fedspine_edge.bundle.archive import pack
 from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.bundle.publish import seal
-from fedspine_edge.engine import engine_build
+from fedspine_edge.engine import cuda_driver
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError, EngineIncompatible
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.runtime import cuda
+from fedspine_edge.runtime import engine_build
 from fedspine_edge.runtime.session import Session
 
 INPUTS = {"input_ids": np.arange(2, 9)[None], "attention_mask": np.ones((1, 7), np.int64)}
@@ -94,7 +94,7 @@ def stale(bundle):
 @pytest.mark.parametrize("packed", [False, True])
 def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path, monkeypatch, packed):
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
-    if cuda.device_info() is not None:
+    if cuda_driver.device_info() is not None:
         pytest.skip("with a GPU the rebuilt engine runs; this test is about a machine without one")
     target = pack(stale(bundle), tmp_path / "model.zip") if packed else stale(bundle)
     real = engine_build.build_plan
@@ -103,7 +103,7 @@ def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path,
         return real(*arguments, **(settings | {"device": None, "compute_capabilities": ("86",)}))
 
     monkeypatch.setattr(engine_build, "build_plan", for_sm86)
-    monkeypatch.setattr(cuda, "open_cuda", lambda index=0: pytest.fail("nothing can be run here"))
+    monkeypatch.setattr(cuda_driver, "open_cuda", lambda index=0: pytest.fail("nothing can be run here"))
     with Session.load(target, backend="auto", rebuild=True) as session:
         assert session.backend == "onnxruntime"
         assert "no GPU" in session.why
@@ -145,7 +145,8 @@ def test_runs_in_the_background_and_in_asyncio(bundle):
 
 def test_the_runtime_imports_neither_torch_nor_transformers_even_to_generate():
     code = (
-        "import sys, fedspine_edge.runtime.session, fedspine_edge.engine.engine_build, fedspine_edge.runtime.adapters\n"
+        "import sys, fedspine_edge.runtime.session, fedspine_edge.runtime.engine_build\n"
+        "import fedspine_edge.runtime.adapters\n"
         "bad = {'torch', 'transformers', 'onnx', 'peft'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

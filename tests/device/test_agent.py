@@ -15,13 +15,14 @@ import tiny_fleet
 from tiny_fleet import Fleet, config, round_tensors
 
 from fedspine_edge.clock import RealClock, VirtualClock
+from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.device.device_state import Record
 from fedspine_edge.device.round import gathered, order_of
 from fedspine_edge.errors import BrokerUnreachable, CheckpointError, ConfigError, DataError
 from fedspine_edge.model.layout import Layout, target_counts
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import BlobStore
-from fedspine_edge.protocol.messages import Report, Training
+from fedspine_edge.protocol.messages import Report
 from fedspine_edge.protocol.rank_slices import cut
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training.memory import estimate
@@ -597,7 +598,7 @@ def test_a_memory_limit_is_obeyed_and_said_to_the_server(fleet, tiny_folder, tmp
     limit_mib = (needed - 1) // 2**20
     settings = config(tiny_folder, csv, tmp_path / "tight", memory_limit_mib=limit_mib)
     driven = fleet.device(settings, model=tiny_base).start()
-    training = Training(learning_rate=1e-2, batch_size=64, max_length_tokens=14, total_steps=60)
+    training = OptimizerSettings(learning_rate=1e-2, batch_size=64, max_length_tokens=14, total_steps=60)
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)), training=training)
     driven.settle()
     report = fleet.reports[-1]

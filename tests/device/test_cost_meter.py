@@ -10,8 +10,10 @@ import pytest
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, SimulatedSettings, convert
-from fedspine_edge.device.cost_meter import Meter, PeakMemory, conditions, pass_flops
+from fedspine_edge.device.cost_meter import Meter, conditions
+from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.training.peak_memory import PeakMemory
 
 
 def meter(kind, clock=None):

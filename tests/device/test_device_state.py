@@ -5,7 +5,7 @@ import pytest
 
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.training.state_dir import Document, StateDir, layout_from, layout_tensors
 
 SPEC = ModelSpec(

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper
 
 from fedspine_edge.bundle.bundle import TIMINGS, Profile, TensorInfo, load_bundle
 from fedspine_edge.bundle.publish import seal
+from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.engine.build_errors import translate
 from fedspine_edge.engine.tensorrt_builder import Share, available_bytes, build_plan
 from fedspine_edge.errors import EngineBuildError, EngineIncompatible, MissingDependency
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.runtime import tensorrt_api
 
 INPUTS = (TensorInfo(name="x", dtype="float32", shape=("batch", "sequence")),)
 

@@ -7,6 +7,7 @@ import pytest
 from tiny_deploy import tiny_model
 
 from fedspine_edge.bundle.bundle import Profile, TensorInfo, load_bundle
+from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.engine.build_errors import translate
 from fedspine_edge.engine.tensorrt_builder import build_plan
 from fedspine_edge.errors import (
@@ -18,7 +19,6 @@ from fedspine_edge.errors import (
     MissingDependency,
 )
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.runtime import cuda, tensorrt_api
 from fedspine_edge.runtime.session import Session
 
 
@@ -110,7 +110,7 @@ def test_a_bundle_keeps_its_precision(bundle):
 
 
 def test_auto_builds_no_engine_without_a_gpu_and_says_why(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "device_info", lambda: None)
+    monkeypatch.setattr(cuda_driver, "device_info", lambda: None)
     out = compile_engine(model_folder, tmp_path / "out")
     assert "no GPU" in load_bundle(out).manifest.engine_absent
     with Session.load(out) as session:
@@ -144,7 +144,7 @@ def test_tensorrt_rtx_builds_for_named_chips_without_a_gpu(model_folder, tmp_pat
     assert info.profiles == (Profile(batch=(1, 2, 4), tokens=(1, 16, 32)),)
     assert "TF32" not in info.flags
     assert bundle.plan_path.stat().st_size > 100_000
-    if cuda.device_info() is None:
+    if cuda_driver.device_info() is None:
         assert info.verification is None
         assert "without a GPU" in info.not_verified
         with Session.load(out) as session:

@@ -12,7 +12,7 @@ import torch
 from tiny_models import FAMILIES, KINDS, prunable, random_layout, task_of
 
 from fedspine_edge.bundle.bundle import Profile, load_bundle
-from fedspine_edge.engine.comparison import random_inputs
+from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.engine.tensorrt_builder import build_plan
 from fedspine_edge.errors import MissingDependency
 from fedspine_edge.export.compile import compile_engine
@@ -22,8 +22,8 @@ from fedspine_edge.export.tracing import kv_heads, with_runtime_lora
 from fedspine_edge.export.verification import verify_adapters, verify_cache, verify_onnx
 from fedspine_edge.model.layout import Layout, Order
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.runtime import tensorrt_api
 from fedspine_edge.runtime.adapters import bundled_adapter, read_adapter
+from fedspine_edge.runtime.comparison import random_inputs
 
 WIDTHS = ("unpruned", "layer-pruned", "unequal")
 LARGEST = {"fp32": 5e-5, "fp16": 0.1, "bf16": 0.6}

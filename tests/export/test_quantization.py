@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast
 
 from fedspine_edge.bundle.bundle import Profile, TensorInfo, load_bundle
 from fedspine_edge.data.examples import Example
-from fedspine_edge.engine.calibration import profile_of, read_data
-from fedspine_edge.engine.comparison import random_inputs
+from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.engine.tensorrt_builder import build_plan
 from fedspine_edge.errors import ConfigError, DataError, DeployError, EngineBuildError, MissingDependency
+from fedspine_edge.export.calibration import profile_of, read_data
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.export.onnx_export import export_onnx, merged_module, quantized
 from fedspine_edge.export.quantization import int4_blocks
 from fedspine_edge.export.verification import run_torch, verify_bundle
-from fedspine_edge.runtime import tensorrt_api
+from fedspine_edge.runtime.comparison import random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from fedspine_edge.runtime.session import Session
 from fedspine_edge.training.batching import encode

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.errors import BlobError, MessageError, WireError
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Ack, BlobRef, ModelSpec, Plan, Report, Status, Training
+from fedspine_edge.protocol.messages import Ack, BlobRef, Plan, Report, Status
 
 SHA = "ab" * 32
 SPEC = ModelSpec(
@@ -37,7 +39,12 @@ MESSAGES = [
     Status(device_id="agx-0", state="online", model=SPEC, num_examples=10),
     Status(device_id="agx-0", state="offline"),
     Plan(
-        run_id="r", action="round", device_id="agx-0", server_round=3, adapter=(REF,), training=Training(total_steps=9)
+        run_id="r",
+        action="round",
+        device_id="agx-0",
+        server_round=3,
+        adapter=(REF,),
+        training=OptimizerSettings(total_steps=9),
     ),
     Report(run_id="r", device_id="agx-0", server_round=3, plan_sha256=SHA, status="ok", update=REF, loss_before=0.5),
     Ack(run_id="r", device_id="agx-0", server_round=3, status="incomplete", missing=(0, 7)),
@@ -66,7 +73,7 @@ def test_any_valid_plan_round_trips(ratio, r, rate, round_, device, run):
         server_round=round_,
         pruning_ratio=ratio,
         r=r,
-        training=Training(learning_rate=rate),
+        training=OptimizerSettings(learning_rate=rate),
     )
     assert codec.decode(codec.encode(plan), Plan) == plan
 

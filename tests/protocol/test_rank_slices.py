@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import BlobError
 from fedspine_edge.model.layout import Layout, module_names
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.codec import check_tensors, pack, unpack
-from fedspine_edge.protocol.messages import ModelSpec
 from fedspine_edge.protocol.rank_slices import cut, join, starts
 from fedspine_edge.server.aggregate_round import initial_tensors
 

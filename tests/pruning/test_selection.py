@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedspine_edge.errors import ConfigError, LayoutError
 from fedspine_edge.model.layout import Layout, channel_parameters, head_parameters, keep_positions, prunable_parameters
-from fedspine_edge.protocol.messages import ModelSpec
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.pruning.selection import GroupScores, order_from_scores, plan_local
 
 

@@ -13,9 +13,9 @@ import pytest
 from tiny_deploy import VOCAB, tiny_model, write_byte_tokenizer
 
 from fedspine_edge.bundle.bundle import Profile, load_bundle
+from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.errors import DeployError, EngineIncompatible, MissingDependency
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.runtime import cuda, tensorrt_api
 from fedspine_edge.runtime.session import Session
 
 pytestmark = pytest.mark.gpu
@@ -26,11 +26,11 @@ STEPS = (Profile(batch=(1, 1, 1), tokens=(1, 8, 32)), Profile(batch=(1, 1, 1), t
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
 def backend(request):
-    if cuda.device_info() is None:
-        pytest.skip(f"no GPU: {cuda.why_no_device()}")
+    if cuda_driver.device_info() is None:
+        pytest.skip(f"no GPU: {cuda_driver.why_no_device()}")
     try:
         tensorrt_api.find_backend(request.param)
-        cuda.open_cuda().close()
+        cuda_driver.open_cuda().close()
     except (MissingDependency, EngineIncompatible, DeployError) as error:
         pytest.skip(error.message)
     return request.param
@@ -58,7 +58,7 @@ def free_bytes():
     """What cuMemGetInfo says is free on the device."""
     driver = ctypes.CDLL("libcuda.so.1")
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    opened = cuda.open_cuda()
+    opened = cuda_driver.open_cuda()
     with opened.active():
         assert driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
     opened.close()

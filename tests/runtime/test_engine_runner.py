@@ -18,8 +18,9 @@ from fake_tensorrt import FakeTensorRT
 from tiny_deploy import VOCAB
 
 from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.engine import cuda_driver
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
-from fedspine_edge.runtime import cuda, engine_runner, execution
+from fedspine_edge.runtime import engine_runner, execution
 from fedspine_edge.runtime.engine_runner import EngineRunner
 from fedspine_edge.runtime.session import Session
 
@@ -37,7 +38,7 @@ def runner_of(bundle, module, profiles=PROFILES):
         checked.manifest.inputs,
         checked.manifest.outputs,
         backend=module.backend,
-        cuda=cuda.open_cuda(),
+        cuda=cuda_driver.open_cuda(),
         rebuild="fedspine-edge compile B --out B",
     )
 
@@ -206,7 +207,7 @@ def pycuda(driver):
 @pytest.mark.parametrize("unified", [0, 1])
 def test_pycuda_does_the_same_without_graphs(driver, pycuda, shared_bundle, module, reference, monkeypatch, unified):
     driver.reset(unified=unified)
-    monkeypatch.setattr(cuda, "open_cuda", lambda: cuda.PyCuda(0))
+    monkeypatch.setattr(cuda_driver, "open_cuda", lambda: cuda_driver.PyCuda(0))
     runner = runner_of(shared_bundle, module)
     for batch, tokens in [(1, 4), (1, 4), (1, 4), (4, 32), (2, 8)]:
         inputs = inputs_of(batch, tokens, seed=tokens)
@@ -225,7 +226,7 @@ def test_pycuda_does_the_same_without_graphs(driver, pycuda, shared_bundle, modu
     assert driver.alive() == {}
     driver.reset(absent=1)
     with pytest.raises(DeployError, match="CUDA driver call failed"):
-        cuda.PyCuda(0)
+        cuda_driver.PyCuda(0)
 
 
 def test_waiting_for_a_lane_has_an_end(runner, monkeypatch):
@@ -340,7 +341,7 @@ def test_a_plan_of_another_model_is_refused(driver, shared_bundle, decoder_bundl
             manifest.inputs,
             manifest.outputs,
             backend=module.backend,
-            cuda=cuda.open_cuda(),
+            cuda=cuda_driver.open_cuda(),
             rebuild="",
         )
     assert driver.alive() == {}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.errors import DeployError, MissingDependency
-from fedspine_edge.runtime import cuda, tensorrt_api
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +41,7 @@ except Exception as error:
 """
 
 # Asked while the tests are collected, before any of them loads the stand-in.
-no_driver = pytest.mark.skipif(not cuda.why_no_device(), reason="this machine has a driver")
+no_driver = pytest.mark.skipif(not cuda_driver.why_no_device(), reason="this machine has a driver")
 
 
 @no_driver
@@ -72,25 +72,25 @@ def test_a_missing_tensorrt_names_jetpack_and_the_extra():
 def test_l4t_release_is_read_from_the_boards_file(tmp_path):
     file = tmp_path / "nv_tegra_release"
     file.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
-    assert cuda.l4t_release(str(file)) == "36.4.3"
+    assert cuda_driver.l4t_release(str(file)) == "36.4.3"
     file.write_text("something else\n")
-    assert cuda.l4t_release(str(file)) == ""
-    assert cuda.l4t_release(str(tmp_path / "absent")) == ""
+    assert cuda_driver.l4t_release(str(file)) == ""
+    assert cuda_driver.l4t_release(str(tmp_path / "absent")) == ""
 
 
 def test_a_driver_without_a_device_says_which_call_failed(driver):
-    assert cuda.device_info() == cuda.DeviceInfo("Fake Orin", "87")
-    assert cuda.why_no_device() == ""
+    assert cuda_driver.device_info() == cuda_driver.DeviceInfo("Fake Orin", "87")
+    assert cuda_driver.why_no_device() == ""
     driver.reset(absent=1)
-    assert cuda.device_info() is None
-    assert cuda.why_no_device() == "the driver is there, but cuInit answers error 100"
+    assert cuda_driver.device_info() is None
+    assert cuda_driver.why_no_device() == "the driver is there, but cuInit answers error 100"
     with pytest.raises(DeployError, match="CUDA_ERROR_NO_DEVICE"):
-        cuda.open_cuda()
+        cuda_driver.open_cuda()
 
 
 def test_without_a_cuda_package_both_are_named(monkeypatch):
     for name in ("pycuda", "pycuda.driver", "cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependency, match=r"cuda-python: .*pycuda: ") as caught:
-        cuda.open_cuda()
+        cuda_driver.open_cuda()
     assert "pip install" in caught.value.remedy

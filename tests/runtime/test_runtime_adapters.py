@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_deploy import tiny_model, write_tokenizer
 
 from fedspine_edge.bundle.bundle import load_bundle
+from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.model.checkpoint import load_model
-from fedspine_edge.runtime import tensorrt_api
 from fedspine_edge.runtime.session import Session
 
 

@@ -16,6 +16,8 @@ from tiny_deploy import tiny_model, write_tokenizer
 
 from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
 from fedspine_edge.bundle.publish import seal
+from fedspine_edge.engine import cuda_driver, tensorrt_api
+from fedspine_edge.engine.cuda_driver import DeviceInfo
 from fedspine_edge.errors import (
     CheckpointError,
     ConfigError,
@@ -26,7 +28,6 @@ from fedspine_edge.errors import (
 )
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.model.checkpoint import load_model
-from fedspine_edge.runtime import cuda, tensorrt_api
 from fedspine_edge.runtime.session import Session, compare_latency
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,14 +215,26 @@ def with_engine(bundle, **changes):
 @pytest.mark.parametrize(
     ("changes", "device", "words"),
     [
-        ({"version": "10.3.1"}, cuda.DeviceInfo("Orin", "87"), r"built by tensorrt 10\.3\.1 and 10\.3\.0 is installed"),
-        ({"compute_capabilities": ("110",)}, cuda.DeviceInfo("Orin", "87"), "built for SM 110 and this GPU is SM 87"),
-        ({"l4t": "36.4.3"}, cuda.DeviceInfo("Orin", "87", "36.5.0"), r"built on L4T 36\.4\.3 and this is 36\.5\.0"),
+        (
+            {"version": "10.3.1"},
+            DeviceInfo("Orin", "87"),
+            r"built by tensorrt 10\.3\.1 and 10\.3\.0 is installed",
+        ),
+        (
+            {"compute_capabilities": ("110",)},
+            DeviceInfo("Orin", "87"),
+            "built for SM 110 and this GPU is SM 87",
+        ),
+        (
+            {"l4t": "36.4.3"},
+            DeviceInfo("Orin", "87", "36.5.0"),
+            r"built on L4T 36\.4\.3 and this is 36\.5\.0",
+        ),
     ],
 )
 def test_plans_for_another_machine_are_never_deserialised(bundle, monkeypatch, changes, device, words):
     monkeypatch.setattr(tensorrt_api, "find_backend", lambda name: tensorrt_api.Backend(name, sys, "10.3.0"))
-    monkeypatch.setattr(cuda, "device_info", lambda: device)
+    monkeypatch.setattr(cuda_driver, "device_info", lambda: device)
     with_engine(bundle, **changes)
     with pytest.raises(EngineIncompatible, match=words) as caught:
         Session.load(bundle, backend="tensorrt")
@@ -232,7 +245,7 @@ def test_plans_for_another_machine_are_never_deserialised(bundle, monkeypatch, c
 
 
 def test_without_a_driver_the_remedy_is_a_driver_and_auto_falls_back(bundle, monkeypatch):
-    if cuda.device_info() is not None:
+    if cuda_driver.device_info() is not None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(tensorrt_api, "find_backend", lambda name: tensorrt_api.Backend(name, sys, "10.3.0"))
     with_engine(bundle)

@@ -5,7 +5,8 @@ import pytest
 
 from fedspine_edge.config import AggregationSettings, FleetConfig
 from fedspine_edge.model.layout import Layout, module_names
-from fedspine_edge.protocol.messages import ModelSpec, Report
+from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.messages import Report
 from fedspine_edge.server.aggregate_round import fold, initial_tensors
 from fedspine_edge.server.update_validation import Update
 

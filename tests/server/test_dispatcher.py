@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from memory_transport import MemoryBroker, MemoryTransport
 from test_journal import close_first, open_first, report_row, status
-from test_post import TOPICS, connected
+from test_server_publisher import TOPICS, connected
 
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import Ack, Report

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fedspine_edge.runtime import tensorrt_api
+from fedspine_edge.engine import tensorrt_api
 
 SCRATCH_BYTES = 4096
 KINDS = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}

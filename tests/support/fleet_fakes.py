@@ -17,9 +17,10 @@ import numpy as np
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import FleetConfig, convert
 from fedspine_edge.model.layout import Layout, module_names, prunable_parameters, target_counts
+from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import Download, split
-from fedspine_edge.protocol.messages import Ack, ModelSpec, Plan, Report, Status
+from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
 from fedspine_edge.protocol.rank_slices import join
 from fedspine_edge.protocol.topics import BlobTopic, Topics
 from fedspine_edge.server.aggregate_round import order_of

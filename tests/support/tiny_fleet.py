@@ -10,17 +10,17 @@ import numpy as np
 from memory_transport import MemoryBroker, MemoryTransport
 
 from fedspine_edge.clock import VirtualClock
-from fedspine_edge.config import DeviceConfig, convert
+from fedspine_edge.config import DeviceConfig, OptimizerSettings, convert
 from fedspine_edge.device.agent import FleetDevice
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import full_shape, module_names, split_name
 from fedspine_edge.protocol import chunks, codec
-from fedspine_edge.protocol.messages import Ack, BlobRef, Plan, Report, Status, Training
+from fedspine_edge.protocol.messages import Ack, BlobRef, Plan, Report, Status
 from fedspine_edge.protocol.topics import Topics, UploadTopic
 from fedspine_edge.transport.base import Incoming
 
 TOPICS = Topics("tiny")
-TRAINING = Training(learning_rate=1e-2, batch_size=8, max_length_tokens=24, total_steps=60)
+TRAINING = OptimizerSettings(learning_rate=1e-2, batch_size=8, max_length_tokens=24, total_steps=60)
 
 
 def config(folder: Path, csv: Path, state: Path, **options: Any) -> DeviceConfig:

@@ -15,10 +15,11 @@ from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import SimulatedSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.targets import IGNORED
-from fedspine_edge.device.cost_meter import Meter, pass_flops
+from fedspine_edge.device.cost_meter import Meter
 from fedspine_edge.device.round import LocalRound
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.checkpoint import load_base, load_tokenizer
+from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.tokenization import Texts
 from fedspine_edge.training.trainer import Trainer

@@ -8,17 +8,17 @@ import pytest
 import tiny_bert
 import torch
 
+from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.errors import ConfigError, DataError, OutOfMemory
 from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.protocol.messages import Training
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training import batching
 from fedspine_edge.training.base_model import ModelSource, choose_torch_device
 from fedspine_edge.training.trainer import Trainer, learning_rate
 
-TRAINING = Training(learning_rate=1e-2, batch_size=8, max_length_tokens=24, total_steps=100)
+TRAINING = OptimizerSettings(learning_rate=1e-2, batch_size=8, max_length_tokens=24, total_steps=100)
 
 
 @pytest.fixture(scope="session")
@@ -99,18 +99,18 @@ def test_a_restored_trainer_ends_with_the_same_bits(make, interrupted_at):
 
 
 def test_the_learning_rate_rises_each_round_under_one_cosine():
-    training = Training(learning_rate=1.0, warmup_share=0.1, first_step=40, total_steps=80)
+    training = OptimizerSettings(learning_rate=1.0, warmup_share=0.1, first_step=40, total_steps=80)
     rates = [learning_rate(training, step, 40) for step in range(40)]
     assert rates[0] == pytest.approx(0.25 * 0.5)
     assert rates[3] == pytest.approx(0.5 * (1 + math.cos(math.pi * 43 / 80)))
     assert max(rates) == rates[3]
     assert rates[39] < 0.01
-    assert learning_rate(Training(learning_rate=1.0, warmup_share=0.0), 0, 10) == 1.0
-    held = Training(learning_rate=1.0, warmup_share=0.0, first_step=40, total_steps=80, decay_from_step=50)
+    assert learning_rate(OptimizerSettings(learning_rate=1.0, warmup_share=0.0), 0, 10) == 1.0
+    held = OptimizerSettings(learning_rate=1.0, warmup_share=0.0, first_step=40, total_steps=80, decay_from_step=50)
     assert [learning_rate(held, step, 20) for step in (0, 9, 10)] == [1.0, 1.0, 1.0]
     assert learning_rate(held, 25, 20) == pytest.approx(0.5)
     assert learning_rate(held, 40, 20) == pytest.approx(0.0)
-    assert learning_rate(Training(learning_rate=1.0, total_steps=5), 50, 10) == 0.0
+    assert learning_rate(OptimizerSettings(learning_rate=1.0, total_steps=5), 50, 10) == 0.0
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(make):
@@ -183,7 +183,7 @@ def test_float16_gradients_are_scaled_up_on_their_way_and_down_at_their_end(make
 
 def test_gradients_are_clipped_to_the_norm(make):
     seen = []
-    trainer = make(Training(learning_rate=1e-3, batch_size=8, max_grad_norm=0.01, total_steps=60))
+    trainer = make(OptimizerSettings(learning_rate=1e-3, batch_size=8, max_grad_norm=0.01, total_steps=60))
     trainer.optimizer.step = lambda: seen.append(
         torch.stack([p.grad.norm() for p in trainer.model.trainable_parameters().values()]).norm().item()
     )

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.protocol.messages import Training
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.trainer import Trainer
@@ -27,9 +27,9 @@ def main() -> None:
     model.attach_lora(4, 2.0, 0)
     rng = np.random.default_rng(0)
     data = [Encoded(rng.integers(1, 100, 64).tolist(), i % 2, [0] * 64) for i in range(64)]
-    training = Training(batch_size=64, max_length_tokens=64, total_steps=4, learning_rate=1e-3)
+    training = OptimizerSettings(batch_size=64, max_length_tokens=64, total_steps=4, learning_rate=1e-3)
     trainer = Trainer(model, data, [], training, round_steps=4, tracker=ImportanceTracker(model))
-    warm = Trainer(model, data[:2], [], Training(batch_size=2), round_steps=1)
+    warm = Trainer(model, data[:2], [], OptimizerSettings(batch_size=2), round_steps=1)
     warm.evaluate(data[:2])  # the libraries' own memory is taken before the limit
     if spare_mib:
         size = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))

@@ -18,7 +18,8 @@ import msgspec
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.protocol.messages import BlobRef, ModelSpec, Plan, Report, Status
+from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.messages import BlobRef, Plan, Report, Status
 from fedspine_edge.server.journal.schema import (
     VERSION,
     DeviceView,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fedspine_edge import __version__
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.files import write_text_atomically
 from fedspine_edge.monitoring.csv_export import COLUMNS, write_csv
 from fedspine_edge.simulation.experiments import experiment_file
 from fedspine_edge.simulation.experiments.executors import Engine, run_all
 from fedspine_edge.simulation.experiments.run_metrics import CURVE, time_to
+from fedspine_edge.version import __version__
 
 FOLDER = Path(__file__).with_name("configs")
 _T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -134,7 +134,7 @@ def conclude(experiment: Experiment, out: Path) -> dict[str, Any]:
     read = {name: _read(out / "jobs", name, job) for name, job in experiment.jobs.items()}
     found = {name: measures for name, measures in read.items() if measures is not None}
     summary = summarise(experiment, found)
-    _replace(out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    write_text_atomically(out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
     _write_tables(out, experiment, found)
     return summary
 
@@ -249,14 +249,7 @@ def _read(results: Path, name: str, job: Mapping[str, Any]) -> dict[str, Any] | 
 
 def _write(results: Path, name: str, job: Mapping[str, Any], measures: Mapping[str, Any]) -> None:
     text = json.dumps({"digest": _digest(job), "job": job, "measures": measures}, indent=1) + "\n"
-    _replace(results / f"{name}.json", text)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write all of it or nothing: others may be reading."""
-    temp = path.with_name(f"{path.name}.tmp")
-    temp.write_text(text)
-    os.replace(temp, path)
+    write_text_atomically(results / f"{name}.json", text)
 
 
 def _write_tables(out: Path, experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> None:

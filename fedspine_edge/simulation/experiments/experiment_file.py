@@ -14,6 +14,7 @@ import msgspec
 
 from fedspine_edge.config import FleetConfig, convert
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.files import sha256_of_file
 from fedspine_edge.simulation.device_classes import BUILT_IN, load_profiles, parse_mix
 from fedspine_edge.strategies import create
 
@@ -157,8 +158,4 @@ def _digest(path: Path, where: str) -> str:
 @lru_cache(maxsize=4096)
 def _sha256(file: Path, _: int) -> str:
     """Of a file as of a time: every job names the same model, which is read once."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return sha256_of_file(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.errors import MissingDependency
+from fedspine_edge.files import write_text_atomically
 from fedspine_edge.monitoring.charts import pdf, svg
 
 _COLOURS = ("#2a6f97", "#e07a1f", "#5b8c3e", "#8a4fa3", "#b5403c", "#4f5d75", "#c9a227", "#3aa6a6", "#777777")
@@ -60,9 +60,7 @@ def write_page(summary: Mapping[str, Any], path: Path) -> Path:
     page = environment.get_template("experiment.html.j2").render(
         summary=summary, charts=charts, labels=[LABELS[kind] for kind in summary["training"]]
     )
-    temp = path.with_name(path.name + ".tmp")
-    temp.write_text(page, encoding="utf-8")
-    os.replace(temp, path)
+    write_text_atomically(path, page)
     return path
 
 

@@ -22,10 +22,9 @@ from fedspine_edge.bundle.bundle import (
     rebuild_command,
 )
 from fedspine_edge.bundle.publish import seal, staging
-from fedspine_edge.data.loading import Data
+from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.engine.tensorrt_builder import OnStep, build_plan
 from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
-from fedspine_edge.runtime import cuda, tensorrt_api
 
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
 BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -70,7 +69,7 @@ def choose_backend(request: EngineRequest) -> tensorrt_api.Backend | str:
         return "only ONNX Runtime was asked for"
     if request.backend != "auto":
         return tensorrt_api.find_backend(request.backend)
-    if cuda.device_info() is None and not request.compute_capabilities:
+    if cuda_driver.device_info() is None and not request.compute_capabilities:
         return "this machine has no GPU that CUDA can see, and no compute capability was named"
     reasons = []
     # TensorRT proper builds for the GPU of this machine alone.
@@ -107,22 +106,6 @@ def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: 
     )
 
 
-def with_profile_of(examples: Data, draft: Path, manifest: Manifest) -> Manifest:
-    """The manifest with the profile that the user's examples ask for."""
-    from fedspine_edge.engine.calibration import profile_of, read_data
-
-    data = read_data(
-        examples,
-        draft,
-        task=manifest.task,
-        num_labels=max(2, len(manifest.labels)),
-        inputs=manifest.inputs,
-        max_tokens=manifest.max_tokens,
-        pad_token_id=manifest.pad_token_id,
-    )
-    return msgspec.structs.replace(manifest, default_profile=profile_of(data.lengths, manifest.max_tokens))
-
-
 def add_engine(
     draft: Path,
     manifest: Manifest,
@@ -135,7 +118,7 @@ def add_engine(
     if isinstance(chosen, str):
         report(f"no engine: {chosen}")
         return msgspec.structs.replace(manifest, engine_absent=chosen)
-    device = cuda.device_info()
+    device = cuda_driver.device_info()
     timings = (draft / TIMINGS).read_bytes() if (draft / TIMINGS).is_file() else b""
     plan, info, timings = build_plan(
         chosen,
@@ -183,13 +166,13 @@ def _verify_plan(
     manifest: Manifest,
     info: EngineInfo,
     backend: tensorrt_api.Backend,
-    device: cuda.DeviceInfo | None,
+    device: cuda_driver.DeviceInfo | None,
     rebuild: str,
     report: Report,
 ) -> EngineInfo:
     """Runs the plan where this machine can, and writes down why where it cannot."""
-    from fedspine_edge.engine.comparison import verify_engine
     from fedspine_edge.runtime.adapters import bundled_adapter
+    from fedspine_edge.runtime.comparison import verify_engine
     from fedspine_edge.runtime.engine_runner import EngineRunner
 
     if device is None or device.sm not in info.compute_capabilities:
@@ -198,7 +181,7 @@ def _verify_plan(
             info, not_verified=f"{here}; it is for SM {', '.join(info.compute_capabilities)}"
         )
     try:
-        driver = cuda.open_cuda()
+        driver = cuda_driver.open_cuda()
     except MissingDependency as error:
         report(f"the engine was not run: {error.message}")
         return msgspec.structs.replace(info, not_verified=error.message)

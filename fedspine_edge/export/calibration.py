@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.bundle.bundle import TOKENIZER, Profile, Task, TensorInfo
+from fedspine_edge.bundle.bundle import Profile, Task, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Metric
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.loading import Data, read
 from fedspine_edge.data.targets import IGNORED, answered_within, word_targets
 from fedspine_edge.errors import DeployError, MissingDependency
+from fedspine_edge.files import TOKENIZER
 from fedspine_edge.runtime.onnxruntime_runner import empty_past
 
 Array = npt.NDArray[Any]

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from fedspine_edge.bundle.bundle import EngineInfo, Precision
 from fedspine_edge.engine.build_errors import last_words, translate
+from fedspine_edge.engine.cuda_driver import DeviceInfo
 from fedspine_edge.errors import ConfigError, DeployError, EngineBuildError, EngineIncompatible, MissingDependency
-from fedspine_edge.runtime.cuda import DeviceInfo
 
 Started = Callable[[str, str, int], None]
 Stepped = Callable[[str, int], bool]

@@ -1,0 +1,72 @@
+"""Files on disk: atomic writes, hashes, and the names of well-known files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+LAYOUT = "layout.json"
+"""Description of a saved model folder; its presence marks a folder that this package wrote."""
+
+WEIGHTS = "model.safetensors"
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_VOCABULARIES = (
+    TOKENIZER,
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+)
+"""Files of which a folder needs at least one to have a tokenizer."""
+
+TOKENIZER_FILES = (
+    *TOKENIZER_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+)
+"""Every file that may belong to a tokenizer; all that exist are copied with a model."""
+
+_HASHED_PIECE_BYTES = 1 << 20
+
+
+def write_atomically(path: Path, data: bytes, *, sync: bool) -> None:
+    """Write beside `path`, then rename over it; with `sync` both are on the disk on return."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if sync:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, so that readers see the old or the new content; not flushed to the disk."""
+    write_atomically(path, text.encode(), sync=False)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 lower-case hex digits. Raises `OSError`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_HASHED_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

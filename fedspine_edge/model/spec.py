@@ -1,0 +1,33 @@
+"""The prunable shape of a model as plain numbers, without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The numbers that define a model's prunable groups; enough for the server to plan without torch.
+
+    Canonical linear names are `layers.{i}.{part}` with parts q, k, v, o, up, down and, for gated FFNs, gate.
+    """
+
+    family: str
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    intermediate_size: Positive
+    gated_ffn: bool
+    attention_bias: bool
+    ffn_bias: bool
+    num_parameters: Positive
+    """All parameters of the unpruned model, task head included, adapters excluded."""
+    base_sha256: Sha256
+    """Digest of the frozen base weights; devices with another base cannot join."""
