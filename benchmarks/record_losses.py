@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedspine_edge.simulation import replay
-from fedspine_edge.simulation.device_classes import load_profiles
-from fedspine_edge.simulation.fleet_files import demo_model, lay_out_mix, prepare_data
+from fedspine_edge.simulation.device_classes import load_device_classes
+from fedspine_edge.simulation.fleet_files import demo_model, prepare_data, write_simulated_fleet
 from fedspine_edge.simulation.virtual_fleet import simulate
 
 RUNS = ({"strategy": "fedspine", "pruning_ratio": 0.75}, {"strategy": "fedlora", "pruning_ratio": 0.0})
@@ -36,12 +36,12 @@ def main() -> int:
         for seed, settings in enumerate(RUNS):
             folder = Path(temp) / f"run-{seed}"
             shares, _ = prepare_data(folder / "data", num_devices=arguments.devices)
-            fleet, devices = lay_out_mix(
+            fleet, devices = write_simulated_fleet(
                 folder,
                 model=str(demo_model()),
                 shares=shares,
                 mix={"paper-agx": arguments.devices},
-                profiles=load_profiles(),
+                profiles=load_device_classes(),
                 holdout=48,
                 num_rounds=arguments.rounds,
                 seed=seed,
@@ -55,7 +55,7 @@ def main() -> int:
             f"all-MiniLM-L6-v2 on four-domain sentiment, {arguments.devices} devices by domain, {arguments.rounds} "
             f"rounds of {TRAINING['tau']} + {TRAINING['recovery_steps']} steps; FedSpine to 0.75, and FedLoRA unpruned"
         )
-        record = replay.Record.of_runs(folders, source)
+        record = replay.LossRecord.of_runs(folders, source)
     record.save(arguments.out)
     print(f"{len(record.points)} device-rounds: {arguments.out}")
     return 0

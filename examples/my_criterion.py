@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedspine_edge import EdgeTuner
-from fedspine_edge.pruning.selection import GroupScores, plan_local
+from fedspine_edge.pruning.selection import GroupScores, select_layout
 
 
 def output_norms(tuner: EdgeTuner) -> GroupScores:
@@ -31,7 +31,7 @@ def prune(tuner: EdgeTuner, pruning_ratio: float) -> None:
     """What `tuner.prune` does at once, by `output_norms`."""
     plan = tuner.plan(pruning_ratio)
     scores = output_norms(tuner)
-    tuner.apply(replace(plan, scores=scores, after=plan_local(scores, tuner.layout, pruning_ratio)))
+    tuner.apply(replace(plan, scores=scores, after=select_layout(scores, tuner.layout, pruning_ratio)))
 
 
 if __name__ == "__main__":

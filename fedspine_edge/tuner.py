@@ -26,10 +26,10 @@ from fedspine_edge.model.layout import Layout, check_ratio
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import Criterion, Metric
-from fedspine_edge.pruning.latency import Latency, measure_latency
+from fedspine_edge.pruning.latency import ModelLatency, measure_latency
 from fedspine_edge.pruning.preview import PruningPlan
 from fedspine_edge.pruning.selection import Scope
-from fedspine_edge.pruning.settings import Ranking
+from fedspine_edge.pruning.settings import PruningSettings
 from fedspine_edge.training.base_model import choose_torch_device, open_model
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.checkpoint import key_of, open_checkpoint
@@ -37,7 +37,7 @@ from fedspine_edge.training.gradual_pruning import prune_in_stages
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import MemoryEstimate, estimate
 from fedspine_edge.training.progress import bar, tensorboard
-from fedspine_edge.training.tokenization import Texts
+from fedspine_edge.training.tokenization import TextEncoder
 from fedspine_edge.training.trainer import Trainer
 from fedspine_edge.training.training_loop import run_fit
 
@@ -67,7 +67,7 @@ class EdgeTuner:
         *,
         settings: TrainingSettings,
         columns: DataSettings,
-        ranking: Ranking,
+        ranking: PruningSettings,
         pack: bool = True,
         seed: int = 0,
     ) -> None:
@@ -75,7 +75,7 @@ class EdgeTuner:
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
         """Mean loss of the steps of the last `fit`."""
-        self._texts = Texts.of(model, tokenizer)
+        self._texts = TextEncoder.of(model, tokenizer)
         self._settings = settings
         self._columns = columns
         self._ranking = ranking
@@ -85,7 +85,7 @@ class EdgeTuner:
         self._last: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
-        self._latency: Latency | None = None
+        self._latency: ModelLatency | None = None
 
     @classmethod
     def from_pretrained(
@@ -161,11 +161,11 @@ class EdgeTuner:
         model.recompute_layers(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
-        longest = Texts.of(model, tokenizer).length(max_length_tokens)
+        longest = TextEncoder.of(model, tokenizer).length(max_length_tokens)
         settings = msgspec.structs.replace(settings, max_length_tokens=longest)
         classes = max(2, model.num_labels)
         columns = DataSettings(path="", text=text, text_pair=text_pair, label=label, num_labels=classes)
-        ranking = Ranking(criterion, metric, scope, round_to, min_heads, min_channels)
+        ranking = PruningSettings(criterion, metric, scope, round_to, min_heads, min_channels)
         return cls(model, tokenizer, settings=settings, columns=columns, ranking=ranking, pack=pack, seed=seed)
 
     @property
@@ -320,7 +320,7 @@ class EdgeTuner:
         self._metrics, self._latency = {}, None
         return self
 
-    def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> Latency:
+    def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> ModelLatency:
         """Time of one text through the model as it is now, adapters included, on this machine.
 
         `plan` then predicts from it, and `save` writes it into the model card.

@@ -22,7 +22,7 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Ballot:
+class DeviceScores:
     """One device's scores of heads, or of channels.
 
     Attributes:
@@ -34,7 +34,7 @@ class Ballot:
     layers: tuple[tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]], ...]
 
 
-def average_scores(ballots: Sequence[Ballot], sizes: Sequence[int]) -> tuple[Array, ...]:
+def average_scores(ballots: Sequence[DeviceScores], sizes: Sequence[int]) -> tuple[Array, ...]:
     """Per layer the (size,) weighted mean score of every group; NaN where nobody scored it.
 
     Each device's scores of a layer are divided by their root mean square over the groups that all devices scored
@@ -52,7 +52,7 @@ def average_scores(ballots: Sequence[Ballot], sizes: Sequence[int]) -> tuple[Arr
     return tuple(_average_layer([(b.weight, *b.layers[i]) for b in ballots], size) for i, size in enumerate(sizes))
 
 
-def held_by_all(kept: Sequence[Sequence[npt.NDArray[np.integer]]], sizes: Sequence[int]) -> tuple[Indices, ...]:
+def kept_by_all(kept: Sequence[Sequence[npt.NDArray[np.integer]]], sizes: Sequence[int]) -> tuple[Indices, ...]:
     """Per layer the ascending groups that every device still holds; all of them when there is no device.
 
     Args:
@@ -77,7 +77,7 @@ def update_order(
     Args:
         previous: The last order, or None in the first round; then groups outside `held` are ranked by score too.
         scores: Per layer (size,), from `average_scores`.
-        held: Per layer, from `held_by_all`.
+        held: Per layer, from `kept_by_all`.
     """
     if previous is None:
         previous = tuple(_ranked(np.arange(score.size), score) for score in scores)
@@ -118,7 +118,7 @@ def _average_layer(
     return mean
 
 
-def _check(ballot: Ballot, sizes: Sequence[int]) -> None:
+def _check(ballot: DeviceScores, sizes: Sequence[int]) -> None:
     if len(ballot.layers) != len(sizes):
         raise UpdateRejected(f"scores cover {len(ballot.layers)} layers, the model has {len(sizes)}.")
     if not (math.isfinite(ballot.weight) and ballot.weight >= 0):

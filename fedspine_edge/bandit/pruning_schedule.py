@@ -25,7 +25,7 @@ def rounds_needed(target: float, max_step: float) -> int:
 
 
 @dataclass(frozen=True)
-class Envelope:
+class PruningSchedule:
     """The schedule of one run.
 
     Args:
@@ -103,7 +103,7 @@ class Envelope:
         return begin, max(end, begin + NARROW)
 
 
-def settle_mean(
+def adjust_to_mean(
     ratios: Mapping[str, float], limits: Mapping[str, tuple[float, float]], mean: float
 ) -> dict[str, float]:
     """Shift all `ratios` by one amount, each held within its `limits`, so that their mean is `mean`.
@@ -127,7 +127,9 @@ def settle_mean(
     return shifted(high)
 
 
-def spread_by_speed(full: Mapping[str, float], falls: Mapping[str, float], schedule: Envelope) -> dict[str, float]:
+def spread_by_speed(
+    full: Mapping[str, float], falls: Mapping[str, float], schedule: PruningSchedule
+) -> dict[str, float]:
     """Final ratios within `schedule.spread` of its target, of mean `target`, that bring final times together.
 
     Args:
@@ -148,4 +150,4 @@ def spread_by_speed(full: Mapping[str, float], falls: Mapping[str, float], sched
             low = middle
         else:
             high = middle
-    return settle_mean(ratios(high), dict.fromkeys(full, (least, most)), schedule.target)
+    return adjust_to_mean(ratios(high), dict.fromkeys(full, (least, most)), schedule.target)

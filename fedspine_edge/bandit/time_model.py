@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-GUESS = (0.7, 0.3)
+PRIOR_SLOPES = (0.7, 0.3)
 """Slopes of log T in k and r / r_max before anything is known."""
 
-LEAN = (0.02, 0.05, 0.1)
+RIDGE_STRENGTH = (0.02, 0.05, 0.1)
 """Ridge of the fleet, a class and a device: pulls of spread 1 that the level above counts for."""
 
 
@@ -60,7 +60,7 @@ Slopes = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Speed:
+class DeviceSpeed:
     """log T = level + slopes · (k, r / r_max), of one device."""
 
     level: float
@@ -70,7 +70,7 @@ class Speed:
         return self.level + self.slopes[0] * kept + self.slopes[1] * rank_share
 
 
-class TimeModel:
+class CompletionTimeModel:
     """Completion times of a fleet's devices, by kept share and rank.
 
     Args:
@@ -91,7 +91,7 @@ class TimeModel:
             sums = self._sums.setdefault(device_id, _Sums(when=now))
             sums.add(kept, r / self.r_max, math.log(time_s), now, self.discount)
 
-    def speeds(self, classes: Mapping[str, str]) -> dict[str, Speed]:
+    def speeds(self, classes: Mapping[str, str]) -> dict[str, DeviceSpeed]:
         """The speed of every device of `classes` (device id → class) of which, or of whose fleet, a time is known.
 
         A device without times of its own gets its class's mean level, or the fleet's.
@@ -102,19 +102,23 @@ class TimeModel:
         members: dict[str, list[str]] = {}
         for device_id, name in self._class_of.items():
             members.setdefault(name, []).append(device_id)
-        fleet = _ridge(_total(spreads.values()), GUESS, LEAN[0])
-        by_class = {name: _ridge(_total(spreads[i] for i in ids), fleet, LEAN[1]) for name, ids in members.items()}
+        fleet = _ridge(_total(spreads.values()), PRIOR_SLOPES, RIDGE_STRENGTH[0])
+        by_class = {
+            name: _ridge(_total(spreads[i] for i in ids), fleet, RIDGE_STRENGTH[1]) for name, ids in members.items()
+        }
         found = {
-            device_id: self._speed(sums, _ridge(spreads[device_id], by_class[self._class_of[device_id]], LEAN[2]))
+            device_id: self._speed(
+                sums, _ridge(spreads[device_id], by_class[self._class_of[device_id]], RIDGE_STRENGTH[2])
+            )
             for device_id, sums in self._sums.items()
         }
-        means: dict[str, Speed] = {}
+        means: dict[str, DeviceSpeed] = {}
         for device_id, name in classes.items():
             if device_id not in found:
                 ids = members.get(name)
                 if name not in means:
                     level, slopes = [found[i].level for i in ids or found], by_class.get(name, fleet)
-                    means[name] = Speed(math.fsum(level) / len(level), slopes)
+                    means[name] = DeviceSpeed(math.fsum(level) / len(level), slopes)
                 found[device_id] = means[name]
         return {device_id: found[device_id] for device_id in classes}
 
@@ -128,7 +132,7 @@ class TimeModel:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TimeModel:
+    def from_dict(cls, data: Mapping[str, Any]) -> CompletionTimeModel:
         """Inverse of `to_dict`."""
         model = cls(data["r_max"], data["discount"])
         model._sums = {device_id: _Sums(*values) for device_id, values in data["sums"].items()}
@@ -136,8 +140,8 @@ class TimeModel:
         return model
 
     @staticmethod
-    def _speed(sums: _Sums, slopes: Slopes) -> Speed:
-        return Speed((sums.y - slopes[0] * sums.x1 - slopes[1] * sums.x2) / sums.n, slopes)
+    def _speed(sums: _Sums, slopes: Slopes) -> DeviceSpeed:
+        return DeviceSpeed((sums.y - slopes[0] * sums.x1 - slopes[1] * sums.x2) / sums.n, slopes)
 
 
 def _total(spreads: Any) -> tuple[float, float, float, float, float]:
@@ -159,7 +163,7 @@ def _ridge(spread: tuple[float, float, float, float, float], toward: Slopes, lea
 
 
 @dataclass(frozen=True)
-class Reach:
+class FeasibleArms:
     """Where a device's next round can lie.
 
     Args:
@@ -170,7 +174,7 @@ class Reach:
         r_max: The largest rank of the fleet.
     """
 
-    speed: Speed
+    speed: DeviceSpeed
     limits: tuple[float, float]
     kept: tuple[float, float]
     ranks: tuple[int, ...]

@@ -87,7 +87,7 @@ class Contender(Result, frozen=True, kw_only=True):
     """Of one run at the first batch size, or of one prompt with its new tokens."""
 
 
-class Report(Result, frozen=True, kw_only=True):
+class BenchmarkReport(Result, frozen=True, kw_only=True):
     """A benchmark's outcome."""
 
     threads: int | None
@@ -197,7 +197,7 @@ def run_benchmark(
     threads: int | None = None,
     sysfs: str | Path = "/",
     progress: Callable[[str], None] | None = None,
-) -> Report:
+) -> BenchmarkReport:
     """Times every subject at every batch size.
 
     Args:
@@ -242,7 +242,7 @@ def run_benchmark(
         if sensor is not None:
             report("measuring energy")
         contenders = [_contender(worker, sensor, batches[0], tokens, steps) for worker in workers]
-    return Report(
+    return BenchmarkReport(
         threads=threads,
         load_before=load_before,
         load_after=load_after,
@@ -307,7 +307,7 @@ def _contender(worker: _Worker, sensor: PowerSensor | None, batch: int, tokens: 
     )
 
 
-def plot(report: Report, out: str | Path) -> None:
+def plot(report: BenchmarkReport, out: str | Path) -> None:
     """Draws the medians with their p90 and p99, a panel per phase. Raises `MissingDependency` without matplotlib."""
     try:
         from matplotlib.figure import Figure

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from fedspine_edge.bundle.metrics import Accuracy, Quantization, Record, Verification
+from fedspine_edge.bundle.metrics import Accuracy, BundleRecord, Quantization, Verification
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 from fedspine_edge.files import sha256_of_file
 
@@ -43,7 +43,7 @@ FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
 
 
-class TensorInfo(Record, frozen=True, kw_only=True):
+class TensorInfo(BundleRecord, frozen=True, kw_only=True):
     """An input or output of the model. A string in `shape` is a dynamic axis: batch, sequence, past, total, rank."""
 
     name: str
@@ -66,7 +66,7 @@ class TensorInfo(Record, frozen=True, kw_only=True):
         return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.shape)
 
 
-class LoraModule(Record, frozen=True, kw_only=True):
+class LoraModule(BundleRecord, frozen=True, kw_only=True):
     """A linear whose low-rank factors are inputs; `path` is its name in the model and in PEFT's files."""
 
     path: str
@@ -74,7 +74,7 @@ class LoraModule(Record, frozen=True, kw_only=True):
     out_features: int
 
 
-class AdapterSpec(Record, frozen=True, kw_only=True):
+class AdapterSpec(BundleRecord, frozen=True, kw_only=True):
     """What an adapter for this bundle must look like."""
 
     modules: tuple[LoraModule, ...]
@@ -91,7 +91,7 @@ class AdapterSpec(Record, frozen=True, kw_only=True):
         return hashlib.sha256(json.dumps([heads, channels], separators=(",", ":")).encode()).hexdigest()
 
 
-class Profile(Record, frozen=True, kw_only=True):
+class OptimizationProfile(BundleRecord, frozen=True, kw_only=True):
     """The shapes an engine is built for: (smallest, most common, largest) batch and tokens per sequence."""
 
     batch: tuple[Positive, Positive, Positive] = (1, 1, 8)
@@ -133,14 +133,14 @@ class Profile(Record, frozen=True, kw_only=True):
         }
 
 
-class LayerWidths(Record, frozen=True, kw_only=True):
+class LayerWidths(BundleRecord, frozen=True, kw_only=True):
     """What one layer keeps: attention groups (KV heads) and FFN channels."""
 
     heads: Positive
     channels: Positive
 
 
-class EngineInfo(Record, frozen=True, kw_only=True):
+class EngineInfo(BundleRecord, frozen=True, kw_only=True):
     """What a serialized plan was made by and for; checked before TensorRT sees the plan."""
 
     backend: Literal["tensorrt", "tensorrt_rtx"]
@@ -154,7 +154,7 @@ class EngineInfo(Record, frozen=True, kw_only=True):
     """Jetson Linux release of the building machine."""
     flags: tuple[str, ...] = ()
     """Builder flags by name; their integers differ between releases."""
-    profiles: tuple[Profile, ...]
+    profiles: tuple[OptimizationProfile, ...]
     workspace_bytes: int = 0
     """Scratch memory that the builder was allowed; 0 for its default."""
     verification: Verification | None = None
@@ -162,14 +162,14 @@ class EngineInfo(Record, frozen=True, kw_only=True):
     """Why the plan was not run after building, when it was not."""
 
 
-class FileEntry(Record, frozen=True, kw_only=True):
+class FileEntry(BundleRecord, frozen=True, kw_only=True):
     """Size and hash of one file of the bundle."""
 
     size_bytes: Annotated[int, Meta(ge=0)]
     sha256: Sha256
 
 
-class Manifest(Record, frozen=True, kw_only=True):
+class BundleManifest(BundleRecord, frozen=True, kw_only=True):
     """The content of bundle.json."""
 
     format_version: int = FORMAT_VERSION
@@ -201,7 +201,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     quantization: Quantization | None = None
     accuracy: Accuracy | None = None
     """Where the user gave examples."""
-    default_profile: Profile | None = None
+    default_profile: OptimizationProfile | None = None
     """The shapes that the user's examples ask for; what engines are built for unless told otherwise."""
     engine: EngineInfo | None = None
     engine_absent: str = ""
@@ -215,7 +215,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """A bundle on disk whose files have been checked."""
 
     folder: Path
-    manifest: Manifest
+    manifest: BundleManifest
 
     @property
     def model_path(self) -> Path:
@@ -270,7 +270,7 @@ def load_bundle(folder: str | Path, *, ignore: Collection[str] = ()) -> Bundle:
 _FROM_SOURCE = "Make the bundle anew from its model: fedspine-edge compile MODEL_FOLDER --out BUNDLE"
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> BundleManifest:
     path = folder / MANIFEST
     if not path.is_file():
         what = "is not a bundle: it has no bundle.json" if folder.exists() else "does not exist"
@@ -285,7 +285,7 @@ def _read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {bytes(version).decode()}; this release reads format {FORMAT_VERSION}.",
                 remedy=_FROM_SOURCE,
             )
-        manifest = msgspec.json.decode(raw, type=Manifest)
+        manifest = msgspec.json.decode(raw, type=BundleManifest)
     except (msgspec.DecodeError, ConfigError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", remedy=_FROM_SOURCE) from error
     if manifest.digest != digest_of(manifest):
@@ -312,7 +312,7 @@ def damage_of(path: Path, entry: FileEntry) -> str:
     return ""
 
 
-def digest_of(manifest: Manifest) -> str:
+def digest_of(manifest: BundleManifest) -> str:
     """sha256 of a manifest's own content."""
     bare = msgspec.structs.replace(manifest, digest="")
     return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()

@@ -9,11 +9,11 @@ import msgspec
 Metric = Literal["accuracy", "token_accuracy", "next_token_accuracy"]
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BundleRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of everything inside bundle.json."""
 
 
-class Verification(Record, frozen=True, kw_only=True):
+class Verification(BundleRecord, frozen=True, kw_only=True):
     """How far one implementation is from its reference over a number of inputs."""
 
     subject: str
@@ -36,7 +36,7 @@ class Verification(Record, frozen=True, kw_only=True):
         )
 
 
-class Accuracy(Record, frozen=True, kw_only=True):
+class Accuracy(BundleRecord, frozen=True, kw_only=True):
     """What the user's own examples say of a model in float32, before, and in the bundle's precision, after."""
 
     metric: Metric
@@ -61,7 +61,7 @@ class Accuracy(Record, frozen=True, kw_only=True):
         )
 
 
-class Quantization(Record, frozen=True, kw_only=True):
+class Quantization(BundleRecord, frozen=True, kw_only=True):
     """How linears became 8 or 4 bits wide."""
 
     tool: str

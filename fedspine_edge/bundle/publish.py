@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from fedspine_edge.bundle.bundle import MANIFEST, FileEntry, Manifest, digest_of, is_bundle
+from fedspine_edge.bundle.bundle import MANIFEST, BundleManifest, FileEntry, digest_of, is_bundle
 from fedspine_edge.errors import ConfigError, DeployError, FedspineError
 from fedspine_edge.files import sha256_of_file
 
@@ -72,7 +72,7 @@ def check_target(out: Path) -> None:
         )
 
 
-def seal(folder: Path, manifest: Manifest) -> Manifest:
+def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
     """Hashes every file in `folder` and writes bundle.json, all of it flushed to the disk."""
     files = {}
     for path in sorted(folder.iterdir()):

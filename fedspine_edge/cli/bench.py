@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedspine_edge.benchmark.benchmark import Report
+    from fedspine_edge.benchmark.benchmark import BenchmarkReport
 
 EXAMPLE = "fedspine-edge bench pruned.bundle/ --against dense.bundle/ --torch model/ --batch 1 8 --plot bench.png"
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print(report: Report) -> None:
+def _print(report: BenchmarkReport) -> None:
     wide = max(len(contender.name) for contender in report.contenders)
     print(f"{'':{wide}}  phase  batch    p50 ms    p90 ms    p99 ms  sequences/s   tokens/s  ratio")
     for row in report.rows:

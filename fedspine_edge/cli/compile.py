@@ -12,7 +12,7 @@ from fedspine_edge.cli.column_options import add_columns, with_columns
 
 if TYPE_CHECKING:
     from fedspine_edge.engine.tensorrt_builder import OnStep
-    from fedspine_edge.export.export_bundle import Report
+    from fedspine_edge.export.export_bundle import ProgressCallback
 
 EXAMPLE = """fedspine-edge compile model/ --precision fp16
   fedspine-edge compile model/ --precision int8 --calibrate train.csv   # accuracy before and after is printed
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Report, OnStep]]:
+def _progress() -> Iterator[tuple[ProgressCallback, OnStep]]:
     """Lines on standard error, and on a terminal a bar under them while TensorRT builds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

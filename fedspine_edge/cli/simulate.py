@@ -79,13 +79,13 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     from fedspine_edge.simulation import device_classes as classes
     from fedspine_edge.simulation.cost_model import spec_of
     from fedspine_edge.simulation.experiments.run_metrics import measure
-    from fedspine_edge.simulation.fleet_files import demo_model, lay_out_mix
-    from fedspine_edge.simulation.replay import BUILT_IN, Record, Shared
+    from fedspine_edge.simulation.fleet_files import demo_model, write_simulated_fleet
+    from fedspine_edge.simulation.replay import BUILT_IN, LossRecord, ReplayContext
     from fedspine_edge.simulation.run_identity import FILE as NOTED
-    from fedspine_edge.simulation.run_identity import pin
+    from fedspine_edge.simulation.run_identity import require_same_inputs
     from fedspine_edge.simulation.virtual_fleet import simulate, simulate_recorded
 
-    known = classes.load_profiles(arguments.profiles or classes.BUILT_IN)
+    known = classes.load_device_classes(arguments.profiles or classes.BUILT_IN)
     mix = classes.parse_mix(arguments.mix, known)
     if arguments.num_devices is not None:
         mix = classes.scaled(mix, arguments.num_devices)
@@ -104,8 +104,8 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     common = {"mix": mix, "profiles": known, "num_labels": arguments.num_labels, "drop_out": arguments.drop_out}
     if arguments.recorded:
         spec = spec_of(arguments.wire)
-        shared = Shared(Record.load(BUILT_IN), spec=spec)
-        fleet, devices = lay_out_mix(out, model="none", shares=[Path("none.csv")], **common, **fleet_settings)
+        shared = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
+        fleet, devices = write_simulated_fleet(out, model="none", shares=[Path("none.csv")], **common, **fleet_settings)
         result = simulate_recorded(fleet, devices, shared)
     else:
         model = str((arguments.model or demo_model()).resolve())
@@ -113,13 +113,13 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         def set_up(data: Path) -> tuple[FleetConfig, tuple[DeviceConfig, ...]]:
             shares, columns = _shares(arguments, data, sum(mix.values()), fleet_settings.get("task"))
             holdout = min(64, _smallest(shares) // 2)
-            return lay_out_mix(
+            return write_simulated_fleet(
                 out, model=model, shares=shares, columns=columns, holdout=holdout, **common, **fleet_settings
             )
 
         if (out / "run" / NOTED).is_file():  # refused before the shares of the run that is there are overwritten
             with tempfile.TemporaryDirectory() as folder:
-                pin(out / "run", set_up(Path(folder))[1])
+                require_same_inputs(out / "run", set_up(Path(folder))[1])
         fleet, devices = set_up(out / "data")
         result = simulate(fleet, devices)
     figures = measure(Path(fleet.run_dir))
@@ -139,7 +139,7 @@ def _shares(
     """Each device's file, and how its columns are called."""
     from fedspine_edge.config import DataSettings
     from fedspine_edge.errors import ConfigError
-    from fedspine_edge.simulation.fleet_files import deal_out, prepare_data
+    from fedspine_edge.simulation.fleet_files import partition_data, prepare_data
 
     named = (arguments.text, arguments.text_pair) != ("text", "")
     if task in (None, "classification") and not named:
@@ -159,7 +159,7 @@ def _shares(
         )
     columns = {"text": arguments.text, "text_pair": arguments.text_pair}
     data = DataSettings(path=str(arguments.data), num_labels=arguments.num_labels, **columns)
-    return deal_out(folder, data=data, task=task or "classification", num_devices=num_devices), columns
+    return partition_data(folder, data=data, task=task or "classification", num_devices=num_devices), columns
 
 
 def _smallest(shares: list[Path]) -> int:

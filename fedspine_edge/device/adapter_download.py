@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 3
 """Wrong hashes of a round's blobs, which are then fetched anew, before that is an error."""
 
 
-class Fetch:
+class AdapterDownload:
     """The blobs of one round at a time.
 
     Args:

@@ -17,12 +17,12 @@ from fedspine_edge.clock import Clock, RealClock
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.data.examples import split
 from fedspine_edge.data.loading import read
-from fedspine_edge.device.adapter_download import Fetch
-from fedspine_edge.device.cost_meter import Meter
-from fedspine_edge.device.device_state import DEVICE, Outcome, Record, Standing
+from fedspine_edge.device.adapter_download import AdapterDownload
+from fedspine_edge.device.cost_meter import CostMeter
+from fedspine_edge.device.device_state import DEVICE, PersistedState, PruningState, RoundResult
 from fedspine_edge.device.failure_report import failure_report
-from fedspine_edge.device.message_queue import Inbox, Superseded
-from fedspine_edge.device.publisher import Outbox
+from fedspine_edge.device.message_queue import MessageQueue, PlanSuperseded
+from fedspine_edge.device.publisher import DevicePublisher
 from fedspine_edge.device.round import ROUND, LocalRound, order_of
 from fedspine_edge.device.status import status_of
 from fedspine_edge.errors import BlobError, MessageError, TransportError
@@ -31,12 +31,12 @@ from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
-from fedspine_edge.protocol.rank_slices import join
+from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
-from fedspine_edge.training.base_model import ModelSource, choose_torch_device
+from fedspine_edge.training.base_model import BaseModelLoader, choose_torch_device
 from fedspine_edge.training.peak_memory import PeakMemory
-from fedspine_edge.training.state_dir import StateDamaged, StateDir, Tensors
-from fedspine_edge.training.tokenization import Texts, Tokenised
+from fedspine_edge.training.state_dir import CorruptState, StateDir, Tensors
+from fedspine_edge.training.tokenization import TextEncoder, TokenizedSplits
 from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Transport, Will
 
 log = logging.getLogger("fedspine_edge.device")
@@ -76,11 +76,11 @@ class FleetDevice:
         self._refused_because = ""
         self._plan: Plan | None = None
         self._plan_sha256 = ""
-        self._meter: Meter | None = None
+        self._meter: CostMeter | None = None
         self._retry_s = 15.0
         self._retry_at: float | None = None
         self._watching = False
-        self._inbox = Inbox(transport, self._topics.plan(config.device_id))
+        self._inbox = MessageQueue(transport, self._topics.plan(config.device_id))
 
     def start(self) -> None:
         """Load data, model and state, connect, and say hello.
@@ -97,7 +97,7 @@ class FleetDevice:
         self._state = StateDir(config.state_dir)
         self._blobs = BlobStore(self._state.folder / "blobs")
         try:
-            self._source = ModelSource(
+            self._source = BaseModelLoader(
                 config.model,
                 num_labels=config.num_labels,
                 task=config.task,
@@ -107,14 +107,14 @@ class FleetDevice:
             )
             self._model: PrunableModel | None = self._source.fresh()
             self._spec = self._model.spec
-            self._texts = Texts.of(self._model, self._source.tokenizer())
-            self._examples = Tokenised(self._texts, self._train, self._holdout)
+            self._texts = TextEncoder.of(self._model, self._source.tokenizer())
+            self._examples = TokenizedSplits(self._texts, self._train, self._holdout)
             self._longest_tokens = self._texts.length()  # until a plan asks for another length
             self._examples.at(self._longest_tokens)  # what does not fit the model is told now, not in a round
-            self._record = Record.load(self._state, config, self._spec)
+            self._record = PersistedState.load(self._state, config, self._spec)
             self._retry_at = None if self._record.acked else self._clock.now()
-            self._outbox = Outbox(self._transport, self._topics, config.device_id, self._blobs)
-            self._fetch = Fetch(self._transport, self._topics, self._state.folder / "download")
+            self._outbox = DevicePublisher(self._transport, self._topics, config.device_id, self._blobs)
+            self._fetch = AdapterDownload(self._transport, self._topics, self._state.folder / "download")
             will = Will(self._topics.status(config.device_id), codec.encode(self._status("offline")))
             self._transport.connect(timeout_s=min(FIRST_CONNECT_TIMEOUT_S, config.reconnect_timeout_s), will=will)
             self._transport.subscribe(*self._topics.device_filters(config.device_id))
@@ -221,11 +221,11 @@ class FleetDevice:
     def _accept(self, plan: Plan, sha256: str) -> None:
         config = self.config
         if plan.run_id != self._record.run_id:
-            self._record = Record(Standing(Layout.full(self._spec)), run_id=plan.run_id)
+            self._record = PersistedState(PruningState(Layout.full(self._spec)), run_id=plan.run_id)
         self._plan, self._plan_sha256 = plan, sha256
         self._longest_tokens = plan.training.max_length_tokens
         self._retry_s = min(15.0, max(1.0, plan.deadline_s * RETRY_SHARE))
-        self._meter = Meter.of(config, plan.server_round, self._clock)
+        self._meter = CostMeter.of(config, plan.server_round, self._clock)
         log.info("round %d of %d: p=%.3f, r=%d", plan.server_round, plan.num_rounds, plan.pruning_ratio, plan.r)
         if plan.adapter:
             self._fetch.begin(plan.adapter)
@@ -256,7 +256,7 @@ class FleetDevice:
 
     def _joined(self, plan: Plan, bands: list[Tensors]) -> Tensors:
         """The adapter of `bands`. Raises `BlobError` when it lacks what this device keeps."""
-        tensors, held = join(bands, self._spec)
+        tensors, held = merge_slices(bands, self._spec)
         order = order_of(tensors, self._spec) if plan.layout == "consensus" else None
         if not self._record.standing.starts_at(order).is_within(held):
             raise BlobError(
@@ -298,12 +298,12 @@ class FleetDevice:
             )
             self._model = None  # a round that failed may leave it half pruned
             outcome = job.run()
-        except Superseded:
+        except PlanSuperseded:
             log.info("round %d: a newer plan arrived, training abandoned", plan.server_round)
             self._model = None if job is None else job.model
             self._drop_plan()
             return
-        except StateDamaged:
+        except CorruptState:
             raise
         except Exception as error:
             self._conclude(self._failure(plan, error), None)
@@ -326,7 +326,7 @@ class FleetDevice:
 
     # Reports
 
-    def _conclude(self, report: Report, outcome: Outcome | None) -> None:
+    def _conclude(self, report: Report, outcome: RoundResult | None) -> None:
         """Make the report durable, then send it."""
         state = self._state_dir
         self._clock.spend(0.0 if report.time_kind == "measured" else report.completion_time_s)

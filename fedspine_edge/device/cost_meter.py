@@ -25,14 +25,14 @@ TimeKind = Literal["measured", "modelled", "simulated"]
 
 
 @dataclass(frozen=True)
-class Conditions:
+class EmulatedConditions:
     """How a simulated device fares in one round: factors on its computing and its transfer time."""
 
     work: float = 1.0
     link: float = 1.0
 
 
-def conditions(config: DeviceConfig, server_round: int) -> Conditions:
+def conditions(config: DeviceConfig, server_round: int) -> EmulatedConditions:
     """The conditions of `server_round`, a function of the device's seed, id and settings alone.
 
     Jitter is drawn anew in each round with mean 1; drift is a random walk over the rounds so far.
@@ -47,10 +47,10 @@ def conditions(config: DeviceConfig, server_round: int) -> Conditions:
         walk = simulated.drift * sum(normal("drift", number) for number in range(2, server_round + 1))
     work = math.exp(simulated.jitter * normal("work", server_round) - simulated.jitter**2 / 2 + walk)
     link = math.exp(simulated.link_jitter * normal("link", server_round) - simulated.link_jitter**2 / 2)
-    return Conditions(work, link)
+    return EmulatedConditions(work, link)
 
 
-class Meter:
+class CostMeter:
     """Adds up what a round costs; survives a restart through `to_dict` and `restore`.
 
     Args:
@@ -72,7 +72,7 @@ class Meter:
         down_mbit_s: float,
         clock: Clock,
         simulated: SimulatedSettings | None = None,
-        conditions: Conditions | None = None,
+        conditions: EmulatedConditions | None = None,
     ) -> None:
         self.time_kind = time_kind
         self.bytes_up = 0
@@ -81,7 +81,7 @@ class Meter:
         self._up_bytes_s = up_mbit_s * 1e6 / 8
         self._down_bytes_s = down_mbit_s * 1e6 / 8
         self._simulated = simulated or SimulatedSettings()
-        self._conditions = conditions or Conditions()
+        self._conditions = conditions or EmulatedConditions()
         self._clock = clock
         self._begun_s = clock.now()
         self._wall_s = 0.0
@@ -90,7 +90,7 @@ class Meter:
         self._simulated_s = 0.0
 
     @classmethod
-    def of(cls, config: DeviceConfig, server_round: int, clock: Clock) -> Meter:
+    def of(cls, config: DeviceConfig, server_round: int, clock: Clock) -> CostMeter:
         """The meter of one round of a device."""
         return cls(
             config.time_kind,

@@ -12,8 +12,8 @@ from fedspine_edge.model.layout import Layout, Order
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.training.state_dir import (
-    Document,
     StateDir,
+    StateRecord,
     Tensors,
     layout_from,
     layout_tensors,
@@ -25,7 +25,7 @@ DEVICE = "device"
 
 
 @dataclass(frozen=True)
-class Standing:
+class PruningState:
     """Where a device stands in its run."""
 
     layout: Layout
@@ -45,19 +45,19 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundResult:
     """A finished round."""
 
     report: Report
     update: bytes
-    standing: Standing
+    standing: PruningState
 
 
 @dataclass
-class Record:
+class PersistedState:
     """The content of device.state: which run, how far, and what was last reported."""
 
-    standing: Standing
+    standing: PruningState
     run_id: str = ""
     report: Report | None = None
     acked: bool = True
@@ -74,24 +74,24 @@ class Record:
         }
         importance = self.standing.importance or {}
         tensors = {**layout_tensors(self.standing.layout), **prefixed("importance.", importance)}
-        state.write(DEVICE, Document(info, tensors))
+        state.write(DEVICE, StateRecord(info, tensors))
 
     @classmethod
-    def load(cls, state: StateDir, config: DeviceConfig, spec: ModelSpec) -> Record:
+    def load(cls, state: StateDir, config: DeviceConfig, spec: ModelSpec) -> PersistedState:
         """What `save` wrote, or that of a new device.
 
         Raises `CheckpointError` when the folder belongs to another device, fleet or base model, or is damaged.
         """
         saved = state.read(DEVICE)
         if saved is None:
-            return cls(Standing(Layout.full(spec)))
+            return cls(PruningState(Layout.full(spec)))
         for key, mine in _identity(config, spec).items():
             if saved.info.get(key) != mine:
                 raise state.damaged(DEVICE, f"it was written with another {key}")
         try:
             report = saved.info["report"]
             return cls(
-                Standing(
+                PruningState(
                     layout_from(spec, saved.tensors),
                     float(saved.info["pruning_ratio"]),
                     unprefixed("importance.", saved.tensors) or None,

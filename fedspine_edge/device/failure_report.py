@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-from fedspine_edge.device.cost_meter import Meter, TimeKind
+from fedspine_edge.device.cost_meter import CostMeter, TimeKind
 from fedspine_edge.errors import FedspineError, OutOfMemory
 from fedspine_edge.protocol.messages import Plan, Report
 
@@ -26,7 +26,7 @@ def failure_report(
     num_examples: int,
     pruning_ratio: float,
     time_kind: TimeKind,
-    meter: Meter | None,
+    meter: CostMeter | None,
 ) -> Report:
     """What the server is told of `plan`, which ended with `error`."""
     return Report(

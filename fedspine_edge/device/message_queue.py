@@ -9,11 +9,11 @@ from fedspine_edge.protocol import codec
 from fedspine_edge.transport.base import Event, Incoming, Transport
 
 
-class Superseded(Exception):
+class PlanSuperseded(Exception):
     """A newer plan arrived while training."""
 
 
-class Inbox:
+class MessageQueue:
     """Events of `transport`; `plan_topic` is where this device's plans come."""
 
     def __init__(self, transport: Transport, plan_topic: str) -> None:
@@ -26,7 +26,7 @@ class Inbox:
         return self._kept.popleft() if self._kept else self._transport.receive(timeout_s=timeout_s)
 
     def watch(self, plan_sha256: str) -> None:
-        """Between two steps of training: keep what has come; raises `Superseded` at a plan other than `plan_sha256`."""
+        """Keep messages that arrived during training. Raises `PlanSuperseded` at a plan other than `plan_sha256`."""
         while True:
             try:
                 event = self._transport.receive(timeout_s=0.0)
@@ -41,4 +41,4 @@ class Inbox:
                 and event.payload
                 and codec.digest(event.payload) != plan_sha256
             ):
-                raise Superseded
+                raise PlanSuperseded

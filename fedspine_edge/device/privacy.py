@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def protect(
+def clip_and_add_noise(
     adapter: Mapping[str, npt.NDArray[np.float32]],
     received: Mapping[str, npt.NDArray[np.float32]],
     *,

@@ -15,7 +15,7 @@ from fedspine_edge.transport.base import Transport
 log = logging.getLogger("fedspine_edge.device")
 
 
-class Outbox:
+class DevicePublisher:
     """Sends what it is given once; everything is stated again by the agent until it was heard.
 
     Args:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.cost_meter import Meter
-from fedspine_edge.device.device_state import Outcome, Standing
-from fedspine_edge.device.privacy import protect
+from fedspine_edge.device.cost_meter import CostMeter
+from fedspine_edge.device.device_state import PruningState, RoundResult
+from fedspine_edge.device.privacy import clip_and_add_noise
 from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import Layout, Order, full_shape, module_names, split_name, target_counts
@@ -27,15 +27,15 @@ from fedspine_edge.protocol.chunks import ref_of
 from fedspine_edge.protocol.codec import check_tensors, pack
 from fedspine_edge.protocol.messages import Plan, Report
 from fedspine_edge.pruning.importance import ImportanceTracker
-from fedspine_edge.pruning.selection import GroupScores, plan_local
-from fedspine_edge.training.base_model import ModelSource
+from fedspine_edge.pruning.selection import GroupScores, select_layout
+from fedspine_edge.training.base_model import BaseModelLoader
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import fitting_micro_batch
 from fedspine_edge.training.peak_memory import PeakMemory
 from fedspine_edge.training.state_dir import (
-    Document,
     StateDir,
+    StateRecord,
     Tensors,
     layout_from,
     layout_tensors,
@@ -81,13 +81,13 @@ class LocalRound:
         blob: Mapping[str, npt.NDArray[Any]],
         *,
         config: DeviceConfig,
-        source: ModelSource,
-        standing: Standing,
+        source: BaseModelLoader,
+        standing: PruningState,
         train: Sequence[Encoded],
         holdout: Sequence[Encoded],
         pad_id: int,
         state: StateDir,
-        meter: Meter,
+        meter: CostMeter,
         peak: PeakMemory | None = None,
         model: PrunableModel | None = None,
         on_step: Callable[[], None] | None = None,
@@ -116,7 +116,7 @@ class LocalRound:
         self._write_took_s = 0.0
         self._written_step = 0
 
-    def run(self) -> Outcome:
+    def run(self) -> RoundResult:
         """Carry the plan out, from the start or from the last checkpoint.
 
         Raises `FedspineError` for what cannot be done, and whatever `on_step` raises.
@@ -169,8 +169,8 @@ class LocalRound:
             bytes_down=self._meter.bytes_down,
             bytes_up=self._meter.bytes_up,
         )
-        standing = Standing(trainer.model.layout, self._info["pruning_ratio"], tracker.state_dict())
-        return Outcome(report, update, standing)
+        standing = PruningState(trainer.model.layout, self._info["pruning_ratio"], tracker.state_dict())
+        return RoundResult(report, update, standing)
 
     def _begin(self) -> Trainer:
         standing = self._standing
@@ -190,7 +190,7 @@ class LocalRound:
         try:
             layout = layout_from(self._standing.layout.spec, saved.tensors)
             trainer = self._trainer(layout)
-            trainer.restore(Document(saved.info["trainer"], unprefixed("trainer.", saved.tensors)))
+            trainer.restore(StateRecord(saved.info["trainer"], unprefixed("trainer.", saved.tensors)))
             self._meter.restore(saved.info["meter"])
             self._phase, self._info = saved.info["phase"], saved.info["info"]
             self._scores = unprefixed("update.", saved.tensors)
@@ -251,7 +251,7 @@ class LocalRound:
                 raise ModelError(
                     "no step was scored, so nothing can be ranked.", remedy="Set training.tau to 1 or more."
                 )
-            wanted = plan_local(scores, layout, plan.pruning_ratio, scope=plan.scope, round_to=plan.round_to)
+            wanted = select_layout(scores, layout, plan.pruning_ratio, scope=plan.scope, round_to=plan.round_to)
         elif plan.layout == "consensus" and self._order is not None:
             counts = [
                 target_counts(layout.spec, plan.pruning_ratio, round_to=plan.round_to, at_most=kept)
@@ -268,7 +268,7 @@ class LocalRound:
         adapter: dict[str, npt.NDArray[Any]] = dict(model.adapter_state())
         if config.clip_update_norm > 0:
             adapter = dict(
-                protect(
+                clip_and_add_noise(
                     adapter,
                     gathered(self._global, model.layout, self._plan.r),
                     clip_norm=config.clip_update_norm,
@@ -321,14 +321,14 @@ class LocalRound:
             **prefixed("update.", self._scores),
             **layout_tensors(trainer.model.layout),
         }
-        self._state.write(ROUND, Document(info, tensors))
+        self._state.write(ROUND, StateRecord(info, tensors))
         self._written_at = time.monotonic()
         self._write_took_s = self._written_at - began
         self._written_step = trainer.step
 
 
 def global_adapter(
-    plan: Plan, blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec, source: ModelSource
+    plan: Plan, blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec, source: BaseModelLoader
 ) -> dict[str, npt.NDArray[Any]]:
     """The adapter and head that every device of the fleet starts the round from, in full coordinates."""
     state = {name: value for name, value in blob.items() if name.startswith(("layers.", "head."))}

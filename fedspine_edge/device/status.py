@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.device_state import Record
+from fedspine_edge.device.device_state import PersistedState
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.protocol.messages import Status
 from fedspine_edge.training.memory import rank_costs
@@ -14,7 +14,7 @@ from fedspine_edge.version import __version__
 
 def status_of(
     config: DeviceConfig,
-    record: Record,
+    record: PersistedState,
     state: Literal["online", "offline"],
     *,
     num_examples: int,

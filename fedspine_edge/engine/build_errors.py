@@ -54,7 +54,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def translate(name: str, version: str, log: Sequence[str], problem: str) -> EngineBuildError:
+def explain_build_failure(name: str, version: str, log: Sequence[str], problem: str) -> EngineBuildError:
     """An `EngineBuildError` from TensorRT's log: the likely cause, its last errors, and the remedy.
 
     Args:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from fedspine_edge.bundle.bundle import EngineInfo, Precision
-from fedspine_edge.engine.build_errors import last_words, translate
+from fedspine_edge.engine.build_errors import explain_build_failure, last_words
 from fedspine_edge.engine.cuda_driver import DeviceInfo
 from fedspine_edge.errors import ConfigError, DeployError, EngineBuildError, EngineIncompatible, MissingDependency
 
@@ -146,7 +146,7 @@ def set_targets(
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
         if not config.set_compute_capability(members[name], index):
-            raise translate(backend.name, backend.version, log, f"refused compute capability {name}")
+            raise explain_build_failure(backend.name, backend.version, log, f"refused compute capability {name}")
     return tuple(name[2:] for name in names)
 
 

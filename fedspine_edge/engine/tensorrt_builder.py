@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedspine_edge.bundle.bundle import EngineInfo, Profile, TensorInfo
+from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, TensorInfo
 from fedspine_edge.engine import tensorrt_api
-from fedspine_edge.engine.build_errors import parser_errors, translate
+from fedspine_edge.engine.build_errors import explain_build_failure, parser_errors
 from fedspine_edge.engine.cuda_driver import DeviceInfo
 from fedspine_edge.errors import EngineBuildError
 
@@ -35,7 +35,7 @@ def build_plan(
     backend: tensorrt_api.Backend,
     model: Path,
     inputs: Sequence[TensorInfo],
-    profiles: Sequence[Profile],
+    profiles: Sequence[OptimizationProfile],
     *,
     device: DeviceInfo | None,
     compute_capabilities: Sequence[str] = (),
@@ -78,18 +78,18 @@ def build_plan(
 
     def checked(value: Any, problem: str) -> Any:
         if not value:
-            raise translate(name, version, log, problem)
+            raise explain_build_failure(name, version, log, problem)
         return value
 
     builder = checked(backend.module.Builder(logger), "could not create a builder")
     flag_bits = tensorrt_api.network_flags(backend.module)
     network = builder.create_network(flag_bits)
     if network is None:
-        raise translate(name, version, log, "could not create a network")
+        raise explain_build_failure(name, version, log, "could not create a network")
     parser = backend.module.OnnxParser(network, logger)
     report(f"{name} {version}: parsing {model.name}")
     if not parser.parse_from_file(str(model)):
-        raise translate(name, version, parser_errors(parser) or log, f"could not parse {model}")
+        raise explain_build_failure(name, version, parser_errors(parser) or log, f"could not parse {model}")
     config = checked(builder.create_builder_config(), "could not create a builder configuration")
     tensorrt_api.set_flags(backend, config, flags)
     if workspace_bytes is None and device is not None and device.l4t:
@@ -103,7 +103,7 @@ def build_plan(
             if shapes[0] != tensor.shape:  # a fixed shape takes no profile
                 optimization_profile.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(optimization_profile) < 0:
-            raise translate(name, version, log, f"refused the profile {profile}")
+            raise explain_build_failure(name, version, log, f"refused the profile {profile}")
     targets = tensorrt_api.set_targets(backend, config, device, compute_capabilities, log)
     if tensorrt_api.keeps_timings(backend):
         reused = tensorrt_api.use_timings(config, timings)
@@ -111,7 +111,7 @@ def build_plan(
     report(f"{name} {version}: building for SM {', '.join(targets)}")
     plan = _built(backend, builder, network, config, on_step)
     if plan is None or plan.nbytes == 0:
-        raise translate(name, version, log, "could not build an engine")
+        raise explain_build_failure(name, version, log, "could not build an engine")
     members = backend.module.BuilderFlag.__members__
     info = EngineInfo(
         backend=name,

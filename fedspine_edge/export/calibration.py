@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.bundle.bundle import Profile, Task, TensorInfo
+from fedspine_edge.bundle.bundle import OptimizationProfile, Task, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Metric
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example
@@ -107,11 +107,13 @@ def read_data(
     return UserData(calibration, measured, tuple(sorted(len(ids) for ids, _, _ in encoded)), held_out)
 
 
-def profile_of(lengths: Sequence[int], max_tokens: int, *, batch: tuple[int, int, int] = (1, 1, 8)) -> Profile:
+def profile_of(
+    lengths: Sequence[int], max_tokens: int, *, batch: tuple[int, int, int] = (1, 1, 8)
+) -> OptimizationProfile:
     """An engine's shapes from the lengths of the user's examples: best at the median, room for a quarter more than
     the longest."""
     longest = min(max_tokens, -(-lengths[-1] * 5 // 4 // 8) * 8)
-    return Profile(batch=batch, tokens=(1, min(lengths[len(lengths) // 2], longest), longest))
+    return OptimizationProfile(batch=batch, tokens=(1, min(lengths[len(lengths) // 2], longest), longest))
 
 
 def require_tokenizer(folder: Path) -> None:

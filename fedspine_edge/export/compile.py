@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from fedspine_edge.bundle.archive import check_archive_target, is_archive, pack
-from fedspine_edge.bundle.bundle import Manifest, Precision, Profile, is_bundle, rebuild_command
+from fedspine_edge.bundle.bundle import BundleManifest, OptimizationProfile, Precision, is_bundle, rebuild_command
 from fedspine_edge.bundle.publish import check_target, seal, staging
 from fedspine_edge.data.loading import Data
 from fedspine_edge.engine.tensorrt_builder import OnStep
@@ -25,7 +25,7 @@ from fedspine_edge.runtime.engine_build import (
     BACKENDS,
     BackendChoice,
     EngineRequest,
-    Report,
+    ProgressCallback,
     add_engine,
     choose_backend,
     copy_bundle,
@@ -39,12 +39,12 @@ def compile_engine(
     out: str | Path | None = None,
     *,
     precision: Precision | None = None,
-    profiles: Sequence[Profile] | None = None,
+    profiles: Sequence[OptimizationProfile] | None = None,
     backend: BackendChoice = "auto",
     lora: Lora | None = None,
     calibrate: Data | None = None,
     labels: Sequence[str] | None = None,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
     on_build_step: OnStep | None = None,
     opset: int | None = None,
     compute_capabilities: Sequence[str] = (),
@@ -131,9 +131,9 @@ def compile_engine(
             if calibrate is not None:
                 manifest = _with_profile_of(calibrate, draft, manifest)
         else:
-            from fedspine_edge.export.export_bundle import draft_model
+            from fedspine_edge.export.export_bundle import export_model_to_bundle
 
-            manifest = draft_model(
+            manifest = export_model_to_bundle(
                 folder,
                 draft,
                 precision=precision or "fp32",
@@ -149,7 +149,7 @@ def compile_engine(
     return out
 
 
-def _with_profile_of(examples: Data, draft: Path, manifest: Manifest) -> Manifest:
+def _with_profile_of(examples: Data, draft: Path, manifest: BundleManifest) -> BundleManifest:
     """The manifest with the profile that the user's examples ask for."""
     data = read_data(
         examples,

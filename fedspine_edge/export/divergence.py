@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.runtime.bf16_emulation import tensor_types, widened
+from fedspine_edge.runtime.bf16_emulation import emulate_bfloat16, tensor_types
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class LayerDifference:
         return f"{where}: it differs by {self.max_abs_diff:.3g} where the largest value is {self.largest:.3g}"
 
 
-def first_difference(
+def first_divergent_layer(
     model: Path, module: nn.Module, inputs: dict[str, Array], run: Callable[[], object], *, tolerance: float
 ) -> LayerDifference | None:
     """The first module whose output in the file differs from torch's by more than `tolerance` × its largest value.
@@ -128,7 +128,7 @@ def _intermediate_tensors(model: Path, paths: list[str], inputs: dict[str, Array
 
     proto = onnx.load(model)
     if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in proto.graph.initializer):
-        widened(proto)
+        emulate_bfloat16(proto)
     types = tensor_types(proto)
     floats = {name for name, kind in types.items() if kind in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)}
     scopes = {ROOT + re.sub(r"\.(?=\D)", "/", path) + "/": path for path in paths}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedspine_edge.bundle.bundle import ADAPTER, MODEL, LayerWidths, Manifest, Precision, producer_versions
+from fedspine_edge.bundle.bundle import ADAPTER, MODEL, BundleManifest, LayerWidths, Precision, producer_versions
 from fedspine_edge.bundle.metrics import Accuracy, Quantization, Verification
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.loading import Data, read
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from fedspine_edge.model.prunable import PrunableModel
 
-Report = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 Arrays = Mapping[str, Any]
 
 
-def draft_model(
+def export_model_to_bundle(
     folder: Path,
     draft: Path,
     *,
@@ -39,8 +39,8 @@ def draft_model(
     runtime_adapter: bool,
     labels: Sequence[str] | None,
     examples: Data | None,
-    report: Report,
-) -> Manifest:
+    report: ProgressCallback,
+) -> BundleManifest:
     """Writes model.onnx, the tokenizer and the adapter into `draft` and describes them.
 
     Args:
@@ -102,7 +102,7 @@ def draft_model(
                 exported, draft / MODEL, precision, module, data, values, report
             )
     accuracy = _measure(exported, module, data, values, report) if data is not None else None
-    return Manifest(
+    return BundleManifest(
         producer=producer_versions("torch", "transformers", "onnx", "onnxruntime"),
         task=exported.task,
         family=model.spec.family,
@@ -145,7 +145,7 @@ def _quantize(
     module: nn.Module,
     data: UserData | None,
     adapter: Arrays | None,
-    report: Report,
+    report: ProgressCallback,
 ) -> tuple[Exported, Quantization, Verification]:
     """The verified float32 file with narrower linears, compared with torch again, on the user's examples if given."""
     batches = [batch.inputs(exported.inputs, adapter) for batch in data.calibration] if data is not None else []
@@ -159,7 +159,9 @@ def _quantize(
     return finished, quantization, verification
 
 
-def _measure(exported: Exported, module: nn.Module, data: UserData, adapter: Arrays | None, report: Report) -> Accuracy:
+def _measure(
+    exported: Exported, module: nn.Module, data: UserData, adapter: Arrays | None, report: ProgressCallback
+) -> Accuracy:
     report(f"measuring on {_count(data.measured)} examples")
     runner = OnnxRuntimeRunner(exported.path)
     try:

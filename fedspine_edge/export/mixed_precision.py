@@ -29,7 +29,7 @@ _SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _NORM_TAIL = frozenset({"Add", "Sqrt", "Div", "Reciprocal", "Mul"})
 
 
-def to_half(model: Any, kind: Kind = "fp16") -> None:
+def convert_to_16bit(model: Any, kind: Kind = "fp16") -> None:
     """Converts an `onnx.ModelProto` in place. Raises `DeployError` for a graph with nested graphs."""
     _Converter(model, kind).convert()
 
@@ -77,7 +77,7 @@ class _Converter:
                 if is_half and name in self.floats:
                     if name in self.kept_outputs:
                         node.output[position] = self.casts[name, True] = f"{name}.{self.kind}"
-                        self.result.append(self._cast(node.output[position], name, to_half=False))
+                        self.result.append(self._cast(node.output[position], name, convert_to_16bit=False))
                     else:
                         self.half_tensors.add(name)
         self._tidy_initializers()
@@ -103,7 +103,7 @@ class _Converter:
         other = self.casts[key] = f"{name}.{self.kind}" if half else f"{name}.fp32"
         value = self._constant(name)
         if value is None:
-            self.result.append(self._cast(name, other, to_half=half))
+            self.result.append(self._cast(name, other, convert_to_16bit=half))
         else:
             self.graph.initializer.append(self._rounded(value, other))
         return other
@@ -123,8 +123,8 @@ class _Converter:
         attribute = self.nodes[index].attribute[0]
         return self.onnx.numpy_helper.to_array(attribute.t) if attribute.name == "value" else None
 
-    def _cast(self, source: str, target: str, *, to_half: bool) -> Any:
-        kind = self.half_type if to_half else self.onnx.TensorProto.FLOAT
+    def _cast(self, source: str, target: str, *, convert_to_16bit: bool) -> Any:
+        kind = self.half_type if convert_to_16bit else self.onnx.TensorProto.FLOAT
         return self.onnx.helper.make_node("Cast", [source], [target], name=f"Cast.{target}", to=kind)
 
     def _descendants_of_embeddings(self) -> set[int]:

@@ -133,9 +133,9 @@ def quantized(
 def _finished(proto: Any, exported: Exported, precision: Precision) -> Exported:
     """Converts to 16 bits where asked, and saves."""
     if precision == "fp16" or precision == "bf16":
-        from fedspine_edge.export.mixed_precision import to_half
+        from fedspine_edge.export.mixed_precision import convert_to_16bit
 
-        to_half(proto, precision)
+        convert_to_16bit(proto, precision)
     inputs, outputs = exported.inputs, exported.outputs
     if precision == "fp16":
         inputs, outputs = (tuple(_cache_in_half(tensor) for tensor in each) for each in (inputs, outputs))

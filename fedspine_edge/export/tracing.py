@@ -30,7 +30,7 @@ from fedspine_edge.export.onnx_export import task_of
 from fedspine_edge.model.families import SUPPORTED, architecture_of
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
-from fedspine_edge.model.pooled_token import reading_token
+from fedspine_edge.model.pooled_token import only_pooled_token
 from fedspine_edge.model.prunable import PrunableModel
 
 
@@ -132,7 +132,7 @@ def reading(module: nn.Module, arguments: Mapping[str, Any]) -> contextlib.Abstr
     """While entered, a classifier computes in its last layer the token that it reads: what its graph holds."""
     if task_of(module) != "classification" or module.config.model_type not in SUPPORTED:
         return contextlib.nullcontext()
-    return reading_token(module, architecture_of(module.config), arguments["input_ids"])
+    return only_pooled_token(module, architecture_of(module.config), arguments["input_ids"])
 
 
 def _added(seen: Tensor) -> Tensor:

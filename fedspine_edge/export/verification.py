@@ -14,7 +14,7 @@ from fedspine_edge.bundle.metrics import Accuracy, Verification
 from fedspine_edge.data.loading import Data
 from fedspine_edge.errors import ExportMismatch
 from fedspine_edge.export.calibration import UserData, measure, read_data
-from fedspine_edge.export.divergence import first_difference
+from fedspine_edge.export.divergence import first_divergent_layer
 from fedspine_edge.export.onnx_export import Exported, merged_module, task_of
 from fedspine_edge.runtime.adapters import bundled_adapter
 from fedspine_edge.runtime.comparison import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
@@ -84,7 +84,7 @@ def verify_onnx(
 def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]) -> str:
     """A sentence on the first layer that differs, on the first inputs where one does."""
     for batch in inputs:
-        found = first_difference(
+        found = first_divergent_layer(
             exported.path,
             module,
             batch,

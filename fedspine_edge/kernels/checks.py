@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import native
-from fedspine_edge.kernels.quantized import QuantisedWeight
+from fedspine_edge.kernels.quantized import QuantizedWeight
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -38,9 +38,9 @@ def check_matrix(op: str, name: str, t: Tensor, rows: int | None, cols: int | No
         fail(op, f"{name} must be floating point, it is {t.dtype}.")
 
 
-def check_adapter(op: str, weight: Tensor | QuantisedWeight, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_adapter(op: str, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor) -> None:
     device = weight.device
-    if not isinstance(weight, QuantisedWeight):
+    if not isinstance(weight, QuantizedWeight):
         check_matrix(op, "weight", weight, None, None, device)
     check_matrix(op, "lora_A", lora_A, None, weight.shape[1], device)
     rank = lora_A.shape[0]

@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from fedspine_edge.kernels import native, reference
 from fedspine_edge.kernels.checks import check_adapter, decompose, fail
-from fedspine_edge.kernels.quantized import QuantisedWeight, dense
+from fedspine_edge.kernels.quantized import QuantizedWeight, dense
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | QuantisedWeight,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -62,7 +62,7 @@ def lora_linear(
 
 
 def eager_lora_linear(
-    x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """`lora_linear` of what `prepare` returned, with everything frozen that must be.
 
@@ -73,8 +73,8 @@ def eager_lora_linear(
 
 
 def prepare(
-    op: str, x: Tensor, weight: Tensor | QuantisedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
-) -> tuple[Tensor, Tensor | QuantisedWeight, Tensor | None, Tensor, Tensor]:
+    op: str, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> tuple[Tensor, Tensor | QuantizedWeight, Tensor | None, Tensor, Tensor]:
     """The arguments, checked and in one dtype. Raises `KernelError`, which names the argument that does not fit."""
     check_adapter(op, weight, lora_A, lora_B)
     out_features, in_features = weight.shape
@@ -90,7 +90,7 @@ def prepare(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        weight = weight.astype(dtype) if isinstance(weight, QuantisedWeight) else weight.to(dtype)
+        weight = weight.astype(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
     if x.dtype != weight.dtype:
         fail(op, f"x is {x.dtype}, the weight is {weight.dtype}; they must agree.")
     if bias is not None and bias.dtype != weight.dtype:
@@ -112,7 +112,7 @@ def _kept(op: str, name: str, index: Tensor, of: str, t: Tensor, dim: int) -> Te
     return t.index_select(dim, index)
 
 
-def is_frozen(weight: Tensor | QuantisedWeight, bias: Tensor | None) -> bool:
+def is_frozen(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> bool:
     """Whether neither weight nor bias wants a gradient: the ops have none for them."""
     wants = weight.requires_grad or (bias is not None and bias.requires_grad)
     return not wants or not torch.is_grad_enabled()
@@ -232,14 +232,14 @@ class _EagerLoraLinear(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | QuantisedWeight,
+        weight: Tensor | QuantizedWeight,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
     ) -> tuple[Tensor, Tensor]:
         y, low = _lora_linear(x, dense(weight), bias, lora_A, lora_B, scaling)
-        ctx.quantised, ctx.scaling = weight if isinstance(weight, QuantisedWeight) else None, scaling
+        ctx.quantised, ctx.scaling = weight if isinstance(weight, QuantizedWeight) else None, scaling
         ctx.save_for_backward(x, None if ctx.quantised else weight, lora_A, lora_B, low)
         ctx.mark_non_differentiable(low)
         return y, low

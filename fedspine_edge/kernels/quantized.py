@@ -21,7 +21,7 @@ GROUP_COLUMNS = 64
 """Columns that share a scale at 4 bits, before any pruning: half a bit of scale for each weight."""
 
 
-class QuantisedWeight:
+class QuantizedWeight:
     """An (out, in) matrix as codes, scales and the group of each column.
 
     Args:
@@ -39,7 +39,7 @@ class QuantisedWeight:
         self.codes, self.scales, self.group_of_col, self.dtype = codes, scales, group_of_col, dtype
 
     @classmethod
-    def of(cls, weight: Tensor, bits: Bits) -> QuantisedWeight:
+    def of(cls, weight: Tensor, bits: Bits) -> QuantizedWeight:
         """Quantise a matrix, which should be in the dtype that `dense` is to give. Raises `KernelError`."""
         if weight.dim() != 2 or not weight.is_floating_point():
             raise KernelError(f"only a floating-point matrix can be quantised, not {weight.dtype} {weight.dim()}-D.")
@@ -70,9 +70,9 @@ class QuantisedWeight:
     def device(self) -> torch.device:
         return self.codes.device
 
-    def astype(self, dtype: torch.dtype) -> QuantisedWeight:
+    def astype(self, dtype: torch.dtype) -> QuantizedWeight:
         """The same codes, to be made dense in another dtype."""
-        return QuantisedWeight(self.codes, self.scales, self.group_of_col, dtype)
+        return QuantizedWeight(self.codes, self.scales, self.group_of_col, dtype)
 
     def dense(self) -> Tensor:
         """The matrix (out, in), computed in float32 and rounded once."""
@@ -82,7 +82,7 @@ class QuantisedWeight:
         values = _normal_floats(self.device).index_select(0, codes.flatten().int()).view(codes.shape)
         return values.mul_(self.scales.index_select(1, self.group_of_col.int())).to(self.dtype)
 
-    def take(self, rows: Tensor | None, cols: Tensor | None) -> QuantisedWeight:
+    def take(self, rows: Tensor | None, cols: Tensor | None) -> QuantizedWeight:
         """Some rows and columns (index vectors; None is all): `take(r, c).dense()` is `dense()[r][:, c]`, exactly."""
         codes, scales, group = self.codes, self.scales, self.group_of_col
         if rows is not None:
@@ -94,12 +94,12 @@ class QuantisedWeight:
                 codes = _packed(_unpacked(codes, self.shape[1]).index_select(1, cols))
             kept, group = group.index_select(0, cols).unique(return_inverse=True)
             scales, group = scales.index_select(1, kept.long()), group.to(torch.int16)
-        return QuantisedWeight(codes.contiguous(), scales.contiguous(), group, self.dtype)
+        return QuantizedWeight(codes.contiguous(), scales.contiguous(), group, self.dtype)
 
 
-def dense(weight: Tensor | QuantisedWeight) -> Tensor:
+def dense(weight: Tensor | QuantizedWeight) -> Tensor:
     """The matrix itself."""
-    return weight.dense() if isinstance(weight, QuantisedWeight) else weight
+    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
 
 
 def _positive(scales: Tensor) -> Tensor:

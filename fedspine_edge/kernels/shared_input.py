@@ -24,7 +24,7 @@ from fedspine_edge.kernels.lora_linear import (
     prepare,
     project,
 )
-from fedspine_edge.kernels.quantized import QuantisedWeight, dense
+from fedspine_edge.kernels.quantized import QuantizedWeight, dense
 
 # Below this two linears of their own are faster than one op for both, by up to 2 % (docs/kernels.md); three never are.
 _CPU_PAIR_MIN_TOKENS = 64
@@ -33,7 +33,7 @@ _CPU_PAIR_MIN_TOKENS = 64
 class Projection(NamedTuple):
     """One linear of several that share their input; shapes as in `lora_linear`. Ranks may differ."""
 
-    weight: Tensor | QuantisedWeight
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
@@ -77,14 +77,14 @@ def shared_input(
     return flat[:-1]
 
 
-def _bias_of(weight: Tensor | QuantisedWeight, bias: Tensor | None) -> Tensor:
+def _bias_of(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
     """A bias for every projection where at least one has one: torch.library knows no lists with None in them."""
     return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device) if bias is None else bias
 
 
 def _forward(
     x: Tensor,
-    weights: Sequence[Tensor | QuantisedWeight],
+    weights: Sequence[Tensor | QuantizedWeight],
     biases: list[Tensor],
     lora_As: list[Tensor],
     lora_Bs: list[Tensor],
@@ -120,7 +120,7 @@ def _fake_forward(
 def _backward_op(
     grads: list[Tensor],
     x: Tensor,
-    weights: Sequence[Tensor | QuantisedWeight],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: list[Tensor],
     lora_Bs: list[Tensor],
     low: Tensor,
@@ -183,7 +183,7 @@ class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, x: Tensor, scaling: float, n: int, *tensors: Any) -> tuple[Tensor, ...]:
         weights, lora_As, lora_Bs, biases = (list(tensors[i : i + n]) for i in range(0, 4 * n, n))
         output = _forward(x, weights, biases, lora_As, lora_Bs, scaling)
-        ctx.quantised = [weight if isinstance(weight, QuantisedWeight) else None for weight in weights]
+        ctx.quantised = [weight if isinstance(weight, QuantizedWeight) else None for weight in weights]
         plain = [None if kept else weight for kept, weight in zip(ctx.quantised, weights)]
         _save_for_backward(ctx, (x, plain, biases, lora_As, lora_Bs, scaling), output)
         ctx.mark_non_differentiable(output[-1])

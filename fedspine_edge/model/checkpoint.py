@@ -4,7 +4,7 @@
     model.safetensors           the compact base and the head
     adapter_config.json         PEFT's format; absent in a merged model
     adapter_model.safetensors
-    layout.json                 `Manifest`: kept indices, the unpruned model's numbers, task, hashes
+    layout.json                 `ModelManifest`: kept indices, the unpruned model's numbers, task, hashes
     tokenizer files, README.md
 
 A folder is written beside its place and renamed, so a reader sees the old one or the new one.
@@ -28,7 +28,7 @@ from fedspine_edge.errors import CheckpointError, LayoutError
 from fedspine_edge.files import LAYOUT, TOKENIZER_FILES, WEIGHTS
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
-from fedspine_edge.model.fused_projections import from_files, take_apart, to_files
+from fedspine_edge.model.fused_projections import from_files, split_fused, to_files
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.loading import (
     LOAD_FAILURES,
@@ -39,12 +39,12 @@ from fedspine_edge.model.loading import (
     require_transformers,
 )
 from fedspine_edge.model.lora import plain_linear
-from fedspine_edge.model.manifest import Manifest, read_manifest
+from fedspine_edge.model.manifest import ModelManifest, read_manifest
 from fedspine_edge.model.model_card import model_card
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.weight_files import base_digest, check_finite, file_sha256, read_tensors
 
-__all__ = ["Manifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
+__all__ = ["ModelManifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
 
 _ROOM = "Check space and permissions, or choose another folder."
 _TOGETHER = "The files of a saved folder belong together; copy the whole folder again."
@@ -129,7 +129,7 @@ def load_model(folder: str | Path) -> PrunableModel:
             raise CheckpointError(
                 f"{folder / 'config.json'} does not describe the model: {error}.", remedy=_TOGETHER
             ) from error
-    take_apart(module, architecture)
+    split_fused(module, architecture)
     for name in module_names(manifest.spec):
         path = architecture.path(name)
         parent, _, attribute = path.rpartition(".")
@@ -203,7 +203,7 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
     config.save_pretrained(folder)
     _write_tokenizer(model, folder)
     config_labels = model.module.config.id2label if model.num_labels else {}
-    manifest = Manifest(
+    manifest = ModelManifest(
         task=model.task,
         num_labels=model.num_labels,
         labels=[str(config_labels[i]) for i in range(model.num_labels)],

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedspine_edge.errors import ModelError
 from fedspine_edge.model.families import architecture_of
-from fedspine_edge.model.fused_projections import take_apart
+from fedspine_edge.model.fused_projections import split_fused
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec
 
@@ -19,7 +19,7 @@ def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:
     config = module.config
     architecture = architecture_of(config)
     architecture.check_config(config)
-    take_apart(module, architecture)
+    split_fused(module, architecture)
     attention_bias, ffn_bias = architecture.has_biases(config)
     num_heads = int(config.num_attention_heads)
     spec = ModelSpec(

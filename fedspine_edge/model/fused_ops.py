@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedspine_edge.model.architecture import Architecture
 
 
-def run_as_ops(module: nn.Module, architecture: Architecture) -> None:
+def enable_fused_ops(module: nn.Module, architecture: Architecture) -> None:
     """Override the forward of norms and feed-forward networks in place, where the family has them as LLaMA does."""
     if architecture.rms_norms:
         for child in module.modules():
@@ -30,8 +30,8 @@ def run_as_ops(module: nn.Module, architecture: Architecture) -> None:
             ffn.forward = partial(_fed_forward, ffn, architecture)
 
 
-def run_as_before(module: nn.Module) -> None:
-    """The inverse of `run_as_ops`, in place."""
+def disable_fused_ops(module: nn.Module) -> None:
+    """The inverse of `enable_fused_ops`, in place."""
     for child in module.modules():
         override = child.__dict__.get("forward")
         if isinstance(override, partial) and override.func in (_normalised, _fed_forward):

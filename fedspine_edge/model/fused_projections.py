@@ -37,7 +37,7 @@ class FusedLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         return torch.cat([linear(x) for linear in self.children()], dim=-1)
 
 
-def take_apart(module: nn.Module, architecture: Architecture) -> None:
+def split_fused(module: nn.Module, architecture: Architecture) -> None:
     """Give every prunable linear of `module` a module of its own, in place; nothing to do for most families."""
     if not (architecture.fused or architecture.transposed):
         return
@@ -59,8 +59,8 @@ def take_apart(module: nn.Module, architecture: Architecture) -> None:
                 _set(layer, path, plain_linear(_own(original.weight.detach().T), _own(original.bias.detach())))
 
 
-def put_together(module: nn.Module, architecture: Architecture) -> None:
-    """The inverse of `take_apart` on a model without adapters, in place."""
+def merge_fused(module: nn.Module, architecture: Architecture) -> None:
+    """The inverse of `split_fused` on a model without adapters, in place."""
     if not (architecture.fused or architecture.transposed):
         return
     for layer in _layers(module, architecture):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedspine_edge.errors import ModelError
 from fedspine_edge.kernels import ops
-from fedspine_edge.kernels.quantized import Bits, QuantisedWeight
+from fedspine_edge.kernels.quantized import Bits, QuantizedWeight
 from fedspine_edge.model.pooled_token import current, read_token
 
 
@@ -28,7 +28,7 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         scaling: lora_alpha / r.
     """
 
-    def __init__(self, base_layer: nn.Linear | QuantisedLinear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def __init__(self, base_layer: nn.Linear | QuantizedLinear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         super().__init__()
         like = stored_weight(base_layer)
         out_features, in_features = like.shape
@@ -43,7 +43,7 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         self.lora_A = nn.Parameter(lora_A.to(device=like.device, dtype=wide))
         self.lora_B = nn.Parameter(lora_B.to(device=like.device, dtype=wide))
         self.scaling = scaling
-        self.shares_input: SharesInput | None = None
+        self.shares_input: FusedProjection | None = None
         """The linears beside this one that are called with the same tensor, if any."""
         self.reads_token = False
         """Whether a token that no classifier reads needs no result: o, gate and up of a last layer."""
@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         return self.base_layer.weight
 
     @property
-    def stored(self) -> Tensor | QuantisedWeight:
+    def stored(self) -> Tensor | QuantizedWeight:
         """The frozen weight as it is kept."""
         return stored_weight(self.base_layer)
 
@@ -95,7 +95,7 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
         return plain_linear(weight, bias)
 
 
-class QuantisedLinear(nn.Module):  # type: ignore[misc]
+class QuantizedLinear(nn.Module):  # type: ignore[misc]
     """A frozen linear that keeps its weight in 8 or 4 bits and shows it dense to whoever asks.
 
     Args:
@@ -103,7 +103,7 @@ class QuantisedLinear(nn.Module):  # type: ignore[misc]
         bias: (out,) in the dtype of the activations, or None.
     """
 
-    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
@@ -112,14 +112,14 @@ class QuantisedLinear(nn.Module):  # type: ignore[misc]
         self._dtype = weight.dtype
 
     @classmethod
-    def of(cls, linear: nn.Linear, bits: Bits) -> QuantisedLinear:
+    def of(cls, linear: nn.Linear, bits: Bits) -> QuantizedLinear:
         """`linear` with its weight quantised."""
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(QuantisedWeight.of(linear.weight, bits), bias)
+        return cls(QuantizedWeight.of(linear.weight, bits), bias)
 
     @property
-    def stored(self) -> QuantisedWeight:
-        return QuantisedWeight(self.codes, self.scales, self.group_of_col, self._dtype)
+    def stored(self) -> QuantizedWeight:
+        return QuantizedWeight(self.codes, self.scales, self.group_of_col, self._dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -137,12 +137,12 @@ class QuantisedLinear(nn.Module):  # type: ignore[misc]
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
 
-def stored_weight(linear: nn.Module) -> Tensor | QuantisedWeight:
+def stored_weight(linear: nn.Module) -> Tensor | QuantizedWeight:
     """The frozen weight of a plain or quantised linear, as it is kept."""
-    return linear.stored if isinstance(linear, QuantisedLinear) else linear.weight
+    return linear.stored if isinstance(linear, QuantizedLinear) else linear.weight
 
 
-class SharesInput:
+class FusedProjection:
     """q, k and v, or gate and up: whichever is called first computes all of them, the others take their result.
 
     transformers calls the linears one by one, each with the same tensor. A result is handed out once, and only to a
@@ -199,9 +199,9 @@ class SharesInput:
                 state += (t, t._version)
         return state
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharesInput:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedProjection:
         # By hand, since a result that was never fetched is part of a graph and cannot be copied.
-        twin = SharesInput()
+        twin = FusedProjection()
         memo[id(self)] = twin
         twin.linears = tuple(copy.deepcopy(linear, memo) for linear in self.linears)
         return twin
@@ -213,7 +213,7 @@ class SharesInput:
 def _weight_of(linear: LoraLinear) -> Tensor:
     """A tensor that is replaced or written when the frozen weight is."""
     stored = linear.stored
-    return stored.codes if isinstance(stored, QuantisedWeight) else stored
+    return stored.codes if isinstance(stored, QuantizedWeight) else stored
 
 
 def _same(first: list[Any], second: list[Any]) -> bool:

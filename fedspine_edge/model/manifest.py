@@ -14,7 +14,7 @@ from fedspine_edge.model import peft_format
 from fedspine_edge.model.spec import ModelSpec, Sha256
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Contents of layout.json."""
 
     format: Literal["fedspine_edge"] = "fedspine_edge"
@@ -42,7 +42,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sha256: dict[str, Sha256]
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> ModelManifest:
     """layout.json of a saved model. Raises `CheckpointError`."""
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> Manifest:
             remedy="Give a folder that `tune` or `export` wrote; load_base(folder) loads a plain Hugging Face one.",
         )
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(path.read_bytes(), type=ModelManifest)
     except (msgspec.DecodeError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}.", remedy="Copy the saved folder again, or save the model again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedspine_edge.model.manifest import Manifest
+from fedspine_edge.model.manifest import ModelManifest
 
 _PIPELINES = {
     "classification": "text-classification",
@@ -19,7 +19,7 @@ _AUTO = {
 }
 
 
-def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
+def model_card(manifest: ModelManifest, metrics: Mapping[str, float]) -> str:
     """The card as Markdown; `metrics` are measured numbers by name."""
     spec = manifest.spec
     kept = sorted({(len(h), len(c)) for h, c in zip(manifest.heads, manifest.channels)})
@@ -59,7 +59,7 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _alone(manifest: Manifest) -> str:
+def _alone(manifest: ModelManifest) -> str:
     if not manifest.standard:
         return "since transformers alone cannot build these widths."
     adapter = "" if manifest.r is None else ", with peft installed: without it transformers leaves the adapter out"

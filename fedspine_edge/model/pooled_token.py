@@ -25,7 +25,7 @@ READING_PARTS: tuple[Part, ...] = ("o", "gate", "up")
 Positions: TypeAlias = "Tensor | int | None"
 
 
-class Reading:
+class PooledToken:
     """While entered, `read_token` gives these tokens alone; nestable and enterable again, by thread.
 
     Args:
@@ -36,7 +36,7 @@ class Reading:
     def __init__(self, positions: Positions, tokens: int) -> None:
         self.positions = positions
         self.tokens = tokens
-        self._entered: list[Token[Reading | None]] = []
+        self._entered: list[Token[PooledToken | None]] = []
 
     def __enter__(self) -> None:
         self._entered.append(_current.set(self))
@@ -45,10 +45,10 @@ class Reading:
         _current.reset(self._entered.pop())
 
 
-_current: ContextVar[Reading | None] = ContextVar("reading", default=None)
+_current: ContextVar[PooledToken | None] = ContextVar("reading", default=None)
 
 
-def current() -> Reading | None:
+def current() -> PooledToken | None:
     """What is being read; None outside of a model's call, where every token may be wanted."""
     return _current.get()
 
@@ -81,7 +81,7 @@ def read_token(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def reading_token(module: nn.Module, architecture: Architecture, input_ids: Tensor) -> Iterator[None]:
+def only_pooled_token(module: nn.Module, architecture: Architecture, input_ids: Tensor) -> Iterator[None]:
     """Let a whole transformers classifier do what a `PrunableModel` does in its calls. For one thread at a time.
 
     Args:
@@ -96,7 +96,7 @@ def reading_token(module: nn.Module, architecture: Architecture, input_ids: Tens
     hooked = [module.get_submodule(f"{layer}.{path}") for path in sorted(linears)]
     handles = [linear.register_forward_pre_hook(lambda _, args: (read_token(args[0]),)) for linear in hooked]
     try:
-        with Reading(read_positions(architecture, module.config, input_ids), input_ids.shape[1]):
+        with PooledToken(read_positions(architecture, module.config, input_ids), input_ids.shape[1]):
             yield
     finally:
         for handle in handles:

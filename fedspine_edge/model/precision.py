@@ -11,7 +11,7 @@ from torch import nn
 from fedspine_edge.errors import ConfigError, ModelError
 from fedspine_edge.kernels.quantized import Bits
 from fedspine_edge.model.layout import module_names
-from fedspine_edge.model.lora import LoraLinear, QuantisedLinear
+from fedspine_edge.model.lora import LoraLinear, QuantizedLinear
 
 if TYPE_CHECKING:
     from fedspine_edge.model.prunable import PrunableModel
@@ -28,7 +28,7 @@ def compute_dtype(base_dtype: str) -> torch.dtype:
     return torch.bfloat16 if base_dtype in _BITS else getattr(torch, base_dtype)
 
 
-def narrow(model: PrunableModel, base_dtype: BaseDtype) -> None:
+def cast_base(model: PrunableModel, base_dtype: BaseDtype) -> None:
     """See `PrunableModel.keep_base_in`."""
     dtype = compute_dtype(base_dtype)
     if model.base_dtype == base_dtype:
@@ -46,19 +46,19 @@ def narrow(model: PrunableModel, base_dtype: BaseDtype) -> None:
     if base_dtype in _BITS:
         for name in module_names(model.spec):
             _quantise(model, name, _BITS[base_dtype])
-    widen_inputs(model.module, model.head_names)
+    upcast_head_inputs(model.module, model.head_names)
 
 
 def _quantise(model: PrunableModel, name: str, bits: Bits) -> None:
     linear = model.linear(name)
     if isinstance(linear, LoraLinear):
-        linear.base_layer = QuantisedLinear.of(linear.base_layer, bits)
+        linear.base_layer = QuantizedLinear.of(linear.base_layer, bits)
     else:
         parent, _, attribute = model.architecture.path(name).rpartition(".")
-        setattr(model.module.get_submodule(parent), attribute, QuantisedLinear.of(linear, bits))
+        setattr(model.module.get_submodule(parent), attribute, QuantizedLinear.of(linear, bits))
 
 
-def widen_inputs(module: nn.Module, head_names: Iterable[str]) -> None:
+def upcast_head_inputs(module: nn.Module, head_names: Iterable[str]) -> None:
     """Give the head's modules float32 inputs where the activations before them have fewer bits."""
     head = frozenset(head_names)
     frozen = {p.dtype for n, p in module.named_parameters() if n not in head and ".lora_" not in n}
@@ -70,7 +70,7 @@ def widen_inputs(module: nn.Module, head_names: Iterable[str]) -> None:
 
 
 def to_one_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """The parameters in one dtype and the head's modules without `widen_inputs`."""
+    """The parameters in one dtype and the head's modules without `upcast_head_inputs`."""
     for child in module.modules():
         for key in [key for key, hook in child._forward_pre_hooks.items() if hook is _widened]:
             del child._forward_pre_hooks[key]

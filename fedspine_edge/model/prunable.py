@@ -19,12 +19,12 @@ from fedspine_edge.model.adapter_validation import Arrays, checked_adapter
 from fedspine_edge.model.derive_spec import check_shapes, model_spec
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.families import architecture_of
-from fedspine_edge.model.fused_ops import run_as_before, run_as_ops
-from fedspine_edge.model.fused_projections import put_together
+from fedspine_edge.model.fused_ops import disable_fused_ops, enable_fused_ops
+from fedspine_edge.model.fused_projections import merge_fused
 from fedspine_edge.model.layout import Indices, Layout, full_shape, keep_positions, module_names, split_name
-from fedspine_edge.model.lora import LoraLinear, QuantisedLinear, SharesInput, plain_linear, stored_weight
-from fedspine_edge.model.pooled_token import READING_PARTS, Reading, read_positions, recomputation
-from fedspine_edge.model.precision import BaseDtype, narrow, to_one_dtype, widen_inputs
+from fedspine_edge.model.lora import FusedProjection, LoraLinear, QuantizedLinear, plain_linear, stored_weight
+from fedspine_edge.model.pooled_token import READING_PARTS, PooledToken, read_positions, recomputation
+from fedspine_edge.model.precision import BaseDtype, cast_base, to_one_dtype, upcast_head_inputs
 from fedspine_edge.model.spec import ModelSpec
 
 PACKED = (".codes", ".scales", ".group_of_col")
@@ -89,10 +89,10 @@ class PrunableModel:
         self.architecture = architecture_of(spec.family)
         self.architecture.set_widths(module, layout)
         self.architecture.disable_dropout(module)
-        run_as_ops(module, self.architecture)
+        enable_fused_ops(module, self.architecture)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in head_names)
-        widen_inputs(module, head_names)
+        upcast_head_inputs(module, head_names)
 
     @classmethod
     def from_module(cls, module: nn.Module, *, task: Task, base_sha256: str = "0" * 64) -> PrunableModel:
@@ -116,15 +116,15 @@ class PrunableModel:
         with self._reading(inputs):
             return self.module(**inputs)
 
-    def _reading(self, inputs: Mapping[str, Any]) -> Reading:
+    def _reading(self, inputs: Mapping[str, Any]) -> PooledToken:
         ids = inputs.get("input_ids")
         logits_alone = inputs.keys() <= LOGITS_INPUTS and not self.module.config.output_hidden_states
         # checkpointing that others have turned on knows nothing of what was read when it repeats a layer
         layer = self.module.get_submodule(self.architecture.layer_path(0))
         repeats_all = getattr(layer, "gradient_checkpointing", False) and not self.recomputes
         if ids is None or self.task != "classification" or not logits_alone or repeats_all:
-            return Reading(None, 0)
-        return Reading(read_positions(self.architecture, self.module.config, ids), ids.shape[1])
+            return PooledToken(None, 0)
+        return PooledToken(read_positions(self.architecture, self.module.config, ids), ids.shape[1])
 
     def linear(self, name: str) -> nn.Module:
         """The (possibly adapted) linear of a canonical name such as "layers.0.q"."""
@@ -132,7 +132,7 @@ class PrunableModel:
 
     def num_parameters(self) -> int:
         """Parameters of base and head, adapters excluded."""
-        quantised = (m for m in self.module.modules() if isinstance(m, QuantisedLinear))
+        quantised = (m for m in self.module.modules() if isinstance(m, QuantizedLinear))
         plain: int = sum(p.numel() for n, p in self.module.named_parameters() if not n.endswith((".lora_A", ".lora_B")))
         return plain + sum(int(m.stored.shape.numel()) for m in quantised)
 
@@ -145,7 +145,7 @@ class PrunableModel:
     @property
     def base_dtype(self) -> BaseDtype:
         """How the frozen weights are kept."""
-        bits = [m.stored.bits for m in self.module.modules() if isinstance(m, QuantisedLinear)]
+        bits = [m.stored.bits for m in self.module.modules() if isinstance(m, QuantizedLinear)]
         return "int8" if 8 in bits else "int4" if bits else str(self.compute_dtype).removeprefix("torch.")  # type: ignore[return-value]
 
     def keep_base_in(self, base_dtype: BaseDtype) -> None:
@@ -155,7 +155,7 @@ class PrunableModel:
         same with bfloat16 and then quantise the prunable linears, one at a time. What was lost does not come back:
         widening only changes the dtype. Raises `ConfigError` for an unknown name, `ModelError` for a quantised base.
         """
-        narrow(self, base_dtype)
+        cast_base(self, base_dtype)
 
     def recompute_layers(self, on: bool) -> None:
         """Gradient checkpointing: keep the layers' inputs alone and compute the rest again in the backward pass.
@@ -253,7 +253,7 @@ class PrunableModel:
         for layer in range(self.spec.num_layers):
             for group in (*attention, ("gate", "up")):
                 if all(part in parts for part in group):
-                    SharesInput(*(self.linear(f"layers.{layer}.{part}") for part in group))
+                    FusedProjection(*(self.linear(f"layers.{layer}.{part}") for part in group))
 
     def _replace(self, name: str, linear: nn.Module) -> None:
         parent, _, attribute = self.architecture.path(name).rpartition(".")
@@ -309,8 +309,8 @@ class PrunableModel:
             if bias is not None and row_index is not None:
                 bias = bias.index_select(0, row_index)
             bias = None if bias is None else bias.detach()
-            if isinstance(base, QuantisedLinear):
-                compact = QuantisedLinear(base.stored.take(row_index, col_index), bias)
+            if isinstance(base, QuantizedLinear):
+                compact = QuantizedLinear(base.stored.take(row_index, col_index), bias)
             else:
                 compact = plain_linear(take(base.weight.detach()), bias)
             if not isinstance(linear, LoraLinear):
@@ -338,7 +338,7 @@ class PrunableModel:
         for name in module_names(self.spec):
             parent, _, attribute = self.architecture.path(name).rpartition(".")
             linear = self.linear(name)
-            if isinstance(linear, QuantisedLinear):
+            if isinstance(linear, QuantizedLinear):
                 merged = plain_linear(linear.weight, None if linear.bias is None else linear.bias.detach().clone())
             elif isinstance(linear, LoraLinear):
                 try:
@@ -349,8 +349,8 @@ class PrunableModel:
                 continue
             merged.train(self.module.training)
             setattr(module.get_submodule(parent), attribute, merged)
-        run_as_before(module)
-        put_together(module, self.architecture)
+        disable_fused_ops(module)
+        merge_fused(module, self.architecture)
         to_one_dtype(module, dtype or self.compute_dtype)
         return module
 

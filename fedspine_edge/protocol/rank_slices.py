@@ -1,7 +1,7 @@
 """How the fleet's adapter travels to its devices: in bands of ranks, in half precision, without what nobody keeps.
 
 A device that trains rank r fetches the bands that hold its first r components and nothing else. numpy only, since the
-server cuts and the devices join. Source: ours; docs/decisions/0053.
+server cuts and the devices merge. Source: ours; docs/decisions/0053.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from fedspine_edge.model.spec import ModelSpec
 Tensors = dict[str, npt.NDArray[Any]]
 
 
-def starts(ranks: Sequence[int], r_max: int) -> list[int]:
+def slice_starts(ranks: Sequence[int], r_max: int) -> list[int]:
     """The first component of every band of an adapter of rank `r_max`; a band ends with each of `ranks`."""
     return [0, *(r for r in sorted(set(ranks)) if r < r_max)]
 
 
-def cut(
+def slice_by_rank(
     tensors: Mapping[str, npt.NDArray[Any]], ranks: Sequence[int], held: Layout, dtype: str = "float16"
 ) -> list[Tensors]:
     """The round's tensors as bands, the lowest components first; the first band also has all that is no adapter.
 
     Args:
-        tensors: Adapter in full coordinates, A (r_max, in) and B (out, r_max), and whatever else the round starts from.
+        tensors: Adapter in full coordinates, A (r_max, in) and B (out, r_max), and all else a round starts from.
         ranks: Where bands end.
-        held: What is left of the model on any device that will join the bands.
+        held: What is left of the model on any device that will merge the slices.
         dtype: Of adapter and head on the way. A tensor with values that it cannot hold stays float32.
     """
     names = module_names(held.spec)
     r_max = tensors[f"{names[0]}.lora_A"].shape[0]
-    begins = starts(ranks, r_max)
+    begins = slice_starts(ranks, r_max)
     bands: list[Tensors] = []
     for begin, end in zip(begins, [*begins[1:], r_max]):
         band: Tensors = {}
@@ -55,8 +55,8 @@ def cut(
     return bands
 
 
-def join(bands: Sequence[Mapping[str, npt.NDArray[Any]]], spec: ModelSpec) -> tuple[Tensors, Layout]:
-    """The tensors of `cut` in full coordinates and float32, as far as `bands` hold them, and what they hold.
+def merge_slices(bands: Sequence[Mapping[str, npt.NDArray[Any]]], spec: ModelSpec) -> tuple[Tensors, Layout]:
+    """The tensors of `slice_by_rank` in full coordinates and float32, as far as `bands` hold them, and what they hold.
 
     Rows and columns outside that layout are zero. Raises `BlobError` for bands that are not those of one adapter.
     """

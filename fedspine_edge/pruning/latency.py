@@ -18,7 +18,7 @@ _WARM_UP = 2
 
 
 @dataclass(frozen=True)
-class Latency:
+class ModelLatency:
     """Medians over forward passes of one text.
 
     Args:
@@ -39,7 +39,7 @@ class Latency:
         return self.total_ms - self.layers_ms * (1.0 - share_of_operations)
 
 
-def measure_latency(model: PrunableModel, length_tokens: int, *, repeats: int = 10) -> Latency:
+def measure_latency(model: PrunableModel, length_tokens: int, *, repeats: int = 10) -> ModelLatency:
     """Time forward passes of one text of `length_tokens` tokens, adapters included. Raises `ConfigError`."""
     if repeats < 1 or length_tokens < 1:
         raise ConfigError(f"repeats is {repeats} and length_tokens {length_tokens}; both must be at least 1.")
@@ -72,4 +72,4 @@ def measure_latency(model: PrunableModel, length_tokens: int, *, repeats: int = 
             handle.remove()
     total, inside = (median(times[i] for times in passes[_WARM_UP:]) * 1e3 for i in (0, 1))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    return Latency(total, inside, f"torch, {where}, one text of {length_tokens} tokens, median of {repeats}")
+    return ModelLatency(total, inside, f"torch, {where}, one text of {length_tokens} tokens, median of {repeats}")

@@ -12,7 +12,7 @@ from fedspine_edge.model.layout import Indices, Layout
 from fedspine_edge.pruning.selection import GroupScores, Scores
 
 if TYPE_CHECKING:
-    from fedspine_edge.pruning.latency import Latency
+    from fedspine_edge.pruning.latency import ModelLatency
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PruningPlan:
     flops_before: float
     flops_after: float
     asked: float
-    latency: Latency | None = None
+    latency: ModelLatency | None = None
 
     @property
     def pruning_ratio(self) -> float:
@@ -84,7 +84,7 @@ class PruningPlan:
         return found
 
     def predicted_latency_ms(self, base_latency_ms: float | None = None) -> float:
-        """Latency after the plan: an estimate, to be measured before it is relied on.
+        """ModelLatency after the plan: an estimate, to be measured before it is relied on.
 
         Args:
             base_latency_ms: Measured latency of the model as it is now, elsewhere for instance, all of which is then

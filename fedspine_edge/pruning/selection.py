@@ -47,7 +47,7 @@ class GroupScores:
                     raise LayoutError(f"layer {layer} {kind}: scores are not finite.")
 
 
-def plan_local(
+def select_layout(
     scores: GroupScores,
     layout: Layout,
     pruning_ratio: float,

@@ -8,11 +8,11 @@ from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, smallest_counts, target_counts
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import CRITERIA, METRICS, Criterion, ImportanceTracker, Metric
-from fedspine_edge.pruning.selection import GroupScores, Scope, plan_local
+from fedspine_edge.pruning.selection import GroupScores, Scope, select_layout
 
 
 @dataclass(frozen=True)
-class Ranking:
+class PruningSettings:
     """Raises `ConfigError` for a name that is unknown.
 
     Args:
@@ -47,4 +47,4 @@ class Ranking:
         if goal > pruning_ratio and self.scope == "layer":
             # rounding must not take channels here in place of a head that goes at the goal
             at_least = target_counts(layout.spec, goal, round_to=self.round_to, at_least=at_least)
-        return plan_local(scores, layout, pruning_ratio, scope=self.scope, round_to=self.round_to, at_least=at_least)
+        return select_layout(scores, layout, pruning_ratio, scope=self.scope, round_to=self.round_to, at_least=at_least)

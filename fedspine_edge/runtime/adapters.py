@@ -12,7 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedspine_edge.bundle.bundle import ADAPTER, AdapterSpec, LoraModule, Manifest
+from fedspine_edge.bundle.bundle import ADAPTER, AdapterSpec, BundleManifest, LoraModule
 from fedspine_edge.errors import CheckpointError, DeployError
 
 Array = npt.NDArray[Any]
@@ -20,12 +20,12 @@ CONFIG, WEIGHTS, LAYOUT = "adapter_config.json", "adapter_model.safetensors", "l
 PREFIX = "base_model.model."
 
 
-def bundled_adapter(folder: Path, manifest: Manifest) -> dict[str, Array]:
+def bundled_adapter(folder: Path, manifest: BundleManifest) -> dict[str, Array]:
     """The inputs of the adapter that a bundle starts with; empty where adapters are not inputs."""
     return {} if manifest.adapter is None else _tensors(folder / ADAPTER)
 
 
-def read_adapter(folder: str | Path, manifest: Manifest, default: dict[str, Array]) -> dict[str, Array]:
+def read_adapter(folder: str | Path, manifest: BundleManifest, default: dict[str, Array]) -> dict[str, Array]:
     """The model's adapter inputs from a PEFT folder such as `PrunableModel.save` and `save_pretrained` write.
 
     Linears that the adapter leaves out get rank 0's equivalent, zeros; a head that it leaves out stays the

@@ -18,7 +18,7 @@ from fedspine_edge.errors import DeployError, MissingDependency
 
 
 @contextlib.contextmanager
-def widened_copy(model: Path) -> Iterator[Path]:
+def emulated_copy(model: Path) -> Iterator[Path]:
     """A temporary file that computes what the bfloat16 file `model` does.
 
     Raises `MissingDependency` without the onnx package.
@@ -30,11 +30,11 @@ def widened_copy(model: Path) -> Iterator[Path]:
         raise MissingDependency.of("onnx", extra="export", purpose=purpose) from error
     with tempfile.TemporaryDirectory(prefix="fedspine-widen-") as folder:
         path = Path(folder) / model.name
-        onnx.save(widened(onnx.load(model)), path, save_as_external_data=True, size_threshold=1 << 16)
+        onnx.save(emulate_bfloat16(onnx.load(model)), path, save_as_external_data=True, size_threshold=1 << 16)
         yield path
 
 
-def widened(model: Any) -> Any:
+def emulate_bfloat16(model: Any) -> Any:
     """Converts an `onnx.ModelProto` in place and returns it; its inputs and outputs stay as they were."""
     import onnx
 

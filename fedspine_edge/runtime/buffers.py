@@ -22,7 +22,7 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputSlice:
     """What the host wants of an output of (batch, tokens, ...): `rows` pieces of `row_bytes`, each the end of a stride.
 
     One row per sequence for the logits of last tokens; one row in all for everything.
@@ -34,12 +34,12 @@ class Part:
     stride_bytes: int
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...], itemsize: int) -> Part:
+    def whole(cls, shape: tuple[int, ...], itemsize: int) -> OutputSlice:
         size = math.prod(shape) * itemsize
         return cls(shape, 1, size, size)
 
     @classmethod
-    def last_tokens(cls, shape: tuple[int, ...], itemsize: int) -> Part:
+    def last_tokens(cls, shape: tuple[int, ...], itemsize: int) -> OutputSlice:
         batch, tokens, *rest = shape
         row = math.prod(rest) * itemsize
         return cls((batch, 1, *rest), batch, row, tokens * row)
@@ -106,12 +106,12 @@ class Buffer:
         if size_bytes and not self._cuda.unified:
             self._cuda.to_device(self.address, self.host[:size_bytes], stream)
 
-    def download(self, part: Part, stream: int) -> None:
+    def download(self, part: OutputSlice, stream: int) -> None:
         if not self._cuda.unified:
             for source, target, size in part.copies():
                 self._cuda.to_host(self.host[target : target + size], self.address + source, stream)
 
-    def result(self, part: Part, dtype: str) -> Array:
+    def result(self, part: OutputSlice, dtype: str) -> Array:
         """A copy of what `download` brought: the next run overwrites the pinned memory."""
         rows = np.empty((part.rows, part.row_bytes), np.uint8)
         for row, (source, target, size) in zip(rows, part.copies()):
@@ -136,7 +136,7 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Resident:
+class DeviceTensor:
     """A tensor that is on the device already (`is_input`) or stays there: in the KV cache."""
 
     address: int
@@ -163,7 +163,7 @@ class KvCache:
             self.free()
             raise
 
-    def bind(self, tokens: int) -> dict[str, Resident]:
+    def bind(self, tokens: int) -> dict[str, DeviceTensor]:
         """Where the next step, of `tokens` new tokens, reads the cache and writes it."""
         total = self.tokens + tokens
         if total > self._limit:
@@ -176,7 +176,7 @@ class KvCache:
             for pair in self._tensors:
                 tensor = pair[half]
                 shape = tensor.sized({"batch": self._batch, "past": length, "total": length})
-                kept[tensor.name] = Resident(next(addresses), shape, is_input=half == 0)
+                kept[tensor.name] = DeviceTensor(next(addresses), shape, is_input=half == 0)
         return kept
 
     def advance(self, tokens: int) -> None:

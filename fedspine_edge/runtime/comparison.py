@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.bundle.bundle import PLAN, EngineInfo, Manifest, Precision, TensorInfo
+from fedspine_edge.bundle.bundle import PLAN, BundleManifest, EngineInfo, Precision, TensorInfo
 from fedspine_edge.bundle.metrics import Verification
 from fedspine_edge.errors import DataError, ExportMismatch
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner, Runner, empty_past
@@ -195,7 +195,7 @@ def logits_of(outputs: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
 def verify_engine(
     runner: Runner,
     model: Path,
-    manifest: Manifest,
+    manifest: BundleManifest,
     info: EngineInfo,
     *,
     adapter: Mapping[str, Array] | None = None,

@@ -13,10 +13,10 @@ from fedspine_edge.bundle.bundle import (
     MODEL,
     PLAN,
     TIMINGS,
+    BundleManifest,
     EngineInfo,
-    Manifest,
+    OptimizationProfile,
     Precision,
-    Profile,
     damage_of,
     load_bundle,
     rebuild_command,
@@ -28,10 +28,10 @@ from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, M
 
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
 BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
-Report = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 
-def rebuild_engine(folder: Path, backend: BackendChoice = "auto", progress: Report | None = None) -> None:
+def rebuild_engine(folder: Path, backend: BackendChoice = "auto", progress: ProgressCallback | None = None) -> None:
     """Replaces the engine of a bundle by one built here, for the profiles that the old one had.
 
     Raises `EngineBuildError`, `MissingDependency` or `EngineIncompatible`; the bundle is then as it was.
@@ -57,7 +57,7 @@ def rebuild_engine(folder: Path, backend: BackendChoice = "auto", progress: Repo
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     backend: BackendChoice
-    profiles: tuple[Profile, ...] | None
+    profiles: tuple[OptimizationProfile, ...] | None
     compute_capabilities: tuple[str, ...]
     workspace_bytes: int | None
     flags: tuple[str, ...]
@@ -84,7 +84,7 @@ def choose_backend(request: EngineRequest) -> tensorrt_api.Backend | str:
     return "; ".join(reasons)
 
 
-def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: Sequence[str] | None) -> Manifest:
+def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: Sequence[str] | None) -> BundleManifest:
     """The bundle without its plan. A damaged plan does not matter: it is what will be replaced.
 
     The timings stay: TensorRT refuses those of another release or chip. Damaged ones are left behind.
@@ -108,13 +108,13 @@ def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: 
 
 def add_engine(
     draft: Path,
-    manifest: Manifest,
+    manifest: BundleManifest,
     request: EngineRequest,
     chosen: tensorrt_api.Backend | str,
     rebuild: str,
-    report: Report,
+    report: ProgressCallback,
     on_step: OnStep | None = None,
-) -> Manifest:
+) -> BundleManifest:
     if isinstance(chosen, str):
         report(f"no engine: {chosen}")
         return msgspec.structs.replace(manifest, engine_absent=chosen)
@@ -142,15 +142,17 @@ def add_engine(
     return msgspec.structs.replace(manifest, engine=info, producer=producer)
 
 
-def _profiles_for(wanted: tuple[Profile, ...] | None, manifest: Manifest) -> tuple[Profile, ...]:
+def _profiles_for(
+    wanted: tuple[OptimizationProfile, ...] | None, manifest: BundleManifest
+) -> tuple[OptimizationProfile, ...]:
     max_tokens = manifest.max_tokens
     if wanted is None:
-        low, common, high = (min(tokens, max_tokens) for tokens in Profile().tokens)
-        whole = manifest.default_profile or Profile(tokens=(low, common, high))
+        low, common, high = (min(tokens, max_tokens) for tokens in OptimizationProfile().tokens)
+        whole = manifest.default_profile or OptimizationProfile(tokens=(low, common, high))
         if manifest.task != "causal_lm" or max_tokens < 2:
             return (whole,)
         longest = min(max_tokens, 1024) - 1
-        return whole, Profile(tokens=(1, 1, 1), past=(1, min(256, longest), longest))
+        return whole, OptimizationProfile(tokens=(1, 1, 1), past=(1, min(256, longest), longest))
     if not wanted:
         raise ConfigError("profiles is empty.", remedy="Leave it out for the default.")
     for profile in wanted:
@@ -163,12 +165,12 @@ def _profiles_for(wanted: tuple[Profile, ...] | None, manifest: Manifest) -> tup
 def _verify_plan(
     draft: Path,
     plan: bytes,
-    manifest: Manifest,
+    manifest: BundleManifest,
     info: EngineInfo,
     backend: tensorrt_api.Backend,
     device: cuda_driver.DeviceInfo | None,
     rebuild: str,
-    report: Report,
+    report: ProgressCallback,
 ) -> EngineInfo:
     """Runs the plan where this machine can, and writes down why where it cannot."""
     from fedspine_edge.runtime.adapters import bundled_adapter

@@ -14,8 +14,8 @@ from fedspine_edge.bundle.bundle import EngineInfo, TensorInfo
 from fedspine_edge.engine.cuda_driver import Cuda
 from fedspine_edge.engine.tensorrt_api import Backend, OpenEngine, open_engine
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
-from fedspine_edge.runtime.buffers import KvCache, Part
-from fedspine_edge.runtime.execution import Job, Lane
+from fedspine_edge.runtime.buffers import KvCache, OutputSlice
+from fedspine_edge.runtime.execution import ExecutionSlot, InferenceRequest
 from fedspine_edge.runtime.onnxruntime_runner import past_name
 
 Array = npt.NDArray[Any]
@@ -64,7 +64,7 @@ class EngineRunner:
         self.max_tokens: int | None = max(profile.tokens[2] for profile in info.profiles)
         self._max_cached = max(profile.tokens[2] + profile.past[2] for profile in info.profiles)
         self._changed = threading.Condition()
-        self._idle: list[Lane] = []
+        self._idle: list[ExecutionSlot] = []
         self._count = 0
         self._caches: set[KvCache] = set()
         self._open: OpenEngine | None = None
@@ -95,17 +95,17 @@ class EngineRunner:
         staged = {name: array for name, array in inputs.items() if name in self._staged}
         sizes = self._sizes(inputs, past=0)
         outputs = {
-            tensor.name: Part.whole(tensor.sized(sizes), np.dtype(tensor.dtype).itemsize)
+            tensor.name: OutputSlice.whole(tensor.sized(sizes), np.dtype(tensor.dtype).itemsize)
             for tensor in self._outputs
             if tensor.name in self._staged
         }
         if not self._cached:
             with self._lane() as lane:
-                return lane.run(Job(profile, staged, {}, outputs, sizes))
+                return lane.run(InferenceRequest(profile, staged, {}, outputs, sizes))
         with self._lane() as lane:
             cache = KvCache(self._cuda, self._cached, batch, self._max_cached)
             try:
-                return lane.run(Job(profile, staged, cache.bind(tokens), outputs, sizes, repeats=False))
+                return lane.run(InferenceRequest(profile, staged, cache.bind(tokens), outputs, sizes, repeats=False))
             finally:
                 cache.free()
 
@@ -115,12 +115,14 @@ class EngineRunner:
         profile = self._profile(batch, tokens, 0 if state is None else state.tokens)
         logits = self._tensors["logits"]
         sizes = self._sizes(inputs, past=0 if state is None else state.tokens)
-        part = (Part.last_tokens if last else Part.whole)(logits.sized(sizes), np.dtype(logits.dtype).itemsize)
+        part = (OutputSlice.last_tokens if last else OutputSlice.whole)(
+            logits.sized(sizes), np.dtype(logits.dtype).itemsize
+        )
         with self._lane() as lane:
             cache = state or KvCache(self._cuda, self._cached, batch, self._max_cached)
             self._caches.add(cache)
             try:
-                job = Job(profile, inputs, cache.bind(tokens), {"logits": part}, sizes, repeats=False)
+                job = InferenceRequest(profile, inputs, cache.bind(tokens), {"logits": part}, sizes, repeats=False)
                 found = lane.run(job)["logits"]
             except BaseException:
                 if state is None:  # the caller has nothing yet that it could `forget`
@@ -162,7 +164,7 @@ class EngineRunner:
         )
 
     @contextmanager
-    def _lane(self) -> Iterator[Lane]:
+    def _lane(self) -> Iterator[ExecutionSlot]:
         """A lane of one's own, inside the CUDA context."""
         opened, lane = self._take()
         failed = lane is None
@@ -186,7 +188,7 @@ class EngineRunner:
                     self._idle.append(lane)
                 self._changed.notify()
 
-    def _take(self) -> tuple[OpenEngine, Lane | None]:
+    def _take(self) -> tuple[OpenEngine, ExecutionSlot | None]:
         """An idle lane, or None where the caller may make one; waits while all are busy."""
         with self._changed:
             free = self._changed.wait_for(
@@ -204,9 +206,9 @@ class EngineRunner:
             self._count += 1
             return self._open, None
 
-    def _new_lane(self, opened: OpenEngine) -> Lane:
+    def _new_lane(self, opened: OpenEngine) -> ExecutionSlot:
         limits, common = self._sizes_bytes(2), self._sizes_bytes(1)
-        lane = Lane(self._cuda, opened, self._staged, limits)
+        lane = ExecutionSlot(self._cuda, opened, self._staged, limits)
         try:
             lane.reserve(common)
         except BaseException:

@@ -22,7 +22,7 @@ from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.engine.cuda_driver import Cuda
 from fedspine_edge.engine.tensorrt_api import OpenEngine
 from fedspine_edge.errors import DeployError
-from fedspine_edge.runtime.buffers import Buffer, Part, Resident
+from fedspine_edge.runtime.buffers import Buffer, DeviceTensor, OutputSlice
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +31,7 @@ MAX_GRAPHS = 8
 
 
 @dataclass(frozen=True)
-class Job:
+class InferenceRequest:
     """One run of the engine.
 
     Attributes:
@@ -45,8 +45,8 @@ class Job:
 
     profile: int
     inputs: Mapping[str, Array]
-    kept: Mapping[str, Resident]
-    outputs: Mapping[str, Part]
+    kept: Mapping[str, DeviceTensor]
+    outputs: Mapping[str, OutputSlice]
     sizes: Mapping[str, int]
     repeats: bool = True
 
@@ -61,7 +61,7 @@ class _Graph:
     context: Any  # must outlive the graph, which uses its state
 
 
-class Lane:
+class ExecutionSlot:
     """One stream with its buffers, scratch memory, contexts and graphs.
 
     All methods need an active CUDA context and one caller at a time. After an error the lane must be freed: what is
@@ -96,7 +96,7 @@ class Lane:
         for name, size in sizes_bytes.items():
             self._buffers[name].reserve(size, size)
 
-    def run(self, job: Job) -> dict[str, Array]:
+    def run(self, job: InferenceRequest) -> dict[str, Array]:
         """The outputs that `job` wants, as copies; after an error nothing of the run is under way any more."""
         try:
             return self._run(job)
@@ -105,7 +105,7 @@ class Lane:
                 self._cuda.synchronize(self._stream)
             raise
 
-    def _run(self, job: Job) -> dict[str, Array]:
+    def _run(self, job: InferenceRequest) -> dict[str, Array]:
         self._make_room(job)
         self._stage(job)
         graph = self._graphs.get(job.key)
@@ -127,7 +127,7 @@ class Lane:
         self._cuda.synchronize(self._stream)
         return {name: self._buffers[name].result(part, self._tensors[name].dtype) for name, part in job.outputs.items()}
 
-    def _make_room(self, job: Job) -> None:
+    def _make_room(self, job: InferenceRequest) -> None:
         needed = {name: (array.nbytes, array.nbytes) for name, array in job.inputs.items()}
         for name, part in job.outputs.items():
             needed[name] = (part.rows * part.stride_bytes, part.size_bytes)
@@ -137,7 +137,7 @@ class Lane:
             for name in grown:
                 self._resident.pop(name, None)
 
-    def _stage(self, job: Job) -> None:
+    def _stage(self, job: InferenceRequest) -> None:
         """Inputs into pinned memory; an adapter goes to the device at once, and stays until another is set."""
         for name, array in job.inputs.items():
             if self._tensors[name].kind != "adapter":
@@ -147,7 +147,7 @@ class Lane:
                 self._buffers[name].upload(array.nbytes, self._stream)
                 self._resident[name] = array
 
-    def _bind(self, context: Any, job: Job) -> None:
+    def _bind(self, context: Any, job: InferenceRequest) -> None:
         for name, array in job.inputs.items():
             self._check(context.set_input_shape(name, array.shape), f"take {name} of {array.shape}")
             self._check(context.set_tensor_address(name, self._buffers[name].address), f"take the address of {name}")
@@ -160,7 +160,7 @@ class Lane:
             given, expected = tuple(context.get_tensor_shape(name)), self._tensors[name].sized(dict(job.sizes))
             self._check(given == expected, f"give {name} of {expected}: it would give {given}")
 
-    def _enqueue(self, context: Any, job: Job) -> None:
+    def _enqueue(self, context: Any, job: InferenceRequest) -> None:
         for name, array in job.inputs.items():
             if self._tensors[name].kind != "adapter":
                 self._buffers[name].upload(array.nbytes, self._stream)
@@ -168,7 +168,7 @@ class Lane:
         for name, part in job.outputs.items():
             self._buffers[name].download(part, self._stream)
 
-    def _wants_graph(self, job: Job) -> bool:
+    def _wants_graph(self, job: InferenceRequest) -> bool:
         if not job.repeats or self.no_graphs:
             return False
         if len(self._seen) > 16 * MAX_GRAPHS:
@@ -176,7 +176,7 @@ class Lane:
         self._seen[job.key] += 1
         return self._seen[job.key] == 2
 
-    def _keep_graph(self, context: Any, job: Job) -> None:
+    def _keep_graph(self, context: Any, job: InferenceRequest) -> None:
         self._cuda.synchronize(self._stream)
         if not self._engine.capturable(context, self._stream):
             return

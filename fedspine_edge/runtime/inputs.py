@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.bundle.bundle import Manifest, TensorInfo
+from fedspine_edge.bundle.bundle import BundleManifest, TensorInfo
 from fedspine_edge.errors import DataError
 
 Array = npt.NDArray[Any]
 
 
-def checked_tokens(manifest: Manifest, given: Mapping[str, Array]) -> dict[str, Array]:
+def checked_tokens(manifest: BundleManifest, given: Mapping[str, Array]) -> dict[str, Array]:
     """Every token input of the model, contiguous and of its type; what may be left out is filled in.
 
     Raises `DataError`: an input is missing, unknown, of the wrong type or shape, out of range, or too long.
@@ -75,7 +75,7 @@ def check_length(tokens: int, max_tokens: int, new_tokens: int = 0) -> None:
         raise DataError(f"{asked} were asked for; the model allows {max_tokens}.", remedy="Time shorter sequences.")
 
 
-def random_tokens(manifest: Manifest, batch: int, tokens: int) -> dict[str, Array]:
+def random_tokens(manifest: BundleManifest, batch: int, tokens: int) -> dict[str, Array]:
     """Random tokens of shape (batch, tokens) without padding, the same every time. Raises `DataError` if too long."""
     check_length(tokens, manifest.max_tokens)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Latency of sessions: percentiles, throughput, memory; several sessions are timed in alternation."""
+"""LatencyStatistics of sessions: percentiles, throughput, memory; several sessions are timed in alternation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WallTimes(Result, frozen=True, kw_only=True):
     min_ms: float
 
 
-class Latency(WallTimes, frozen=True, kw_only=True):
+class LatencyStatistics(WallTimes, frozen=True, kw_only=True):
     """The wall times of one session."""
 
     backend: str
@@ -52,8 +52,8 @@ class Latency(WallTimes, frozen=True, kw_only=True):
 class LatencyComparison(Result, frozen=True, kw_only=True):
     """Two sessions timed in alternation, so that a busy moment of the machine hits both."""
 
-    first: Latency
-    second: Latency
+    first: LatencyStatistics
+    second: LatencyStatistics
     ratio: float
     """Median of the second over median of the first; below 1 the second is faster."""
 
@@ -103,10 +103,12 @@ def time_calls(calls: Sequence[Callable[[], Any]], repeats: int, warmup: int = 1
     return times
 
 
-def latency_of(backend: str, batch: int, tokens: int, times_ms: list[float]) -> Latency:
+def latency_of(backend: str, batch: int, tokens: int, times_ms: list[float]) -> LatencyStatistics:
     """The figures of a list of wall times."""
     figures = figures_of(times_ms)
-    return Latency(backend=backend, batch=batch, tokens=tokens, **figures, per_s=batch / figures["mean_ms"] * 1e3)
+    return LatencyStatistics(
+        backend=backend, batch=batch, tokens=tokens, **figures, per_s=batch / figures["mean_ms"] * 1e3
+    )
 
 
 def figures_of(times_ms: Sequence[float]) -> dict[str, Any]:

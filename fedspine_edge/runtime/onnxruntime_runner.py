@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.errors import DeployError, MissingDependency
-from fedspine_edge.runtime.bf16_emulation import widened_copy
+from fedspine_edge.runtime.bf16_emulation import emulated_copy
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +78,7 @@ class OnnxRuntimeRunner:
             try:
                 self._session: Any = load(model)
             except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:  # no bfloat16 kernels on the CPU
-                with widened_copy(model) as copy:
+                with emulated_copy(model) as copy:
                     self._session = load(copy)
         except MissingDependency:
             raise

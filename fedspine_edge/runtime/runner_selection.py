@@ -18,7 +18,7 @@ log = logging.getLogger("fedspine_edge.deploy")
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedBundle:
     """A checked bundle and what runs it: "onnxruntime", "tensorrt" or "tensorrt_rtx", with one sentence on why."""
 
     bundle: Bundle
@@ -35,7 +35,7 @@ def open_bundle(
     spinning: bool,
     rebuild: bool,
     archive: Path | None,
-) -> Opened:
+) -> OpenedBundle:
     """Checks a bundle and loads it on `backend`; see `Session.load` for the choice and the errors.
 
     Args:
@@ -60,7 +60,7 @@ def _open(
     spinning: bool,
     rebuild: bool,
     archive: Path | None,
-) -> Opened:
+) -> OpenedBundle:
     if backend == "onnxruntime":
         checked = load_bundle(folder, ignore=(PLAN, TIMINGS))  # a damaged plan does no harm here
         return _on_onnxruntime(checked, threads, spinning, "ONNX Runtime, as asked for.")
@@ -91,12 +91,12 @@ def _plan_is_damaged(folder: Path) -> bool:
     return False
 
 
-def _on_onnxruntime(bundle: Bundle, threads: int | None, spinning: bool, why: str) -> Opened:
+def _on_onnxruntime(bundle: Bundle, threads: int | None, spinning: bool, why: str) -> OpenedBundle:
     runner = OnnxRuntimeRunner(bundle.model_path, threads=threads, spinning=spinning)
-    return Opened(bundle, runner, "onnxruntime", why)
+    return OpenedBundle(bundle, runner, "onnxruntime", why)
 
 
-def _on_engine(bundle: Bundle, wanted: str) -> Opened:
+def _on_engine(bundle: Bundle, wanted: str) -> OpenedBundle:
     info, rebuild = bundle.manifest.engine, rebuild_command(bundle.folder)
     if info is None:
         reason = bundle.manifest.engine_absent or "none was built"
@@ -127,4 +127,4 @@ def _on_engine(bundle: Bundle, wanted: str) -> Opened:
         rebuild=rebuild,
     )
     why = f"the {info.backend} {info.version} engine, which was built for this GPU, through {driver.name}."
-    return Opened(bundle, runner, info.backend, why)
+    return OpenedBundle(bundle, runner, info.backend, why)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, overload
 import numpy.typing as npt
 
 from fedspine_edge.bundle.archive import is_archive, unpack
-from fedspine_edge.bundle.bundle import Manifest
+from fedspine_edge.bundle.bundle import BundleManifest
 from fedspine_edge.errors import ConfigError, DeployError
 from fedspine_edge.runtime import classification
 from fedspine_edge.runtime.adapters import bundled_adapter, read_adapter
@@ -28,17 +28,17 @@ from fedspine_edge.runtime.engine_build import BACKENDS, BackendChoice
 from fedspine_edge.runtime.generation import Generation, Sampling, generate, pieces
 from fedspine_edge.runtime.inputs import checked_tokens, random_tokens
 from fedspine_edge.runtime.latency import (
-    Latency,
     LatencyComparison,
+    LatencyStatistics,
     compare_latency,
     latency_of,
     time_sessions,
 )
 from fedspine_edge.runtime.onnxruntime_runner import Runner, empty_past
-from fedspine_edge.runtime.runner_selection import Opened, open_bundle
+from fedspine_edge.runtime.runner_selection import OpenedBundle, open_bundle
 from fedspine_edge.runtime.text import Text, TextCodec, Words
 
-__all__ = ["Latency", "LatencyComparison", "Prediction", "Session", "WordLabel", "compare_latency"]
+__all__ = ["LatencyComparison", "LatencyStatistics", "Prediction", "Session", "WordLabel", "compare_latency"]
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Session:
         bundle: The checked bundle, with its manifest.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: OpenedBundle) -> None:
         self.bundle, self.backend, self.why = opened.bundle, opened.backend, opened.why
         self._runner: Runner | None = opened.runner
         self._codec_lock = threading.Lock()
@@ -110,7 +110,7 @@ class Session:
         return session
 
     @property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> BundleManifest:
         """What bundle.json says."""
         return self.bundle.manifest
 
@@ -297,7 +297,7 @@ class Session:
         limit = self.live_runner().max_tokens
         return TextCodec(self.bundle, min(self.manifest.max_tokens, limit or self.manifest.max_tokens))
 
-    def bench(self, batch: int = 1, tokens: int = 32, repeats: int = 100, *, warmup: int = 10) -> Latency:
+    def bench(self, batch: int = 1, tokens: int = 32, repeats: int = 100, *, warmup: int = 10) -> LatencyStatistics:
         """Times `repeats` runs on random tokens, after `warmup` runs that are not counted.
 
         Raises `DataError` for more tokens than the model allows.

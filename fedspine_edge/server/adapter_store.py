@@ -13,13 +13,13 @@ from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.chunks import BlobStore, ref_of
 from fedspine_edge.protocol.codec import Tensor, pack, unpack
 from fedspine_edge.protocol.messages import BlobRef, Plan
-from fedspine_edge.protocol.rank_slices import cut, starts
+from fedspine_edge.protocol.rank_slices import slice_by_rank, slice_starts
 from fedspine_edge.server.aggregate_round import initial_tensors, order_of
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.publisher import Post
+from fedspine_edge.server.publisher import ServerPublisher
 
 
-class Adapters:
+class AdapterStore:
     """The adapters of one run, each by the JSON of the `BlobRef` of all of it; older ones are deleted.
 
     Args:
@@ -29,7 +29,7 @@ class Adapters:
         config: The fleet's settings.
     """
 
-    def __init__(self, store: BlobStore, journal: Journal, post: Post, config: FleetConfig) -> None:
+    def __init__(self, store: BlobStore, journal: Journal, post: ServerPublisher, config: FleetConfig) -> None:
         self._store, self._journal, self._post, self._config = store, journal, post, config
 
     def first(self, spec: ModelSpec) -> str:
@@ -44,13 +44,13 @@ class Adapters:
 
     def load(self, kept: str) -> dict[str, Tensor]:
         """What `keep` was given."""
-        return unpack(self._store.get(reference(kept).sha256))
+        return unpack(self._store.get(parse_ref(kept).sha256))
 
-    def cut(self, kept: str, devices: Iterable[str], spec: ModelSpec) -> list[BlobRef]:
+    def slice_for_devices(self, kept: str, devices: Iterable[str], spec: ModelSpec) -> list[BlobRef]:
         """Cut it into the bands that these devices need, lowest components first; all other blobs are deleted."""
-        self._store.prune([reference(kept).sha256])
+        self._store.prune([parse_ref(kept).sha256])
         layouts = {device_id: layout for device_id, (layout, _) in self._journal.layouts(spec).items()}
-        bands = packed(self.load(kept), devices, layouts, config=self._config, spec=spec)
+        bands = encode_slices(self.load(kept), devices, layouts, config=self._config, spec=spec)
         for data in bands:
             self._store.put(data)
         return [ref_of(data) for data in bands]
@@ -67,12 +67,12 @@ class Adapters:
                 self._journal.forget_published(ref.sha256)
 
 
-def reference(kept: str) -> BlobRef:
+def parse_ref(kept: str) -> BlobRef:
     """The name of an adapter as a whole."""
     return msgspec.json.decode(kept, type=BlobRef)
 
 
-def packed(
+def encode_slices(
     tensors: Mapping[str, Tensor],
     devices: Iterable[str],
     layouts: Mapping[str, Layout],
@@ -93,11 +93,13 @@ def packed(
     held = [layouts.get(device_id) or Layout.full(spec) for device_id in sorted(devices)]
     if order is not None:  # devices start from the common order, whatever they held before
         held = [Layout.prefix(spec, order, layout.counts) for layout in held]
-    return [pack(band) for band in cut(tensors, config.ranks, union(held), config.download_dtype)]
+    return [pack(band) for band in slice_by_rank(tensors, config.ranks, union(held), config.download_dtype)]
 
 
-def needed(refs: Sequence[BlobRef], config: FleetConfig, r: int) -> tuple[BlobRef, ...]:
+def slices_for_rank(refs: Sequence[BlobRef], config: FleetConfig, r: int) -> tuple[BlobRef, ...]:
     """The bands that hold the first `r` components. Raises `ConfigError` for a rank that the adapter does not have."""
     if r > max(config.ranks):
         raise ConfigError(f"the strategy assigned rank {r}; the largest of ranks is {max(config.ranks)}.")
-    return tuple(ref for ref, start in zip(refs, starts(config.ranks, max(config.ranks)), strict=True) if start < r)
+    return tuple(
+        ref for ref, start in zip(refs, slice_starts(config.ranks, max(config.ranks)), strict=True) if start < r
+    )

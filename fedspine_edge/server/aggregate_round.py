@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.aggregation.consensus import average_scores, held_by_all, update_order
+from fedspine_edge.aggregation.consensus import average_scores, kept_by_all, update_order
 from fedspine_edge.aggregation.factored import initial_factors
 from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
 from fedspine_edge.config import FleetConfig
@@ -29,7 +29,7 @@ _COMPLETED = ("reconstruct", "trimmed_mean", "median")
 
 
 @dataclass(frozen=True)
-class Folded:
+class AggregationResult:
     """The result of a round.
 
     Attributes:
@@ -50,7 +50,7 @@ def initial_tensors(config: FleetConfig, spec: ModelSpec) -> Tensors:
     return _adapter(initial_factors(_shapes(spec), max(config.ranks), config.seed))
 
 
-def fold(
+def aggregate_updates(
     devices: Sequence[tuple[Report, Callable[[], Update]]],
     *,
     rule: str,
@@ -59,7 +59,7 @@ def fold(
     order: Order | None,
     layouts: Mapping[str, Layout],
     sent: Mapping[str, Tensor],
-) -> Folded:
+) -> AggregationResult:
     """Combine the accepted updates, one at a time, in order of device id.
 
     Args:
@@ -95,7 +95,7 @@ def fold(
         cols = {name: update.layout.cols(name) for name in update.factors}
         factors: Factors = update.factors
         if rule in _COMPLETED and config.aggregation.complete_ranks:
-            factors = completed(factors, sent, rows, cols)
+            factors = complete_low_rank_update(factors, sent, rows, cols)
         aggregator.add(report.device_id, weight, factors, rows, cols)
         heads.append((float(report.num_examples), update.head))
         for kind, ballot in update.ballots.items():
@@ -107,10 +107,10 @@ def fold(
     scores = {kind: average_scores(ballots[kind], sizes[kind]) for kind in KINDS}
     if config.layout == "consensus" and (order is not None or ballots["heads"]):
         tensors.update(_order_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
-    return Folded(tensors, aggregate, kept, scores)
+    return AggregationResult(tensors, aggregate, kept, scores)
 
 
-def completed(
+def complete_low_rank_update(
     factors: Factors, sent: Mapping[str, Tensor], rows: Mapping[str, Indices], cols: Mapping[str, Indices]
 ) -> Factors:
     """`factors` with the components of the sent adapter that a device of lower rank was not given.
@@ -188,7 +188,7 @@ def _next_order(
     sizes = _sizes(spec)
     ranked = {}
     for kind in KINDS:
-        held = held_by_all([getattr(layout, kind) for _, layout in sorted(layouts.items())], sizes[kind])
+        held = kept_by_all([getattr(layout, kind) for _, layout in sorted(layouts.items())], sizes[kind])
         ranked[kind] = update_order(None if order is None else getattr(order, kind), scores[kind], held)
     return Order(ranked["heads"], ranked["channels"])
 

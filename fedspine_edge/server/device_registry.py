@@ -14,7 +14,7 @@ from fedspine_edge.protocol.messages import Status
 
 
 @dataclass
-class Member:
+class RegisteredDevice:
     """A device as it last described itself."""
 
     status: Status
@@ -23,7 +23,7 @@ class Member:
     """Why it may not take part; empty if it may."""
 
 
-class Members:
+class DeviceRegistry:
     """The roll of the fleet. The first device that matches `base_sha256` sets the model for all.
 
     Args:
@@ -44,19 +44,19 @@ class Members:
         self._base_sha256, self._task = base_sha256, task
         self.spec = spec
         self.num_labels = num_labels
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, RegisteredDevice] = {}
 
-    def __getitem__(self, device_id: str) -> Member:
+    def __getitem__(self, device_id: str) -> RegisteredDevice:
         return self._members[device_id]
 
-    def see(self, status: Status) -> Member:
+    def see(self, status: Status) -> RegisteredDevice:
         """Take note of a status; the first acceptable one sets the fleet's model."""
         known = self._members.get(status.device_id)
         if status.state == "offline" and known is not None:
             # A will is as old as its connection: only that it came matters.
             known.online = False
             return known
-        member = Member(status, status.state == "online", self._objection(status))
+        member = RegisteredDevice(status, status.state == "online", self._objection(status))
         if not member.refused and self.spec is None and member.online:
             self.spec, self.num_labels = status.model, status.num_labels
         self._members[status.device_id] = member
@@ -73,7 +73,7 @@ class Members:
 
     def recall(self, status: Status) -> None:
         """A device of an earlier process of this server; it is offline until it is heard."""
-        self._members[status.device_id] = Member(status, False, self._objection(status))
+        self._members[status.device_id] = RegisteredDevice(status, False, self._objection(status))
 
     def online(self) -> list[str]:
         """Devices that can be given a plan, by id."""

@@ -10,11 +10,11 @@ from fedspine_edge.errors import MessageError
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import Ack, Report, Status
 from fedspine_edge.protocol.topics import DeviceTopic, Topics, UploadTopic
-from fedspine_edge.server.device_registry import Members
+from fedspine_edge.server.device_registry import DeviceRegistry
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.planning import refusal
-from fedspine_edge.server.publisher import Post
-from fedspine_edge.server.report_collector import Collector, answer_old
+from fedspine_edge.server.planning import build_rejection_plan
+from fedspine_edge.server.publisher import ServerPublisher
+from fedspine_edge.server.report_collector import ReportCollector, ack_for_past_report
 from fedspine_edge.server.round_context import RoundContext
 from fedspine_edge.transport.base import Incoming
 
@@ -24,7 +24,7 @@ REPORTED = "reported/"
 """Before a device id: it has reported in this run. One row each, so that noting it costs the same in any fleet."""
 
 
-class Hearing:
+class MessageDispatcher:
     """Listens for the server; the only place where it waits.
 
     Attributes:
@@ -41,10 +41,10 @@ class Hearing:
 
     def __init__(
         self,
-        post: Post,
+        post: ServerPublisher,
         topics: Topics,
         journal: Journal,
-        members: Members,
+        members: DeviceRegistry,
         *,
         run_id: str,
         retry_s: float,
@@ -53,7 +53,7 @@ class Hearing:
     ) -> None:
         self.heard: set[str] = set()
         self.reported = journal.meta_names(REPORTED)
-        self.collector: Collector | None = None
+        self.collector: ReportCollector | None = None
         self.context: RoundContext | None = None
         self._post, self._topics, self._journal, self._members = post, topics, journal, members
         self._run_id, self._retry_s, self._wall, self._tell = run_id, retry_s, wall, tell
@@ -84,7 +84,7 @@ class Hearing:
         if member.refused:
             logger.warning("refused device %s: %s", device_id, member.refused)
             if member.online:
-                self._post.refuse(device_id, refusal(self._run_id, device_id, member.refused))
+                self._post.refuse(device_id, build_rejection_plan(self._run_id, device_id, member.refused))
         self.heard.add(device_id)
         heard = None if retained else self._wall()
         self._journal.put_device(member.status, online=member.online, refused=member.refused, wall_s=heard)
@@ -106,7 +106,7 @@ class Hearing:
         if self.collector is not None:
             self._answer(self.collector.report(report))
         elif not self._journal.is_open(report.device_id, report.plan_sha256):
-            self._answer(answer_old(self._journal, self._run_id, report))
+            self._answer(ack_for_past_report(self._journal, self._run_id, report))
         # else a server that starts again is about to take its round up: the device repeats the report
 
     def _answer(self, ack: Ack | None) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from fedspine_edge.config import FleetConfig, OptimizerSettings
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import BlobRef, Plan, Status
-from fedspine_edge.server.adapter_store import needed
+from fedspine_edge.server.adapter_store import slices_for_rank
 from fedspine_edge.server.journal.schema import RunState
 from fedspine_edge.strategies import Assignment, DeviceInfo
 
@@ -29,7 +29,7 @@ def device_info(status: Status, reported: bool, ranks: Sequence[int]) -> DeviceI
     )
 
 
-def round_plan(
+def build_round_plan(
     config: FleetConfig,
     run_id: str,
     state: RunState,
@@ -63,7 +63,7 @@ def round_plan(
         round_to=config.round_to,
         deadline_s=config.deadline_s,
         seed=config.seed,
-        adapter=needed(bands, config, assignment.r),
+        adapter=slices_for_rank(bands, config, assignment.r),
         training=OptimizerSettings(
             learning_rate=training.learning_rate,
             batch_size=training.batch_size,
@@ -87,12 +87,12 @@ def _decay_from_step(config: FleetConfig) -> int:
     return (config.num_rounds - 2) * (training.tau + training.recovery_steps) - training.recovery_steps
 
 
-def refusal(run_id: str, device_id: str, reason: str) -> bytes:
+def build_rejection_plan(run_id: str, device_id: str, reason: str) -> bytes:
     """The encoded plan of a device that may not take part: it waits, and its operator reads why."""
     return codec.encode(Plan(run_id=run_id, action="wait", device_id=device_id, reason=reason))
 
 
-def idle_plan(
+def build_idle_plan(
     config: FleetConfig, run_id: str, server_round: int, device_id: str, action: Literal["wait", "finished"]
 ) -> bytes:
     """The encoded plan of a device that has nothing to do now, or nothing any more."""

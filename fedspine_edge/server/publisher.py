@@ -15,7 +15,7 @@ from fedspine_edge.transport.base import Connected, Event, Transport
 logger = logging.getLogger(__name__)
 
 
-class Post:
+class ServerPublisher:
     """Publishes plans, chunks and acknowledgements, and restates what is announced after every reconnect.
 
     Args:

@@ -10,7 +10,7 @@ from fedspine_edge.protocol.codec import digest
 from fedspine_edge.protocol.messages import Report
 
 
-class Rejected:
+class RejectedUpdates:
     """The folder `run_dir/rejected`.
 
     Args:

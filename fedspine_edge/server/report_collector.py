@@ -17,7 +17,7 @@ from fedspine_edge.protocol.codec import Tensor, unpack
 from fedspine_edge.protocol.messages import Ack, Plan, Report
 from fedspine_edge.server.journal.schema import PlanRow, ReportRow
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.rejected_updates import Rejected
+from fedspine_edge.server.rejected_updates import RejectedUpdates
 from fedspine_edge.server.update_validation import Update, max_update_bytes
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class _Upload:
     asked: set[int] = field(default_factory=set)
 
 
-class Collector:
+class ReportCollector:
     """Takes what participants of one round send.
 
     Args:
@@ -74,7 +74,7 @@ class Collector:
         blobs: BlobStore,
         uploads: Path,
         gate: Gate,
-        rejected: Rejected,
+        rejected: RejectedUpdates,
         wall: Callable[[], float],
         resumed: bool,
     ) -> None:
@@ -105,9 +105,9 @@ class Collector:
         """Take a report; the acknowledgement, or None while its first chunks are on their way."""
         device_id = report.device_id
         if report.run_id != self._run_id or self._sha256.get(device_id) != report.plan_sha256:
-            return answer_old(self._journal, self._run_id, report)
+            return ack_for_past_report(self._journal, self._run_id, report)
         if device_id in self._answered:
-            return answer_old(self._journal, self._run_id, report)
+            return ack_for_past_report(self._journal, self._run_id, report)
         if report.server_round != self.server_round:
             return _ack(report, "refused", "it names another round than its plan.")
         if report.status != "ok":
@@ -194,7 +194,7 @@ class Collector:
         return _ack(report, told, row.reason if told == "refused" else "")
 
 
-def answer_old(journal: Journal, run_id: str, report: Report) -> Ack:
+def ack_for_past_report(journal: Journal, run_id: str, report: Report) -> Ack:
     """The acknowledgement of a report that is not awaited: repeated, late, of another run, or of no plan of ours."""
     if report.run_id != run_id:
         return _stray(report, "refused", f"it belongs to another run; this is run {run_id}.")

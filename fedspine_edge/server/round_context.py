@@ -16,7 +16,7 @@ from fedspine_edge.protocol.messages import Plan, Report
 from fedspine_edge.server import round_results
 from fedspine_edge.server.aggregate_round import order_of
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.report_collector import Collector
+from fedspine_edge.server.report_collector import ReportCollector
 from fedspine_edge.server.update_validation import Update, check_update
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class RoundContext:
         assert report.update is not None  # the collector refuses others
         return self.check(report, plan, unpack(self._blobs.get(report.update.sha256)))
 
-    def agreed(self, journal: Journal, collector: Collector) -> dict[str, Report]:
+    def agreed(self, journal: Journal, collector: ReportCollector) -> dict[str, Report]:
         """Accepted reports by device id.
 
         In the first round without those whose task head the majority lacks: decided when all are there, so that it

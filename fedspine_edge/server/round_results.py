@@ -18,14 +18,14 @@ from fedspine_edge.protocol.messages import Report
 from fedspine_edge.server.aggregate_round import coverage_layout
 from fedspine_edge.server.journal.schema import OutcomeRow
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.report_collector import Collector
+from fedspine_edge.server.report_collector import ReportCollector
 from fedspine_edge.strategies import RoundOutcome
 
 LOST = "connection or power was lost"
 LATE = "no report before the deadline"
 
 
-def outcomes(journal: Journal, collector: Collector, online: set[str]) -> list[tuple[OutcomeRow, RoundOutcome]]:
+def outcomes(journal: Journal, collector: ReportCollector, online: set[str]) -> list[tuple[OutcomeRow, RoundOutcome]]:
     """What became of every plan of the round, for the journal and for the strategy, by device id.
 
     A device that was silent at the deadline is `late` if it was connected all the time, which says something of its
@@ -70,7 +70,7 @@ def means(reports: Iterable[Report]) -> tuple[float | None, float | None]:
     return (fmean(losses) if losses else None, fmean(accuracies) if accuracies else None)
 
 
-def traffic(journal: Journal, collector: Collector) -> tuple[int, int]:
+def traffic(journal: Journal, collector: ReportCollector) -> tuple[int, int]:
     """Bytes up and down that the round's devices counted."""
     answers = [
         msgspec.json.decode(row.report, type=Report)

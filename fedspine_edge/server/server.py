@@ -2,7 +2,7 @@
 
 The server may be killed at any moment. Whatever it told anyone was journaled before, so a restart of the same
 command re-publishes the same plans, keeps the reports it has, and ends with the same adapter. It waits only inside
-`Hearing.wait` and measures with the clock it was given, so the same code runs in virtual time.
+`MessageDispatcher.wait` and measures with the clock it was given, so the same code runs in virtual time.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.messages import BlobRef, Report
 from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.server import round_results
-from fedspine_edge.server.adapter_store import Adapters
-from fedspine_edge.server.aggregate_round import fold
-from fedspine_edge.server.device_registry import Members
-from fedspine_edge.server.dispatcher import Hearing
+from fedspine_edge.server.adapter_store import AdapterStore
+from fedspine_edge.server.aggregate_round import aggregate_updates
+from fedspine_edge.server.device_registry import DeviceRegistry
+from fedspine_edge.server.dispatcher import MessageDispatcher
 from fedspine_edge.server.final_artifacts import RunResult, write_final
 from fedspine_edge.server.journal.schema import OutcomeRow, PlanRow, RunState
-from fedspine_edge.server.planning import device_info, idle_plan, round_plan
-from fedspine_edge.server.publisher import Post
-from fedspine_edge.server.rejected_updates import Rejected
-from fedspine_edge.server.report_collector import Collector
+from fedspine_edge.server.planning import build_idle_plan, build_round_plan, device_info
+from fedspine_edge.server.publisher import ServerPublisher
+from fedspine_edge.server.rejected_updates import RejectedUpdates
+from fedspine_edge.server.report_collector import ReportCollector
 from fedspine_edge.server.round_context import RoundContext
 from fedspine_edge.server.run_dir import RunDir, settings
 from fedspine_edge.strategies import Assignment, create
@@ -75,10 +75,10 @@ class FleetServer:
         self._wall = time.time if isinstance(self._clock, RealClock) else self._clock.now
         self._tell = on_event or (lambda name, data: None)
         self._topics = Topics(config.fleet)
-        self._post = Post(transport, self._topics)
+        self._post = ServerPublisher(transport, self._topics)
         self._strategy = create(config)
         self._retry_s = min(15.0, max(1.0, config.deadline_s * RETRY_SHARE))
-        self._members = Members(config.base_sha256, task=config.task)
+        self._members = DeviceRegistry(config.base_sha256, task=config.task)
         self._state = RunState()
 
     def run(self) -> RunResult:
@@ -156,7 +156,7 @@ class FleetServer:
         infos = [device_info(members[i].status, i in reported, ranks) for i in members.online()]
         assignments = self._strategy.assign(infos, self._state.server_round)
         blob = self._state.blob or self._adapters.first(spec)
-        bands = self._adapters.cut(blob, assignments, spec)
+        bands = self._adapters.slice_for_devices(blob, assignments, spec)
         plans = [self._plan(i, assignment, bands) for i, assignment in sorted(assignments.items())]
         self._state = replace(self._state, strategy=self._strategy.to_dict(), blob=blob, open=True)
         self._journal.open_round(
@@ -170,7 +170,7 @@ class FleetServer:
         logger.info("round %d of %d: %d devices", self._state.server_round, config.num_rounds, len(plans))
         self._tell("round_opened", {"server_round": self._state.server_round, "devices": sorted(assignments)})
 
-    def _collect(self, collector: Collector, resumed: bool) -> None:
+    def _collect(self, collector: ReportCollector, resumed: bool) -> None:
         """Take reports and uploads until all have answered or the deadline has passed."""
         config = self.config
         started = self._journal.started_wall_s(collector.server_round, collector.attempt)
@@ -186,9 +186,9 @@ class FleetServer:
                 "round %d: deadline passed without %s", collector.server_round, ", ".join(collector.waiting_for[:10])
             )
 
-    def _commit_round(self, context: RoundContext, collector: Collector, reports: dict[str, Report]) -> None:
+    def _commit_round(self, context: RoundContext, collector: ReportCollector, reports: dict[str, Report]) -> None:
         """Aggregate, and make the result what the next round starts from."""
-        folded = fold(
+        folded = aggregate_updates(
             [(report, partial(context.load, report, collector.plans[i])) for i, report in reports.items()],
             rule=self._strategy.aggregation,
             config=self.config,
@@ -213,7 +213,7 @@ class FleetServer:
             **meta,
         )
 
-    def _repeat_round(self, collector: Collector, reports: dict[str, Report]) -> None:
+    def _repeat_round(self, collector: ReportCollector, reports: dict[str, Report]) -> None:
         """Too few reports: learn what there is to learn, and try the same round again."""
         state, needed = self._state, self.config.min_reports
         following = replace(state, attempt=state.attempt + 1, failures=state.failures + 1)
@@ -229,7 +229,7 @@ class FleetServer:
 
     def _close_round(
         self,
-        collector: Collector,
+        collector: ReportCollector,
         reports: dict[str, Report],
         following: RunState,
         *,
@@ -283,7 +283,7 @@ class FleetServer:
         )
         self._adapters.clear()
         self._post.announce(
-            {i: idle_plan(self.config, self._run_id, last, i, "finished") for i in self._members.everyone()}
+            {i: build_idle_plan(self.config, self._run_id, last, i, "finished") for i in self._members.everyone()}
         )
         until = self._clock.now() + self.config.deadline_s
         while self._post.behind and (left := until - self._clock.now()) > 0:
@@ -298,10 +298,10 @@ class FleetServer:
     # Parts of a round
 
     def _plan(self, device_id: str, assignment: Assignment, bands: list[BlobRef]) -> PlanRow:
-        payload = round_plan(self.config, self._run_id, self._state, device_id, assignment, bands)
+        payload = build_round_plan(self.config, self._run_id, self._state, device_id, assignment, bands)
         return PlanRow(device_id, payload, codec.digest(payload), assignment.u, self._strategy.explain(device_id))
 
-    def _announce(self, collector: Collector) -> None:
+    def _announce(self, collector: ReportCollector) -> None:
         """Publish the round: chunks, plans, and `wait` for whoever is away, else it would take up an older plan."""
         number = collector.server_round
         plans = {row.device_id: row.payload for row in self._journal.plans(number, collector.attempt)}
@@ -310,7 +310,7 @@ class FleetServer:
     def _waits(self) -> dict[str, bytes]:
         """`wait` for whoever is away."""
         number = self._state.server_round
-        return {i: idle_plan(self.config, self._run_id, number, i, "wait") for i in self._members.offline()}
+        return {i: build_idle_plan(self.config, self._run_id, number, i, "wait") for i in self._members.offline()}
 
     def _new_context(self) -> RoundContext:
         assert self._members.spec is not None  # journaled with the first round
@@ -323,9 +323,9 @@ class FleetServer:
             first=self._state.server_round == 1,
         )
 
-    def _new_collector(self, context: RoundContext, resumed: bool) -> Collector:
+    def _new_collector(self, context: RoundContext, resumed: bool) -> ReportCollector:
         state = self._state
-        return Collector(
+        return ReportCollector(
             state.server_round,
             state.attempt,
             run_id=self._run_id,
@@ -336,7 +336,7 @@ class FleetServer:
             blobs=self._blobs,
             uploads=self._dir.path / "uploads",
             gate=context.check,
-            rejected=Rejected(self._dir.path / "rejected", self.config.gate.keep_rejected),
+            rejected=RejectedUpdates(self._dir.path / "rejected", self.config.gate.keep_rejected),
             wall=self._wall,
             resumed=resumed,
         )
@@ -347,7 +347,7 @@ class FleetServer:
         """Load what the journal knows, or begin a new run."""
         journal, config = self._journal, self.config
         self._blobs = BlobStore(self._dir.path / "blobs")
-        self._adapters = Adapters(self._blobs, journal, self._post, config)
+        self._adapters = AdapterStore(self._blobs, journal, self._post, config)
         self._expected: set[str] = set()
         real = isinstance(self._clock, RealClock)
         run_id = journal.meta("run_id")
@@ -361,12 +361,12 @@ class FleetServer:
             self._strategy.load_dict(self._state.strategy)
             logger.info("run %s continues with round %d", run_id, self._state.server_round)
         num_labels = int(journal.meta("num_labels") or 0)
-        self._members = Members(config.base_sha256, task=config.task, spec=journal.spec, num_labels=num_labels)
+        self._members = DeviceRegistry(config.base_sha256, task=config.task, spec=journal.spec, num_labels=num_labels)
         for status, online, _ in journal.devices():
             self._members.recall(status)
             if online and not self._members[status.device_id].refused:
                 self._expected.add(status.device_id)
-        self._hearing = Hearing(
+        self._hearing = MessageDispatcher(
             self._post,
             self._topics,
             journal,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.aggregation.consensus import Ballot
+from fedspine_edge.aggregation.consensus import DeviceScores
 from fedspine_edge.aggregation.factored import product_norm
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import BlobError, LayoutError, UpdateRejected
@@ -51,7 +51,7 @@ class Update:
     layout: Layout
     factors: dict[str, tuple[Matrix, Matrix]]
     head: dict[str, Tensor]
-    ballots: dict[str, Ballot]
+    ballots: dict[str, DeviceScores]
     norm: float
 
     @property
@@ -211,7 +211,7 @@ def _check_head(head: Mapping[str, Tensor], head_shapes: HeadShapes | None) -> N
             raise UpdateRejected(f"{name} is {head[name].shape}; the fleet's is {tuple(shape)}.")
 
 
-def _ballots(tensors: Mapping[str, Tensor], num_examples: int, previous: Layout) -> dict[str, Ballot]:
+def _ballots(tensors: Mapping[str, Tensor], num_examples: int, previous: Layout) -> dict[str, DeviceScores]:
     names = {name for name in tensors if name.startswith(("scores.", "scored."))}
     if not names:
         return {}
@@ -231,7 +231,7 @@ def _ballots(tensors: Mapping[str, Tensor], num_examples: int, previous: Layout)
             if not np.isfinite(values).all():
                 raise UpdateRejected(f"layer {layer} {kind}: scores contain NaN or infinity.")
             votes.append((index, values))
-        ballots[kind] = Ballot(float(num_examples), tuple(votes))
+        ballots[kind] = DeviceScores(float(num_examples), tuple(votes))
     return ballots
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, FleetConfig
-from fedspine_edge.device.cost_meter import Conditions, Meter
+from fedspine_edge.device.cost_meter import CostMeter, EmulatedConditions
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout, module_names, target_counts
@@ -68,10 +68,10 @@ def round_cost_s(
     before: float,
     after: float,
     r: int,
-    conditions: Conditions | None = None,
+    conditions: EmulatedConditions | None = None,
 ) -> float:
     """Simulated completion time in seconds of a round from ratio `before` to `after`; no `conditions`, no jitter."""
-    meter = Meter(
+    meter = CostMeter(
         "simulated",
         time_factor=device.time_factor,
         up_mbit_s=device.up_mbit_s,
@@ -99,7 +99,7 @@ def round_cost_s(
 
 
 def work(
-    meter: Meter,
+    meter: CostMeter,
     spec: ModelSpec,
     tokens: int,
     *,

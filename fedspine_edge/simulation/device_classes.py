@@ -25,7 +25,7 @@ Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device class in one power mode; either `flops_per_s` or GPU cores and clock say how fast it is."""
 
     board: str
@@ -76,7 +76,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         }
 
 
-def load_profiles(path: Path = BUILT_IN) -> dict[str, Profile]:
+def load_device_classes(path: Path = BUILT_IN) -> dict[str, DeviceClass]:
     """Every profile of the file by name. Raises `ConfigError` naming file, section and key."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -87,13 +87,13 @@ def load_profiles(path: Path = BUILT_IN) -> dict[str, Profile]:
     profiles = {}
     for name, section in data.items():
         try:
-            profiles[name] = msgspec.convert(section, Profile)
+            profiles[name] = msgspec.convert(section, DeviceClass)
         except msgspec.ValidationError as error:
             raise ConfigError(f"profile file {path}, [{name}]: {error}.") from None
     return profiles
 
 
-def parse_mix(text: str, profiles: Mapping[str, Profile]) -> dict[str, int]:
+def parse_mix(text: str, profiles: Mapping[str, DeviceClass]) -> dict[str, int]:
     """`tx2=30,nx=40,agx=10` as counts or shares by class. Raises `ConfigError` for an unknown class or no number."""
     mix: dict[str, int] = {}
     for part in text.split(","):

@@ -15,7 +15,7 @@ AWAY_SHARE = 0.999
 """A device that is cut off comes back just before the round's deadline, in time for the next round."""
 
 
-class Unreliable:
+class DisconnectingDevice:
     """Stands between the network and a device, and takes its connection away with the configured probability.
 
     Whether a round is lost is a function of seed, device and round, so a run repeats.

@@ -21,7 +21,7 @@ from fedspine_edge.data import sentiment
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.loading import load_examples, read
 from fedspine_edge.errors import ConfigError, DataError, MissingDependency
-from fedspine_edge.simulation.device_classes import Profile
+from fedspine_edge.simulation.device_classes import DeviceClass
 
 CLASSES = {"agx": 1.0, "nx": 1.2, "tx2": 1.43}
 """Completion-time factors of the emulated classes AGX Xavier : Xavier NX : TX2 (arXiv 2501.02438, section 5)."""
@@ -125,7 +125,7 @@ def own_shares(folder: Path, num_devices: int) -> tuple[list[Path], Path]:
     return shares, test_csv
 
 
-def deal_out(folder: Path, *, data: DataSettings, task: Task, num_devices: int) -> list[Path]:
+def partition_data(folder: Path, *, data: DataSettings, task: Task, num_devices: int) -> list[Path]:
     """Deal the examples of `data` out to the devices in turn, as `device-K.jsonl` below `folder`, columns as in `data`.
 
     For every task; `prepare_data` knows more of classification. Raises `DataError` for too few examples.
@@ -203,13 +203,13 @@ def lay_out(
     return setup
 
 
-def lay_out_mix(
+def write_simulated_fleet(
     folder: Path,
     *,
     model: str,
     shares: Sequence[Path],
     mix: Mapping[str, int],
-    profiles: Mapping[str, Profile],
+    profiles: Mapping[str, DeviceClass],
     num_labels: int = 2,
     holdout: int = 64,
     drop_out: float | None = None,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedspine_edge.bandit.pruning_schedule import Envelope, spread_by_speed
+from fedspine_edge.bandit.pruning_schedule import PruningSchedule, spread_by_speed
 from fedspine_edge.config import DeviceConfig, FleetConfig
 from fedspine_edge.device.cost_meter import conditions
 from fedspine_edge.model.spec import ModelSpec
@@ -109,7 +109,7 @@ def oracle_plan(
 
 def _schedules(
     fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
-) -> dict[str, Envelope]:
+) -> dict[str, PruningSchedule]:
     schedule = envelope(fleet, spread=True)
     if schedule.spread == 0.0:
         return {device.device_id: schedule for device in devices}

@@ -21,7 +21,7 @@ import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.cost_meter import Meter, conditions
+from fedspine_edge.device.cost_meter import CostMeter, conditions
 from fedspine_edge.device.round import order_of
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, module_names, target_counts
@@ -30,7 +30,7 @@ from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import Download, split
 from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
-from fedspine_edge.protocol.rank_slices import Tensors, join
+from fedspine_edge.protocol.rank_slices import Tensors, merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
 from fedspine_edge.simulation.cost_model import MINILM, SMALL, costed, factor_elements, work
 from fedspine_edge.simulation.virtual_network import VirtualTransport
@@ -43,7 +43,7 @@ _RETRY_SHARE = 1 / 40
 
 
 @dataclass(frozen=True)
-class Point:
+class LossSample:
     """One really trained device-round."""
 
     progress: float
@@ -58,16 +58,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Record:
+class LossRecord:
     """Device-rounds of real runs, and where they come from."""
 
     source: str
-    points: tuple[Point, ...]
+    points: tuple[LossSample, ...]
 
-    def draw(self, progress: float, pruning_ratio: float, r: int, rng: random.Random) -> Point:
+    def draw(self, progress: float, pruning_ratio: float, r: int, rng: random.Random) -> LossSample:
         """One of the recorded device-rounds nearest to the given one."""
 
-        def far(point: Point) -> float:
+        def far(point: LossSample) -> float:
             return (
                 abs(point.progress - progress)
                 + abs(point.pruning_ratio - pruning_ratio)
@@ -82,16 +82,16 @@ class Record:
         path.write_text(f'{{"source": {json.dumps(self.source)}, "points": [\n  {points}\n]}}\n')
 
     @classmethod
-    def load(cls, path: Path) -> Record:
+    def load(cls, path: Path) -> LossRecord:
         """Read what `save` wrote. Raises `ConfigError`."""
         try:
             data = json.loads(path.read_text())
-            return cls(data["source"], tuple(Point(**point) for point in data["points"]))
+            return cls(data["source"], tuple(LossSample(**point) for point in data["points"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is not a record of losses: {error}.") from error
 
     @classmethod
-    def of_runs(cls, run_dirs: Sequence[Path], source: str) -> Record:
+    def of_runs(cls, run_dirs: Sequence[Path], source: str) -> LossRecord:
         """The finished device-rounds of `run_dirs`. Raises `ConfigError` when one is itself made of a record."""
         points = []
         for run_dir in run_dirs:
@@ -103,7 +103,7 @@ class Record:
                 figures = [float(f"{v:.5g}") for v in (*measured, row.lora_importance) if v is not None]
                 if row.status == "ok" and len(figures) == 5:
                     progress = (row.server_round - 1) / view.num_rounds
-                    points.append(Point(progress, round(row.pruning_ratio, 4), row.r, *figures))
+                    points.append(LossSample(progress, round(row.pruning_ratio, 4), row.r, *figures))
         return cls(source, tuple(points))
 
 
@@ -111,7 +111,7 @@ BUILT_IN = Path(__file__).with_name("recorded_losses.json")
 
 
 @dataclass
-class Shared:
+class ReplayContext:
     """What all recorded devices of a process have in common.
 
     Attributes:
@@ -120,7 +120,7 @@ class Shared:
         tokens: Padded length of a batch.
     """
 
-    record: Record
+    record: LossRecord
     spec: ModelSpec = SMALL
     cost_spec: ModelSpec = MINILM
     tokens: int = 32
@@ -133,7 +133,7 @@ class Shared:
         if key not in self.joined:
             if any(other[0] != key[0] for other in self.joined):
                 self.joined.clear()
-            self.joined[key] = join([codec.unpack(one.data()) for one in downloads.values()], self.spec)
+            self.joined[key] = merge_slices([codec.unpack(one.data()) for one in downloads.values()], self.spec)
         return self.joined[key]
 
     def modelled_down(self, r: int, held: Layout, round_to: int) -> int:
@@ -141,7 +141,7 @@ class Shared:
         return 2 * r * factor_elements(costed(self.cost_spec, held.pruning_ratio, round_to))
 
 
-class RecordedDevice:
+class ReplayDevice:
     """A device that speaks the whole protocol and trains nothing."""
 
     def __init__(
@@ -149,7 +149,7 @@ class RecordedDevice:
         config: DeviceConfig,
         transport: VirtualTransport,
         clock: VirtualClock,
-        shared: Shared,
+        shared: ReplayContext,
         num_examples: int = 256,
     ) -> None:
         self.config, self._transport, self._clock, self._shared = config, transport, clock, shared
@@ -310,10 +310,10 @@ class RecordedDevice:
                 tensors[f"scores.{layer}.{kind}"] = scores[kind][layer]
         return tensors
 
-    def _meter(self, plan: Plan, ratio_before: float, bytes_up: int, bytes_down: int) -> Meter:
+    def _meter(self, plan: Plan, ratio_before: float, bytes_up: int, bytes_down: int) -> CostMeter:
         """What the round costs on the device, by the cost model."""
         config, shared = self.config, self._shared
-        meter = Meter(
+        meter = CostMeter(
             "simulated",
             time_factor=config.time_factor,
             up_mbit_s=config.up_mbit_s,

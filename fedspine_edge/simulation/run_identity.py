@@ -21,7 +21,7 @@ from fedspine_edge.server.journal.reader import FILE as JOURNAL
 FILE = "simulated.json"
 
 
-def pin(run_dir: Path, devices: Sequence[DeviceConfig]) -> None:
+def require_same_inputs(run_dir: Path, devices: Sequence[DeviceConfig]) -> None:
     """Note the devices of a run in its folder, or compare them with those noted.
 
     Where a file lies does not matter, what is in it does. Raises `ConfigError` naming the first device that differs.

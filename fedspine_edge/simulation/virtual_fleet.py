@@ -20,9 +20,9 @@ from fedspine_edge.model.checkpoint import load_base
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.server.journal.reader import FILE, JournalReader
 from fedspine_edge.server.server import FleetServer, RunResult
-from fedspine_edge.simulation.disconnects import Unreliable
-from fedspine_edge.simulation.replay import RecordedDevice, Shared
-from fedspine_edge.simulation.run_identity import pin
+from fedspine_edge.simulation.disconnects import DisconnectingDevice
+from fedspine_edge.simulation.replay import ReplayContext, ReplayDevice
+from fedspine_edge.simulation.run_identity import require_same_inputs
 from fedspine_edge.simulation.virtual_network import Participant, VirtualNetwork, VirtualTransport
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -55,15 +55,15 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
 
 
 def simulate_recorded(
-    fleet: FleetConfig, devices: Sequence[DeviceConfig], shared: Shared, *, on_event: OnEvent | None = None
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], shared: ReplayContext, *, on_event: OnEvent | None = None
 ) -> RunResult:
-    """Run `fleet` as `simulate` does, with `RecordedDevice` in the place of training; data and model are not read.
+    """Run `fleet` as `simulate` does, with `ReplayDevice` in the place of training; data and model are not read.
 
     `on_event` is the server's.
     """
 
-    def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> RecordedDevice:
-        return RecordedDevice(config, transport, clock, shared)
+    def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> ReplayDevice:
+        return ReplayDevice(config, transport, clock, shared)
 
     return _run(fleet, devices, VirtualNetwork(), device, on_event)
 
@@ -85,7 +85,7 @@ def _run(
     make: _Maker,
     on_event: OnEvent | None = None,
 ) -> RunResult:
-    pin(Path(fleet.run_dir), devices)
+    require_same_inputs(Path(fleet.run_dir), devices)
     start_s = _time_so_far(Path(fleet.run_dir))
     with ExitStack() as running:
         for config in sorted(devices, key=lambda one: one.device_id):
@@ -94,7 +94,7 @@ def _run(
             config = msgspec.structs.replace(config, time_kind="simulated")
             device = make(config, transport, clock)
             unreliable = config.simulated.drop_out > 0
-            transport.attach(Unreliable(device, transport, config) if unreliable else device)
+            transport.attach(DisconnectingDevice(device, transport, config) if unreliable else device)
             device.start()
             running.callback(device.close)
         clock = VirtualClock(start_s)

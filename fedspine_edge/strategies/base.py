@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from fedspine_edge.bandit.pruning_schedule import MEAN_SPREAD, Envelope, rounds_needed
+from fedspine_edge.bandit.pruning_schedule import MEAN_SPREAD, PruningSchedule, rounds_needed
 from fedspine_edge.bandit.reward import TERMS, Outcome, RewardTerms, Status, rewards
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
@@ -254,7 +254,7 @@ class BaseStrategy:
         )
 
 
-def envelope(config: FleetConfig, *, spread: bool = False) -> Envelope:
+def envelope(config: FleetConfig, *, spread: bool = False) -> PruningSchedule:
     """The pruning schedule of a run; with the consensus layout round 1 scores and prunes nothing.
 
     Raises `ConfigError` when the pruning ratio cannot be reached, with the number of rounds it takes.
@@ -267,7 +267,7 @@ def envelope(config: FleetConfig, *, spread: bool = False) -> Envelope:
             f"bandit.max_step = {config.bandit.max_step}: {_schedule_text(start)}.",
             remedy=_schedule_remedy(config, needed + start + 2, last - start),
         )
-    return Envelope(
+    return PruningSchedule(
         target=config.pruning_ratio,
         last_pruning_round=last,
         max_step=config.bandit.max_step,

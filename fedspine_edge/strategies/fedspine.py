@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedspine_edge.bandit.pruning_schedule import Envelope, settle_mean, spread_by_speed
+from fedspine_edge.bandit.pruning_schedule import PruningSchedule, adjust_to_mean, spread_by_speed
 from fedspine_edge.bandit.reward import RewardTerms
 from fedspine_edge.bandit.sucb import SUCB, Arm
-from fedspine_edge.bandit.time_model import Reach, Speed, TimeModel
+from fedspine_edge.bandit.time_model import CompletionTimeModel, DeviceSpeed, FeasibleArms
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.strategies.base import BaseStrategy, Choice, DeviceInfo, RoundOutcome, envelope
 
@@ -38,11 +38,11 @@ class FedSpine(BaseStrategy):
             seed=config.seed,
             prior=config.bandit.prior,
         )
-        self.times = TimeModel(max(config.ranks))
+        self.times = CompletionTimeModel(max(config.ranks))
         self._targets: dict[str, float] = {}
         """By device the ratio it ends at, with `target = "mean"`; set once, when first every speed is known."""
         self._class_of: dict[str, str] = {}
-        self._reach: dict[str, Reach] = {}
+        self._reach: dict[str, FeasibleArms] = {}
         self._pace: float | None = None
         """log of the time that the round is expected to take."""
 
@@ -85,7 +85,7 @@ class FedSpine(BaseStrategy):
             return choices
         limits = {i: self.envelope.limits(server_round=server_round, previous=p) for i, p in previous.items()}
         ratios = {i: choice.pruning_ratio for i, choice in choices.items()}
-        settled = settle_mean(ratios, limits, self.envelope.target)
+        settled = adjust_to_mean(ratios, limits, self.envelope.target)
         return {i: replace(choice, pruning_ratio=settled[i]) for i, choice in choices.items()}
 
     def observe(self, outcomes: Sequence[RoundOutcome], server_round: int) -> dict[str, RewardTerms | None]:
@@ -133,13 +133,13 @@ class FedSpine(BaseStrategy):
         super().load_dict(data)
         self.bandit = SUCB.from_dict(data["bandit"])
         if "times" in data:  # a run begun before there were any begins to learn them
-            self.times = TimeModel.from_dict(data["times"])
+            self.times = CompletionTimeModel.from_dict(data["times"])
             self._targets, self._class_of = dict(data["targets"]), dict(data["class_of"])
             self._pace = data["pace"]
 
     # -- pace -------------------------------------------------------------------------------------------------
 
-    def _envelope(self, device_id: str) -> Envelope:
+    def _envelope(self, device_id: str) -> PruningSchedule:
         if self.envelope.spread == 0.0 or not self._targets:
             return self.envelope
         return replace(self.envelope, target=self.target_of(device_id), spread=0.0)
@@ -150,12 +150,12 @@ class FedSpine(BaseStrategy):
         pruned = training.recovery_steps / (training.tau + training.recovery_steps)
         return 1.0 - (1.0 - pruned) * before - pruned * after
 
-    def _reach_of(self, device: DeviceInfo, speed: Speed, previous: float, server_round: int) -> Reach:
+    def _reach_of(self, device: DeviceInfo, speed: DeviceSpeed, previous: float, server_round: int) -> FeasibleArms:
         limits = self._envelope(device.device_id).limits(server_round=server_round, previous=previous)
         kept = (self._kept(previous, limits[0]), self._kept(previous, limits[1]))
-        return Reach(speed, limits, kept, tuple(self.ranks_that_fit(device, previous)), max(self.config.ranks))
+        return FeasibleArms(speed, limits, kept, tuple(self.ranks_that_fit(device, previous)), max(self.config.ranks))
 
-    def _spread_targets(self, speeds: Mapping[str, Speed]) -> dict[str, float]:
+    def _spread_targets(self, speeds: Mapping[str, DeviceSpeed]) -> dict[str, float]:
         """Final ratios around P that bring the devices' times together: slow ones end smaller, fast ones larger."""
         rank_share = self.middle_rank() / max(self.config.ranks)
         full = {i: speed.log_time(1.0, rank_share) for i, speed in speeds.items()}

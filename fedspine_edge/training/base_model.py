@@ -22,7 +22,7 @@ from fedspine_edge.model.prunable import PrunableModel
 log = logging.getLogger("fedspine_edge.device")
 
 
-class ModelSource:
+class BaseModelLoader:
     """Gives fresh unpruned models of one base, since a compact model never grows back.
 
     Args:

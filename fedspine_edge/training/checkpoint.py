@@ -14,7 +14,7 @@ import msgspec
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.training.batching import Encoded
-from fedspine_edge.training.state_dir import Document, StateDir
+from fedspine_edge.training.state_dir import StateDir, StateRecord
 from fedspine_edge.training.trainer import Trainer
 
 log = logging.getLogger("fedspine_edge.tuner")
@@ -52,7 +52,7 @@ class FitCheckpoint:
                 remedy="Give every fit a folder of its own, or delete this one.",
             )
         try:
-            trainer.restore(Document(saved.info["trainer"], saved.tensors))
+            trainer.restore(StateRecord(saved.info["trainer"], saved.tensors))
         except (KeyError, TypeError, ValueError) as error:
             raise self._folder.damaged(FIT, f"it is incomplete ({type(error).__name__})") from error
         log.info("resumed after step %d", trainer.step)
@@ -62,7 +62,7 @@ class FitCheckpoint:
         """Write every ten steps, and after the last. Raises `CheckpointError`; the last state stays."""
         if trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == self._total:
             saved = trainer.state()
-            document = Document({"key": self._key, "trainer": saved.info}, saved.tensors)
+            document = StateRecord({"key": self._key, "trainer": saved.info}, saved.tensors)
             try:
                 self._folder.write(FIT, document)
             except OSError as error:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedspine_edge.kernels import native
-from fedspine_edge.kernels.quantized import QuantisedWeight
+from fedspine_edge.kernels.quantized import QuantizedWeight
 from fedspine_edge.model.layout import module_names
 from fedspine_edge.model.lora import stored_weight
 from fedspine_edge.model.prunable import PrunableModel
@@ -87,7 +87,7 @@ def estimate(
     widest = max(weight.shape.numel() for weight in stored)
     step = _rehearsed(model, _batch(model, micro_batch, tokens, pack_rows))
     # After backward only the gradients are left, and the scoring of one linear; where this is more, it is the peak.
-    quantised = any(isinstance(weight, QuantisedWeight) for weight in stored)
+    quantised = any(isinstance(weight, QuantizedWeight) for weight in stored)
     scoring = 4 * widest * (3 * (not native.available()) + quantised)
     return MemoryEstimate(
         weights_bytes=everything - _bytes(*adapters),

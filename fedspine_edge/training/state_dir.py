@@ -39,12 +39,12 @@ SCHEMA = 1
 SECRET = "secret"
 
 
-class StateDamaged(CheckpointError):
+class CorruptState(CheckpointError):
     """A file of the state folder cannot be used; only its owner can decide to delete it."""
 
 
 @dataclass(frozen=True)
-class Document:
+class StateRecord:
     """One state file: plain data and the tensors that go with it."""
 
     info: dict[str, Any]
@@ -87,14 +87,14 @@ class StateDir:
             self._lock.close()
             self._lock = None
 
-    def write(self, name: str, document: Document) -> None:
+    def write(self, name: str, document: StateRecord) -> None:
         """Replace `{name}.state`; on return it is on the disk."""
         body = json.dumps({"schema": SCHEMA, **document.info}, allow_nan=True, separators=(",", ":"))
         arrays = {key: np.asarray(value, order="C") for key, value in document.tensors.items()}
         metadata = {"json": body, "sha256": _digest(body, arrays)}
         write_atomically(self._path(name), safetensors.numpy.save(arrays, metadata), sync=True)
 
-    def read(self, name: str) -> Document | None:
+    def read(self, name: str) -> StateRecord | None:
         """The content of `{name}.state`, None if there is none. Raises `CheckpointError` for a damaged file."""
         path = self._path(name)
         if not path.exists():
@@ -111,7 +111,7 @@ class StateDir:
                 raise ValueError("it was written by another version")
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.damaged(name, str(error)) from None
-        return Document(info, arrays)
+        return StateRecord(info, arrays)
 
     def remove(self, name: str) -> None:
         """Delete `{name}.state` if it exists."""
@@ -121,13 +121,13 @@ class StateDir:
         """Random text that was drawn once for this folder and never leaves it."""
         saved = self.read(SECRET)
         if saved is None:
-            saved = Document({"secret": secrets.token_hex(32)}, {})
+            saved = StateRecord({"secret": secrets.token_hex(32)}, {})
             self.write(SECRET, saved)
         return str(saved.info["secret"])
 
-    def damaged(self, name: str, why: str) -> StateDamaged:
+    def damaged(self, name: str, why: str) -> CorruptState:
         """The error for a state file whose content cannot be used."""
-        return StateDamaged(
+        return CorruptState(
             f"state file {self._path(name)} cannot be used: {why}.",
             remedy=f"Delete the folder {self.folder} to begin anew; a device then rejoins the fleet as a new one.",
         )

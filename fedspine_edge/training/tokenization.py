@@ -16,7 +16,7 @@ DEFAULT_LENGTH_TOKENS = TrainingSettings().max_length_tokens
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextEncoder:
     """How a model reads texts, and which texts and tokens it has room for.
 
     Attributes:
@@ -34,7 +34,7 @@ class Texts:
     name: str
 
     @classmethod
-    def of(cls, model: PrunableModel, tokenizer: Any) -> Texts:
+    def of(cls, model: PrunableModel, tokenizer: Any) -> TextEncoder:
         """Those of `model`, without holding on to it."""
         longest = model.architecture.max_tokens(model.module.config)
         vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
@@ -56,7 +56,7 @@ class Texts:
         return asked
 
     def encode(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded]:
-        """Tokenised and cut at `max_length_tokens`, which may be more than the positions allow if no text is that long.
+        """Tokenize and cut at `max_length_tokens`, which may be more than the positions allow if no text is that long.
 
         Raises `DataError` for texts without tokens, `ConfigError` for a token without a position, `CheckpointError` for
         one without an embedding; on a GPU the last two would end the process.
@@ -84,7 +84,7 @@ class Texts:
             )
 
 
-class Tokenised:
+class TokenizedSplits:
     """Several sets of examples, tokenised when a length is first asked for.
 
     Args:
@@ -92,13 +92,13 @@ class Tokenised:
         sets: Of examples.
     """
 
-    def __init__(self, texts: Texts, *sets: Sequence[Example]) -> None:
+    def __init__(self, texts: TextEncoder, *sets: Sequence[Example]) -> None:
         self._texts = texts
         self._sets = sets
         self._found: tuple[int, list[list[Encoded]]] = (0, [])
 
     def at(self, max_length_tokens: int) -> list[list[Encoded]]:
-        """Each set, cut at `max_length_tokens`; the last length asked for is kept. Raises as `Texts.encode` does."""
+        """Return each set cut at `max_length_tokens`. Raises as `TextEncoder.encode` does."""
         if self._found[0] != max_length_tokens:
             encoded = [self._texts.encode(one, max_length_tokens) for one in self._sets]
             self._found = max_length_tokens, encoded

@@ -24,7 +24,7 @@ from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training.batching import BatchOrder, Encoded, Ints, collate, evaluation_batches, pack
 from fedspine_edge.training.loss import loss_sum, num_targets
-from fedspine_edge.training.state_dir import Document, prefixed, unprefixed
+from fedspine_edge.training.state_dir import StateRecord, prefixed, unprefixed
 
 T = TypeVar("T")
 
@@ -198,7 +198,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.compact(layout, optimizer=self.optimizer, importance=self.tracker)
 
-    def state(self) -> Document:
+    def state(self) -> StateRecord:
         """Everything needed to continue with the same bits, except the layout and the base weights."""
         tensors = prefixed("adapter.", self.model.adapter_state())
         opt_steps: dict[str, float] = {}
@@ -222,9 +222,9 @@ class Trainer:
             "loss_scale": self._loss_scale,
             "optimizer_steps": opt_steps,
         }
-        return Document(info, tensors)
+        return StateRecord(info, tensors)
 
-    def restore(self, saved: Document) -> None:
+    def restore(self, saved: StateRecord) -> None:
         """Continue from `state`; the model must already have the layout of that moment.
 
         Raises `CheckpointError` when adapters do not fit the model, `KeyError` for an incomplete document.

@@ -14,7 +14,7 @@ _BAD_CREDENTIALS, _NOT_AUTHORIZED, _BAD_CLIENT_ID = 0x86, 0x87, 0x85
 _UNSUPPORTED_VERSION = (0x01, 0x84)
 
 
-class NotConnected(Exception):
+class ConnectAttemptFailed(Exception):
     """One failed attempt to connect.
 
     Args:
@@ -91,37 +91,41 @@ def password(settings: BrokerSettings) -> str | None:
     return lines[0]
 
 
-def explain(error: Exception, tls: bool) -> NotConnected:
+def explain(error: Exception, tls: bool) -> ConnectAttemptFailed:
     """Why the TCP connection or the TLS handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return NotConnected(
+        return ConnectAttemptFailed(
             f"TLS: the broker's certificate is not trusted ({error.verify_message or error.reason})",
             "broker.ca_file must hold the authority that signed it, and broker.host must be a name in it.",
             final=True,
         )
     if isinstance(error, ssl.SSLError):
-        return NotConnected(
+        return ConnectAttemptFailed(
             f"TLS: the handshake failed ({error.reason or error})",
             "Check that broker.port is the broker's TLS port (usually 8883), and the client certificate if it asks.",
         )
     if isinstance(error, socket.gaierror):
-        return NotConnected(f"DNS: the host name is unknown ({error.strerror})", "Check broker.host and the network.")
+        return ConnectAttemptFailed(
+            f"DNS: the host name is unknown ({error.strerror})", "Check broker.host and the network."
+        )
     if isinstance(error, ConnectionRefusedError):
-        return NotConnected(
+        return ConnectAttemptFailed(
             "connection refused: nothing listens there",
             "Correct broker.host and broker.port, or start a broker: fedspine-edge broker",
         )
     if isinstance(error, TimeoutError):
-        return NotConnected("no answer in time", "Check broker.host, the network and firewalls between here and there.")
+        return ConnectAttemptFailed(
+            "no answer in time", "Check broker.host, the network and firewalls between here and there."
+        )
     if tls and isinstance(error, (ConnectionResetError, BrokenPipeError)):
-        return NotConnected(
+        return ConnectAttemptFailed(
             "TLS: the broker closed the connection during the handshake",
             "Check that broker.port is the broker's TLS port (usually 8883).",
         )
-    return NotConnected(str(error) or type(error).__name__, "Check broker.host and broker.port.")
+    return ConnectAttemptFailed(str(error) or type(error).__name__, "Check broker.host and broker.port.")
 
 
-def no_answer(lost: str, tls: bool) -> NotConnected:
+def no_answer(lost: str, tls: bool) -> ConnectAttemptFailed:
     """Why a connection opened without an answer to MQTT's CONNECT."""
     what = "closed the connection" if lost else "did not answer in time"
     hint = (
@@ -129,10 +133,10 @@ def no_answer(lost: str, tls: bool) -> NotConnected:
         if tls
         else "Check that it is an MQTT broker; a TLS port needs broker.ca_file."
     )
-    return NotConnected(f"the other side {what} instead of accepting it", hint)
+    return ConnectAttemptFailed(f"the other side {what} instead of accepting it", hint)
 
 
-def refusal(reason_code: Any) -> NotConnected:
+def refusal(reason_code: Any) -> ConnectAttemptFailed:
     """Why the broker said no; `reason_code` is that of its CONNACK."""
     remedies = {
         _BAD_CREDENTIALS: "Check broker.username and broker.password_file.",
@@ -141,6 +145,6 @@ def refusal(reason_code: Any) -> NotConnected:
         **dict.fromkeys(_UNSUPPORTED_VERSION, "The broker must speak MQTT 5 (Mosquitto >= 1.6, EMQX >= 5)."),
     }
     remedy = remedies.get(reason_code.value)
-    return NotConnected(
+    return ConnectAttemptFailed(
         f"the broker refused the connection: {reason_code}", remedy or "See the broker's log.", final=remedy is not None
     )

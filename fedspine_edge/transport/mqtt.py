@@ -5,8 +5,8 @@
 
 The link thread sends and reconnects. Each connection is a new one: what the broker has not acknowledged goes back to
 the front of the outbox, and every filter is subscribed again before `Connected` is told. Back-pressure inward is
-MQTT's own (see `Inbox`): a broker stops at a number of unacknowledged messages, so that neither a callback blocks nor
-this process grows.
+MQTT's own (see `ReceiveQueue`): a broker stops at a number of unacknowledged messages, so that neither a callback
+blocks nor this process grows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.errors import BrokerUnreachable, FedspineError, TransportError
 from fedspine_edge.transport.base import LONGEST_PAUSE_S, Connected, Event, Incoming, Will
-from fedspine_edge.transport.credentials import NotConnected, password, tls_context
+from fedspine_edge.transport.credentials import ConnectAttemptFailed, password, tls_context
 from fedspine_edge.transport.mqtt_connection import Connection, Outgoing
-from fedspine_edge.transport.receive_queue import Inbox
+from fedspine_edge.transport.receive_queue import ReceiveQueue
 from fedspine_edge.transport.topic_filters import check_filter, check_topic
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class MqttTransport:
         self._outbox: deque[Outgoing] = deque()
         self._outbox_bytes = 0
         """Bytes in the outbox and in flight."""
-        self._inbox = Inbox(inbox_bytes)
+        self._inbox = ReceiveQueue(inbox_bytes)
         self._filters: dict[str, None] = {}
         self._will: Will | None = None
         self._connection: Connection | None = None
@@ -265,7 +265,7 @@ class MqttTransport:
         while True:
             try:
                 return self._attempt(min(_CONNECT_TIMEOUT_S, max(0.1, deadline - time.monotonic())))
-            except NotConnected as failed:
+            except ConnectAttemptFailed as failed:
                 wait_s = random.uniform(0.5, 1.0) * pause_s
                 # After the first connection even a refusal may pass: a broker is being restarted or reconfigured.
                 hopeless = failed.final and self._thread is None
@@ -314,7 +314,7 @@ class MqttTransport:
             try:
                 connection.subscribe(missing, _CONNECT_TIMEOUT_S)
             except TransportError as error:
-                raise NotConnected(f"a subscription was not restored: {error.message}", error.remedy) from error
+                raise ConnectAttemptFailed(f"a subscription was not restored: {error.message}", error.remedy) from error
             done.update(missing)
 
     # ---- small things, under the lock

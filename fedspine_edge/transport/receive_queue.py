@@ -11,7 +11,7 @@ _OVERHEAD_BYTES = 256
 """Charged per message, so that a flood of empty ones is bounded too."""
 
 
-class Inbox:
+class ReceiveQueue:
     """Decides when an arrived message is acknowledged; not thread-safe by itself.
 
     While there is room, at once: the fastest way. Without room, when it is taken out: the broker then stops at the

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspine_edge.aggregation.consensus import Ballot, average_scores, held_by_all, update_order
+from fedspine_edge.aggregation.consensus import DeviceScores, average_scores, kept_by_all, update_order
 from fedspine_edge.errors import UpdateRejected
 
 
 def ballot(values, *, weight=1.0, index=None):
     values = np.array(values, dtype=np.float32)
-    return Ballot(weight, ((np.arange(values.size) if index is None else np.array(index), values),))
+    return DeviceScores(weight, ((np.arange(values.size) if index is None else np.array(index), values),))
 
 
 def order_of(*ballots, previous=None, kept=(), size=4):
     scores = average_scores(ballots, [size])
-    return update_order(previous, scores, held_by_all(kept, [size]))[0].tolist()
+    return update_order(previous, scores, kept_by_all(kept, [size]))[0].tolist()
 
 
 def test_first_round_ranks_everything():
@@ -62,8 +62,8 @@ def test_what_a_device_removed_keeps_its_place():
 
 
 def test_layers_are_independent():
-    two = Ballot(1.0, ((np.arange(2), np.array([1.0, 2.0])), (np.arange(3), np.array([3.0, 1.0, 2.0]))))
-    orders = update_order(None, average_scores([two], [2, 3]), held_by_all([], [2, 3]))
+    two = DeviceScores(1.0, ((np.arange(2), np.array([1.0, 2.0])), (np.arange(3), np.array([3.0, 1.0, 2.0]))))
+    orders = update_order(None, average_scores([two], [2, 3]), kept_by_all([], [2, 3]))
     assert [o.tolist() for o in orders] == [[1, 0], [0, 2, 1]]
     assert all(o.dtype == np.int64 for o in orders)
 
@@ -78,9 +78,10 @@ def test_layouts_nest_over_rounds_whatever_the_scores(seed, devices, rounds):
     order = None
     for _ in range(rounds):
         ballots = [
-            Ballot(float(rng.integers(0, 5)), ((index, rng.random(index.size).astype(np.float32)),)) for index in kept
+            DeviceScores(float(rng.integers(0, 5)), ((index, rng.random(index.size).astype(np.float32)),))
+            for index in kept
         ]
-        order = update_order(order, average_scores(ballots, [size]), held_by_all([[k] for k in kept], [size]))
+        order = update_order(order, average_scores(ballots, [size]), kept_by_all([[k] for k in kept], [size]))
         assert sorted(order[0].tolist()) == list(range(size))
         for d in range(devices):
             count = rng.integers(1, kept[d].size + 1)
@@ -110,7 +111,7 @@ def test_order_of_devices_matters_only_to_rounding(permutation, seed):
         (ballot([1, np.inf]), "NaN"),
         (ballot([1, 2], index=[0]), "scores for"),
         (ballot([1, 2], weight=-1.0), "weight"),
-        (Ballot(1.0, ()), "layers"),
+        (DeviceScores(1.0, ()), "layers"),
     ],
 )
 def test_bad_scores_are_refused(bad, said):

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from fedspine_edge.bandit.pruning_schedule import (
     MEAN_SPREAD,
     NARROW,
-    Envelope,
+    PruningSchedule,
+    adjust_to_mean,
     rounds_needed,
-    settle_mean,
     spread_by_speed,
 )
 
 schedules = st.builds(
-    lambda target, spare, max_step, start: Envelope(
+    lambda target, spare, max_step, start: PruningSchedule(
         target, start + rounds_needed(target, max_step) + spare, max_step, start
     ),
     target=st.floats(0.01, 0.95),
@@ -47,7 +47,7 @@ def test_a_larger_u_never_prunes_less(envelope, previous, u, v):
 
 
 def test_without_a_step_limit_it_is_the_formula():
-    envelope = Envelope(0.5, 8, 1.0)
+    envelope = PruningSchedule(0.5, 8, 1.0)
     for t in range(1, 9):
         lo, hi = 0.5 * (t / 8) ** 3, 0.5 * (1 - (1 - t / 8) ** 3)
         # max_step 1 never binds, P - max_step (T - t) is only above lo in the last round, where both are P
@@ -57,7 +57,7 @@ def test_without_a_step_limit_it_is_the_formula():
 
 def test_a_slow_start_is_hurried_while_the_target_can_be_reached():
     """P = 0.5 in three pruning rounds: lo would be 0.02, 0.15, 0.5, whose last step is too large for 0.25."""
-    envelope = Envelope(0.5, 4, 0.25, start=1)
+    envelope = PruningSchedule(0.5, 4, 0.25, start=1)
     previous, path = 0.0, []
     for t in range(1, 7):
         previous = envelope.ratio(0.0, server_round=t, previous=previous)
@@ -66,14 +66,14 @@ def test_a_slow_start_is_hurried_while_the_target_can_be_reached():
 
 
 def test_a_late_joiner_ends_where_its_steps_take_it():
-    envelope = Envelope(0.5, 8, 0.25)
+    envelope = PruningSchedule(0.5, 8, 0.25)
     assert envelope.ratio(1.0, server_round=8, previous=0.0) == 0.25
     assert envelope.ratio(1.0, server_round=9, previous=0.25) == 0.25
 
 
 def test_a_target_out_of_reach_is_refused():
     with pytest.raises(ValueError, match=r"0.8 in steps of 0.25 needs 4 pruning rounds, not 3"):
-        Envelope(0.8, 4, 0.25, start=1)
+        PruningSchedule(0.8, 4, 0.25, start=1)
 
 
 @pytest.mark.parametrize(("target", "step", "rounds"), [(0.5, 0.25, 2), (0.51, 0.25, 3), (0.0, 0.25, 0), (0.3, 0.1, 3)])
@@ -86,12 +86,12 @@ def test_rounds_needed(target, step, rounds):
     target=st.floats(0.05, 0.9),
 )
 def test_with_a_mean_target_ratios_differ_and_their_mean_is_met(us, target):
-    envelope = Envelope(target, 6, 0.25, spread=MEAN_SPREAD)
+    envelope = PruningSchedule(target, 6, 0.25, spread=MEAN_SPREAD)
     previous = {f"d{i}": 0.0 for i in range(len(us))}
     for t in range(1, 7):
         limits = {i: envelope.limits(server_round=t, previous=p) for i, p in previous.items()}
         previous = {i: envelope.ratio(u[t - 1], server_round=t, previous=p) for (i, p), u in zip(previous.items(), us)}
-    settled = settle_mean(previous, limits, target)
+    settled = adjust_to_mean(previous, limits, target)
     assert sum(settled.values()) / len(settled) == pytest.approx(target, abs=1e-6)
     assert all(abs(p - target) <= MEAN_SPREAD + 1e-9 and 0 <= p < 1 for p in settled.values())
 
@@ -102,8 +102,8 @@ def test_settling_does_not_depend_on_the_order(ratios, mean):
     named = {f"d{i}": p for i, p in enumerate(ratios)}
     limits = {name: (p / 2, (1 + p) / 2) for name, p in named.items()}
     reverse = dict(reversed(named.items()))
-    settled = settle_mean(named, limits, mean)
-    assert settled == settle_mean(reverse, limits, mean)
+    settled = adjust_to_mean(named, limits, mean)
+    assert settled == adjust_to_mean(reverse, limits, mean)
     assert all(limits[name][0] <= p <= limits[name][1] for name, p in settled.items())
 
 
@@ -114,7 +114,7 @@ def test_settling_does_not_depend_on_the_order(ratios, mean):
 )
 @settings(max_examples=150, deadline=None)
 def test_places_are_the_inverse_of_ratios(server_round, previous, part):
-    schedule = Envelope(target=0.6, last_pruning_round=8, max_step=0.25, start=1)
+    schedule = PruningSchedule(target=0.6, last_pruning_round=8, max_step=0.25, start=1)
     first, last = schedule.limits(server_round=server_round, previous=previous)
     wanted = tuple(first + share * (last - first) for share in part)
     begin, end = schedule.places(wanted, server_round=server_round, previous=previous)
@@ -132,7 +132,7 @@ def test_places_are_the_inverse_of_ratios(server_round, previous, part):
 )
 @settings(max_examples=100, deadline=None)
 def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, fall):
-    schedule = Envelope(target=target, last_pruning_round=8, max_step=0.25, spread=0.15)
+    schedule = PruningSchedule(target=target, last_pruning_round=8, max_step=0.25, spread=0.15)
     full = {f"d{i}": speed for i, speed in enumerate(speeds)}
     found = spread_by_speed(full, dict.fromkeys(full, fall), schedule)
     assert fmean(found.values()) == pytest.approx(target, abs=1e-6)
@@ -142,7 +142,7 @@ def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, fall):
 
 
 def test_equal_devices_all_end_at_the_target_and_different_ones_use_the_whole_spread():
-    schedule = Envelope(target=0.5, last_pruning_round=8, max_step=0.25, spread=0.15)
+    schedule = PruningSchedule(target=0.5, last_pruning_round=8, max_step=0.25, spread=0.15)
     assert spread_by_speed({"a": 1.0, "b": 1.0}, {"a": 0.7, "b": 0.7}, schedule) == pytest.approx({"a": 0.5, "b": 0.5})
     found = spread_by_speed({"a": 1.0, "b": 2.0}, {"a": 0.7, "b": 0.7}, schedule)
     assert found == pytest.approx({"a": 0.35, "b": 0.65})

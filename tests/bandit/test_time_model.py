@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspine_edge.bandit.time_model import GUESS, Reach, Speed, TimeModel, _ridge, _Sums
+from fedspine_edge.bandit.time_model import PRIOR_SLOPES, CompletionTimeModel, DeviceSpeed, FeasibleArms, _ridge, _Sums
 
 RANKS = (4, 8, 16, 32)
 
@@ -21,7 +21,7 @@ def truth(speed, kept, r):
 
 def learned(speeds, rounds=10, jitter=0.0, seed=0):
     """A model that saw `rounds` rounds of shrinking models at drawn ranks; device id → class is its first letter."""
-    model, rng = TimeModel(32), random.Random(seed)
+    model, rng = CompletionTimeModel(32), random.Random(seed)
     for now in range(1, rounds + 1):
         for device_id, speed in speeds.items():
             r, kept = rng.choice(RANKS), 1.0 - 0.05 * now
@@ -64,14 +64,14 @@ def test_a_newcomer_is_taken_for_one_of_its_class_and_a_stranger_for_one_of_the_
 
 
 def test_one_round_is_extrapolated_by_the_guess_alone():
-    model = TimeModel(32)
+    model = CompletionTimeModel(32)
     model.observe("a1", "a", kept=1.0, r=8, time_s=10.0, now=1)
-    assert model.speeds({"a1": "a"})["a1"].slopes == pytest.approx(GUESS)
+    assert model.speeds({"a1": "a"})["a1"].slopes == pytest.approx(PRIOR_SLOPES)
     assert predict(model, "a1", 1.0, 8) == pytest.approx(10.0)
 
 
 def test_without_a_time_nothing_is_predicted():
-    model = TimeModel(32)
+    model = CompletionTimeModel(32)
     model.observe("a1", "a", kept=1.0, r=8, time_s=0.0, now=1)
     assert model.speeds({"a1": "a"}) == {}
 
@@ -83,14 +83,14 @@ def test_without_a_time_nothing_is_predicted():
 )
 @settings(max_examples=60, deadline=None)
 def test_more_work_is_never_predicted_to_take_less_time_and_state_survives(rows):
-    model = TimeModel(32)
+    model = CompletionTimeModel(32)
     for now, (device_id, kept, r, time_s) in enumerate(rows, start=1):
         model.observe(device_id, "one", kept=kept, r=r, time_s=time_s, now=now)
     classes = {device_id: "one" for device_id, *_ in rows}
     for speed in model.speeds(classes).values():
         assert all(math.isfinite(x) and x >= 0 for x in speed.slopes)
         assert math.isfinite(speed.level)
-    restored = TimeModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    restored = CompletionTimeModel.from_dict(json.loads(json.dumps(model.to_dict())))
     assert restored.speeds(classes) == model.speeds(classes)
 
 
@@ -103,16 +103,16 @@ def test_no_other_slopes_of_that_sign_fit_better(rows):
     means = [math.fsum(column) / len(rows) for column in zip(*rows)]
 
     def cost(slopes):
-        lean = 0.1 * sum((s - g) ** 2 for s, g in zip(slopes, GUESS))
+        lean = 0.1 * sum((s - g) ** 2 for s, g in zip(slopes, PRIOR_SLOPES))
         around = [(x1 - means[0], x2 - means[1], y - means[2]) for x1, x2, y in rows]
         return lean + math.fsum((y - slopes[0] * x1 - slopes[1] * x2) ** 2 for x1, x2, y in around)
 
-    found = cost(_ridge(sums.spread(), GUESS, 0.1))
+    found = cost(_ridge(sums.spread(), PRIOR_SLOPES, 0.1))
     assert all(found <= cost((i / 20, 0.0)) + 1e-9 and found <= cost((0.0, i / 20)) + 1e-9 for i in range(80))
 
 
 def test_10_000_devices_are_predicted_in_a_second():
-    model = TimeModel(32)
+    model = CompletionTimeModel(32)
     for i in range(10_000):
         for now in (1, 2):
             model.observe(f"d{i}", f"c{i % 9}", kept=1.0 / now, r=RANKS[(i + now) % 4], time_s=5.0 + i % 7, now=now)
@@ -129,7 +129,7 @@ def test_10_000_devices_are_predicted_in_a_second():
 
 
 def reach(level, *, limits=(0.2, 0.6), ranks=RANKS, slopes=(0.8, 0.4)):
-    return Reach(Speed(level, slopes), limits, (1 - limits[0], 1 - limits[1]), ranks, 32)
+    return FeasibleArms(DeviceSpeed(level, slopes), limits, (1 - limits[0], 1 - limits[1]), ranks, 32)
 
 
 def log_time(found, ratio, r):

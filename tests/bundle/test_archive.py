@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedspine_edge.bundle.archive import pack
-from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.engine import cuda_driver
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError, EngineIncompatible
@@ -85,7 +85,10 @@ def stale(bundle):
     """The bundle with a plan of another TensorRT-RTX."""
     (bundle / "engine.plan").write_bytes(b"plan of long ago")
     info = EngineInfo(
-        backend="tensorrt_rtx", version="0.9", compute_capabilities=("86",), profiles=(Profile(tokens=(1, 8, 16)),)
+        backend="tensorrt_rtx",
+        version="0.9",
+        compute_capabilities=("86",),
+        profiles=(OptimizationProfile(tokens=(1, 8, 16)),),
     )
     seal(bundle, msgspec.structs.replace(load_bundle(bundle).manifest, engine=info))
     return bundle
@@ -116,7 +119,7 @@ def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path,
             archive.extractall(folder)
     info = load_bundle(folder).manifest.engine
     assert info.version != "0.9"
-    assert info.profiles == (Profile(tokens=(1, 8, 16)),)
+    assert info.profiles == (OptimizationProfile(tokens=(1, 8, 16)),)
 
 
 def test_rebuild_without_tensorrt_falls_back_and_says_why(bundle, monkeypatch):

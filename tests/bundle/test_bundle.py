@@ -9,7 +9,14 @@ import re
 import msgspec
 import pytest
 
-from fedspine_edge.bundle.bundle import EngineInfo, Profile, is_bundle, load_bundle, producer_versions, read_sidecar
+from fedspine_edge.bundle.bundle import (
+    EngineInfo,
+    OptimizationProfile,
+    is_bundle,
+    load_bundle,
+    producer_versions,
+    read_sidecar,
+)
 from fedspine_edge.bundle.publish import seal, staging
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
 from fedspine_edge.export.compile import compile_engine
@@ -23,7 +30,9 @@ def snapshot(folder):
 def with_plan(bundle):
     """The bundle with a (meaningless) plan in it."""
     (bundle / "engine.plan").write_bytes(b"plan" * 100)
-    info = EngineInfo(backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=(Profile(),))
+    info = EngineInfo(
+        backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=(OptimizationProfile(),)
+    )
     manifest = msgspec.structs.replace(load_bundle(bundle).manifest, engine=info)
     seal(bundle, manifest)
     return bundle
@@ -219,11 +228,11 @@ def test_foreign_folders_are_not_replaced(tmp_path):
 @pytest.mark.parametrize("shapes", [{"batch": (2, 1, 4)}, {"tokens": (1, 64, 32)}, {"batch": (0, 1, 1)}])
 def test_profiles_must_be_in_order(shapes):
     with pytest.raises(ConfigError, match="not in order"):
-        Profile(**shapes)
+        OptimizationProfile(**shapes)
 
 
 def test_profiles_cover_what_lies_between():
-    profile = Profile(batch=(2, 2, 4), tokens=(8, 16, 32))
+    profile = OptimizationProfile(batch=(2, 2, 4), tokens=(8, 16, 32))
     assert profile.covers(2, 8)
     assert profile.covers(4, 32)
     assert not profile.covers(1, 8)

@@ -16,14 +16,14 @@ from tiny_fleet import Fleet, config, round_tensors
 
 from fedspine_edge.clock import RealClock, VirtualClock
 from fedspine_edge.config import OptimizerSettings
-from fedspine_edge.device.device_state import Record
+from fedspine_edge.device.device_state import PersistedState
 from fedspine_edge.device.round import gathered, order_of
 from fedspine_edge.errors import BrokerUnreachable, CheckpointError, ConfigError, DataError
 from fedspine_edge.model.layout import Layout, target_counts
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.messages import Report
-from fedspine_edge.protocol.rank_slices import cut
+from fedspine_edge.protocol.rank_slices import slice_by_rank
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training.memory import estimate
 from fedspine_edge.training.state_dir import StateDir
@@ -304,7 +304,7 @@ def test_an_adapter_that_does_not_fit_is_a_failed_round(fleet, driven, tiny_base
 def test_only_the_bands_of_the_plan_are_fetched_and_they_are_one_adapter(fleet, driven, tiny_base):
     spec = tiny_base.spec
     tensors = round_tensors(spec, r=8, order=True)
-    bands = [fleet.offer(band) for band in cut(tensors, [4, 8], Layout.full(spec), "float32")]
+    bands = [fleet.offer(band) for band in slice_by_rank(tensors, [4, 8], Layout.full(spec), "float32")]
     fleet.send(server_round=2, adapter=bands[:1], r=4)
     driven.settle()
     assert fleet.reports[-1].bytes_down == bands[0].size_bytes
@@ -328,11 +328,11 @@ def test_an_adapter_cut_for_devices_that_pruned_more_fails_the_round_with_the_re
     tensors = round_tensors(spec, order=True)
     order = order_of(tensors, spec)
     small = Layout.prefix(spec, order, [target_counts(spec, 0.5)] * spec.num_layers)
-    fleet.send(server_round=2, adapter=[fleet.offer(band) for band in cut(tensors, [8], small)])
+    fleet.send(server_round=2, adapter=[fleet.offer(band) for band in slice_by_rank(tensors, [8], small)])
     driven.settle()
     assert fleet.reports[-1].status == "failed"
     assert "pruned more" in fleet.reports[-1].reason
-    fleet.send(server_round=3, adapter=[fleet.offer(band) for band in cut(tensors, [8], Layout.full(spec))])
+    fleet.send(server_round=3, adapter=[fleet.offer(band) for band in slice_by_rank(tensors, [8], Layout.full(spec))])
     driven.settle()
     assert fleet.reports[-1].status == "ok"
 
@@ -531,7 +531,7 @@ def test_a_device_that_keeps_dying_at_one_place_gives_the_round_up(fleet, settin
         (Trainer, "_take_step", 15),
         (Trainer, "evaluate", 2),
         (BlobStore, "put", 1),
-        (Record, "save", 1),
+        (PersistedState, "save", 1),
         (BlobStore, "prune", 1),
     ],
 )

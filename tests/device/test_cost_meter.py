@@ -10,14 +10,14 @@ import pytest
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, SimulatedSettings, convert
-from fedspine_edge.device.cost_meter import Meter, conditions
+from fedspine_edge.device.cost_meter import CostMeter, conditions
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.training.peak_memory import PeakMemory
 
 
 def meter(kind, clock=None):
-    return Meter(kind, time_factor=2.0, up_mbit_s=8.0, down_mbit_s=16.0, clock=clock or VirtualClock())
+    return CostMeter(kind, time_factor=2.0, up_mbit_s=8.0, down_mbit_s=16.0, clock=clock or VirtualClock())
 
 
 def burn(seconds):

@@ -6,7 +6,7 @@ import pytest
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec
-from fedspine_edge.training.state_dir import Document, StateDir, layout_from, layout_tensors
+from fedspine_edge.training.state_dir import StateDir, StateRecord, layout_from, layout_tensors
 
 SPEC = ModelSpec(
     family="bert",
@@ -33,7 +33,7 @@ def test_a_document_comes_back_bit_for_bit(tmp_path):
     }
     with StateDir(tmp_path) as state:
         assert state.read("round") is None
-        state.write("round", Document({"x": [1, 0.1], "nan": float("nan")}, tensors))
+        state.write("round", StateRecord({"x": [1, 0.1], "nan": float("nan")}, tensors))
         back = state.read("round")
     assert back.info["x"] == [1, 0.1]
     assert set(back.tensors) == set(tensors)
@@ -46,7 +46,7 @@ def test_a_document_comes_back_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "foreign"])
 def test_damage_names_the_file_and_the_way_out(tmp_path, damage):
     with StateDir(tmp_path) as state:
-        state.write("device", Document({"a": 1}, {"x": np.ones(64, np.float32)}))
+        state.write("device", StateRecord({"a": 1}, {"x": np.ones(64, np.float32)}))
         path = tmp_path / "device.state"
         data = bytearray(path.read_bytes())
         if damage == "flip":
@@ -59,14 +59,14 @@ def test_damage_names_the_file_and_the_way_out(tmp_path, damage):
 
 def test_a_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
     with StateDir(tmp_path) as state:
-        state.write("device", Document({"a": 1}, {}))
+        state.write("device", StateRecord({"a": 1}, {}))
 
         def full(*args):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space"):
-            state.write("device", Document({"a": 2}, {}))
+            state.write("device", StateRecord({"a": 2}, {}))
         monkeypatch.undo()
         assert state.read("device").info == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["blobs", "device.state", "lock"]

@@ -15,10 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from fedspine_edge.bundle.bundle import TIMINGS, Profile, TensorInfo, load_bundle
+from fedspine_edge.bundle.bundle import TIMINGS, OptimizationProfile, TensorInfo, load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.engine import tensorrt_api
-from fedspine_edge.engine.build_errors import translate
+from fedspine_edge.engine.build_errors import explain_build_failure
 from fedspine_edge.engine.tensorrt_builder import Share, available_bytes, build_plan
 from fedspine_edge.errors import EngineBuildError, EngineIncompatible, MissingDependency
 from fedspine_edge.export.compile import compile_engine
@@ -44,7 +44,7 @@ def graph_file(path, nodes, *, opset=17, tensors=()):
 
 def build(backend, path, **settings):
     settings = {"device": None, "compute_capabilities": ["86"]} | settings
-    return build_plan(backend, path, INPUTS, [Profile()], **settings)
+    return build_plan(backend, path, INPUTS, [OptimizationProfile()], **settings)
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ RECORDED = [
 
 @pytest.mark.parametrize(("lines", "cause", "remedy"), RECORDED)
 def test_recorded_messages_are_translated(lines, cause, remedy):
-    error = translate("tensorrt", "10.3.0", lines, "could not build an engine")
+    error = explain_build_failure("tensorrt", "10.3.0", lines, "could not build an engine")
     assert cause in error.message
     assert lines[-1] in error.message
     assert remedy in error.remedy

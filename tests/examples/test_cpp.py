@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer
 
-from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.runtime.session import Session
@@ -126,7 +126,11 @@ def with_engine(bundle, tmp_path):
 
     def make(plan=b"plan", **changes):
         folder = Path(shutil.copytree(bundle, tmp_path / "engine.bundle", dirs_exist_ok=True))
-        profiles = (Profile(batch=(2, 4, 8), tokens=(1, 8, 66)), Profile(tokens=(1, 4, 8)), Profile(tokens=(9, 16, 32)))
+        profiles = (
+            OptimizationProfile(batch=(2, 4, 8), tokens=(1, 8, 66)),
+            OptimizationProfile(tokens=(1, 4, 8)),
+            OptimizationProfile(tokens=(9, 16, 32)),
+        )
         known = {"backend": "tensorrt", "version": "10.3.0", "compute_capabilities": ("86", "87"), "profiles": profiles}
         (folder / "engine.plan").write_bytes(plan)
         seal(folder, msgspec.structs.replace(load_bundle(bundle).manifest, engine=EngineInfo(**(known | changes))))

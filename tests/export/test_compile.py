@@ -6,9 +6,9 @@ import onnx
 import pytest
 from tiny_deploy import tiny_model
 
-from fedspine_edge.bundle.bundle import Profile, TensorInfo, load_bundle
+from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo, load_bundle
 from fedspine_edge.engine import cuda_driver, tensorrt_api
-from fedspine_edge.engine.build_errors import translate
+from fedspine_edge.engine.build_errors import explain_build_failure
 from fedspine_edge.engine.tensorrt_builder import build_plan
 from fedspine_edge.errors import (
     CheckpointError,
@@ -136,12 +136,12 @@ def test_tensorrt_rtx_builds_for_named_chips_without_a_gpu(model_folder, tmp_pat
         precision=precision,
         backend="tensorrt_rtx",
         compute_capabilities=("86", "SM120"),
-        profiles=[Profile(batch=(1, 2, 4), tokens=(1, 16, 32))],
+        profiles=[OptimizationProfile(batch=(1, 2, 4), tokens=(1, 16, 32))],
     )
     bundle = load_bundle(out)
     info = bundle.manifest.engine
     assert (info.backend, info.version, info.compute_capabilities) == ("tensorrt_rtx", backend.version, ("86", "120"))
-    assert info.profiles == (Profile(batch=(1, 2, 4), tokens=(1, 16, 32)),)
+    assert info.profiles == (OptimizationProfile(batch=(1, 2, 4), tokens=(1, 16, 32)),)
     assert "TF32" not in info.flags
     assert bundle.plan_path.stat().st_size > 100_000
     if cuda_driver.device_info() is None:
@@ -171,7 +171,7 @@ def test_a_bundle_gets_an_engine_later_even_when_its_plan_is_damaged(bundle):
 def build(backend, path, **arguments):
     inputs = (TensorInfo(name="x", dtype="float32", shape=("batch", "sequence")),)
     arguments = {"device": None, "compute_capabilities": ["86"]} | arguments
-    return build_plan(backend, path, inputs, [Profile()], **arguments)
+    return build_plan(backend, path, inputs, [OptimizationProfile()], **arguments)
 
 
 def save_graph(path, operator, domain=""):
@@ -212,7 +212,10 @@ def test_profiles_beyond_the_model_are_refused(bundle):
     rtx()
     with pytest.raises(ConfigError, match="67 tokens; the model allows 66"):
         compile_engine(
-            bundle, backend="tensorrt_rtx", compute_capabilities=["86"], profiles=[Profile(tokens=(1, 2, 67))]
+            bundle,
+            backend="tensorrt_rtx",
+            compute_capabilities=["86"],
+            profiles=[OptimizationProfile(tokens=(1, 2, 67))],
         )
 
 
@@ -232,7 +235,7 @@ def test_profiles_beyond_the_model_are_refused(bundle):
     ],
 )
 def test_what_tensorrt_says_is_translated(line, cause, remedy):
-    error = translate("tensorrt", "10.3.0", ["warning: harmless", line], "could not build")
+    error = explain_build_failure("tensorrt", "10.3.0", ["warning: harmless", line], "could not build")
     assert cause in error.message
     assert line in error.message
     assert "harmless" not in error.message

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, KINDS, prunable, random_layout, task_of
 
-from fedspine_edge.bundle.bundle import Profile, load_bundle
+from fedspine_edge.bundle.bundle import OptimizationProfile, load_bundle
 from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.engine.tensorrt_builder import build_plan
 from fedspine_edge.errors import MissingDependency
@@ -61,7 +61,7 @@ def rtx_plan(exported, sm: str = "86") -> bytes:
         backend = tensorrt_api.find_backend("tensorrt_rtx")
     except MissingDependency as error:
         pytest.skip(error.message)
-    profile = Profile(tokens=(1, 8, 16))
+    profile = OptimizationProfile(tokens=(1, 8, 16))
     build = {"device": None, "compute_capabilities": [sm]}
     return build_plan(backend, exported.path, exported.inputs, [profile], **build).plan
 

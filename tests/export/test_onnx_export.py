@@ -223,13 +223,13 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_nested_graphs_are_refused_in_fp16():
-    from fedspine_edge.export.mixed_precision import to_half
+    from fedspine_edge.export.mixed_precision import convert_to_16bit
 
     branch = onnx.helper.make_graph([], "branch", [], [])
     node = onnx.helper.make_node("If", ["condition"], ["out"], name="choice", then_branch=branch, else_branch=branch)
     graph = onnx.helper.make_graph([node], "graph", [], [])
     with pytest.raises(DeployError, match="choice"):
-        to_half(onnx.helper.make_model(graph))
+        convert_to_16bit(onnx.helper.make_model(graph))
 
 
 def test_exported_records_are_immutable(tmp_path):

@@ -13,7 +13,7 @@ from tiny_models import prunable
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedspine_edge.bundle.bundle import Profile, TensorInfo, load_bundle
+from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo, load_bundle
 from fedspine_edge.data.examples import Example
 from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.engine.tensorrt_builder import build_plan
@@ -126,7 +126,7 @@ def test_tensorrt_rtx_builds_them(precision, sm, tmp_path):
     exported = finished(wide_model(), precision, tmp_path)[1]
     build = {"device": None, "compute_capabilities": [sm]}
     built = build_plan(
-        backend, exported.path, exported.inputs, [Profile(tokens=(1, 8, 16))], opset=exported.opset, **build
+        backend, exported.path, exported.inputs, [OptimizationProfile(tokens=(1, 8, 16))], opset=exported.opset, **build
     )
     assert len(built.plan) > 100_000
 
@@ -230,7 +230,7 @@ def test_a_chip_without_float8_is_explained(tmp_path):
     exported = finished(wide_model(), "fp8", tmp_path)[1]
     build = {"device": None, "compute_capabilities": ["86"]}
     with pytest.raises(EngineBuildError, match="number format that this GPU lacks") as caught:
-        build_plan(rtx(), exported.path, exported.inputs, [Profile(tokens=(1, 8, 16))], **build)
+        build_plan(rtx(), exported.path, exported.inputs, [OptimizationProfile(tokens=(1, 8, 16))], **build)
     assert "int8" in caught.value.remedy
 
 

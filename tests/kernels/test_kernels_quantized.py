@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import ops
-from fedspine_edge.kernels.quantized import QuantisedWeight
+from fedspine_edge.kernels.quantized import QuantizedWeight
 
 BITS = (8, 4)
 
@@ -20,20 +20,20 @@ def normal(rows, cols, seed=0):
 @pytest.mark.parametrize(("bits", "largest"), [(8, 0.009), (4, 0.1)])
 def test_the_error_on_normal_weights_is_that_of_the_format(bits, largest):
     weight = normal(64, 512)
-    error = (QuantisedWeight.of(weight, bits).dense() - weight).norm() / weight.norm()
+    error = (QuantizedWeight.of(weight, bits).dense() - weight).norm() / weight.norm()
     assert largest / 3 < error < largest
 
 
 def test_eight_bits_err_by_half_a_step_of_the_row_at_most():
     weight = normal(16, 40)
     steps = weight.abs().amax(1, keepdim=True) / 127
-    assert ((QuantisedWeight.of(weight, 8).dense() - weight).abs() <= 0.5001 * steps).all()
+    assert ((QuantizedWeight.of(weight, 8).dense() - weight).abs() <= 0.5001 * steps).all()
 
 
 def test_four_bits_keep_zero_and_each_groups_largest_value():
     weight = normal(4, 128)
     weight[1, 5] = 0.0
-    dense = QuantisedWeight.of(weight, 4).dense()
+    dense = QuantizedWeight.of(weight, 4).dense()
     assert dense[1, 5] == 0
     for start in (0, 64):
         group = weight[:, start : start + 64]
@@ -52,7 +52,7 @@ def test_four_bits_keep_zero_and_each_groups_largest_value():
 )
 def test_cutting_rows_and_columns_twice_keeps_every_value_exactly(rows, cols, bits, seed, dtype):
     rng = np.random.default_rng(seed)
-    weight = QuantisedWeight.of(normal(rows, cols, seed).to(dtype), bits)
+    weight = QuantizedWeight.of(normal(rows, cols, seed).to(dtype), bits)
     expected = weight.dense()
     for _ in range(2):
         r, c = (
@@ -69,7 +69,7 @@ def test_cutting_rows_and_columns_twice_keeps_every_value_exactly(rows, cols, bi
 def test_rows_or_columns_alone_and_a_row_of_zeros(bits):
     matrix = normal(6, 70)
     matrix[2] = 0
-    weight = QuantisedWeight.of(matrix, bits)
+    weight = QuantizedWeight.of(matrix, bits)
     dense = weight.dense()
     assert not dense[2].any()
     index = torch.tensor([0, 2, 5])
@@ -79,7 +79,7 @@ def test_rows_or_columns_alone_and_a_row_of_zeros(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_it_takes_the_share_of_memory_that_it_promises(bits):
-    weight = QuantisedWeight.of(normal(256, 512), bits)
+    weight = QuantizedWeight.of(normal(256, 512), bits)
     stored = sum(t.numel() * t.element_size() for t in (weight.codes, weight.scales, weight.group_of_col))
     assert stored / (256 * 512) < (1.02 if bits == 8 else 0.575)
 
@@ -90,7 +90,7 @@ def adapter(out, n, r=4):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_lora_linear_equals_that_of_the_dense_matrix_and_keeps_only_the_codes(bits):
-    weight, x = QuantisedWeight.of(normal(24, 96), bits), normal(10, 96, 3).requires_grad_()
+    weight, x = QuantizedWeight.of(normal(24, 96), bits), normal(10, 96, 3).requires_grad_()
     results = []
     for stored in (weight, weight.dense()):
         a, b = adapter(24, 96)
@@ -108,7 +108,7 @@ def test_lora_linear_equals_that_of_the_dense_matrix_and_keeps_only_the_codes(bi
 @pytest.mark.parametrize("bits", BITS)
 def test_projections_that_share_their_input_may_be_quantised_one_by_one(bits):
     x = normal(10, 96, 3).requires_grad_()
-    gate, up = QuantisedWeight.of(normal(24, 96), bits), normal(16, 96, 5)
+    gate, up = QuantizedWeight.of(normal(24, 96), bits), normal(16, 96, 5)
     results = []
     for first in (gate, gate.dense()):
         x.grad = None
@@ -122,6 +122,6 @@ def test_projections_that_share_their_input_may_be_quantised_one_by_one(bits):
 
 def test_only_matrices_of_floats_can_be_quantised():
     with pytest.raises(KernelError, match="floating-point matrix"):
-        QuantisedWeight.of(torch.zeros(3), 8)
+        QuantizedWeight.of(torch.zeros(3), 8)
     with pytest.raises(KernelError, match="floating-point matrix"):
-        QuantisedWeight.of(torch.zeros(3, 3, dtype=torch.int8), 8)
+        QuantizedWeight.of(torch.zeros(3, 3, dtype=torch.int8), 8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedspine_edge.errors import LayoutError
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.pruning.importance import CRITERIA, ImportanceTracker
-from fedspine_edge.pruning.selection import plan_local
+from fedspine_edge.pruning.selection import select_layout
 
 shapes = st.fixed_dictionaries(
     {
@@ -210,7 +210,7 @@ def test_scoring_planning_and_pruning_draw_no_random_numbers():
                 tracker = ImportanceTracker(model, criterion, seed=1)
                 gradients(model, tiny.batch(model))
                 tracker.update()
-                model.compact(plan_local(tracker.scores(), model.layout, 0.3), importance=tracker)
+                model.compact(select_layout(tracker.scores(), model.layout, 0.3), importance=tracker)
         states.append((torch.get_rng_state(), np.random.get_state()[1]))
     assert torch.equal(states[0][0], states[1][0])
     np.testing.assert_array_equal(states[0][1], states[1][1])

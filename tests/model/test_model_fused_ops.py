@@ -9,7 +9,7 @@ from torch import nn
 
 from fedspine_edge.kernels import elementwise, ops
 from fedspine_edge.model import fused_ops
-from fedspine_edge.model.fused_ops import run_as_before
+from fedspine_edge.model.fused_ops import disable_fused_ops
 
 DECODERS = [kind for kind in tiny.KINDS if kind.startswith(("llama", "mistral", "qwen"))]
 
@@ -36,7 +36,7 @@ def test_logits_and_gradients_are_those_of_transformers_modules(kind, monkeypatc
     assert overridden(model.module)
     inputs = tiny.batch(model)
     mine = step(model, inputs)
-    run_as_before(model.module)
+    disable_fused_ops(model.module)
     assert not overridden(model.module)
     for name, theirs in step(model, inputs).items():
         torch.testing.assert_close(mine[name], theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -71,9 +71,9 @@ def test_other_families_are_left_alone(kind):
 
 def test_a_gate_that_is_no_silu_stays():
     model = tiny.prunable("llama_lm")
-    run_as_before(model.module)
+    disable_fused_ops(model.module)
     model.module.config.hidden_act = "gelu"
-    fused_ops.run_as_ops(model.module, model.architecture)
+    fused_ops.enable_fused_ops(model.module, model.architecture)
     names = overridden(model.module)
     assert names
     assert all("norm" in name for name in names)

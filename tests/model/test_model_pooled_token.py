@@ -7,7 +7,7 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from fedspine_edge.model.pooled_token import Reading, read_token
+from fedspine_edge.model.pooled_token import PooledToken, read_token
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
 
@@ -169,7 +169,7 @@ def test_a_feed_forward_network_that_takes_the_tokens_in_pieces(family):
 
 
 def test_an_input_that_is_not_rows_of_all_tokens_stays_as_it_is():
-    with Reading(0, 7):
+    with PooledToken(0, 7):
         for shape in ((21, 4), (3, 2, 4)):
             x = torch.randn(shape)
             assert read_token(x) is x

@@ -13,7 +13,7 @@ import torch
 from fedspine_edge.errors import ConfigError, ModelError
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
 from fedspine_edge.model.layout import module_names
-from fedspine_edge.model.lora import QuantisedLinear
+from fedspine_edge.model.lora import QuantizedLinear
 from fedspine_edge.pruning.importance import ImportanceTracker
 
 ON_CPU = ("bfloat16", "int8", "int4")  # float16 products take minutes on a CPU
@@ -85,7 +85,7 @@ def test_a_saved_model_answers_the_same_and_a_merged_one_nearly(kind, base_dtype
         for dtype in (None, torch.float32):
             merged = model.merged(dtype)
             assert {p.dtype for p in merged.parameters()} == {dtype or torch.bfloat16}
-            assert not any(isinstance(child, QuantisedLinear) for child in merged.modules())
+            assert not any(isinstance(child, QuantizedLinear) for child in merged.modules())
             assert not any(child._forward_pre_hooks for child in merged.modules())
             got = merged(**inputs).logits.float()
             torch.testing.assert_close(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer, read_manifest
 from fedspine_edge.pruning.importance import ImportanceTracker
-from fedspine_edge.pruning.selection import plan_local
+from fedspine_edge.pruning.selection import select_layout
 
 
 def folder_of(package: str) -> Path:
@@ -37,7 +37,7 @@ def test_minilm_trains_prunes_saves_and_answers_the_same(tmp_path):
         optimizer.step()
         losses.append(loss.item())
         if step == 3:
-            model.compact(plan_local(tracker.scores(), model.layout, 0.5), optimizer=optimizer, importance=tracker)
+            model.compact(select_layout(tracker.scores(), model.layout, 0.5), optimizer=optimizer, importance=tracker)
     assert losses[-1] < 0.8 * losses[0]
     assert model.layout.pruning_ratio == pytest.approx(0.5, abs=0.01)
     assert model.layout.counts == [(6, 768)] * 6
@@ -64,7 +64,7 @@ def test_smollm2_from_gguf_answers_and_prunes_by_kv_group(tmp_path):
     tracker = ImportanceTracker(model)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert tracker.update()
-    layout = plan_local(tracker.scores(), model.layout, 0.5)
+    layout = select_layout(tracker.scores(), model.layout, 0.5)
     model.compact(layout, importance=tracker)
     assert layout.pruning_ratio == pytest.approx(0.5, abs=0.01)
     with torch.no_grad():

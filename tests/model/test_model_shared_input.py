@@ -6,7 +6,7 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from fedspine_edge.model.lora import SharesInput
+from fedspine_edge.model.lora import FusedProjection
 
 
 def alone(model):
@@ -106,7 +106,7 @@ def test_a_copy_computes_with_its_own_adapters_even_with_a_result_pending():
     q(x)  # leaves results of k and v, which belong to a graph
     twin = copy.deepcopy(model)
     copied = twin.linear("layers.0.q")
-    assert isinstance(copied.shares_input, SharesInput)
+    assert isinstance(copied.shares_input, FusedProjection)
     assert copied.shares_input is not q.shares_input
     assert copied.shares_input.linears[0] is copied
     assert twin.linear("layers.0.v").shares_input is copied.shares_input

@@ -1,4 +1,4 @@
-"""The adapter cut into bands and joined again: what a device of any rank and layout needs, and no more bytes."""
+"""Slices of the adapter by rank: a device of any rank and layout receives what it needs and no more bytes."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from fedspine_edge.errors import BlobError
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.codec import check_tensors, pack, unpack
-from fedspine_edge.protocol.rank_slices import cut, join, starts
+from fedspine_edge.protocol.rank_slices import merge_slices, slice_by_rank, slice_starts
 from fedspine_edge.server.aggregate_round import initial_tensors
 
 SPEC = ModelSpec(
@@ -57,11 +57,11 @@ def test_a_device_gets_its_components_and_rows_whatever_the_ranks_and_layouts(ra
     ranks = sorted(ranks)
     r = data.draw(st.sampled_from(ranks))
     tensors = whole(max(ranks))
-    bands = [unpack(pack(band)) for band in cut(tensors, ranks, held, "float32")]
-    wanted = [band for band, start in zip(bands, starts(ranks, max(ranks)), strict=True) if start < r]
+    bands = [unpack(pack(band)) for band in slice_by_rank(tensors, ranks, held, "float32")]
+    wanted = [band for band, start in zip(bands, slice_starts(ranks, max(ranks)), strict=True) if start < r]
     for band in bands:
         check_tensors(band, "round")
-    joined, said = join(wanted, SPEC)
+    joined, said = merge_slices(wanted, SPEC)
     assert said.to_dict() == held.to_dict()
     for name in module_names(SPEC):
         A, B = joined[f"{name}.lora_A"], joined[f"{name}.lora_B"]
@@ -80,18 +80,18 @@ def test_half_precision_halves_the_bytes_and_never_gives_an_infinity():
     tensors = whole(8)
     tensors["layers.1.up.lora_B"][3, 5] = 1e6
     full = Layout.full(SPEC)
-    half, single = cut(tensors, [8], full), cut(tensors, [8], full, "float32")
+    half, single = slice_by_rank(tensors, [8], full), slice_by_rank(tensors, [8], full, "float32")
     assert half[0]["layers.0.q.lora_A"].dtype == half[0]["head.score.weight"].dtype == np.float16
     assert half[0]["layers.1.up.lora_B"].dtype == np.float32, "what half precision cannot hold stays as it is"
     assert 2 * half[0]["layers.0.down.lora_A"].nbytes == single[0]["layers.0.down.lora_A"].nbytes
-    joined, _ = join(half, SPEC)
+    joined, _ = merge_slices(half, SPEC)
     assert joined["layers.1.up.lora_B"][3, 5] == 1e6
     np.testing.assert_allclose(joined["layers.0.q.lora_A"], tensors["layers.0.q.lora_A"], rtol=2**-11)
 
 
 @pytest.mark.parametrize("damage", ["a module is missing", "other widths", "an index outside", "no layout"])
 def test_bands_of_something_else_are_an_error(damage):
-    bands = cut(whole(4), [2, 4], Layout.full(SPEC))
+    bands = slice_by_rank(whole(4), [2, 4], Layout.full(SPEC))
     if damage == "a module is missing":
         del bands[1]["layers.1.gate.lora_A"]
     elif damage == "other widths":
@@ -101,4 +101,4 @@ def test_bands_of_something_else_are_an_error(damage):
     else:
         del bands[0]["held.1.heads"]
     with pytest.raises(BlobError, match="does not fit the model"):
-        join(bands, SPEC)
+        merge_slices(bands, SPEC)

@@ -12,7 +12,7 @@ from fedspine_edge.kernels import ops
 from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.pruning.importance import ImportanceTracker
-from fedspine_edge.pruning.selection import order_from_scores, plan_local
+from fedspine_edge.pruning.selection import order_from_scores, select_layout
 
 
 def backward(model, seed=0):
@@ -58,7 +58,7 @@ def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
         assert tracker.update()
         optimizer.step()
     order = order_from_scores(tracker.scores(), model.layout)
-    layout = plan_local(tracker.scores(), model.layout, 0.6, scope=scope)
+    layout = select_layout(tracker.scores(), model.layout, 0.6, scope=scope)
     for layer in range(model.spec.num_layers):
         assert order.heads[layer][0] == head
         assert sorted(order.channels[layer][:8]) == channels
@@ -84,7 +84,7 @@ def test_pruning_to_the_groups_that_matter_changes_no_answer(kind, group, head, 
     backward(model, seed)
     tracker.update()
     before = model(**tiny.batch(model)).logits.detach()
-    model.compact(plan_local(tracker.scores(), model.layout, 0.95))
+    model.compact(select_layout(tracker.scores(), model.layout, 0.95))
     assert model.layout.counts == [(1, 8)] * model.spec.num_layers
     after = model(**tiny.batch(model)).logits.detach()
     torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-5 * max(1.0, float(before.abs().max())))

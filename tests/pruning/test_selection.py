@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedspine_edge.errors import ConfigError, LayoutError
 from fedspine_edge.model.layout import Layout, channel_parameters, head_parameters, keep_positions, prunable_parameters
 from fedspine_edge.model.spec import ModelSpec
-from fedspine_edge.pruning.selection import GroupScores, order_from_scores, plan_local
+from fedspine_edge.pruning.selection import GroupScores, order_from_scores, select_layout
 
 
 def spec(layers=3, heads=6, kv_heads=3, head_dim=4, channels=64, hidden=24, gated=True, bias=False):
@@ -57,8 +57,8 @@ shapes = st.builds(
     seed=st.integers(0, 99),
 )
 def test_plans_shrink_keep_something_and_meet_the_ratio(model, ratio, step, scope, seed):
-    layout = plan_local(random_scores(Layout.full(model), seed), Layout.full(model), ratio, scope=scope)
-    again = plan_local(random_scores(layout, seed + 1), layout, max(ratio, step), scope=scope)
+    layout = select_layout(random_scores(Layout.full(model), seed), Layout.full(model), ratio, scope=scope)
+    again = select_layout(random_scores(layout, seed + 1), layout, max(ratio, step), scope=scope)
     assert again.is_within(layout)
     block = max(head_parameters(model), 8 * channel_parameters(model))
     per_layer = 1 if scope == "global" else model.num_layers
@@ -77,7 +77,7 @@ def test_layer_scope_keeps_the_best_of_each_layer_and_ties_keep_the_lower_index(
         [np.array([1, 3, 2], np.float32), np.array([5, 5, 5], np.float32)],
         [np.arange(64, dtype=np.float32), np.zeros(64, np.float32)],
     )
-    layout = plan_local(scores, Layout.full(model), 0.5)
+    layout = select_layout(scores, Layout.full(model), 0.5)
     heads, channels = layout.counts[0]
     assert layout.heads[0].tolist() == sorted([1, 2, 0][:heads])
     assert layout.heads[1].tolist() == list(range(heads))
@@ -91,7 +91,7 @@ def test_global_scope_takes_from_the_layer_that_matters_least():
     scores = random_scores(full, 0)
     scores.heads[1] *= 1e-3
     scores.channels[1] *= 1e-3
-    layout = plan_local(scores, full, 0.25, scope="global")
+    layout = select_layout(scores, full, 0.25, scope="global")
     assert layout.counts[1] == (1, 16)
     assert layout.counts[0] == layout.counts[2] == (3, 64)
 
@@ -111,14 +111,14 @@ def test_impossible_plans_are_refused():
     full = Layout.full(spec())
     scores = random_scores(full, 0)
     with pytest.raises(ConfigError, match=r"`pruning_ratio` is 1\.2"):
-        plan_local(scores, full, 1.2)
+        select_layout(scores, full, 1.2)
     scores.heads[1][0] = np.nan
     with pytest.raises(LayoutError, match="layer 1 heads: scores are not finite"):
-        plan_local(scores, full, 0.5)
+        select_layout(scores, full, 0.5)
     short = GroupScores(scores.heads, [c[:-1] for c in scores.channels])
     scores.heads[1][0] = 0
     with pytest.raises(LayoutError, match=r"63,. scores for 64 kept"):
-        plan_local(short, full, 0.5)
+        select_layout(short, full, 0.5)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

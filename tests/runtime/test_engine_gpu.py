@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_deploy import VOCAB, tiny_model, write_byte_tokenizer
 
-from fedspine_edge.bundle.bundle import Profile, load_bundle
+from fedspine_edge.bundle.bundle import OptimizationProfile, load_bundle
 from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.errors import DeployError, EngineIncompatible, MissingDependency
 from fedspine_edge.export.compile import compile_engine
@@ -20,8 +20,14 @@ from fedspine_edge.runtime.session import Session
 
 pytestmark = pytest.mark.gpu
 
-PROFILES = (Profile(batch=(1, 1, 2), tokens=(1, 4, 8)), Profile(batch=(2, 3, 4), tokens=(4, 16, 32)))
-STEPS = (Profile(batch=(1, 1, 1), tokens=(1, 8, 32)), Profile(batch=(1, 1, 1), tokens=(1, 1, 1), past=(0, 16, 65)))
+PROFILES = (
+    OptimizationProfile(batch=(1, 1, 2), tokens=(1, 4, 8)),
+    OptimizationProfile(batch=(2, 3, 4), tokens=(4, 16, 32)),
+)
+STEPS = (
+    OptimizationProfile(batch=(1, 1, 1), tokens=(1, 8, 32)),
+    OptimizationProfile(batch=(1, 1, 1), tokens=(1, 1, 1), past=(0, 16, 65)),
+)
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])

@@ -17,15 +17,21 @@ import pytest
 from fake_tensorrt import FakeTensorRT
 from tiny_deploy import VOCAB
 
-from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
 from fedspine_edge.engine import cuda_driver
 from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
 from fedspine_edge.runtime import engine_runner, execution
 from fedspine_edge.runtime.engine_runner import EngineRunner
 from fedspine_edge.runtime.session import Session
 
-PROFILES = (Profile(batch=(1, 1, 2), tokens=(1, 4, 8)), Profile(batch=(2, 3, 4), tokens=(4, 16, 32)))
-STEPS = (Profile(batch=(1, 1, 1), tokens=(1, 8, 32)), Profile(batch=(1, 1, 1), tokens=(1, 1, 1), past=(0, 16, 65)))
+PROFILES = (
+    OptimizationProfile(batch=(1, 1, 2), tokens=(1, 4, 8)),
+    OptimizationProfile(batch=(2, 3, 4), tokens=(4, 16, 32)),
+)
+STEPS = (
+    OptimizationProfile(batch=(1, 1, 1), tokens=(1, 8, 32)),
+    OptimizationProfile(batch=(1, 1, 1), tokens=(1, 1, 1), past=(0, 16, 65)),
+)
 
 
 def runner_of(bundle, module, profiles=PROFILES):

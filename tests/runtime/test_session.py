@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_deploy import tiny_model, write_tokenizer
 
-from fedspine_edge.bundle.bundle import EngineInfo, Profile, load_bundle
+from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.engine.cuda_driver import DeviceInfo
@@ -205,7 +205,12 @@ def test_requests_that_cannot_be_met_are_errors(shared_bundle):
 
 
 def with_engine(bundle, **changes):
-    values = {"backend": "tensorrt", "version": "10.3.0", "compute_capabilities": ("87",), "profiles": (Profile(),)}
+    values = {
+        "backend": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": ("87",),
+        "profiles": (OptimizationProfile(),),
+    }
     (bundle / "engine.plan").write_bytes(b"plan")
     info = EngineInfo(**(values | changes))
     seal(bundle, msgspec.structs.replace(load_bundle(bundle).manifest, engine=info))

@@ -1,7 +1,8 @@
 """Run by test_server_crash.py: a fleet in virtual time whose process kills itself for real.
 
-Usage: crash_child.py FOLDER POINT COUNT, where POINT is a method of `Journal` or `Post`, and COUNT the call before or
-after which the process dies ("before:put_report", "after:put_report"); "never" runs to the end and prints the result.
+Usage: crash_child.py FOLDER POINT COUNT, where POINT is a method of `Journal` or `ServerPublisher`, and COUNT the call
+before or after which the process dies ("before:put_report", "after:put_report"); "never" runs to the end and prints the
+result.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from pathlib import Path
 from fleet_fakes import Fleet, make_config
 
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.publisher import Post
+from fedspine_edge.server.publisher import ServerPublisher
 
 
 def arm(point: str, count: int) -> None:
     when, _, name = point.partition(":")
-    owner = Journal if hasattr(Journal, name) else Post
+    owner = Journal if hasattr(Journal, name) else ServerPublisher
     original, calls = getattr(owner, name), iter(range(1, 10_000))
 
     def wrapped(self, *args, **options):

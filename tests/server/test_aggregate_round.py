@@ -7,7 +7,7 @@ from fedspine_edge.config import AggregationSettings, FleetConfig
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.messages import Report
-from fedspine_edge.server.aggregate_round import fold, initial_tensors
+from fedspine_edge.server.aggregate_round import aggregate_updates, initial_tensors
 from fedspine_edge.server.update_validation import Update
 
 SPEC = ModelSpec(
@@ -64,7 +64,7 @@ def folded(sent: dict[str, np.ndarray], ranks: list[int], **aggregation: object)
         )
         for i, r in enumerate(ranks)
     ]
-    result = fold(devices, rule="reconstruct", config=config, spec=SPEC, order=None, layouts={}, sent=sent)
+    result = aggregate_updates(devices, rule="reconstruct", config=config, spec=SPEC, order=None, layouts={}, sent=sent)
     return result.tensors
 
 

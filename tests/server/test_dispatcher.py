@@ -9,15 +9,15 @@ from test_server_publisher import TOPICS, connected
 
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import Ack, Report
-from fedspine_edge.server.device_registry import Members
-from fedspine_edge.server.dispatcher import Hearing
+from fedspine_edge.server.device_registry import DeviceRegistry
+from fedspine_edge.server.dispatcher import MessageDispatcher
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.transport.base import Incoming
 
 
-def hearing_on(broker: MemoryBroker, journal: Journal, *, wall_s: float = 1.0) -> Hearing:
+def hearing_on(broker: MemoryBroker, journal: Journal, *, wall_s: float = 1.0) -> MessageDispatcher:
     options = {"run_id": "r", "retry_s": 0.1, "wall": lambda: wall_s, "tell": lambda name, data: None}
-    return Hearing(connected(broker), TOPICS, journal, Members(), **options)
+    return MessageDispatcher(connected(broker), TOPICS, journal, DeviceRegistry(), **options)
 
 
 def acks_after_a_report(journal: Journal) -> list[str]:

@@ -6,13 +6,13 @@ from memory_transport import MemoryBroker, MemoryTransport
 
 from fedspine_edge.protocol.chunks import split
 from fedspine_edge.protocol.topics import Topics
-from fedspine_edge.server.publisher import Post
+from fedspine_edge.server.publisher import ServerPublisher
 
 TOPICS = Topics("fleet")
 
 
 def connected(broker):
-    post = Post(MemoryTransport(broker, "server"), TOPICS)
+    post = ServerPublisher(MemoryTransport(broker, "server"), TOPICS)
     post.open(1.0)
     while not post.connected:
         post.receive(0.1)

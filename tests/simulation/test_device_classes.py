@@ -8,12 +8,12 @@ from recorded_fleet import lay_out
 from fedspine_edge.cli.main import main
 from fedspine_edge.data import sentiment
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.simulation.device_classes import load_profiles, parse_mix, scaled
+from fedspine_edge.simulation.device_classes import load_device_classes, parse_mix, scaled
 from fedspine_edge.simulation.fleet_files import in_turn
 
 
 def test_the_built_in_classes_are_ordered_as_their_boards_are() -> None:
-    profiles = load_profiles()
+    profiles = load_device_classes()
     rates = [profiles[name].rate for name in ("tx2", "nx", "agx", "agx-orin")]
     assert rates == sorted(rates)
     assert profiles["tx2"].rate == pytest.approx(2 * 256 * 1300e6 * 0.25)
@@ -36,11 +36,11 @@ def test_a_wrong_file_is_named_with_its_section(tmp_path: Path, text: str, messa
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_profiles(path)
+        load_device_classes(path)
 
 
 def test_a_mix_is_scaled_to_any_number_and_keeps_every_class() -> None:
-    profiles = load_profiles()
+    profiles = load_device_classes()
     mix = parse_mix("tx2=30,nx=40,agx=10", profiles)
     assert scaled(mix, 80) == mix
     assert scaled(mix, 8) == {"tx2": 3, "nx": 4, "agx": 1}
@@ -64,7 +64,7 @@ def test_classes_take_turns_so_that_none_sits_on_one_domain() -> None:
 def test_a_laid_out_device_has_its_profile(tmp_path: Path) -> None:
     _, devices = lay_out(tmp_path, {"tx2": 1, "paper-nx": 1}, drop_out=0.1)
     by_class = {device.device_class: device for device in devices}
-    profile = load_profiles()["tx2"]
+    profile = load_device_classes()["tx2"]
     assert by_class["tx2"].simulated.flops_per_s == profile.rate
     assert by_class["tx2"].simulated.drop_out == 0.1
     assert by_class["tx2"].memory_limit_mib == profile.memory_mib

@@ -11,7 +11,7 @@ from recorded_fleet import lay_out
 from fedspine_edge.cli.main import main
 from fedspine_edge.errors import ConfigError, MissingDependency
 from fedspine_edge.simulation.cost_model import MINILM, round_cost_s
-from fedspine_edge.simulation.device_classes import load_profiles, parse_mix
+from fedspine_edge.simulation.device_classes import load_device_classes, parse_mix
 from fedspine_edge.simulation.experiments import experiment as module
 from fedspine_edge.simulation.experiments.experiment import (
     Experiment,
@@ -36,7 +36,7 @@ def test_every_config_lays_out_a_fleet_the_package_accepts(name: str, quick: boo
         if job["training"] == "sums":
             continue
         assert job["training"] in ("real", "recorded")
-        parse_mix(job["mix"], load_profiles())
+        parse_mix(job["mix"], load_device_classes())
         lay_out(tmp_path, {"tx2": 2}, **{**job["settings"], "seed": job["seed"]})
 
 

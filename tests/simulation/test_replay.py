@@ -11,7 +11,7 @@ from fedspine_edge.errors import ConfigError
 from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.simulation.cost_model import MINILM
 from fedspine_edge.simulation.experiments.run_metrics import measure
-from fedspine_edge.simulation.replay import REASON, Record, Shared
+from fedspine_edge.simulation.replay import REASON, LossRecord, ReplayContext
 from fedspine_edge.simulation.virtual_fleet import simulate_recorded
 
 MIX = {"tx2": 3, "nx": 4, "agx": 1}
@@ -38,14 +38,14 @@ def test_every_report_says_that_nothing_was_trained(tmp_path: Path) -> None:
     losses = {point.loss_after for point in RECORD.points}
     assert {row.loss_after for row in rows} <= losses
     with pytest.raises(ConfigError, match="taken from real training"):
-        Record.of_runs([tmp_path / "run"], "x")
+        LossRecord.of_runs([tmp_path / "run"], "x")
 
 
 def test_a_record_survives_its_file_and_draws_near_points(tmp_path: Path) -> None:
     import random
 
     RECORD.save(tmp_path / "record.json")
-    assert Record.load(tmp_path / "record.json") == RECORD
+    assert LossRecord.load(tmp_path / "record.json") == RECORD
     for seed in range(20):
         point = RECORD.draw(0.5, 0.5, 8, random.Random(seed))
         assert abs(point.progress - 0.5) + abs(point.pruning_ratio - 0.5) <= 0.35
@@ -87,8 +87,8 @@ def test_an_interrupted_run_goes_on_at_the_time_it_had_reached(tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate_recorded(fleet, devices, Shared(RECORD), on_event=interrupt)
-    simulate_recorded(fleet, devices, Shared(RECORD))
+        simulate_recorded(fleet, devices, ReplayContext(RECORD), on_event=interrupt)
+    simulate_recorded(fleet, devices, ReplayContext(RECORD))
     cut = measure(Path(fleet.run_dir))
     assert cut["total_time_s"] == pytest.approx(whole["total_time_s"], rel=0.05)
     times = [point["time_s"] for point in cut["curve"]]
@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on_at_the_time_it_had_reached(tmp_path: Path) -
 
 def test_the_wire_can_carry_the_real_shapes(tmp_path: Path) -> None:
     fleet, devices = lay_out(tmp_path, {"agx": 2}, num_rounds=4, pruning_ratio=0.2)
-    simulate_recorded(fleet, devices, Shared(RECORD, spec=MINILM))
+    simulate_recorded(fleet, devices, ReplayContext(RECORD, spec=MINILM))
     row = read_run(Path(fleet.run_dir)).rows[0]
     factors = 2 * row.r * 6 * (4 * (384 + 384) + 2 * (384 + 1536))
     scores_and_indices = 6 * (1536 + 12) * 3 * 4

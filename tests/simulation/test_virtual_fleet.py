@@ -17,7 +17,7 @@ from fedspine_edge.model.layout import Layout
 from fedspine_edge.monitoring.run_view import by_round, read_run
 from fedspine_edge.server.server import RunResult
 from fedspine_edge.simulation.fleet_files import FleetSetup, lay_out, prepare_data
-from fedspine_edge.simulation.replay import Shared
+from fedspine_edge.simulation.replay import ReplayContext
 from fedspine_edge.simulation.virtual_fleet import simulate, simulate_recorded
 
 
@@ -125,10 +125,10 @@ def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None
     data.write_text("text,label\n")
     fleet, devices = lay_out_recorded(tmp_path, {"tx2": 1, "agx": 1}, num_rounds=5)
     devices = tuple(with_data(device, data) for device in devices)
-    before = simulate_recorded(fleet, devices, Shared(RECORD))
+    before = simulate_recorded(fleet, devices, ReplayContext(RECORD))
     moved = data.rename(tmp_path / "b.csv")
     same = [with_data(device, moved) for device in devices]
-    assert simulate_recorded(fleet, same, Shared(RECORD)) == before
+    assert simulate_recorded(fleet, same, ReplayContext(RECORD)) == before
     renamed = msgspec.structs.replace(devices[1], device_id="tx2-9")
     slower = msgspec.structs.replace(devices[1], up_mbit_s=1.0)
     for others, told in (
@@ -137,11 +137,11 @@ def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None
     ):
         others = [with_data(device, moved) for device in others]
         with pytest.raises(ConfigError, match=re.escape(told)) as error:
-            simulate_recorded(fleet, others, Shared(RECORD))
+            simulate_recorded(fleet, others, ReplayContext(RECORD))
         assert "another folder" in error.value.remedy
     moved.write_text("text,label\nnew,1\n")
     with pytest.raises(ConfigError, match=r"data of device 'agx-1' differs \(one of 2"):
-        simulate_recorded(fleet, same, Shared(RECORD))
+        simulate_recorded(fleet, same, ReplayContext(RECORD))
 
 
 def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="letter"):
-        simulate_recorded(fleet, devices, Shared(RECORD))
+        simulate_recorded(fleet, devices, ReplayContext(RECORD))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["letter.txt"]
 
 

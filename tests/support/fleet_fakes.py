@@ -21,7 +21,7 @@ from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import Download, split
 from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
-from fedspine_edge.protocol.rank_slices import join
+from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, Topics
 from fedspine_edge.server.aggregate_round import order_of
 from fedspine_edge.server.server import FleetServer
@@ -208,7 +208,7 @@ class FakeDevice:
         plan, sha256 = self.plan
         for band in bands:
             codec.check_tensors(band, "round")
-        blob, _ = join(bands, self.spec)
+        blob, _ = merge_slices(bands, self.spec)
         order, before = order_of(blob, self.spec), self.layout
         if order is not None:
             counts = [

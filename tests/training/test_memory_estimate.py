@@ -18,7 +18,7 @@ from fedspine_edge.kernels.quantized import GROUP_COLUMNS
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
-from fedspine_edge.pruning.selection import plan_local
+from fedspine_edge.pruning.selection import select_layout
 from fedspine_edge.training import memory
 from fedspine_edge.training.memory import estimate, fitting_micro_batch, rank_costs
 
@@ -70,7 +70,7 @@ def test_recomputation_pruning_and_fewer_bits_all_take_less(bert):
     recomputing.recompute_layers(True)
     assert peak(recomputing) < whole
     cut = fresh(bert)
-    cut.compact(plan_local(ImportanceTracker(cut, "magnitude").scores(), cut.layout, 0.5))
+    cut.compact(select_layout(ImportanceTracker(cut, "magnitude").scores(), cut.layout, 0.5))
     assert peak(cut) < whole
     peaks = [whole]
     for base_dtype in ("bfloat16", "int8", "int4"):

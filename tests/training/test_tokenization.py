@@ -15,13 +15,13 @@ from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import SimulatedSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.targets import IGNORED
-from fedspine_edge.device.cost_meter import Meter
+from fedspine_edge.device.cost_meter import CostMeter
 from fedspine_edge.device.round import LocalRound
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.checkpoint import load_base, load_tokenizer
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.training.batching import Encoded
-from fedspine_edge.training.tokenization import Texts
+from fedspine_edge.training.tokenization import TextEncoder
 from fedspine_edge.training.trainer import Trainer
 
 
@@ -114,7 +114,7 @@ def test_a_language_models_simulated_time_counts_its_logits():
     examples = [Encoded([3, 4, 5, 6], 0, None, [IGNORED, IGNORED, 5, 6])] * 3
     simulated = SimulatedSettings(flops_per_s=1.0, step_s=0.0)
     links = {"time_factor": 1.0, "up_mbit_s": 1.0, "down_mbit_s": 1.0}
-    meter = Meter("simulated", clock=VirtualClock(), simulated=simulated, **links)
+    meter = CostMeter("simulated", clock=VirtualClock(), simulated=simulated, **links)
     Trainer(model, examples, examples, TRAINING, round_steps=1, meter=meter).evaluate()
     layers = pass_flops(model.layout, model.r, 3, 4, backward=False)
     assert meter.completion_s() == layers + 2 * 6 * tiny_lm.VOCAB * 32  # two tokens of each of three answers
@@ -165,7 +165,7 @@ def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fle
 def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
     tokenizer = load_tokenizer(language_model)
     tokenizer.backend_tokenizer.normalizer = Replace("zanzibar", "")
-    texts = Texts.of(load_base(language_model, task="causal_lm"), tokenizer)
+    texts = TextEncoder.of(load_base(language_model, task="causal_lm"), tokenizer)
     examples = [Example("film", 0), Example("zanzibar", 0), Example("film zanzibar", 0)]
     with pytest.raises(DataError, match="1 of 3 texts have no tokens") as caught:
         texts.encode(examples, 24)
@@ -175,12 +175,12 @@ def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
 
 def test_lengths_are_what_the_positions_allow(tiny_folder, language_model):
     model = load_base(tiny_folder)
-    texts = Texts.of(model, load_tokenizer(tiny_folder))
+    texts = TextEncoder.of(model, load_tokenizer(tiny_folder))
     assert texts.length() == 64
     assert texts.length(10) == 10
     with pytest.raises(ConfigError, match="Use at most 64"):
         texts.length(65)
-    rotary = Texts.of(load_base(language_model, task="causal_lm"), load_tokenizer(language_model))
+    rotary = TextEncoder.of(load_base(language_model, task="causal_lm"), load_tokenizer(language_model))
     assert (rotary.length(), rotary.length(4000)) == (128, 4000)
 
 

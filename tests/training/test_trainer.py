@@ -15,7 +15,7 @@ from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training import batching
-from fedspine_edge.training.base_model import ModelSource, choose_torch_device
+from fedspine_edge.training.base_model import BaseModelLoader, choose_torch_device
 from fedspine_edge.training.trainer import Trainer, learning_rate
 
 TRAINING = OptimizerSettings(learning_rate=1e-2, batch_size=8, max_length_tokens=24, total_steps=100)
@@ -30,7 +30,7 @@ def encoded(tiny_folder):
 @pytest.fixture
 def make(tiny_base, tiny_folder, encoded):
     def make(training=TRAINING, **options):
-        model = ModelSource(str(tiny_folder), num_labels=2, model=tiny_base).fresh()
+        model = BaseModelLoader(str(tiny_folder), num_labels=2, model=tiny_base).fresh()
         model.attach_lora(4, 2.0, seed=1)
         tracker = ImportanceTracker(model, seed=1)
         options = {"round_steps": 30, "tracker": tracker, "seed": 5, **options}

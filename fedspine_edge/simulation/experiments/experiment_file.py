@@ -15,7 +15,7 @@ import msgspec
 from fedspine_edge.config import FleetConfig, convert
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.files import sha256_of_file
-from fedspine_edge.simulation.device_classes import BUILT_IN, load_profiles, parse_mix
+from fedspine_edge.simulation.device_classes import BUILT_IN, load_device_classes, parse_mix
 from fedspine_edge.strategies import create
 
 if sys.version_info >= (3, 11):
@@ -115,7 +115,7 @@ def complete(job: dict[str, Any], path: Path) -> dict[str, Any]:
     for key in ("data", "model", "profiles"):
         if key in job:
             job[key] = str((path.parent / job[key]).resolve())
-    profiles = load_profiles(Path(job.get("profiles", BUILT_IN)))
+    profiles = load_device_classes(Path(job.get("profiles", BUILT_IN)))
     job.setdefault("num_devices", sum(parse_mix(job["mix"], profiles).values()))
     found: dict[str, Path] = {key: Path(job[key]) for key in ("data", "model", "profiles") if key in job}
     if ":" in fleet.strategy:

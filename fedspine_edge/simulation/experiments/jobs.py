@@ -25,10 +25,10 @@ from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.simulation.cost_model import MINILM, spec_of
 from fedspine_edge.simulation.device_classes import BUILT_IN as PROFILES
-from fedspine_edge.simulation.device_classes import load_profiles, parse_mix, scaled
+from fedspine_edge.simulation.device_classes import load_device_classes, parse_mix, scaled
 from fedspine_edge.simulation.experiments.run_metrics import measure
 from fedspine_edge.simulation.oracle import oracle
-from fedspine_edge.simulation.replay import BUILT_IN, Record, Shared
+from fedspine_edge.simulation.replay import BUILT_IN, LossRecord, ReplayContext
 
 LISTED_DEVICES = 200
 """Larger fleets have no rows by device in their results."""
@@ -74,11 +74,11 @@ def _end_with_parent() -> None:
 
 
 def _fleet(job: Mapping[str, Any], folder: Path, **inputs: Any) -> Any:
-    from fedspine_edge.simulation.fleet_files import lay_out_mix
+    from fedspine_edge.simulation.fleet_files import write_simulated_fleet
 
-    profiles = load_profiles(Path(job.get("profiles", PROFILES)))
+    profiles = load_device_classes(Path(job.get("profiles", PROFILES)))
     mix = scaled(parse_mix(job["mix"], profiles), job["num_devices"])
-    return lay_out_mix(
+    return write_simulated_fleet(
         folder, mix=mix, profiles=profiles, holdout=job["holdout"], seed=job["seed"], **inputs, **job["settings"]
     )
 
@@ -88,7 +88,7 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from fedspine_edge.simulation.virtual_fleet import simulate_recorded
 
     spec = spec_of(job.get("wire", "small"))
-    shared = Shared(Record.load(BUILT_IN), spec=spec)
+    shared = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
     fleet, devices = _fleet(job, folder, model="none", shares=[Path("none.csv")])
     stamps: list[tuple[str, float]] = []
     simulate_recorded(fleet, devices, shared, on_event=lambda name, _: stamps.append((name, time.process_time())))
