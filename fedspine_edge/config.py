@@ -7,6 +7,7 @@ keys, wrong types and impossible values are a `ConfigError` that names the key; 
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T", bound=msgspec.Struct)
+log = logging.getLogger(__name__)
 
 Task = Literal["classification", "token_classification", "causal_lm"]
 
@@ -56,15 +58,15 @@ class BanditSettings(_Section, frozen=True, kw_only=True):
 
     discount: Annotated[float, _doc("λ: weight of a reward one round older.", gt=0, lt=1)] = 0.95
     exploration: Annotated[float, _doc("s: width of the confidence bound.", ge=0)] = 0.2
-    min_side: Annotated[float, _doc("δ: a leaf is cut only while its longest normalised side exceeds this.", gt=0)] = (
-        0.25
-    )
+    min_leaf_width: Annotated[
+        float, _doc("δ: a leaf is cut only while its longest normalised side exceeds this.", gt=0)
+    ] = 0.25
     max_step: Annotated[float, _doc("Largest rise of a device's pruning ratio in one round.", gt=0, le=1)] = 0.25
     arm_choice: Annotated[
         Literal["paced", "uniform"],
         _doc("`paced`: among arms predicted to take as long as the slowest device must; `uniform`: among all."),
     ] = "paced"
-    slack: Annotated[
+    time_tolerance: Annotated[
         float,
         _doc("How far below that the logarithm of a paced arm's predicted time may lie: 0.05 is 4.9 %.", gt=0, lt=1),
     ] = 0.05
@@ -105,7 +107,7 @@ class AggregationSettings(_Section, frozen=True, kw_only=True):
     ] = 0.0
 
 
-class GateSettings(_Section, frozen=True, kw_only=True):
+class ValidationSettings(_Section, frozen=True, kw_only=True):
     """What the server accepts."""
 
     max_norm: Annotated[float, _doc("Largest L2 norm of B·A per module; above it an update is refused.", gt=0)] = 1e3
@@ -123,13 +125,13 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
     batch_size: Annotated[int, _doc("Examples per step.", ge=1)] = 8
     max_length_tokens: Annotated[int, _doc("Longest text in tokens; longer ones are cut.", ge=4)] = 128
     schedule: Annotated[
-        Literal["hold", "cosine"],
-        _doc("`hold`: the peak learning rate until pruning is over, then a cosine; `cosine`: over the whole run."),
-    ] = "hold"
-    warmup_share: Annotated[float, _doc("Share of a round's steps with rising learning rate.", ge=0, le=1)] = 0.1
+        Literal["constant_then_cosine", "cosine"],
+        _doc("`constant_then_cosine`: constant until pruning is over, then a cosine; `cosine`: over the whole run."),
+    ] = "constant_then_cosine"
+    warmup_ratio: Annotated[float, _doc("Share of a round's steps with rising learning rate.", ge=0, le=1)] = 0.1
     max_grad_norm: Annotated[float, _doc("Gradient clipping by global norm.", gt=0)] = 1.0
     weight_decay: Annotated[float, _doc("AdamW weight decay on adapters and head.", ge=0)] = 0.0
-    lora_alpha_per_r: Annotated[float, _doc("scaling = lora_alpha / r, held constant over ranks.", gt=0)] = 2.0
+    lora_scaling: Annotated[float, _doc("scaling = lora_alpha / r, held constant over ranks.", gt=0)] = 2.0
 
 
 class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,7 +140,7 @@ class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-3
     batch_size: Annotated[int, Meta(ge=1)] = 8
     max_length_tokens: Annotated[int, Meta(ge=1)] = 48
-    warmup_share: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
+    warmup_ratio: Annotated[float, Meta(ge=0.0, le=1.0)] = field(default=0.1, name="warmup_share")
     """Share of a round's steps over which the learning rate rises linearly, since moments start at zero."""
     max_grad_norm: Annotated[float, Meta(gt=0.0)] = 1.0
     weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
@@ -166,7 +168,8 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     ] = 10
     pruning_ratio: Annotated[float, _doc("P: share of prunable parameters to remove by the end.", ge=0, lt=1)] = 0.5
     target: Annotated[
-        Literal["equal", "mean"], _doc("`mean` lets final ratios differ by device (±0.15) around pruning_ratio.")
+        Literal["equal", "fleet_mean"],
+        _doc("`fleet_mean` lets final ratios differ by device (±0.15) around pruning_ratio."),
     ] = "equal"
     ranks: Annotated[tuple[int, ...], _doc("LoRA ranks the bandit may choose, each 1..256.")] = (4, 8, 16, 32)
     strategy: Annotated[
@@ -206,7 +209,7 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
     bandit: BanditSettings = field(default_factory=BanditSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
-    gate: GateSettings = field(default_factory=GateSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def __post_init__(self) -> None:
         if not self.ranks or any(not 1 <= r <= 256 for r in self.ranks) or sorted(set(self.ranks)) != list(self.ranks):
@@ -249,7 +252,7 @@ class SimulatedSettings(_Section, frozen=True, kw_only=True):
     drift: Annotated[
         float, _doc("How far speed wanders from round to round (σ of a random walk of its logarithm).", ge=0)
     ] = 0.0
-    drop_out: Annotated[float, _doc("Probability that the device is cut off during a round.", ge=0, lt=1)] = 0.0
+    disconnect_probability: Annotated[float, _doc("Probability of a disconnect in a round.", ge=0, lt=1)] = 0.0
 
 
 class DeviceConfig(_Section, frozen=True, kw_only=True):
@@ -360,8 +363,53 @@ def _read(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
+RENAMED_SETTINGS = {
+    "bandit.min_side": "bandit.min_leaf_width",
+    "bandit.slack": "bandit.time_tolerance",
+    "gate": "validation",
+    "simulated.drop_out": "simulated.disconnect_probability",
+    "training.lora_alpha_per_r": "training.lora_scaling",
+    "training.warmup_share": "training.warmup_ratio",
+}
+"""Settings by their name before version 0.2, which is still accepted with a warning."""
+
+RENAMED_VALUES = {("target", "mean"): "fleet_mean", ("training.schedule", "hold"): "constant_then_cosine"}
+"""Values of settings, renamed likewise."""
+
+
+def with_current_names(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return `data` with renamed settings under their current names, and a sentence about each that was renamed.
+
+    A setting that is present under both names is left alone, so that the old one is reported as unknown.
+    """
+    current = {name: dict(value) if isinstance(value, dict) else value for name, value in data.items()}
+    renamed = []
+    for old, new in RENAMED_SETTINGS.items():
+        section, _, key = old.rpartition(".")
+        table = current.get(section) if section else current
+        new_key = new.rpartition(".")[2]
+        if isinstance(table, dict) and key in table and new_key not in table:
+            table[new_key] = table.pop(key)
+            renamed.append(f"`{old}` is now called `{new}`")
+    for (name, old_value), new_value in RENAMED_VALUES.items():
+        section, _, key = name.rpartition(".")
+        table = current.get(section) if section else current
+        if isinstance(table, dict) and table.get(key) == old_value:
+            table[key] = new_value
+            renamed.append(f'`{name} = "{old_value}"` is now written "{new_value}"')
+    return current, renamed
+
+
 def convert(data: dict[str, Any], kind: type[T], *, where: str = "") -> T:
-    """Check plain data against `kind`; `where` it is from is named first. Raises `ConfigError` as `load` does."""
+    """Validate plain data against `kind`; errors begin with `where` it is from.
+
+    Renamed settings are accepted and logged as a warning. Raises `ConfigError` as `load` does.
+    """
+    data, renamed = with_current_names(data)
+    for sentence in renamed:
+        log.warning(
+            "%s%s; the old name will stop working in the next release.", f"{where}: " if where else "", sentence
+        )
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MEAN_SPREAD = 0.15
-"""How far final ratios may lie from P with `target="mean"`."""
+"""How far final ratios may lie from P with `target="fleet_mean"`."""
 
 NARROW = 0.01
 """Least width of an interval of u."""

@@ -82,7 +82,7 @@ class SUCB:
         ranks: LoRA ranks to choose from, ascending.
         discount: λ in (0, 1]; weight of a reward that is one round older. 1 never forgets.
         exploration: s, the width of the confidence bound.
-        min_side: δ; a leaf is cut only while its longest normalised side exceeds it.
+        min_leaf_width: δ; a leaf is cut only while its longest normalised side exceeds it.
         seed: Seed of ties and of the draw inside a leaf.
         prior: `class` lets a device without rewards start from what its class has learned.
     """
@@ -93,7 +93,7 @@ class SUCB:
         *,
         discount: float = 0.95,
         exploration: float = 0.2,
-        min_side: float = 0.25,
+        min_leaf_width: float = 0.25,
         seed: int = 0,
         prior: Literal["none", "class"] = "none",
     ) -> None:
@@ -101,12 +101,14 @@ class SUCB:
             raise ValueError(f"ranks is {list(ranks)}; it must be ascending, unique and not empty")
         if not 0.0 < discount <= 1.0:
             raise ValueError(f"discount is {discount}; it must be above 0 and at most 1")
-        if exploration < 0.0 or min_side <= 0.0:
-            raise ValueError(f"exploration {exploration} must not be negative and min_side {min_side} must be positive")
+        if exploration < 0.0 or min_leaf_width <= 0.0:
+            raise ValueError(
+                f"exploration {exploration} must not be negative and min_leaf_width {min_leaf_width} must be positive"
+            )
         self.ranks = tuple(ranks)
         self.discount = discount
         self.exploration = exploration
-        self.min_side = min_side
+        self.min_leaf_width = min_leaf_width
         self.seed = seed
         self.prior = prior
         self._trees: dict[str, _Tree] = {}
@@ -204,7 +206,7 @@ class SUCB:
             "ranks": list(self.ranks),
             "discount": self.discount,
             "exploration": self.exploration,
-            "min_side": self.min_side,
+            "min_side": self.min_leaf_width,  # the name that journals of earlier versions hold
             "seed": self.seed,
             "prior": self.prior,
             "trees": {name: _tree_to_dict(tree) for name, tree in self._trees.items()},
@@ -215,8 +217,8 @@ class SUCB:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SUCB:
         """Inverse of `to_dict`."""
-        settings = ("discount", "exploration", "min_side", "seed", "prior")
-        bandit = cls(data["ranks"], **{name: data[name] for name in settings})
+        settings = {name: data[name] for name in ("discount", "exploration", "seed", "prior")}
+        bandit = cls(data["ranks"], min_leaf_width=data["min_side"], **settings)
         bandit._trees = {name: _tree_from_dict(tree) for name, tree in data["trees"].items()}
         bandit._class_trees = {name: _tree_from_dict(tree) for name, tree in data["class_trees"].items()}
         bandit._class_of = dict(data["class_of"])
@@ -284,7 +286,7 @@ class SUCB:
         cells = leaf.last - leaf.first
         rank_side = cells / len(self.ranks) if cells > 1 else 0.0
         u_side = leaf.u_hi - leaf.u_lo
-        if max(rank_side, u_side) <= self.min_side:
+        if max(rank_side, u_side) <= self.min_leaf_width:
             return None
         return "rank" if rank_side > u_side else "u"
 

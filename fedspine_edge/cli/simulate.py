@@ -36,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument("--text-pair", default="", help="column of second texts, or of the answers to the prompts")
     mix.add_argument("--num-labels", type=int, default=2, help="classes in --data (default: 2)")
     mix.add_argument("--dirichlet", type=float, default=None, metavar="ALPHA", help="non-IID by label, not by domain")
-    mix.add_argument("--drop-out", type=float, default=None, help="probability of being cut off in a round")
+    mix.add_argument(
+        "--disconnect-probability",
+        "--drop-out",
+        type=float,
+        default=None,
+        help="probability of a disconnect in a round",
+    )
     mix.add_argument(
         "--recorded", action="store_true", help="replace training by recorded losses: for thousands of devices"
     )
@@ -101,7 +107,12 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         base = msgspec.to_builtins(load(arguments.config, FleetConfig))
         fleet_settings = {**{k: v for k, v in base.items() if k not in ("run_dir", "min_devices")}, **fleet_settings}
     out = arguments.out.resolve()
-    common = {"mix": mix, "profiles": known, "num_labels": arguments.num_labels, "drop_out": arguments.drop_out}
+    common = {
+        "mix": mix,
+        "profiles": known,
+        "num_labels": arguments.num_labels,
+        "disconnect_probability": arguments.disconnect_probability,
+    }
     if arguments.recorded:
         spec = spec_of(arguments.wire)
         shared = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)

@@ -81,7 +81,7 @@ def aggregate_updates(
         rule,  # type: ignore[arg-type]  # checked above
         _shapes(spec),
         max(config.ranks),
-        config.training.lora_alpha_per_r,
+        config.training.lora_scaling,
         config.seed,
         clip_norm=config.aggregation.clip_norm,
     )

@@ -82,7 +82,7 @@ def write_final(
     described = {
         **layout.to_dict(),
         "spec": msgspec.to_builtins(layout.spec),
-        "scaling": config.training.lora_alpha_per_r,
+        "scaling": config.training.lora_scaling,
         "r": max(config.ranks),
         "seed": config.seed,
         "task": config.task,

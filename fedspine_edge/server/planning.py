@@ -53,7 +53,7 @@ def build_round_plan(
         num_rounds=config.num_rounds,
         pruning_ratio=assignment.pruning_ratio,
         r=assignment.r,
-        scaling=training.lora_alpha_per_r,
+        scaling=training.lora_scaling,
         tau=assignment.tau,
         recovery_steps=assignment.recovery_steps,
         layout=config.layout,
@@ -68,7 +68,7 @@ def build_round_plan(
             learning_rate=training.learning_rate,
             batch_size=training.batch_size,
             max_length_tokens=training.max_length_tokens,
-            warmup_share=training.warmup_share,
+            warmup_ratio=training.warmup_ratio,
             max_grad_norm=training.max_grad_norm,
             weight_decay=training.weight_decay,
             first_step=(state.server_round - 1) * steps,
@@ -80,7 +80,7 @@ def build_round_plan(
 
 
 def _decay_from_step(config: FleetConfig) -> int:
-    """Where the cosine begins: with `schedule="hold"` at the recovery from the last prune."""
+    """Where the cosine begins: with `schedule="constant_then_cosine"` at the recovery from the last prune."""
     training = config.training
     if training.schedule == "cosine" or config.num_rounds < 3:
         return 0

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import msgspec
 
-from fedspine_edge.config import FleetConfig
+from fedspine_edge.config import FleetConfig, with_current_names
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.server.journal.reader import FILE
 from fedspine_edge.server.journal.writer import Journal
@@ -39,7 +39,7 @@ OURS = frozenset(
 
 OPERATIONAL = (
     *("broker", "run_dir", "deadline_s", "join_timeout_s", "min_devices", "min_reports", "max_failed_rounds"),
-    "gate.keep_rejected",
+    "validation.keep_rejected",
 )
 """Settings that may change between two starts of a run: they do not enter its result."""
 
@@ -131,7 +131,7 @@ def changed_wall_s(run_dir: Path) -> float:
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """Flat `section.key` → value of what a run's result depends on, without `OPERATIONAL`."""
-    plain = json.loads(json.dumps(config))
+    plain, _ = with_current_names(json.loads(json.dumps(config)))  # a run of an earlier version
     flat = {
         f"{name}.{key}" if key else name: value
         for name, section in plain.items()

@@ -336,7 +336,7 @@ class FleetServer:
             blobs=self._blobs,
             uploads=self._dir.path / "uploads",
             gate=context.check,
-            rejected=RejectedUpdates(self._dir.path / "rejected", self.config.gate.keep_rejected),
+            rejected=RejectedUpdates(self._dir.path / "rejected", self.config.validation.keep_rejected),
             wall=self._wall,
             resumed=resumed,
         )

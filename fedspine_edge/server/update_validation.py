@@ -99,7 +99,7 @@ def check_update(
     factors, norm = {}, 0.0
     for name in module_names(spec):
         factors[name] = _factors(tensors, name, plan.r, layout)
-        norm = max(norm, _check_norm(name, factors[name], config.gate.max_norm))
+        norm = max(norm, _check_norm(name, factors[name], config.validation.max_norm))
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
     _check_head(head, head_shapes)
     ballots = _ballots(tensors, report.num_examples, previous)
@@ -194,7 +194,7 @@ def _factors(tensors: Mapping[str, Tensor], name: str, r: int, layout: Layout) -
 def _check_norm(name: str, factors: tuple[Matrix, Matrix], limit: float) -> float:
     norm = product_norm(*factors)
     if not norm <= limit:  # also refuses the NaN of an overflow
-        raise UpdateRejected(f"{name}: the L2 norm of B·A is {norm:.4g}, above gate.max_norm = {limit:g}.")
+        raise UpdateRejected(f"{name}: the L2 norm of B·A is {norm:.4g}, above validation.max_norm = {limit:g}.")
     return norm
 
 

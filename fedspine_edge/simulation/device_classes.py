@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = Path(__file__).with_name("jetsons.toml")
 
@@ -41,7 +44,7 @@ class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     jitter: Share = 0.0
     link_jitter: Share = 0.0
     drift: Share = 0.0
-    drop_out: Share = 0.0
+    disconnect_probability: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.flops_per_s is None and (self.gpu_cores is None or self.gpu_mhz is None):
@@ -56,7 +59,7 @@ class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         assert self.gpu_mhz is not None
         return 2.0 * self.gpu_cores * self.gpu_mhz * 1e6 * self.sustained
 
-    def settings(self, *, drop_out: float | None = None) -> dict[str, Any]:
+    def settings(self, *, disconnect_probability: float | None = None) -> dict[str, Any]:
         """Fields of `DeviceConfig` that make a device one of this class."""
         simulated = SimulatedSettings(
             flops_per_s=self.rate,
@@ -64,7 +67,9 @@ class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             jitter=self.jitter,
             link_jitter=self.link_jitter,
             drift=self.drift,
-            drop_out=self.drop_out if drop_out is None else drop_out,
+            disconnect_probability=(
+                self.disconnect_probability if disconnect_probability is None else disconnect_probability
+            ),
         )
         return {
             "time_kind": "simulated",
@@ -86,6 +91,9 @@ def load_device_classes(path: Path = BUILT_IN) -> dict[str, DeviceClass]:
         ) from error
     profiles = {}
     for name, section in data.items():
+        if isinstance(section, dict) and "drop_out" in section and "disconnect_probability" not in section:
+            log.warning("%s, [%s]: `drop_out` is now called `disconnect_probability`.", path, name)
+            section["disconnect_probability"] = section.pop("drop_out")
         try:
             profiles[name] = msgspec.convert(section, DeviceClass)
         except msgspec.ValidationError as error:

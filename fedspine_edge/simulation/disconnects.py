@@ -46,4 +46,4 @@ class DisconnectingDevice:
     def _is_lost(self, plan: Plan) -> bool:
         config = self._config
         draw = random.Random(f"{config.seed}/{config.device_id}/drop/{plan.server_round}/{plan.attempt}").random()
-        return draw < config.simulated.drop_out
+        return draw < config.simulated.disconnect_probability

@@ -212,7 +212,7 @@ def write_simulated_fleet(
     profiles: Mapping[str, DeviceClass],
     num_labels: int = 2,
     holdout: int = 64,
-    drop_out: float | None = None,
+    disconnect_probability: float | None = None,
     torch_device: str = "cpu",
     columns: Mapping[str, str] | None = None,
     **fleet_settings: Any,
@@ -244,7 +244,7 @@ def write_simulated_fleet(
             "torch_threads": 1,
             "torch_device": torch_device,
             "seed": fleet.seed,
-            **profiles[name].settings(drop_out=drop_out),
+            **profiles[name].settings(disconnect_probability=disconnect_probability),
         }
         devices.append(convert(device, DeviceConfig, where=f"device {device_id}"))
     return fleet, tuple(devices)

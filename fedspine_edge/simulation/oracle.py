@@ -81,7 +81,7 @@ def oracle_plan(
 ) -> list[dict[str, OracleArm]]:
     """What the oracle asks of every device in every round.
 
-    With `target="mean"` it gives each device the final ratio that FedSpine would, had it the exact speeds.
+    With `target="fleet_mean"` it gives each device the final ratio that FedSpine would, had it the exact speeds.
     """
     schedules = _schedules(fleet, devices, spec, tokens)
     previous = {device.device_id: 0.0 for device in devices}

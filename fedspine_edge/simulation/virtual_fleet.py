@@ -93,7 +93,7 @@ def _run(
             transport = network.join(config.device_id, clock)
             config = msgspec.structs.replace(config, time_kind="simulated")
             device = make(config, transport, clock)
-            unreliable = config.simulated.drop_out > 0
+            unreliable = config.simulated.disconnect_probability > 0
             transport.attach(DisconnectingDevice(device, transport, config) if unreliable else device)
             device.start()
             running.callback(device.close)

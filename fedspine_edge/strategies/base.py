@@ -272,7 +272,7 @@ def envelope(config: FleetConfig, *, spread: bool = False) -> PruningSchedule:
         last_pruning_round=last,
         max_step=config.bandit.max_step,
         start=start,
-        spread=MEAN_SPREAD if spread and config.target == "mean" else 0.0,
+        spread=MEAN_SPREAD if spread and config.target == "fleet_mean" else 0.0,
     )
 
 

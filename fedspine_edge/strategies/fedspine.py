@@ -34,13 +34,13 @@ class FedSpine(BaseStrategy):
             config.ranks,
             discount=config.bandit.discount,
             exploration=config.bandit.exploration,
-            min_side=config.bandit.min_side,
+            min_leaf_width=config.bandit.min_leaf_width,
             seed=config.seed,
             prior=config.bandit.prior,
         )
         self.times = CompletionTimeModel(max(config.ranks))
         self._targets: dict[str, float] = {}
-        """By device the ratio it ends at, with `target = "mean"`; set once, when first every speed is known."""
+        """By device the ratio it ends at, with `target = "fleet_mean"`; set once, when first every speed is known."""
         self._class_of: dict[str, str] = {}
         self._reach: dict[str, FeasibleArms] = {}
         self._pace: float | None = None
@@ -65,7 +65,7 @@ class FedSpine(BaseStrategy):
         schedule = self._envelope(device.device_id)
         if self._pace is not None:
             reach = self._reach[device.device_id]
-            ratios = reach.within(max(self._pace, reach.shortest), self.config.bandit.slack)
+            ratios = reach.within(max(self._pace, reach.shortest), self.config.bandit.time_tolerance)
             feasible = {
                 r: schedule.places(interval, server_round=server_round, previous=previous)
                 for r, interval in ratios.items()
@@ -80,7 +80,7 @@ class FedSpine(BaseStrategy):
         return Choice(schedule.ratio(arm.u, server_round=server_round, previous=previous), arm.r, arm.u)
 
     def settle(self, choices: dict[str, Choice], previous: Mapping[str, float], server_round: int) -> dict[str, Choice]:
-        """With `target="mean"` and no targets by device, the last pruning round brings the mean to P."""
+        """With `target="fleet_mean"` and no targets by device, the last pruning round brings the mean to P."""
         if self.envelope.spread == 0.0 or self._targets or server_round != self.envelope.last_pruning_round:
             return choices
         limits = {i: self.envelope.limits(server_round=server_round, previous=p) for i, p in previous.items()}

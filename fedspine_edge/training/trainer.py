@@ -63,12 +63,12 @@ def learning_rate(training: OptimizerSettings, step: int, round_steps: int) -> f
     """Learning rate of `step` (from 0) of a round of `round_steps`.
 
     The peak until `decay_from_step` of the run, then a cosine to its end; over both a linear rise during the first
-    `warmup_share` of the round, whose Adam moments start at zero. Source: docs/algorithms.md, "The round".
+    `warmup_ratio` of the round, whose Adam moments start at zero. Source: docs/algorithms.md, "The round".
     """
     done = training.first_step + step - training.decay_from_step
     progress = min(1.0, max(0.0, done / max(1, training.total_steps - training.decay_from_step)))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    warmup = training.warmup_share * round_steps
+    warmup = training.warmup_ratio * round_steps
     return training.learning_rate * cosine * min(1.0, (step + 1) / warmup if warmup > 1 else 1.0)
 
 

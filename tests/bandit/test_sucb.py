@@ -34,12 +34,12 @@ def boxes(bandit, device_id="d"):
 @given(
     rewards=st.lists(st.floats(0, 1), max_size=60),
     ranks=st.lists(st.integers(1, 256), min_size=1, max_size=7, unique=True).map(sorted),
-    min_side=st.sampled_from([0.05, 0.1, 0.25, 0.5]),
+    min_leaf_width=st.sampled_from([0.05, 0.1, 0.25, 0.5]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_leaves_always_partition_the_arms(rewards, ranks, min_side, seed):
-    bandit = SUCB(ranks, min_side=min_side, seed=seed)
+def test_leaves_always_partition_the_arms(rewards, ranks, min_leaf_width, seed):
+    bandit = SUCB(ranks, min_leaf_width=min_leaf_width, seed=seed)
     for reward in rewards:
         arm = bandit.decide("d")
         bandit.update("d", arm, reward)
@@ -69,7 +69,7 @@ def test_cuts_follow_the_longest_normalised_side_and_lie_between_ranks():
 
 
 def test_a_single_rank_is_cut_along_u_only_and_down_to_the_least_side():
-    bandit = SUCB((8,), min_side=0.25)
+    bandit = SUCB((8,), min_leaf_width=0.25)
     for i in range(40):
         bandit.update("d", Arm((i % 20) / 20, 8), 0.5)
     assert [u for u, _ in boxes(bandit)] == [[0.0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1.0]]
@@ -88,7 +88,7 @@ def test_a_half_without_pulls_inherits_the_mean_at_half_weight():
 
 def test_lazy_discounting_equals_the_sums_written_out():
     discount, exploration = 0.9, 0.3
-    bandit = SUCB(RANKS, discount=discount, exploration=exploration, min_side=0.5)
+    bandit = SUCB(RANKS, discount=discount, exploration=exploration, min_leaf_width=0.5)
     rng = random.Random(0)
     # Both halves of every cut hold a pull, so that no inherited prior enters the sums.
     arms = [Arm(0.1, 4), Arm(0.9, 32), Arm(0.2, 32), Arm(0.8, 4)]
@@ -321,7 +321,7 @@ def test_10_000_devices_are_decided_in_seconds():
         ({"ranks": [4], "discount": 0.0}, "discount is 0.0"),
         ({"ranks": [4], "discount": 1.1}, "discount is 1.1"),
         ({"ranks": [4], "exploration": -1.0}, "exploration -1.0"),
-        ({"ranks": [4], "min_side": 0.0}, "min_side 0.0"),
+        ({"ranks": [4], "min_leaf_width": 0.0}, "min_leaf_width 0.0"),
     ],
 )
 def test_settings_that_make_no_sense(arguments, message):

@@ -211,7 +211,7 @@ def test_interrupted_write_leaves_the_old_state(tmp_path, monkeypatch):
     def fail(*_args):
         raise OSError("no power")
 
-    monkeypatch.setattr("fedspine_edge.protocol.chunks.os.replace", fail)
+    monkeypatch.setattr("fedspine_edge.files.os.replace", fail)
     with pytest.raises(OSError, match="no power"):
         store.put(b"data")
     assert list(tmp_path.iterdir()) == []

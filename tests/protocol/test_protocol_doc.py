@@ -30,7 +30,7 @@ SHA = "ab" * 32
 def test_every_field_is_documented_and_no_other(kind):
     section = DOC.split(f"\n### {kind.__name__}\n")[1].split("\n#")[0]
     names = {name for row in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
-    assert names == set(kind.__struct_fields__)
+    assert names == set(kind.__struct_encode_fields__)
 
 
 @pytest.mark.parametrize("kind", [OptimizerSettings, BlobRef], ids=lambda k: k.__name__)
@@ -38,7 +38,7 @@ def test_documented_defaults_are_the_real_ones(kind):
     section = DOC.split(f"\n### {kind.__name__}\n")[1].split("\n#")[0]
     for field in msgspec.structs.fields(kind):
         if field.default is not msgspec.NODEFAULT:
-            row = re.search(rf"^\| `{field.name}` \| [^|]+ \| ([^|]+) \|", section, re.M)
+            row = re.search(rf"^\| `{field.encode_name}` \| [^|]+ \| ([^|]+) \|", section, re.M)
             assert row, field.name
             assert float(row.group(1).replace(",", "")) == field.default
 

@@ -44,11 +44,11 @@ def test_operational_settings_may_change(tmp_path, changes):
 
 def test_every_other_setting_is_pinned():
     flat = settings(msgspec.to_builtins(FleetConfig()))
-    names = set(FleetConfig.__struct_fields__) - {"training", "bandit", "reward", "aggregation", "gate"}
+    names = set(FleetConfig.__struct_fields__) - {"training", "bandit", "reward", "aggregation", "validation"}
     pinned = {name for name in flat if "." not in name}
     assert pinned == names - set(OPERATIONAL)
-    assert "gate.max_norm" in flat
-    assert "gate.keep_rejected" not in flat
+    assert "validation.max_norm" in flat
+    assert "validation.keep_rejected" not in flat
     assert json.dumps(flat)
 
 

@@ -113,7 +113,7 @@ HEADS, CHANNELS = "keep.0.heads", "keep.1.channels"
         pytest.param(change(A, lambda t: t[0]), "the kept indices make it", id="dimensions"),
         pytest.param(change(A, nan), f"{A} contains NaN", id="NaN"),
         pytest.param(change("layers.1.v.lora_B", infinite), "contains NaN or infinity", id="infinity"),
-        pytest.param(change(A, lambda t: t * 1e6), "above gate.max_norm", id="norm"),
+        pytest.param(change(A, lambda t: t * 1e6), "above validation.max_norm", id="norm"),
         pytest.param(drop(HEADS), "keep.0.heads is missing", id="no indices"),
         pytest.param(change("keep.5.heads", lambda _: np.arange(2, dtype=np.int32)), "does not have", id="extra layer"),
         pytest.param(change(HEADS, lambda t: t[::-1].copy()), "must be sorted", id="unsorted"),

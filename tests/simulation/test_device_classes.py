@@ -62,11 +62,11 @@ def test_classes_take_turns_so_that_none_sits_on_one_domain() -> None:
 
 
 def test_a_laid_out_device_has_its_profile(tmp_path: Path) -> None:
-    _, devices = lay_out(tmp_path, {"tx2": 1, "paper-nx": 1}, drop_out=0.1)
+    _, devices = lay_out(tmp_path, {"tx2": 1, "paper-nx": 1}, disconnect_probability=0.1)
     by_class = {device.device_class: device for device in devices}
     profile = load_device_classes()["tx2"]
     assert by_class["tx2"].simulated.flops_per_s == profile.rate
-    assert by_class["tx2"].simulated.drop_out == 0.1
+    assert by_class["tx2"].simulated.disconnect_probability == 0.1
     assert by_class["tx2"].memory_limit_mib == profile.memory_mib
     assert by_class["paper-nx"].time_factor == 1.2
 

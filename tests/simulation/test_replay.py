@@ -64,7 +64,7 @@ def test_the_slow_class_is_slower_and_pruning_shortens_rounds(tmp_path: Path) ->
 
 
 def test_a_device_that_is_cut_off_is_lost_for_the_round_and_comes_back(tmp_path: Path) -> None:
-    run_recorded(tmp_path / "run", mix=MIX, drop_out=0.25, num_rounds=8, deadline_s=300.0)
+    run_recorded(tmp_path / "run", mix=MIX, disconnect_probability=0.25, num_rounds=8, deadline_s=300.0)
     rows = read_run(tmp_path / "run").rows
     lost = [row for row in rows if row.status == "lost"]
     assert {row.status for row in rows} == {"ok", "lost"}

@@ -193,7 +193,7 @@ def test_too_few_rounds_are_an_error_that_says_how_many():
 
 
 def test_with_a_mean_target_final_ratios_differ_and_their_mean_is_met():
-    strategy, fleet = create(config(target="mean", num_rounds=8)), Fleet()
+    strategy, fleet = create(config(target="fleet_mean", num_rounds=8)), Fleet()
     for server_round in range(1, 9):
         fleet.round(strategy, server_round)
     final = [d.pruning_ratio for d in fleet.devices]
@@ -319,7 +319,7 @@ def test_uniform_arms_are_s_ucb_and_nothing_else():
 
 def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
     equal, _ = played("paced")
-    rounds, fleet = played("paced", target="mean")
+    rounds, fleet = played("paced", target="fleet_mean")
     final = {d.device_class: d.pruning_ratio for d in fleet.devices}
     assert final["tx2"] > final["nx"] > final["agx"]
     assert fmean(d.pruning_ratio for d in fleet.devices) == pytest.approx(0.5, abs=1e-6)
@@ -327,7 +327,7 @@ def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
 
 
 def test_with_a_mean_target_progress_is_measured_to_the_devices_own_target():
-    strategy, fleet = create(config(target="mean", num_rounds=6)), Fleet(3)
+    strategy, fleet = create(config(target="fleet_mean", num_rounds=6)), Fleet(3)
     terms = [fleet.round(strategy, t)[1] for t in range(1, 5)]
     assert {d.pruning_ratio for d in fleet.devices} != {0.5}
     assert {reward.prune for reward in terms[-1].values()} == {1.0}  # each has arrived where it was to end

@@ -29,14 +29,14 @@ def lay_out(folder: Path, mix: dict[str, int], **settings: Any) -> tuple[FleetCo
         "ranks": [4, 8],
         "training": {"tau": 4, "recovery_steps": 4, "batch_size": 8},
     }
-    drop_out = settings.pop("drop_out", None)
+    disconnect_probability = settings.pop("disconnect_probability", None)
     return write_simulated_fleet(
         folder,
         model="none",
         shares=[Path("none.csv")],
         mix=mix,
         profiles=load_device_classes(),
-        drop_out=drop_out,
+        disconnect_probability=disconnect_probability,
         **{**defaults, **settings},
     )
 

@@ -99,14 +99,14 @@ def test_a_restored_trainer_ends_with_the_same_bits(make, interrupted_at):
 
 
 def test_the_learning_rate_rises_each_round_under_one_cosine():
-    training = OptimizerSettings(learning_rate=1.0, warmup_share=0.1, first_step=40, total_steps=80)
+    training = OptimizerSettings(learning_rate=1.0, warmup_ratio=0.1, first_step=40, total_steps=80)
     rates = [learning_rate(training, step, 40) for step in range(40)]
     assert rates[0] == pytest.approx(0.25 * 0.5)
     assert rates[3] == pytest.approx(0.5 * (1 + math.cos(math.pi * 43 / 80)))
     assert max(rates) == rates[3]
     assert rates[39] < 0.01
-    assert learning_rate(OptimizerSettings(learning_rate=1.0, warmup_share=0.0), 0, 10) == 1.0
-    held = OptimizerSettings(learning_rate=1.0, warmup_share=0.0, first_step=40, total_steps=80, decay_from_step=50)
+    assert learning_rate(OptimizerSettings(learning_rate=1.0, warmup_ratio=0.0), 0, 10) == 1.0
+    held = OptimizerSettings(learning_rate=1.0, warmup_ratio=0.0, first_step=40, total_steps=80, decay_from_step=50)
     assert [learning_rate(held, step, 20) for step in (0, 9, 10)] == [1.0, 1.0, 1.0]
     assert learning_rate(held, 25, 20) == pytest.approx(0.5)
     assert learning_rate(held, 40, 20) == pytest.approx(0.0)
