@@ -108,7 +108,7 @@ class TorchContestant:
         }
 
     def prepare(self, batch: int, tokens: int, new_tokens: int) -> None:
-        from fedspine_edge.export.onnx_export import max_tokens_of
+        from fedspine_edge.model.families import max_tokens_of
 
         check_length(tokens, max_tokens_of(self._module.config), new_tokens)
         ids = self._torch.randint(5, self._module.config.vocab_size, (batch, tokens), device=self._device)

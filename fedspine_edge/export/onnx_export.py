@@ -37,7 +37,6 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 MAX_INLINE_BYTES = 1_500_000_000
 """Above this, weights go to a second file: protobuf ends at 2 GiB."""
 
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _FUSED_OPS = frozenset({"Attention", "RotaryEmbedding", "RMSNormalization", "GroupQueryAttention"})
 
 
@@ -83,6 +82,7 @@ def export_onnx(
         raise ConfigError(f"precision is {precision!r}.", remedy=f"Choose one of: {', '.join(PRECISIONS)}")
     onnx = _import_onnx()
     from fedspine_edge.export.tracing import task_graph
+    from fedspine_edge.model.families import max_tokens_of
 
     module = merged_module(model) if adapter is None else _as_module(model)
     path = Path(path)
@@ -186,6 +186,7 @@ def load_folder(folder: Path) -> PrunableModel:
     Raises `DeployError` for a bare backbone, whose task head would be random.
     """
     from fedspine_edge.files import LAYOUT
+    from fedspine_edge.model.architecture import CAUSAL_CLASSES
     from fedspine_edge.model.checkpoint import load_model
     from fedspine_edge.model.loading import LOAD_FAILURES, load_base, require_transformers
 
@@ -202,27 +203,12 @@ def load_folder(folder: Path) -> PrunableModel:
         if f"{kind}Classification" in kinds:
             labels = [str(config.id2label[index]) for index in range(config.num_labels)]
             return load_base(folder, task=task, num_labels=config.num_labels, labels=labels)
-    if kinds.endswith(_CAUSAL):
+    if kinds.endswith(CAUSAL_CLASSES):
         return load_base(folder, task="causal_lm")
     raise DeployError(
         f"{folder} holds {kinds or 'a model without a stated class'}, which has no trained task head.",
         remedy="Fine-tune it first, with fedspine-edge tune or EdgeTuner.",
     )
-
-
-def task_of(module: nn.Module) -> Task:
-    """What a transformers task model is for, by its class."""
-    kind = type(module).__name__
-    if "ForTokenClassification" in kind:
-        return "token_classification"
-    return "causal_lm" if kind.endswith(_CAUSAL) else "classification"
-
-
-def max_tokens_of(config: Any) -> int:
-    """Longest sequence, cache included, that the position embeddings allow."""
-    positions = int(config.max_position_embeddings)
-    # RoBERTa counts positions from padding_idx + 1.
-    return positions - int(config.pad_token_id) - 1 if config.model_type == "roberta" else positions
 
 
 def _trace(module: nn.Module, graph: Graph, path: Path, opset: int) -> None:

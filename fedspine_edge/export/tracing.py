@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspine_edge.bundle.bundle import AdapterSpec, LoraModule, Task, TensorInfo
-from fedspine_edge.export.onnx_export import task_of
+from fedspine_edge.model.architecture import task_of
 from fedspine_edge.model.families import SUPPORTED, architecture_of
 from fedspine_edge.model.layout import module_names, split_name
 from fedspine_edge.model.lora import LoraLinear

@@ -15,7 +15,8 @@ from fedspine_edge.data.loading import Data
 from fedspine_edge.errors import ExportMismatch
 from fedspine_edge.export.calibration import UserData, measure, read_data
 from fedspine_edge.export.divergence import first_divergent_layer
-from fedspine_edge.export.onnx_export import Exported, merged_module, task_of
+from fedspine_edge.export.onnx_export import Exported, merged_module
+from fedspine_edge.model.architecture import task_of
 from fedspine_edge.runtime.adapters import bundled_adapter
 from fedspine_edge.runtime.comparison import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner

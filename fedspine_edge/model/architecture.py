@@ -15,6 +15,9 @@ from fedspine_edge.errors import ConfigError, UnknownArchitecture
 from fedspine_edge.model.layout import Layout, Part, split_name
 from fedspine_edge.model.spec import ModelSpec
 
+CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
+"""Ends of the class names of transformers' language models."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -67,7 +70,9 @@ class Architecture:
     feed_forward: str = ""
     """The module of a layer that computes down(act(gate(x)) · up(x)) and nothing else, from children of its own."""
     learned_positions: bool = False
-    """Whether positions are rows of a table, which ends texts."""
+    """Whether positions are rows of a table, so that a longer sequence cannot be read at all."""
+    positions_after_padding: bool = False
+    """Whether the first position is `pad_token_id` + 1, so that the rows up to it are never used."""
     free_head_dim: bool = False
     """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
 
@@ -117,10 +122,14 @@ class Architecture:
                     remedy=f"Of this family only models with {name} = {value!r} are supported.",
                 )
 
-    def max_tokens(self, config: Any) -> int | None:
-        """Tokens of the longest text that the model's table of positions allows; None where there is none."""
-        used = int(config.pad_token_id) + 1 if self.family == "roberta" else 0  # positions start after padding's
-        return int(config.max_position_embeddings) - used if self.learned_positions else None
+    def max_tokens(self, config: Any) -> int:
+        """Return the length in tokens, KV cache included, up to which the model has positions."""
+        unused = int(config.pad_token_id) + 1 if self.positions_after_padding else 0
+        return int(config.max_position_embeddings) - unused
+
+    def hard_max_tokens(self, config: Any) -> int | None:
+        """Return `max_tokens` where a longer sequence cannot be read, and None where positions are computed."""
+        return self.max_tokens(config) if self.learned_positions else None
 
     def set_widths(self, module: nn.Module, layout: Layout) -> None:
         """Write the kept head counts where the attention modules look for them."""
@@ -173,3 +182,11 @@ class Architecture:
         setattr(changed, self.kv_heads, heads)
         setattr(changed, self.channels, channels)
         return changed
+
+
+def task_of(module: nn.Module) -> Task:
+    """Return the task of a transformers task model, by the name of its class."""
+    kind = type(module).__name__
+    if "ForTokenClassification" in kind:
+        return "token_classification"
+    return "causal_lm" if kind.endswith(CAUSAL_CLASSES) else "classification"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from fedspine_edge.errors import ModelError
@@ -12,17 +14,23 @@ from fedspine_edge.model.spec import ModelSpec
 
 
 def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:
-    """The prunable shape of an *unpruned* task model without adapters, whose fused linears are taken apart.
+    """Return the prunable shape of an *unpruned* task model without adapters, after splitting its fused linears.
 
-    Raises `UnknownArchitecture`, or `ModelError` where the modules are not what the table says.
+    Raises `UnknownArchitecture`, or `ModelError` if the modules are not those of the family table.
     """
-    config = module.config
+    architecture_of(module.config).check_config(module.config)
+    split_fused(module, architecture_of(module.config))
+    spec = spec_of_config(module.config, sum(p.numel() for p in module.parameters()), base_sha256)
+    check_shapes(module, Layout.full(spec))
+    return spec
+
+
+def spec_of_config(config: Any, num_parameters: int, base_sha256: str = "0" * 64) -> ModelSpec:
+    """Return the prunable shape that a transformers config states. Raises `UnknownArchitecture`."""
     architecture = architecture_of(config)
-    architecture.check_config(config)
-    split_fused(module, architecture)
     attention_bias, ffn_bias = architecture.has_biases(config)
     num_heads = int(config.num_attention_heads)
-    spec = ModelSpec(
+    return ModelSpec(
         family=architecture.family,
         num_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
@@ -33,11 +41,9 @@ def model_spec(module: nn.Module, base_sha256: str) -> ModelSpec:
         gated_ffn=architecture.gated_ffn,
         attention_bias=attention_bias,
         ffn_bias=ffn_bias,
-        num_parameters=sum(p.numel() for p in module.parameters()),
+        num_parameters=num_parameters,
         base_sha256=base_sha256,
     )
-    check_shapes(module, Layout.full(spec))
-    return spec
 
 
 def check_shapes(module: nn.Module, layout: Layout) -> None:

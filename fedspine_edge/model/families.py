@@ -73,6 +73,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         Architecture(
             family="roberta",
             learned_positions=True,
+            positions_after_padding=True,
             backbone="roberta",
             layers="encoder.layer",
             linears=_BERT_LINEARS,
@@ -184,3 +185,9 @@ def architecture_of(config: Any) -> Architecture:
             remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; docs/models.md says how to add one.",
         )
     return SUPPORTED[family]
+
+
+def max_tokens_of(config: Any) -> int:
+    """Return the length in tokens, KV cache included, up to which a transformers model has positions."""
+    entry = SUPPORTED.get(config.model_type)
+    return int(config.max_position_embeddings) if entry is None else entry.max_tokens(config)

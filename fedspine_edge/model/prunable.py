@@ -16,7 +16,7 @@ from fedspine_edge.config import Task
 from fedspine_edge.errors import LayoutError, ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.model.adapter_validation import Arrays, checked_adapter
-from fedspine_edge.model.derive_spec import check_shapes, model_spec
+from fedspine_edge.model.derive_spec import check_shapes, model_spec, spec_of_config
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_ops import disable_fused_ops, enable_fused_ops
@@ -365,6 +365,17 @@ class PrunableModel:
         from fedspine_edge.model import checkpoint
 
         return checkpoint.save(self, folder, merged=True, metrics=metrics)
+
+
+def layout_of(model: PrunableModel | nn.Module) -> Layout:
+    """Return the layout of a model: its own, or, for a plain transformers module, the widths that its config states.
+
+    `Layout.counts` then holds the KV heads and channels of each layer, and `Layout.spec` the head dimension. A module
+    that `PrunableModel.merged` returned may have other widths than its config; ask the `PrunableModel` instead.
+    """
+    if isinstance(model, PrunableModel):
+        return model.layout
+    return Layout.full(spec_of_config(model.config, sum(parameter.numel() for parameter in model.parameters())))
 
 
 def _positions(old: Indices, new: Indices) -> Indices | None:

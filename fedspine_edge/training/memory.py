@@ -79,7 +79,7 @@ def estimate(
     if r is not None and r != model.r:
         model = _shared_copy(model)
         model.attach_lora(r, model.scaling, seed=0)
-    tokens = min(tokens, _most_tokens(model))
+    tokens = _at_most(tokens, model)
     adapters = [p for n, p in model.trainable_parameters().items() if ".lora_" in n]
     trained = list(model.trainable_parameters().values())
     everything = _bytes(*model.module.parameters(), *model.module.buffers())
@@ -105,7 +105,7 @@ def rank_costs(model: PrunableModel, *, tokens: int, limit_bytes: int = 0) -> tu
     The model may have adapters of any rank, or none. Where every rank fits into `limit_bytes` at a wider layout that
     was asked about before, the answer is that layout's, since a rehearsal takes about a second.
     """
-    tokens = min(tokens, _most_tokens(model))
+    tokens = _at_most(tokens, model)
     size, known = (*_widths(model), tokens), _known_costs(*_kind(model))
     for other, costs in known:
         if other == size or (_covers(other, size) and costs[0] + LARGEST_RANK * costs[1] <= limit_bytes):
@@ -205,9 +205,9 @@ def _batch(model: PrunableModel, rows: int, tokens: int, pack_rows: bool) -> dic
     return pack(examples, range(rows), 0, tokens) if pack_rows else collate(examples, range(rows), 0)
 
 
-def _most_tokens(model: PrunableModel) -> int:
-    """The longest text that the positions allow; RoBERTa's table has two more entries than that."""
-    return max(1, int(getattr(model.module.config, "max_position_embeddings", 1 << 30)) - 2)
+def _at_most(tokens: int, model: PrunableModel) -> int:
+    limit = model.architecture.hard_max_tokens(model.module.config)
+    return tokens if limit is None else min(tokens, limit)
 
 
 def _base(model: PrunableModel, name: str) -> nn.Module:

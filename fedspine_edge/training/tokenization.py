@@ -36,7 +36,7 @@ class TextEncoder:
     @classmethod
     def of(cls, model: PrunableModel, tokenizer: Any) -> TextEncoder:
         """Those of `model`, without holding on to it."""
-        longest = model.architecture.max_tokens(model.module.config)
+        longest = model.architecture.hard_max_tokens(model.module.config)
         vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
         return cls(tokenizer, model.task, longest, vocabulary, str(model.folder or model.base or "the model"))
 

@@ -17,6 +17,7 @@ from fedspine_edge.export import onnx_export
 from fedspine_edge.export.onnx_export import export_onnx, load_folder, merged_module
 from fedspine_edge.export.tracing import task_graph
 from fedspine_edge.export.verification import compare, random_inputs, verify_onnx
+from fedspine_edge.model.families import max_tokens_of
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 FAMILIES = [
@@ -164,7 +165,7 @@ def test_the_users_own_inputs_can_be_compared(tmp_path):
 
 def test_shapes_longer_than_the_model_are_cut():
     model = tiny_model("roberta")
-    limit = onnx_export.max_tokens_of(model.module.config)
+    limit = max_tokens_of(model.module.config)
     inputs = task_graph(merged_module(model), max_tokens=limit).inputs
     assert limit == 66 - 2
     assert [batch["input_ids"].shape for batch in random_inputs(inputs, [(1, 500), (1, 64)], limit)] == [(1, 64)]
