@@ -17,7 +17,7 @@ from fedspine_edge.config import BrokerSettings, DeviceConfig, FleetConfig, load
 from fedspine_edge.diagnostics.check import Check, line_of
 from fedspine_edge.errors import BrokerUnreachable, FedspineError
 from fedspine_edge.files import TOKENIZER_VOCABULARIES
-from fedspine_edge.transport.credentials import explain
+from fedspine_edge.transport.credentials import explain_connect_error
 
 CONNECT_TIMEOUT_S = 5.0
 REFUSAL_TIMEOUT_S = 1.0
@@ -77,7 +77,7 @@ def _login(settings: BrokerSettings, client_id: str, filters: tuple[str, ...], t
         try:  # at once: the transport would try again and again
             socket.create_connection((settings.host, settings.port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            why = explain(error, tls=bool(settings.ca_file))
+            why = explain_connect_error(error, tls=bool(settings.ca_file))
             text = f"no connection to the MQTT broker at {settings.host}:{settings.port}: {why.reason}."
             raise BrokerUnreachable(text, remedy=why.remedy) from None
         _connect(settings, client_id, filters, topic)

@@ -1,4 +1,4 @@
-"""The small face that server and devices know of any transport."""
+"""Transport interface that the server and the devices use."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Protocol, Union
 
 FIRST_CONNECT_TIMEOUT_S = 10.0
-"""A broker that is not there when a program starts is a mistake told at once; later its absence is waited for."""
+"""Time allowed for the first connection, in seconds.
+
+A broker that is unreachable at startup is an error. After the first connection, a transport reconnects.
+"""
 
 LONGEST_PAUSE_S = 30.0
-"""The longest that a client pauses between two attempts to reach a broker that was there before."""
+"""Longest pause between two attempts to reconnect, in seconds."""
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """One message as it arrived."""
+    """A received message."""
 
     topic: str
     payload: bytes
@@ -23,7 +26,10 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Connected:
-    """The connection was (re)established and subscriptions restored: restate whatever must be known."""
+    """The connection was established, or re-established, and all subscriptions were restored.
+
+    The receiver publishes its retained state again.
+    """
 
 
 Event = Union[Incoming, Connected]
@@ -31,7 +37,7 @@ Event = Union[Incoming, Connected]
 
 @dataclass(frozen=True)
 class Will:
-    """What the broker says in our name when we vanish."""
+    """Message that the broker publishes when the client disconnects without closing the connection."""
 
     topic: str
     payload: bytes
@@ -41,8 +47,8 @@ class Will:
 class Transport(Protocol):
     """Publish/subscribe with retained messages and a last will; at-least-once while connected.
 
-    Nothing relies on the broker remembering a session: after a reconnect `receive` returns `Connected`
-    and the caller restates its desired state. Messages may repeat and may arrive out of order.
+    Nothing relies on session state at the broker: after a reconnect, `receive` returns `Connected` and the caller
+    publishes its state again. Messages may be duplicated and may arrive out of order.
     """
 
     def connect(self, *, timeout_s: float, will: Will | None = None) -> None:
@@ -50,25 +56,25 @@ class Transport(Protocol):
         ...
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Hand one message over (QoS 1); blocks while the bounded outbox is full.
+        """Queue a message for sending with QoS 1. Blocks while the bounded send queue is full.
 
-        An empty payload with `retain=True` clears the topic. Raises `TransportError` when the outbox stays
-        full for the transport's timeout.
+        An empty payload with `retain=True` clears the retained message. Raises `TransportError` when the send queue
+        stays full for the transport's timeout.
         """
         ...
 
     def subscribe(self, *topic_filters: str) -> None:
-        """Add subscriptions; retained messages that match are delivered (again)."""
+        """Add subscriptions. Matching retained messages are delivered, also for filters subscribed to before."""
         ...
 
     def unsubscribe(self, *topic_filters: str) -> None:
-        """Drop subscriptions."""
+        """Remove subscriptions."""
         ...
 
     def receive(self, *, timeout_s: float) -> Event | None:
-        """The next event, or None after `timeout_s` seconds without one."""
+        """Return the next event, or None after `timeout_s` seconds without one."""
         ...
 
     def close(self) -> None:
-        """Flush what was published, disconnect cleanly (the will is not sent) and free everything."""
+        """Send what is queued, disconnect without triggering the will, and release all resources."""
         ...

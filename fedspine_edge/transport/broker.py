@@ -1,8 +1,9 @@
-"""The embedded MQTT 5 broker: rumqttd from the `iotcore` wheel, in a process of its own.
+"""Embedded MQTT 5 broker: rumqttd from the `iotcore` wheel, in a separate process.
 
-`python -m fedspine_edge.transport.broker` runs one in the foreground. `EmbeddedBroker` spawns that command, waits
-until MQTT connections are accepted and stops it; the child also ends when its parent dies, however it dies.
-Without TLS, passwords or persistence: loopback unless told otherwise. Fleets on a network want Mosquitto or EMQX.
+`python -m fedspine_edge.transport.broker` runs the broker in the foreground. `EmbeddedBroker` starts that command,
+waits until it accepts MQTT connections, and stops it. The child process also exits when its parent dies for any
+reason. The broker has no TLS, no passwords and no persistence, and listens on loopback by default. Use Mosquitto or
+EMQX for a fleet on a network.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from types import TracebackType
 from fedspine_edge.errors import ConfigError, FedspineError, MissingDependency, TransportError
 
 MAX_PAYLOAD_BYTES = 2 * 1024 * 1024
-"""Twice the largest chunk the wire allows; the broker's own default of 20 KB would cut clients off."""
+"""Twice the largest chunk of the protocol. With rumqttd's default of 20 KB, clients would be disconnected."""
 
 _SEGMENT_BYTES, _SEGMENTS = 16 * 1024 * 1024, 8
-"""The router keeps one log per topic filter; a subscriber that falls behind by all segments loses messages.
+"""Size and number of log segments that the router keeps per topic filter.
 
-It never frees a log. Those of the server's chunks, one per topic, hold one message only (the custom segment below):
-what matters there is retained, and kept elsewhere. Measured over rounds of 6.3 MB in 64 chunks: 0.6 MB a round
-stays behind instead of 2.9.
+A subscriber that falls behind by more than all segments loses messages. The router never frees a log. The logs of the
+server's chunks, one per topic, therefore hold a single message (the custom segment below); the chunks themselves are
+retained messages and stored elsewhere. Measured over rounds of 6.3 MB in 64 chunks, this leaves 0.6 MB per round
+instead of 2.9 MB.
 """
 
 _CONFIG = """
@@ -63,14 +65,14 @@ _CONNECT_PACKET = b"\x10\x0d\x00\x04MQTT\x05\x02\x00\x05\x00\x00\x00"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that is free at this moment; another process may take it before it is used."""
+    """Return a TCP port that is free at this moment. Another process may take it before it is used."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def accepts_mqtt(host: str, port: int, *, timeout_s: float = 2.0) -> bool:
-    """Whether something at `host:port` answers an MQTT 5 CONNECT with a CONNACK within `timeout_s` seconds."""
+    """Return whether `host:port` answers an MQTT 5 CONNECT with a CONNACK within `timeout_s` seconds."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=timeout_s) as probe:
         probe.sendall(_CONNECT_PACKET)
         return probe.recv(1) == b"\x20"
@@ -81,9 +83,9 @@ def run_broker(host: str = "127.0.0.1", port: int = 1883, *, die_with_parent: bo
     """Run the broker in this process until it is killed.
 
     Args:
-        host: IP address to listen on; anything but loopback exposes an open broker to that network.
+        host: IP address to listen on. Any address but loopback exposes an open broker to that network.
         port: TCP port.
-        die_with_parent: Exit when standard input closes, as it does when the parent process dies.
+        die_with_parent: Whether to exit when standard input closes, as it does when the parent process dies.
 
     Raises `MissingDependency` without iotcore and `TransportError` when the port is taken.
     """
@@ -91,8 +93,8 @@ def run_broker(host: str = "127.0.0.1", port: int = 1883, *, die_with_parent: bo
     _require_free(host, port)
     if die_with_parent:
         _end_with_parent()
-    # The router logs an error span for every packet it routes. tracing.span has the names of spans without fields
-    # ("spawn;", "disconnect;") and never an event, so that no warning is lost with it.
+    # The router logs an error span for every packet. tracing.span logs only the names of spans without fields
+    # ("spawn;", "disconnect;") and no events, so silencing it loses no warning.
     for name in ("rumqttd", "tracing.span"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="fedspine-broker-") as folder:
@@ -126,14 +128,14 @@ def _require_free(host: str, port: int) -> None:
     except OSError as error:
         raise TransportError(
             f"the embedded broker cannot listen on {host}:{port}: {error.strerror or error}.",
-            remedy=f"Choose another port, or see who has it with: ss -ltnp 'sport = :{port}'",
+            remedy=f"Choose another port, or find the process with: ss -ltnp 'sport = :{port}'",
         ) from None
 
 
 def _end_with_parent() -> None:
-    """Exit at end-of-file on standard input: the kernel closes the parent's end however the parent dies.
+    """Exit at end-of-file on standard input: the kernel closes the parent's end when the parent dies for any reason.
 
-    Not PR_SET_PDEATHSIG: that fires when the parent's *thread* ends, and callers may start brokers in threads.
+    PR_SET_PDEATHSIG would fire when the parent's *thread* ends, and callers may start brokers in threads.
     """
 
     def watch() -> None:
@@ -146,12 +148,12 @@ def _end_with_parent() -> None:
 
 
 class EmbeddedBroker:
-    """A broker process for the duration of a `with` block.
+    """Broker process for the duration of a `with` block.
 
     Args:
         host: IP address to listen on.
-        port: TCP port; 0 picks a free one and tries again when another process takes it first.
-        start_timeout_s: Bound on the wait for the first accepted MQTT connection, in seconds.
+        port: TCP port. 0 picks a free one, and another one if a process takes it first.
+        start_timeout_s: Longest wait for the first accepted MQTT connection, in seconds.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, start_timeout_s: float = 30.0) -> None:
@@ -165,12 +167,12 @@ class EmbeddedBroker:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the broker, dead or alive; None before `start` and after `stop`."""
+        """Process id of the broker, running or not. None before `start` and after `stop`."""
         return self._process.pid if self._process is not None else None
 
     @property
     def running(self) -> bool:
-        """Whether the process is alive."""
+        """Whether the process is running."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -178,9 +180,9 @@ class EmbeddedBroker:
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
     def start(self) -> EmbeddedBroker:
-        """Spawn the process and wait until it accepts; after `stop` or a crash, again on the same port.
+        """Start the process and wait until it accepts connections; after `stop` or a crash, on the same port again.
 
-        Raises `MissingDependency`, or `TransportError` when the port is taken or the process does not come up.
+        Raises `MissingDependency`, or `TransportError` when the port is taken or the process does not start.
         """
         # A crashed process closes its sockets a moment before it can be waited for.
         if self.running and accepts_mqtt(self._address, self.port):
@@ -199,7 +201,7 @@ class EmbeddedBroker:
             return self
 
     def stop(self, *, timeout_s: float = 5.0) -> None:
-        """End the process and wait for it, killing it after `timeout_s` seconds. Safe to call twice."""
+        """Terminate the process and wait for it; kill it after `timeout_s` seconds. May be called twice."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -224,13 +226,13 @@ class EmbeddedBroker:
         self.stop()
         _require_free(self.host, port)
         command = [sys.executable, "-m", "fedspine_edge.transport.broker", "--host", self.host, "--port", str(port)]
-        with tempfile.TemporaryFile() as said:
-            # A session of its own: Ctrl-C in a terminal reaches the program, which stops the broker last.
+        with tempfile.TemporaryFile() as log_file:
+            # With its own session, Ctrl-C in a terminal reaches only this program, which stops the broker last.
             self._process = subprocess.Popen(
                 [*command, "--die-with-parent"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=log_file,
                 start_new_session=True,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
@@ -241,25 +243,25 @@ class EmbeddedBroker:
                 time.sleep(0.02)
             code = self._process.poll()
             self.stop()
-            said.seek(0)
-            reason = said.read()[-2000:].decode(errors="replace").strip()
+            log_file.seek(0)
+            reason = log_file.read()[-2000:].decode(errors="replace").strip()
         if code is None:
-            reason = f"no connection accepted within {self._start_timeout_s:g} s. {reason}"
+            reason = f"no connection was accepted within {self._start_timeout_s:g} s. {reason}"
         raise TransportError(
             f"the embedded broker did not start on {self.host}:{port}: {reason or f'exit code {code}'}",
-            remedy="Try again, choose another port, or start a broker of your own.",
+            remedy="Try again, choose another port, or use another broker.",
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m fedspine_edge.transport.broker`; exit code 2 for a port in use or no iotcore."""
+    """Run the command line of this module. Returns exit code 2 when the port is in use or iotcore is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m fedspine_edge.transport.broker",
         description="Run the embedded MQTT 5 broker in the foreground (no TLS, no passwords, no persistence).",
         epilog="example: python -m fedspine_edge.transport.broker --port 1883",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    parser.add_argument("--port", type=int, default=1883, help="TCP port (default %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=1883, help="TCP port (default: %(default)s)")
     parser.add_argument("--die-with-parent", action="store_true", help="exit when standard input closes")
     options = parser.parse_args(arguments)
     if not 1 <= options.port <= 65535:

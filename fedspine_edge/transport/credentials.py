@@ -1,4 +1,4 @@
-"""What it takes to get into a broker: TLS, password, and what went wrong in words a person can act on."""
+"""TLS contexts and passwords for a broker, and explanations of failed connection attempts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class ConnectAttemptFailed(Exception):
     """One failed attempt to connect.
 
     Args:
-        reason: What happened, without a full stop.
-        remedy: What the user can do about it.
-        final: Trying again with the same settings cannot help.
+        reason: Description of the failure, without a full stop.
+        remedy: Advice to the user.
+        permanent: Whether retrying with the same settings cannot help.
     """
 
-    def __init__(self, reason: str, remedy: str, *, final: bool = False) -> None:
+    def __init__(self, reason: str, remedy: str, *, permanent: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.remedy, self.final = reason, remedy, final
+        self.reason, self.remedy, self.permanent = reason, remedy, permanent
 
 
 class _TlsSocket(ssl.SSLSocket):
-    """Closes itself when its handshake fails, which paho leaves to the garbage collector."""
+    """TLS socket that closes when its handshake fails; paho would leave that to the garbage collector."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:
@@ -40,9 +40,9 @@ class _TlsSocket(ssl.SSLSocket):
 
 
 def tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
-    """The TLS context that `settings` ask for, or None for a plain connection. Raises `ConfigError`."""
+    """Return the TLS context for `settings`, or None for a plain connection. Raises `ConfigError`."""
     if settings.key_file and not settings.cert_file:
-        raise ConfigError("broker.key_file is set without broker.cert_file.", remedy="Set both or neither.")
+        raise ConfigError("broker.key_file is set without broker.cert_file.", remedy="Set both, or neither.")
     if settings.cert_file and not settings.ca_file:
         raise ConfigError(
             "broker.cert_file is set without broker.ca_file.", remedy="Set broker.ca_file to turn TLS on."
@@ -54,7 +54,7 @@ def tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
         if name and not Path(name).is_file():
             raise ConfigError(
                 f"broker.{key} is {name!r}, which is not a file.",
-                remedy="Give the path of a PEM file; it is relative to the folder the command is run in.",
+                remedy="Give the path of a PEM file. Relative paths start at the current folder.",
             )
     try:
         context = ssl.create_default_context(cafile=settings.ca_file)
@@ -63,14 +63,14 @@ def tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
             context.load_cert_chain(settings.cert_file, settings.key_file or None)
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(
-            f"the TLS files of [broker] cannot be used: {error}.",
-            remedy="All of them must be PEM files that belong together.",
+            f"the TLS files in [broker] cannot be used: {error}.",
+            remedy="Use PEM files, and a key that belongs to the certificate.",
         ) from None
     return context
 
 
-def password(settings: BrokerSettings) -> str | None:
-    """The first line of the password file, or None without one. Raises `ConfigError`."""
+def read_password(settings: BrokerSettings) -> str | None:
+    """Return the first line of the password file, or None without a file. Raises `ConfigError`."""
     if not settings.password_file:
         return None
     if not settings.username:
@@ -81,28 +81,28 @@ def password(settings: BrokerSettings) -> str | None:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
             f"broker.password_file {settings.password_file!r} cannot be read: {why}.",
-            remedy="Give a file that this user may read; paths are relative to the folder the command is run in.",
+            remedy="Give a file that this user may read. Relative paths start at the current folder.",
         ) from None
     if not lines or not lines[0]:
         raise ConfigError(
-            f"broker.password_file {settings.password_file!r} has no first line.",
-            remedy="Write the password there, alone on the first line.",
+            f"broker.password_file {settings.password_file!r} is empty.",
+            remedy="Write the password on the first line of the file.",
         )
     return lines[0]
 
 
-def explain(error: Exception, tls: bool) -> ConnectAttemptFailed:
-    """Why the TCP connection or the TLS handshake failed."""
+def explain_connect_error(error: Exception, tls: bool) -> ConnectAttemptFailed:
+    """Return why the TCP connection or the TLS handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConnectAttemptFailed(
             f"TLS: the broker's certificate is not trusted ({error.verify_message or error.reason})",
-            "broker.ca_file must hold the authority that signed it, and broker.host must be a name in it.",
-            final=True,
+            "Set broker.ca_file to the authority that signed it, and broker.host to a name in it.",
+            permanent=True,
         )
     if isinstance(error, ssl.SSLError):
         return ConnectAttemptFailed(
             f"TLS: the handshake failed ({error.reason or error})",
-            "Check that broker.port is the broker's TLS port (usually 8883), and the client certificate if it asks.",
+            "Check that broker.port is the broker's TLS port (usually 8883), and check the client certificate.",
         )
     if isinstance(error, socket.gaierror):
         return ConnectAttemptFailed(
@@ -110,13 +110,11 @@ def explain(error: Exception, tls: bool) -> ConnectAttemptFailed:
         )
     if isinstance(error, ConnectionRefusedError):
         return ConnectAttemptFailed(
-            "connection refused: nothing listens there",
+            "connection refused: nothing listens on this port",
             "Correct broker.host and broker.port, or start a broker: fedspine-edge broker",
         )
     if isinstance(error, TimeoutError):
-        return ConnectAttemptFailed(
-            "no answer in time", "Check broker.host, the network and firewalls between here and there."
-        )
+        return ConnectAttemptFailed("the connection timed out", "Check broker.host, the network and any firewall.")
     if tls and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return ConnectAttemptFailed(
             "TLS: the broker closed the connection during the handshake",
@@ -125,26 +123,28 @@ def explain(error: Exception, tls: bool) -> ConnectAttemptFailed:
     return ConnectAttemptFailed(str(error) or type(error).__name__, "Check broker.host and broker.port.")
 
 
-def no_answer(lost: str, tls: bool) -> ConnectAttemptFailed:
-    """Why a connection opened without an answer to MQTT's CONNECT."""
-    what = "closed the connection" if lost else "did not answer in time"
+def explain_no_answer(lost: str, tls: bool) -> ConnectAttemptFailed:
+    """Return why the broker accepted TCP but did not answer MQTT's CONNECT."""
+    what = "was closed by the other side" if lost else "was not answered in time"
     hint = (
         "Check that it is an MQTT broker and accepts the client certificate."
         if tls
-        else "Check that it is an MQTT broker; a TLS port needs broker.ca_file."
+        else "Check that it is an MQTT broker. A TLS port needs broker.ca_file."
     )
-    return ConnectAttemptFailed(f"the other side {what} instead of accepting it", hint)
+    return ConnectAttemptFailed(f"the connection {what}", hint)
 
 
-def refusal(reason_code: Any) -> ConnectAttemptFailed:
-    """Why the broker said no; `reason_code` is that of its CONNACK."""
+def explain_refusal(reason_code: Any) -> ConnectAttemptFailed:
+    """Return why the broker refused the connection, from the reason code of its CONNACK."""
     remedies = {
         _BAD_CREDENTIALS: "Check broker.username and broker.password_file.",
         _NOT_AUTHORIZED: "Check broker.username and broker.password_file, or the broker's access list.",
-        _BAD_CLIENT_ID: "Let the broker accept this device_id as client id.",
+        _BAD_CLIENT_ID: "Allow this device_id as a client identifier at the broker.",
         **dict.fromkeys(_UNSUPPORTED_VERSION, "The broker must speak MQTT 5 (Mosquitto >= 1.6, EMQX >= 5)."),
     }
     remedy = remedies.get(reason_code.value)
     return ConnectAttemptFailed(
-        f"the broker refused the connection: {reason_code}", remedy or "See the broker's log.", final=remedy is not None
+        f"the broker refused the connection: {reason_code}",
+        remedy or "Check the broker's log.",
+        permanent=remedy is not None,
     )

@@ -1,7 +1,7 @@
-"""One MQTT 5 connection: the only module that knows paho-mqtt.
+"""One MQTT 5 connection over paho-mqtt. No other module imports paho.
 
-paho's network thread calls back; what it brings is filed under the owner's lock and nothing else happens there.
-A lost connection is never revived, a new one replaces it, so nothing depends on a session at the broker.
+paho's network thread runs the callbacks. They record events under the listener's lock and do nothing else. A lost
+connection is never reused; a new one replaces it, so nothing depends on session state at the broker.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from fedspine_edge.config import BrokerSettings
 from fedspine_edge.errors import TransportError
 from fedspine_edge.transport.base import Incoming, Will
-from fedspine_edge.transport.credentials import explain, no_answer, refusal
+from fedspine_edge.transport.credentials import explain_connect_error, explain_no_answer, explain_refusal
 
 WINDOW = 16
-"""Most unacknowledged publications; below the Receive Maximum of Mosquitto (20), EMQX (32) and AWS IoT (100)."""
+"""Largest number of unacknowledged publications.
+
+It is below the Receive Maximum of Mosquitto (20), EMQX (32) and AWS IoT (100).
+"""
 
 RECEIVE_MAXIMUM = 32
-"""Unacknowledged messages a broker may have on their way to us; rumqttd ignores it and stops at 100."""
+"""Receive Maximum announced to the broker. rumqttd ignores it and stops at 100 unacknowledged messages."""
 
 MAX_PACKET_BYTES = 4 * 1024 * 1024
-"""Largest packet accepted from the broker."""
+"""Maximum Packet Size announced to the broker, in bytes."""
 
 FILTERS_PER_SUBSCRIBE = 16
 _HEADER_BYTES = 16
@@ -41,7 +44,7 @@ _DISCONNECT_WITH_WILL = 0x04
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A publication on its way."""
+    """A message to publish."""
 
     topic: str
     payload: bytes
@@ -49,43 +52,51 @@ class Outgoing:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the packet, to a few bytes."""
+        """Approximate size of the packet in bytes."""
         return len(self.topic.encode()) + len(self.payload) + _HEADER_BYTES
 
 
-class Owner(Protocol):
-    """Who is told what a connection brings, each time with `changed` held, on paho's thread."""
+class ConnectionListener(Protocol):
+    """Receives the events of a connection. Every method is called on paho's thread with `changed` held."""
 
     changed: threading.Condition
 
-    def arrived(self, message: Incoming, acknowledge: Callable[[], None] | None) -> None:
-        """A message; `acknowledge` is None when it needs none (QoS 0)."""
+    def on_message(self, message: Incoming, acknowledge: Callable[[], None] | None) -> None:
+        """Handle a received message. `acknowledge` is None for QoS 0."""
         ...
 
-    def acknowledged(self, message: Outgoing, reason_code: Any) -> None:
-        """The broker has answered a publication."""
+    def on_acknowledged(self, message: Outgoing, reason_code: Any) -> None:
+        """Handle the broker's acknowledgement of a publication."""
         ...
 
-    def cut_off(self, reason_code: Any) -> None:
-        """The connection is lost."""
+    def on_disconnected(self, reason_code: Any) -> None:
+        """Handle the loss of the connection."""
         ...
 
 
 class Connection:
-    """A connection from `open` to `end`.
+    """A single MQTT connection, from `open` to `close`.
+
+    Args:
+        listener: Receiver of the events.
+        settings: Address, user name and keep-alive.
+        client_id: Client identifier, unique at the broker.
+        will: Last will, or None.
+        tls: TLS context, or None for a plain connection.
+        password: Password, or None.
 
     Attributes:
-        lost: Why the connection ended; empty while it stands.
-        inflight: Publications without an answer yet, by packet identifier, in the order they were sent.
-        window: How many of them the broker allows.
-        max_packet_bytes: The broker's limit; 0 when it announced none.
-        acknowledgements: Publications the broker has answered.
-        opened_s: Monotonic time of `open` in seconds.
+        lost: Reason for the loss of the connection; empty while it is alive.
+        inflight: Unacknowledged publications by packet identifier, in the order of sending.
+        window: Number of unacknowledged publications that the broker allows.
+        max_packet_bytes: Maximum Packet Size of the broker in bytes; 0 when it announced none.
+        acknowledgements: Number of acknowledged publications.
+        opened_s: Monotonic time at which the connection was opened, in seconds.
     """
 
     def __init__(
         self,
-        owner: Owner,
+        listener: ConnectionListener,
         settings: BrokerSettings,
         client_id: str,
         *,
@@ -93,8 +104,8 @@ class Connection:
         tls: ssl.SSLContext | None,
         password: str | None,
     ) -> None:
-        self._owner = owner
-        self._changed = owner.changed
+        self._listener = listener
+        self._changed = listener.changed
         self._settings = settings
         self._has_tls = tls is not None
         self.lost = ""
@@ -105,10 +116,10 @@ class Connection:
         self.opened_s = time.monotonic()
         self._answer: Any = None
         self._early: dict[int, Any] = {}
-        """Answers that overtook the return of paho's publish()."""
+        """Acknowledgements that arrived before paho's publish() returned."""
         self._subscribed: dict[int, list[Any]] = {}
         client = self._new_client(client_id)
-        client.max_inflight_messages_set(0)  # the window is ours
+        client.max_inflight_messages_set(0)  # this package limits the window itself
         if settings.username:
             client.username_pw_set(settings.username, password)
         if tls is not None:
@@ -118,46 +129,46 @@ class Connection:
         self._client: paho.Client | None = client
 
     def open(self, timeout_s: float) -> None:
-        """Connect. Raises `NotConnected`; looking a host name up may take longer than `timeout_s`."""
+        """Connect. Raises `ConnectAttemptFailed`. Resolving the host name may take longer than `timeout_s` seconds."""
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = RECEIVE_MAXIMUM
         properties.MaximumPacketSize = MAX_PACKET_BYTES
-        settings, client = self._settings, self._standing_client()
+        settings, client = self._settings, self._require_client()
         client.connect_timeout = timeout_s
         try:
             client.connect(settings.host, settings.port, settings.keepalive_s, clean_start=True, properties=properties)
         except (OSError, ValueError) as error:
-            raise explain(error, self._has_tls) from error
+            raise explain_connect_error(error, self._has_tls) from error
         client.loop_start()
         del client
         with self._changed:
             self._changed.wait_for(lambda: self._answer is not None or self.lost, timeout_s)
-            failed = no_answer(self.lost, self._has_tls) if self._answer is None else None
+            failed = explain_no_answer(self.lost, self._has_tls) if self._answer is None else None
             if self._answer is not None and self._answer.is_failure:
-                failed = refusal(self._answer)
+                failed = explain_refusal(self._answer)
         if failed is not None:
             self._stop()
             raise failed
 
-    def require_standing(self) -> None:
-        """Raise `NotConnected` when it is lost already."""
+    def require_alive(self) -> None:
+        """Raise `ConnectAttemptFailed` when the connection is already lost."""
         if self.lost:
-            raise no_answer(self.lost, self._has_tls)
+            raise explain_no_answer(self.lost, self._has_tls)
 
     def send(self, message: Outgoing) -> None:
-        """Publish with QoS 1; the owner learns of the answer. Raises ValueError for what no broker takes."""
-        sent = self._standing_client().publish(message.topic, message.payload, qos=1, retain=message.retain)
+        """Publish with QoS 1. The listener receives the acknowledgement. Raises ValueError for an invalid message."""
+        sent = self._require_client().publish(message.topic, message.payload, qos=1, retain=message.retain)
         with self._changed:
             answer = self._early.pop(sent.mid, None)
             if answer is None:
                 self.inflight[sent.mid] = message
             else:
-                self._owner.acknowledged(message, answer)
+                self._listener.on_acknowledged(message, answer)
 
     def subscribe(self, topic_filters: Iterable[str], timeout_s: float) -> None:
-        """Subscribe and wait for the answer, at most `timeout_s` seconds; returns early when the connection is lost.
+        """Subscribe and wait up to `timeout_s` seconds for the answer. Returns early when the connection is lost.
 
-        Raises `TransportError` when the broker refuses one or does not answer.
+        Raises `TransportError` when the broker refuses a filter or does not answer.
         """
         waiting: dict[int, list[str]] = {}
         names = list(dict.fromkeys(topic_filters))
@@ -176,35 +187,35 @@ class Connection:
             for mid, batch in waiting.items():
                 answers = self._subscribed.pop(mid, None)
                 if answers is None:
-                    raise TransportError(f"the broker did not answer a subscription to {batch} in {timeout_s:g} s.")
+                    raise TransportError(f"the broker did not answer a subscription to {batch} within {timeout_s:g} s.")
                 for name, answer in zip(batch, answers):
                     if answer.is_failure:
                         raise TransportError(
                             f"the broker refused a subscription to {name!r}: {answer}.",
-                            remedy="Let the broker's access list allow it for this user.",
+                            remedy="Allow this user to subscribe in the broker's access list.",
                         )
 
     def unsubscribe(self, topic_filters: list[str]) -> None:
-        """Unsubscribe without waiting."""
+        """Unsubscribe without waiting for the answer."""
         client = self._client
         if client is not None:
             client.unsubscribe(topic_filters)
 
-    def end(self, *, with_will: bool = False) -> None:
-        """Disconnect if it still stands, and stop paho's thread. `with_will` lets the broker publish the will."""
+    def close(self, *, with_will: bool = False) -> None:
+        """Disconnect and stop paho's thread. With `with_will` the broker publishes the last will."""
         if not self.lost:
             reason = ReasonCode(PacketTypes.DISCONNECT, identifier=_DISCONNECT_WITH_WILL) if with_will else None
-            self._standing_client().disconnect(reason)
+            self._require_client().disconnect(reason)
         self._stop()
 
     def _stop(self) -> None:
-        """paho closes its sockets when its client is freed; letting go of it here makes that now."""
-        client, self._client = self._standing_client(), None
+        """Stop paho's thread and drop its client, since paho closes its sockets when the client is freed."""
+        client, self._client = self._require_client(), None
         client.loop_stop()
 
-    def _standing_client(self) -> paho.Client:
+    def _require_client(self) -> paho.Client:
         if self._client is None:
-            raise RuntimeError("the connection has ended; its owner must open a new one")
+            raise RuntimeError("the connection is closed; open a new one")
         return self._client
 
     # ---- callbacks
@@ -217,15 +228,17 @@ class Connection:
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        client.on_socket_open = _send_at_once
-        client.on_connect = self._filed(self._on_connect)
-        client.on_disconnect = self._filed(self._on_disconnect)
-        client.on_message = self._filed(self._on_message)
-        client.on_publish = self._filed(self._on_publish)
-        client.on_subscribe = self._filed(self._on_subscribe)
+        client.on_socket_open = _disable_nagle
+        client.on_connect = self._locked(self._on_connect)
+        client.on_disconnect = self._locked(self._on_disconnect)
+        client.on_message = self._locked(self._on_message)
+        client.on_publish = self._locked(self._on_publish)
+        client.on_subscribe = self._locked(self._on_subscribe)
         return client
 
-    def _filed(self, handler: Callable[..., None]) -> Callable[..., None]:
+    def _locked(self, handler: Callable[..., None]) -> Callable[..., None]:
+        """Return a paho callback that runs `handler` with the lock held and wakes all waiters."""
+
         def locked(client: paho.Client, userdata: Any, *arguments: Any) -> None:
             with self._changed:
                 handler(*arguments)
@@ -240,7 +253,7 @@ class Connection:
 
     def _on_disconnect(self, flags: Any, reason_code: Any, properties: Any) -> None:
         self.lost = str(reason_code) or "connection closed"
-        self._owner.cut_off(reason_code)
+        self._listener.on_disconnected(reason_code)
 
     def _on_subscribe(self, mid: int, reason_codes: list[Any], properties: Any) -> None:
         self._subscribed[mid] = reason_codes
@@ -251,7 +264,7 @@ class Connection:
         if message is None:
             self._early[mid] = reason_code
         else:
-            self._owner.acknowledged(message, reason_code)
+            self._listener.on_acknowledged(message, reason_code)
 
     def _on_message(self, message: paho.MQTTMessage) -> None:
         def acknowledge() -> None:
@@ -260,9 +273,9 @@ class Connection:
                 client.ack(message.mid, message.qos)
 
         incoming = Incoming(message.topic, bytes(message.payload), bool(message.retain))
-        self._owner.arrived(incoming, acknowledge if message.qos else None)
+        self._listener.on_message(incoming, acknowledge if message.qos else None)
 
 
-def _send_at_once(client: paho.Client, userdata: Any, connection: Any) -> None:
-    """Without this a round trip over rumqttd takes 44 ms and not 0.5: Nagle's algorithm meets delayed TCP acks."""
+def _disable_nagle(client: paho.Client, userdata: Any, connection: Any) -> None:
+    """Set TCP_NODELAY: with Nagle's algorithm and delayed TCP acks a round trip over rumqttd takes 44 ms, not 0.5."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,4 +1,4 @@
-"""MQTT's rules for topics and topic filters (MQTT 5, section 4.7)."""
+"""Topic names and topic filters (MQTT 5, section 4.7)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fedspine_edge.errors import TransportError
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:
-    """Whether `topic` falls under `topic_filter` with `+` (one level) and `#` (the level above and all below)."""
+    """Return whether `topic_filter` matches `topic`; `+` stands for one level, `#` for the parent and all below it."""
     levels, names = topic_filter.split("/"), topic.split("/")
     for position, level in enumerate(levels):
         if level == "#":
@@ -17,13 +17,13 @@ def topic_matches(topic_filter: str, topic: str) -> bool:
 
 
 def check_topic(topic: str) -> None:
-    """Raise `TransportError` for a topic that no broker accepts in a publication."""
+    """Raise `TransportError` for an invalid topic name of a publication."""
     if not topic or any(character in topic for character in "+#\0"):
-        raise TransportError(f"topic {topic!r} cannot be published to: it is empty or holds a wildcard.")
+        raise TransportError(f"topic {topic!r} cannot be published to: it is empty or contains a wildcard.")
 
 
 def check_filter(topic_filter: str) -> None:
-    """Raise `TransportError` for a malformed filter, which would make a broker close the connection."""
+    """Raise `TransportError` for a malformed filter, on which a broker would close the connection."""
     levels = topic_filter.split("/")
     misplaced = any(("#" in level or "+" in level) and len(level) > 1 for level in levels) or "#" in levels[:-1]
     if not topic_filter or "\0" in topic_filter or misplaced:

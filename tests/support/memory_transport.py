@@ -1,8 +1,7 @@
-"""An in-process broker with MQTT's semantics, for simulation and tests.
+"""In-process broker with the semantics of MQTT, for tests.
 
-What the rest of the package relies on is here: retained messages, wildcards, last wills, takeover of a client
-id, subscriptions that survive a reconnect. Delivery order is the order of publication, so a single-threaded
-simulation is deterministic; every method may also be called from several threads.
+It implements retained messages, wildcards, last wills, takeover of a client identifier, and subscriptions that
+survive a reconnect. Messages are delivered in the order of publication. Every method is thread-safe.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from fedspine_edge.transport.topic_filters import check_filter, check_topic, top
 
 
 class MemoryBroker:
-    """Routes between the `MemoryTransport`s made with it."""
+    """Broker that connects `MemoryTransport`s."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.RLock())
@@ -26,14 +25,14 @@ class MemoryBroker:
         self.running = True
 
     def stop(self) -> None:
-        """Vanish: clients are cut off, retained messages are forgotten, connecting fails until `start`."""
+        """Disconnect all clients, drop retained messages, and refuse connections until `start`."""
         with self._changed:
             self.running = False
             self._retained.clear()
             self._changed.notify_all()
 
     def start(self) -> None:
-        """Come back empty, as a broker without persistence does; clients that were connected reconnect."""
+        """Restart without retained messages, as a broker without persistence does. Connected clients reconnect."""
         with self._changed:
             self.running = True
             for client in list(self._clients.values()):
@@ -41,7 +40,7 @@ class MemoryBroker:
             self._changed.notify_all()
 
     def retained_topics(self) -> list[str]:
-        """Topics that hold a retained message, sorted."""
+        """Return the topics of all retained messages, sorted."""
         with self._changed:
             return sorted(self._retained)
 
@@ -53,7 +52,7 @@ class MemoryBroker:
                 self._retained.pop(topic, None)
             for client in self._clients.values():
                 if any(topic_matches(topic_filter, topic) for topic_filter in client._filters):
-                    client._inbox.append(Incoming(topic, payload))
+                    client._receive_queue.append(Incoming(topic, payload))
             self._changed.notify_all()
 
 
@@ -61,22 +60,22 @@ class MemoryTransport:
     """A `Transport` over a `MemoryBroker`.
 
     Args:
-        broker: Where to connect.
-        client_id: Unique at the broker; a second connection with the same id cuts the first off.
-        publish_timeout_s: How long `publish` waits for a stopped broker before `TransportError`, in seconds.
+        broker: Broker to connect to.
+        client_id: Client identifier. A second connection with the same identifier closes the first one.
+        publish_timeout_s: Longest wait of `publish` for a stopped broker, in seconds.
     """
 
     def __init__(self, broker: MemoryBroker, client_id: str, *, publish_timeout_s: float = 0.0) -> None:
         self._broker = broker
         self.client_id = client_id
         self._publish_timeout_s = publish_timeout_s
-        self._inbox: deque[Event] = deque()
+        self._receive_queue: deque[Event] = deque()
         self._filters: dict[str, None] = {}
         self._will: Will | None = None
         self._connected = False
 
     def connect(self, *, timeout_s: float, will: Will | None = None) -> None:
-        """See `Transport.connect`; a second call after `vanish` is a reconnect and restores subscriptions."""
+        """See `Transport.connect`. A call after `vanish` reconnects and restores subscriptions."""
         broker = self._broker
         with broker._changed:
             if not broker._changed.wait_for(lambda: broker.running, timeout_s):
@@ -119,15 +118,15 @@ class MemoryTransport:
                 self._filters.pop(topic_filter, None)
 
     def receive(self, *, timeout_s: float) -> Event | None:
-        """See `Transport.receive`; raises `TransportError` once another client took the id over or after `vanish`."""
+        """See `Transport.receive`. Raises `TransportError` after a takeover of the identifier or after `vanish`."""
         deadline = time.monotonic() + timeout_s
         with self._broker._changed:
-            while not self._inbox:
+            while not self._receive_queue:
                 self._require_connection()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not self._broker._changed.wait(remaining):
                     break
-            return self._inbox.popleft() if self._inbox else None
+            return self._receive_queue.popleft() if self._receive_queue else None
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -136,7 +135,7 @@ class MemoryTransport:
             self._filters.clear()
 
     def vanish(self) -> None:
-        """End the connection as a crash or a cut cable does: the broker publishes the will."""
+        """Drop the connection as a crash or a broken cable does. The broker publishes the will."""
         with self._broker._changed:
             if not self._connected:
                 return
@@ -146,7 +145,7 @@ class MemoryTransport:
 
     def _leave(self) -> None:
         self._connected = False
-        self._inbox.clear()
+        self._receive_queue.clear()
         if self._broker._clients.get(self.client_id) is self:
             del self._broker._clients[self.client_id]
         self._broker._changed.notify_all()
@@ -156,11 +155,11 @@ class MemoryTransport:
             raise TransportError(f"{self.client_id} is not connected.", remedy="Call connect() first.")
 
     def _restored(self) -> None:
-        self._inbox.append(Connected())
+        self._receive_queue.append(Connected())
         self._deliver_retained(tuple(self._filters))
         self._broker._changed.notify_all()
 
     def _deliver_retained(self, topic_filters: tuple[str, ...]) -> None:
         for topic, payload in self._broker._retained.items():
             if any(topic_matches(topic_filter, topic) for topic_filter in topic_filters):
-                self._inbox.append(Incoming(topic, payload, retained=True))
+                self._receive_queue.append(Incoming(topic, payload, retained=True))

@@ -1,4 +1,4 @@
-"""One face for three brokers, so that one set of tests describes them all."""
+"""Common interface to three brokers, so that the same tests run against each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Setup(Protocol):
 
     def crash(self) -> None: ...
 
-    def come_back(self) -> None: ...
+    def restart(self) -> None: ...
 
 
 class MemorySetup:
@@ -42,17 +42,17 @@ class MemorySetup:
     def crash(self) -> None:
         self.broker.stop()
 
-    def come_back(self) -> None:
+    def restart(self) -> None:
         self.broker.start()
 
 
 class Mosquitto:
-    """Debian's Mosquitto as a child process with the given extra configuration."""
+    """Mosquitto as a child process with extra configuration lines."""
 
     def __init__(self, folder: Path, extra: str = "allow_anonymous true\n") -> None:
         self.host, self.port = "127.0.0.1", free_port()
         self._config = folder / f"mosquitto-{self.port}.conf"
-        # As root Mosquitto would drop to a user who cannot read pytest's folders.
+        # When started by root, Mosquitto would switch to a user who cannot read pytest's folders.
         self._config.write_text(f"user root\nlistener {self.port} {self.host}\n{extra}")
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -99,7 +99,7 @@ class MqttSetup:
         os.kill(self.broker.pid, signal.SIGKILL)
         self.broker.stop()
 
-    def come_back(self) -> None:
+    def restart(self) -> None:
         self.broker.start()
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ MQTT_BROKERS = [
 
 
 def collect(transport: Transport, count: int, *, timeout_s: float = 20.0) -> list[Incoming]:
-    """The next `count` messages, or as many as came within `timeout_s` seconds; `Connected` is skipped."""
+    """Return the next `count` messages, or those received within `timeout_s` seconds. Skips `Connected`."""
     found: list[Incoming] = []
     deadline = time.monotonic() + timeout_s
     while len(found) < count and (left := deadline - time.monotonic()) > 0:
@@ -141,12 +141,12 @@ def collect(transport: Transport, count: int, *, timeout_s: float = 20.0) -> lis
 
 
 def quiet(transport: Transport, *, for_s: float = 0.3) -> bool:
-    """Whether no message arrives for `for_s` seconds."""
+    """Return whether no message arrives for `for_s` seconds."""
     return collect(transport, 1, timeout_s=for_s) == []
 
 
 def until_connected(transport: Transport, *, timeout_s: float = 20.0) -> list[Incoming]:
-    """Wait for `Connected`; returns the messages that came before it."""
+    """Wait for `Connected` and return the messages received before it."""
     before: list[Incoming] = []
     deadline = time.monotonic() + timeout_s
     while (left := deadline - time.monotonic()) > 0:

@@ -1,4 +1,4 @@
-"""One fixture per choice of brokers, so that one set of tests describes them all."""
+"""Fixtures that run a test against every broker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transport_support import MQTT_BROKERS, MemorySetup, Mosquitto, MqttSetup, S
 
 @pytest.fixture(params=["memory", *MQTT_BROKERS])
 def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
-    """Every broker in turn."""
+    """Return a setup for each broker in turn."""
     if request.param == "memory":
         yield MemorySetup()
         return
@@ -22,7 +22,7 @@ def setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setup]:
 
 @pytest.fixture(params=MQTT_BROKERS)
 def mqtt_setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MqttSetup]:
-    """Every real broker in turn."""
+    """Return a setup for each real broker in turn."""
     mqtt = start_mqtt(request.param, tmp_path)
     yield mqtt
     mqtt.close()
@@ -30,7 +30,7 @@ def mqtt_setup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MqttS
 
 @pytest.fixture
 def mosquitto(tmp_path: Path) -> Iterator[Callable[[str], Mosquitto]]:
-    """Start a Mosquitto with the given configuration lines."""
+    """Return a function that starts Mosquitto with the given configuration lines."""
     started: list[Mosquitto] = []
 
     def start(extra: str) -> Mosquitto:

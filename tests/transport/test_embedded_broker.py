@@ -1,4 +1,4 @@
-"""The embedded broker as a process: it starts, ends with its parent, and says why it cannot."""
+"""The embedded broker process: start, stop, exit with its parent, and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _wait_until_dead(port: int, timeout_s: float = 10.0) -> bool:
     return False
 
 
-def test_it_listens_on_loopback_only_and_stops() -> None:
+def test_broker_listens_on_loopback_only_and_stops() -> None:
     with EmbeddedBroker() as running:
         assert running.running
         assert accepts_mqtt("127.0.0.1", running.port)
@@ -39,22 +39,22 @@ def test_it_listens_on_loopback_only_and_stops() -> None:
     assert not accepts_mqtt("127.0.0.1", running.port)
 
 
-def test_the_command_logs_what_an_operator_can_use_and_nothing_else() -> None:
+def test_broker_command_logs_only_its_address() -> None:
     port = free_port()
     command = [sys.executable, "-m", "fedspine_edge", "broker", "--port", str(port)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 20
-        while not accepts_mqtt("127.0.0.1", port, timeout_s=0.5):  # a client that comes and goes
+        while not accepts_mqtt("127.0.0.1", port, timeout_s=0.5):  # a client that disconnects at once
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.2)
         process.terminate()
         assert process.stderr is not None
-        said = process.stderr.read().splitlines()
-    assert [line.split(" INFO ")[1] for line in said] == [f"iotcore.broker: broker listening on 127.0.0.1:{port}"]
+        lines = process.stderr.read().splitlines()
+    assert [line.split(" INFO ")[1] for line in lines] == [f"iotcore.broker: broker listening on 127.0.0.1:{port}"]
 
 
-def test_it_starts_again_on_the_same_port_after_a_crash() -> None:
+def test_broker_restarts_on_the_same_port_after_a_crash() -> None:
     with EmbeddedBroker() as running:
         port, first = running.port, running.pid
         assert first is not None
@@ -65,7 +65,7 @@ def test_it_starts_again_on_the_same_port_after_a_crash() -> None:
         assert running.pid != first
 
 
-def test_it_ends_when_its_parent_is_killed() -> None:
+def test_broker_exits_when_its_parent_is_killed() -> None:
     program = (
         "import time; from fedspine_edge.transport.broker import EmbeddedBroker\n"
         "with EmbeddedBroker() as b: print(b.port, flush=True); time.sleep(60)"
@@ -78,7 +78,7 @@ def test_it_ends_when_its_parent_is_killed() -> None:
     assert _wait_until_dead(port)
 
 
-def test_a_port_in_use_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_raises_transport_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -89,7 +89,7 @@ def test_a_port_in_use_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Choose another port" in capsys.readouterr().err
 
 
-def test_a_free_port_lost_to_another_process_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_port_lost_to_another_process_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -99,7 +99,7 @@ def test_a_free_port_lost_to_another_process_is_replaced(monkeypatch: pytest.Mon
             assert accepts_mqtt("127.0.0.1", running.port)
 
 
-def test_without_iotcore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_iotcore_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "iotcore", None)
     with pytest.raises(MissingDependency, match=r"fedspine-edge\[broker\]"):
         run_broker()
@@ -107,7 +107,7 @@ def test_without_iotcore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         EmbeddedBroker().start()
 
 
-def test_impossible_ports_are_refused() -> None:
+def test_invalid_port_raises() -> None:
     with pytest.raises(ConfigError, match="70000"):
         EmbeddedBroker(port=70000)
     with pytest.raises(SystemExit) as ended:

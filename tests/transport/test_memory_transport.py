@@ -1,4 +1,4 @@
-"""What only the in-process broker has; everything it shares with MQTT is in test_transport_behaviour.py."""
+"""Behavior specific to the in-process broker of the tests; test_transport_behaviour.py has what MQTT shares."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ LEVELS = st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=4)
         ("a/+/c", "a/b/d", False),
     ],
 )
-def test_filters_match_as_the_standard_says(topic_filter: str, topic: str, expected: bool) -> None:
+def test_topic_matches_follows_the_mqtt_specification(topic_filter: str, topic: str, expected: bool) -> None:
     assert topic_matches(topic_filter, topic) is expected
 
 
 @given(LEVELS, st.lists(st.sampled_from(["a", "b", "", "+"]), min_size=1, max_size=4), st.booleans())
-def test_filters_match_as_a_regular_expression_does(names: list[str], levels: list[str], rest: bool) -> None:
+def test_topic_matches_agrees_with_a_regular_expression(names: list[str], levels: list[str], rest: bool) -> None:
     pattern = "/".join("[^/]*" if level == "+" else level for level in levels) + ("(/.*)?" if rest else "")
     topic_filter = "/".join([*levels, "#"] if rest else levels)
     topic = "/".join(names)
     assert topic_matches(topic_filter, topic) == bool(re.fullmatch(pattern, topic))
 
 
-def test_a_stopped_broker_forgets_and_its_clients_come_back_subscribed() -> None:
+def test_broker_restart_clears_retained_and_keeps_filters() -> None:
     broker = MemoryBroker()
     client = MemoryTransport(broker, "one")
     client.connect(timeout_s=1)
@@ -62,17 +62,17 @@ def test_a_stopped_broker_forgets_and_its_clients_come_back_subscribed() -> None
     assert [client.receive(timeout_s=0) for _ in range(3)] == [Connected(), Incoming("a/new", b"3"), None]
 
 
-def test_a_second_client_with_the_same_id_cuts_the_first_off() -> None:
+def test_connect_with_same_id_disconnects_first_client() -> None:
     broker = MemoryBroker()
     first, second = MemoryTransport(broker, "same"), MemoryTransport(broker, "same")
-    first.connect(timeout_s=0, will=Will("s", b"gone"))
+    first.connect(timeout_s=0, will=Will("s", b"offline"))
     second.connect(timeout_s=0)
     with pytest.raises(TransportError, match="not connected"):
         first.receive(timeout_s=0)
     assert broker.retained_topics() == ["s"]
 
 
-def test_nothing_works_before_connect() -> None:
+def test_publish_before_connect_raises() -> None:
     client = MemoryTransport(MemoryBroker(), "one")
     with pytest.raises(TransportError, match="not connected"):
         client.publish("a", b"")

@@ -1,4 +1,4 @@
-"""What only real MQTT has: refusals with a reason, TLS, passwords, wills of killed processes, limits."""
+"""Behavior specific to real MQTT: explained refusals, TLS, passwords, last wills of killed processes, limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHUNK = bytes(96 * 1024)
 
 
 def attempt(settings: BrokerSettings, *, timeout_s: float = 0.4) -> BrokerUnreachable:
-    """The error of a connection that must fail."""
+    """Return the error of a connection that must fail."""
     transport = MqttTransport(settings, "attempt")
     with pytest.raises(BrokerUnreachable) as caught:
         transport.connect(timeout_s=timeout_s)
@@ -36,7 +36,7 @@ def attempt(settings: BrokerSettings, *, timeout_s: float = 0.4) -> BrokerUnreac
     return caught.value
 
 
-def test_nothing_listens_there() -> None:
+def test_connect_to_closed_port_raises_broker_unreachable() -> None:
     port = free_port()
     started = time.monotonic()
     error = attempt(BrokerSettings(port=port))
@@ -46,24 +46,24 @@ def test_nothing_listens_there() -> None:
     assert time.monotonic() - started < 3
 
 
-def test_an_unknown_host_name_is_named() -> None:
+def test_connect_to_unknown_host_names_dns() -> None:
     error = attempt(BrokerSettings(host="no-such-host.invalid"))
     assert "no-such-host.invalid:1883" in error.message
     assert "DNS" in error.message
 
 
-def test_a_port_that_never_answers_is_given_up_in_time() -> None:
+def test_connect_to_silent_port_times_out() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         started = time.monotonic()
         error = attempt(BrokerSettings(port=silent.getsockname()[1]))
-        assert "did not answer in time" in error.message
+        assert "was not answered in time" in error.message
         assert time.monotonic() - started < 3
 
 
 @pytest.mark.broker
-def test_the_will_of_a_killed_process_is_published(mqtt_setup: MqttSetup) -> None:
+def test_will_of_killed_process_is_published(mqtt_setup: MqttSetup) -> None:
     watcher = mqtt_setup.transport()
     watcher.connect(timeout_s=5)
     watcher.subscribe("status/+")
@@ -89,7 +89,7 @@ time.sleep(60)
 
 
 @pytest.mark.broker
-def test_what_is_published_while_the_broker_is_away_arrives_later(mqtt_setup: MqttSetup) -> None:
+def test_publish_while_broker_is_down_arrives_after_restart(mqtt_setup: MqttSetup) -> None:
     transport = mqtt_setup.transport()
     transport.connect(timeout_s=5)
     transport.subscribe("a/#")
@@ -98,15 +98,15 @@ def test_what_is_published_while_the_broker_is_away_arrives_later(mqtt_setup: Mq
     for index in range(20):
         transport.publish(f"a/{index}", CHUNK)
     assert quiet(transport)
-    mqtt_setup.come_back()
+    mqtt_setup.restart()
     until_connected(transport)
     assert {message.topic for message in collect(transport, 20)} == {f"a/{index}" for index in range(20)}
 
 
 @pytest.mark.broker
-def test_a_full_outbox_is_an_error_after_the_timeout(mqtt_setup: MqttSetup) -> None:
+def test_publish_with_full_send_queue_raises_after_timeout(mqtt_setup: MqttSetup) -> None:
     transport = MqttTransport(
-        mqtt_setup.settings(), "full", publish_timeout_s=0.3, flush_timeout_s=0.2, outbox_bytes=300_000
+        mqtt_setup.settings(), "full", publish_timeout_s=0.3, flush_timeout_s=0.2, send_queue_bytes=300_000
     )
     transport.connect(timeout_s=5)
     mqtt_setup.crash()
@@ -118,7 +118,7 @@ def test_a_full_outbox_is_an_error_after_the_timeout(mqtt_setup: MqttSetup) -> N
 
 
 @pytest.mark.broker
-def test_a_broker_that_stays_away_ends_in_an_error(mqtt_setup: MqttSetup) -> None:
+def test_reconnect_timeout_raises_broker_unreachable(mqtt_setup: MqttSetup) -> None:
     transport = MqttTransport(mqtt_setup.settings(), "patient", reconnect_timeout_s=1.0)
     transport.connect(timeout_s=5)
     until_connected(transport)
@@ -131,7 +131,7 @@ def test_a_broker_that_stays_away_ends_in_an_error(mqtt_setup: MqttSetup) -> Non
 
 
 @pytest.mark.broker
-def test_close_returns_in_time_when_the_broker_is_gone(mqtt_setup: MqttSetup) -> None:
+def test_close_without_broker_returns_in_time(mqtt_setup: MqttSetup) -> None:
     transport = MqttTransport(mqtt_setup.settings(), "leaving", flush_timeout_s=0.5)
     transport.connect(timeout_s=5)
     mqtt_setup.crash()
@@ -142,8 +142,8 @@ def test_close_returns_in_time_when_the_broker_is_gone(mqtt_setup: MqttSetup) ->
 
 
 @pytest.mark.broker
-def test_a_slow_receiver_holds_the_broker_back_and_loses_nothing(mqtt_setup: MqttSetup) -> None:
-    receiver = MqttTransport(mqtt_setup.settings(), "slow", inbox_bytes=400_000)
+def test_slow_receiver_applies_back_pressure_without_loss(mqtt_setup: MqttSetup) -> None:
+    receiver = MqttTransport(mqtt_setup.settings(), "slow", receive_queue_bytes=400_000)
     sender = mqtt_setup.transport()
     receiver.connect(timeout_s=5)
     sender.connect(timeout_s=5)
@@ -154,15 +154,15 @@ def test_a_slow_receiver_holds_the_broker_back_and_loses_nothing(mqtt_setup: Mqt
     sender.publish("flush", b"")
     collect(sender, 1)
     time.sleep(0.5)
-    # 3 fit, the broker may have 32 (Receive Maximum) or 100 (rumqttd) more on the way.
-    assert len(receiver._inbox) <= 110
+    # 3 fit; 32 (Receive Maximum) or 100 (rumqttd) more may be in flight.
+    assert len(receiver._receive_queue) <= 110
     assert [message.topic for message in collect(receiver, 200)] == [f"bulk/{index}" for index in range(200)]
     receiver.close()
 
 
 @pytest.mark.broker
-def test_publishing_while_the_inbox_is_full_does_not_hang(mqtt_setup: MqttSetup) -> None:
-    both = MqttTransport(mqtt_setup.settings(), "both", inbox_bytes=1000, publish_timeout_s=20)
+def test_publish_with_full_receive_queue_does_not_deadlock(mqtt_setup: MqttSetup) -> None:
+    both = MqttTransport(mqtt_setup.settings(), "both", receive_queue_bytes=1000, publish_timeout_s=20)
     both.connect(timeout_s=5)
     both.subscribe("loop/#")
     for index in range(150):
@@ -172,8 +172,8 @@ def test_publishing_while_the_inbox_is_full_does_not_hang(mqtt_setup: MqttSetup)
 
 
 @pytest.mark.broker
-def test_quality_0_messages_of_others_never_exceed_the_inbox_uncounted(mqtt_setup: MqttSetup) -> None:
-    receiver = MqttTransport(mqtt_setup.settings(), "bounded", inbox_bytes=5000)
+def test_qos_0_messages_beyond_the_receive_queue_are_counted(mqtt_setup: MqttSetup) -> None:
+    receiver = MqttTransport(mqtt_setup.settings(), "bounded", receive_queue_bytes=5000)
     receiver.connect(timeout_s=5)
     receiver.subscribe("noise")
     careless = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
@@ -182,7 +182,7 @@ def test_quality_0_messages_of_others_never_exceed_the_inbox_uncounted(mqtt_setu
     for _ in range(20):
         careless.publish("noise", bytes(1000), qos=0)
     deadline = time.monotonic() + 10
-    while receiver.dropped + len(receiver._inbox) < 21 and time.monotonic() < deadline:  # and Connected
+    while receiver.dropped + len(receiver._receive_queue) < 21 and time.monotonic() < deadline:  # plus Connected
         time.sleep(0.02)
     careless.disconnect()
     careless.loop_stop()
@@ -191,7 +191,7 @@ def test_quality_0_messages_of_others_never_exceed_the_inbox_uncounted(mqtt_setu
 
 
 @pytest.mark.broker
-def test_two_clients_with_one_id_slow_down_and_say_so(mqtt_setup: MqttSetup, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicate_client_ids_back_off_and_log_a_hint(mqtt_setup: MqttSetup, caplog: pytest.LogCaptureFixture) -> None:
     clients = [MqttTransport(mqtt_setup.settings(), "same-id", flush_timeout_s=0.5) for _ in range(2)]
     for client in clients:
         client.connect(timeout_s=5)
@@ -204,7 +204,7 @@ def test_two_clients_with_one_id_slow_down_and_say_so(mqtt_setup: MqttSetup, cap
         client.close()
 
 
-def test_a_broker_that_names_the_takeover_ends_the_connection_for_good() -> None:
+def test_session_takeover_ends_the_connection_for_good() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -229,7 +229,7 @@ def test_a_broker_that_names_the_takeover_ends_the_connection_for_good() -> None
 
 @pytest.mark.broker
 @needs_mosquitto
-def test_passwords(mosquitto: StartMosquitto, tmp_path: Path) -> None:
+def test_password_accepted_or_refused_with_remedy(mosquitto: StartMosquitto, tmp_path: Path) -> None:
     users = tmp_path / "users"
     program = shutil.which("mosquitto_passwd")
     assert program is not None
@@ -248,12 +248,12 @@ def test_passwords(mosquitto: StartMosquitto, tmp_path: Path) -> None:
     assert "refused the connection" in error.message
     assert "password_file" in error.remedy
     assert "wrong" not in str(error)
-    assert time.monotonic() - started < 10  # not worth repeating
+    assert time.monotonic() - started < 10  # a wrong password is not retried
 
 
 @pytest.mark.broker
 @needs_mosquitto
-def test_a_message_above_the_brokers_limit_is_refused_before_it_is_sent(mosquitto: StartMosquitto) -> None:
+def test_publish_above_packet_limit_raises_before_sending(mosquitto: StartMosquitto) -> None:
     broker = mosquitto("allow_anonymous true\nmax_packet_size 50000\n")
     transport = MqttTransport(BrokerSettings(port=broker.port), "large")
     transport.connect(timeout_s=10)
@@ -267,7 +267,7 @@ def test_a_message_above_the_brokers_limit_is_refused_before_it_is_sent(mosquitt
 
 @pytest.mark.broker
 @needs_mosquitto
-def test_access_lists_that_forbid_are_an_error_and_not_silence(mosquitto: StartMosquitto, tmp_path: Path) -> None:
+def test_publish_forbidden_by_access_list_raises(mosquitto: StartMosquitto, tmp_path: Path) -> None:
     rules = tmp_path / "acl"
     rules.write_text("topic readwrite mine/#\n")
     broker = mosquitto(f"allow_anonymous true\nacl_file {rules}\n")
@@ -276,8 +276,8 @@ def test_access_lists_that_forbid_are_an_error_and_not_silence(mosquitto: StartM
     watcher.connect(timeout_s=10)
     watcher.subscribe("mine/#")
     until_connected(transport)
-    transport.publish("theirs/a", b"1")
-    with pytest.raises(TransportError, match=r"publication to 'theirs/a'.*Not authorized"):
+    transport.publish("other/a", b"1")
+    with pytest.raises(TransportError, match=r"publication to 'other/a'.*Not authorized"):
         transport.receive(timeout_s=10)
     assert [message.payload for message in collect(watcher, 1)] == [b"offline"]
     for client in (transport, watcher):
@@ -349,22 +349,22 @@ def test_tls_with_client_certificates(mosquitto: StartMosquitto, tmp_path: Path)
         (BrokerSettings(password_file=__file__), "username"),
     ],
 )
-def test_unusable_files_are_settings_errors(settings: BrokerSettings, named: str) -> None:
+def test_unusable_credential_files_raise_config_error(settings: BrokerSettings, named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
         MqttTransport(settings, "d")
     assert caught.value.remedy
     assert "Errno" not in caught.value.message
 
 
-def test_an_empty_password_file_is_a_settings_error(tmp_path: Path) -> None:
+def test_empty_password_file_raises_config_error(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    with pytest.raises(ConfigError, match="no first line") as caught:
+    with pytest.raises(ConfigError, match="is empty") as caught:
         MqttTransport(BrokerSettings(username="u", password_file=str(tmp_path / "empty")), "d")
     assert caught.value.remedy
 
 
 @pytest.mark.broker
-def test_threads_end_with_close(mqtt_setup: MqttSetup) -> None:
+def test_close_ends_all_threads(mqtt_setup: MqttSetup) -> None:
     before = set(threading.enumerate())
     transport = MqttTransport(mqtt_setup.settings(), "tidy")
     transport.connect(timeout_s=5)
@@ -376,7 +376,7 @@ def test_threads_end_with_close(mqtt_setup: MqttSetup) -> None:
 
 
 @pytest.mark.broker
-def test_payloads_stay_out_of_the_log(mqtt_setup: MqttSetup, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_contains_no_payloads(mqtt_setup: MqttSetup, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     transport = mqtt_setup.transport()
     transport.connect(timeout_s=5)

@@ -1,4 +1,4 @@
-"""What server and devices rely on, the same over the in-process broker, the embedded one and Mosquitto."""
+"""Transport behavior that server and devices rely on, over the in-process broker, the embedded one and Mosquitto."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedspine_edge.transport.base import Connected, Incoming, Will
 CHUNK = bytes(range(256)) * 384  # 96 KiB
 
 
-def test_a_message_reaches_every_subscriber_and_no_one_else(setup: Setup) -> None:
+def test_publish_reaches_matching_subscribers_only(setup: Setup) -> None:
     sender, exact, wild, other = (setup.transport() for _ in range(4))
     for transport in (sender, exact, wild, other):
         transport.connect(timeout_s=5)
@@ -31,7 +31,7 @@ def test_a_message_reaches_every_subscriber_and_no_one_else(setup: Setup) -> Non
     assert quiet(other)
 
 
-def test_a_sender_receives_its_own_messages(setup: Setup) -> None:
+def test_publish_reaches_the_sender_if_subscribed(setup: Setup) -> None:
     transport = setup.transport()
     transport.connect(timeout_s=5)
     transport.subscribe("self")
@@ -39,7 +39,7 @@ def test_a_sender_receives_its_own_messages(setup: Setup) -> None:
     assert collect(transport, 1) == [Incoming("self", b"1")]
 
 
-def test_retained_messages_wait_for_late_subscribers_until_cleared(setup: Setup) -> None:
+def test_retained_message_reaches_late_subscribers_until_cleared(setup: Setup) -> None:
     server, late = setup.transport(), setup.transport()
     server.connect(timeout_s=5)
     late.connect(timeout_s=5)
@@ -58,7 +58,7 @@ def test_retained_messages_wait_for_late_subscribers_until_cleared(setup: Setup)
     assert quiet(later)
 
 
-def test_subscribing_again_delivers_retained_messages_again(setup: Setup) -> None:
+def test_subscribe_again_delivers_retained_messages_again(setup: Setup) -> None:
     transport = setup.transport()
     transport.connect(timeout_s=5)
     transport.publish("plan/a", b"1", retain=True)
@@ -68,11 +68,11 @@ def test_subscribing_again_delivers_retained_messages_again(setup: Setup) -> Non
     transport.unsubscribe("plan/a")
     transport.subscribe("plan/a")
     assert [message.payload for message in collect(transport, 1)] == [b"1"]
-    # rumqttd may repeat it for a filter it knew before: at least once, never something else
+    # rumqttd may deliver it twice for a known filter: at least once, and nothing else
     assert {message.payload for message in collect(transport, 3, timeout_s=0.3)} <= {b"1"}
 
 
-def test_unsubscribing_ends_delivery(setup: Setup) -> None:
+def test_unsubscribe_ends_delivery(setup: Setup) -> None:
     transport = setup.transport()
     transport.connect(timeout_s=5)
     transport.subscribe("a", "b")
@@ -82,7 +82,7 @@ def test_unsubscribing_ends_delivery(setup: Setup) -> None:
     assert [message.topic for message in collect(transport, 2, timeout_s=1)] == ["b"]
 
 
-def test_a_window_of_exact_retained_topics_delivers_each_chunk_once(setup: Setup) -> None:
+def test_subscribe_to_window_delivers_each_retained_chunk_once(setup: Setup) -> None:
     server, device = setup.transport(), setup.transport()
     server.connect(timeout_s=5)
     device.connect(timeout_s=5)
@@ -91,7 +91,7 @@ def test_a_window_of_exact_retained_topics_delivers_each_chunk_once(setup: Setup
         server.publish(topic, bytes([index]) + CHUNK[1:], retain=True)
     server.subscribe("flush")
     server.publish("flush", b"")
-    assert len(collect(server, 1)) == 1  # the broker has handled all that was published before
+    assert len(collect(server, 1)) == 1  # the broker has handled everything published before
     fetched: dict[str, int] = {}
     for start in range(0, 40, 16):
         window = topics[start : start + 16]
@@ -106,7 +106,7 @@ def test_a_window_of_exact_retained_topics_delivers_each_chunk_once(setup: Setup
     assert quiet(device)
 
 
-def test_a_chunk_published_after_its_subscription_arrives_too(setup: Setup) -> None:
+def test_chunk_published_after_subscription_arrives(setup: Setup) -> None:
     server, device = setup.transport(), setup.transport()
     server.connect(timeout_s=5)
     device.connect(timeout_s=5)
@@ -121,7 +121,7 @@ def test_a_chunk_published_after_its_subscription_arrives_too(setup: Setup) -> N
     assert {message.payload for message in collect(device, 16)} == {b""}
 
 
-def test_twenty_megabytes_from_six_devices_at_once(setup: Setup) -> None:
+def test_twenty_megabytes_from_six_devices_arrive_complete(setup: Setup) -> None:
     server = setup.transport()
     server.connect(timeout_s=5)
     server.subscribe("f/v1/device/+/blob/#")
@@ -143,7 +143,7 @@ def test_twenty_megabytes_from_six_devices_at_once(setup: Setup) -> None:
     assert all(message.payload == CHUNK for message in arrived)
 
 
-def test_a_clean_goodbye_sends_everything_and_no_will(setup: Setup) -> None:
+def test_close_sends_queued_messages_and_no_will(setup: Setup) -> None:
     server, device = setup.transport(), setup.transport()
     server.connect(timeout_s=5)
     server.subscribe("status", "bulk")
@@ -160,7 +160,7 @@ def test_a_clean_goodbye_sends_everything_and_no_will(setup: Setup) -> None:
     device.close()
 
 
-def test_after_a_crash_of_the_broker_subscriptions_are_back_and_connected_is_told(setup: Setup) -> None:
+def test_broker_crash_restores_subscriptions_and_connected(setup: Setup) -> None:
     server, device = setup.transport(), setup.transport()
     server.connect(timeout_s=5)
     server.subscribe("status/+")
@@ -172,7 +172,7 @@ def test_after_a_crash_of_the_broker_subscriptions_are_back_and_connected_is_tol
     assert [message.payload for message in collect(device, 1)] == [b"round 1"]
     setup.crash()
     assert quiet(device)
-    setup.come_back()
+    setup.restart()
     until_connected(server)
     until_connected(device)
     server.publish("plan", b"round 2", retain=True)
@@ -182,7 +182,7 @@ def test_after_a_crash_of_the_broker_subscriptions_are_back_and_connected_is_tol
 
 
 @pytest.mark.parametrize("topic", ["", "a/+/b", "a/#", "a\0b"])
-def test_impossible_topics_are_refused(setup: Setup, topic: str) -> None:
+def test_invalid_topics_and_filters_raise(setup: Setup, topic: str) -> None:
     transport = setup.transport()
     transport.connect(timeout_s=5)
     with pytest.raises(TransportError, match="cannot be published to"):
