@@ -23,14 +23,24 @@ from fedspine_edge.device.device_state import DEVICE, PersistedState, PruningSta
 from fedspine_edge.device.failure_report import failure_report
 from fedspine_edge.device.message_queue import MessageQueue, PlanSuperseded
 from fedspine_edge.device.publisher import DevicePublisher
-from fedspine_edge.device.round import ROUND, LocalRound, order_of
+from fedspine_edge.device.round import ROUND, LocalRound
 from fedspine_edge.device.status import status_of
 from fedspine_edge.errors import BlobError, MessageError, TransportError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.blobs import order_from_tensors
 from fedspine_edge.protocol.chunks import BlobStore
-from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
+from fedspine_edge.protocol.messages import (
+    MAX_RETRY_S,
+    Ack,
+    FinishedPlan,
+    Report,
+    RoundPlan,
+    Status,
+    WaitPlan,
+    retry_interval_s,
+)
 from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
 from fedspine_edge.training.base_model import BaseModelLoader, choose_torch_device
@@ -40,9 +50,6 @@ from fedspine_edge.training.tokenization import TextEncoder, TokenizedSplits
 from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, Connected, Event, Transport, Will
 
 log = logging.getLogger("fedspine_edge.device")
-
-RETRY_SHARE = 1 / 40
-"""Retry interval as a share of the plan's deadline, held within 1..15 s."""
 
 
 class FleetDevice:
@@ -74,10 +81,10 @@ class FleetDevice:
         self._topics = Topics(config.fleet)
         self._state: StateDir | None = None
         self._refused_because = ""
-        self._plan: Plan | None = None
+        self._plan: RoundPlan | None = None
         self._plan_sha256 = ""
         self._meter: CostMeter | None = None
-        self._retry_s = 15.0
+        self._retry_s = MAX_RETRY_S
         self._retry_at: float | None = None
         self._watching = False
         self._inbox = MessageQueue(transport, self._topics.plan(config.device_id))
@@ -194,7 +201,7 @@ class FleetDevice:
         sha256 = codec.digest(payload)
         if self._plan is not None and sha256 == self._plan_sha256:
             return
-        plan = codec.decode(payload, Plan)
+        plan = codec.decode_plan(payload)
         if plan.device_id != self.config.device_id:
             raise MessageError(f"the plan is for device {plan.device_id!r}.")
         record, last = self._record, self._record.report
@@ -204,27 +211,28 @@ class FleetDevice:
             self._resend()
             return
         same_run = last is not None and last.run_id == plan.run_id
-        if last is not None and same_run and plan.action == "round" and plan.server_round < last.server_round:
+        if last is not None and same_run and isinstance(plan, RoundPlan) and plan.server_round < last.server_round:
             raise MessageError(f"round {plan.server_round} is over; this device reported {last.server_round}.")
         self._drop_plan()
         record.acked, self._retry_at = True, None  # a newer plan ends the wait for an ack
-        if plan.reason and plan.reason != self._refused_because:  # every status that this device sends is answered
-            log.error("fleet %s does not take this device: %s", self.config.fleet, plan.reason)
-        self._refused_because = plan.reason
-        if plan.action == "finished":
+        reason = plan.reason if isinstance(plan, WaitPlan) else ""
+        if reason and reason != self._refused_because:  # the server answers every status with it
+            log.error("fleet %s does not accept this device: %s", self.config.fleet, reason)
+        self._refused_because = reason
+        if isinstance(plan, FinishedPlan):
             log.info("run %s is finished", plan.run_id)
             self._state_dir.remove(ROUND)
             self.finished = True
-        elif plan.action == "round":
+        elif isinstance(plan, RoundPlan):
             self._accept(plan, sha256)
 
-    def _accept(self, plan: Plan, sha256: str) -> None:
+    def _accept(self, plan: RoundPlan, sha256: str) -> None:
         config = self.config
         if plan.run_id != self._record.run_id:
             self._record = PersistedState(PruningState(Layout.full(self._spec)), run_id=plan.run_id)
         self._plan, self._plan_sha256 = plan, sha256
         self._longest_tokens = plan.training.max_length_tokens
-        self._retry_s = min(15.0, max(1.0, plan.deadline_s * RETRY_SHARE))
+        self._retry_s = retry_interval_s(plan.deadline_s)
         self._meter = CostMeter.of(config, plan.server_round, self._clock)
         log.info("round %d of %d: p=%.3f, r=%d", plan.server_round, plan.num_rounds, plan.pruning_ratio, plan.r)
         if plan.adapter:
@@ -237,7 +245,7 @@ class FleetDevice:
             self._retry_at = self._clock.now() + self._retry_s
             self._proceed(self._plan)
 
-    def _proceed(self, plan: Plan) -> None:
+    def _proceed(self, plan: RoundPlan) -> None:
         """Train as soon as all of the adapter that this device needs is here."""
         if self._fetch.pending:
             return
@@ -254,10 +262,10 @@ class FleetDevice:
             self._retry_at = None
             self._train_round(plan, tensors)
 
-    def _joined(self, plan: Plan, bands: list[Tensors]) -> Tensors:
+    def _joined(self, plan: RoundPlan, bands: list[Tensors]) -> Tensors:
         """The adapter of `bands`. Raises `BlobError` when it lacks what this device keeps."""
         tensors, held = merge_slices(bands, self._spec)
-        order = order_of(tensors, self._spec) if plan.layout == "consensus" else None
+        order = order_from_tensors(self._spec, tensors) if plan.layout == "consensus" else None
         if not self._record.standing.starts_at(order).is_within(held):
             raise BlobError(
                 "the round's adapter was cut for devices that have pruned more than this one.",
@@ -275,7 +283,7 @@ class FleetDevice:
 
     # Training
 
-    def _train_round(self, plan: Plan, tensors: Tensors) -> None:
+    def _train_round(self, plan: RoundPlan, tensors: Tensors) -> None:
         assert self._meter is not None  # set with the plan
         job = None
         try:
@@ -311,7 +319,7 @@ class FleetDevice:
         self._model = job.model
         self._conclude(outcome.report, outcome)
 
-    def _failure(self, plan: Plan, error: Exception) -> Report:
+    def _failure(self, plan: RoundPlan, error: Exception) -> Report:
         report = failure_report(
             plan,
             self._plan_sha256,

@@ -15,8 +15,6 @@ from fedspine_edge.training.state_dir import (
     StateDir,
     StateRecord,
     Tensors,
-    layout_from,
-    layout_tensors,
     prefixed,
     unprefixed,
 )
@@ -73,7 +71,7 @@ class PersistedState:
             "acked": self.acked,
         }
         importance = self.standing.importance or {}
-        tensors = {**layout_tensors(self.standing.layout), **prefixed("importance.", importance)}
+        tensors = {**self.standing.layout.to_tensors(), **prefixed("importance.", importance)}
         state.write(DEVICE, StateRecord(info, tensors))
 
     @classmethod
@@ -92,7 +90,7 @@ class PersistedState:
             report = saved.info["report"]
             return cls(
                 PruningState(
-                    layout_from(spec, saved.tensors),
+                    Layout.from_tensors(spec, saved.tensors),
                     float(saved.info["pruning_ratio"]),
                     unprefixed("importance.", saved.tensors) or None,
                 ),

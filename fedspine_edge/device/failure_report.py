@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedspine_edge.device.cost_meter import CostMeter, TimeKind
 from fedspine_edge.errors import FedspineError, OutOfMemory
-from fedspine_edge.protocol.messages import Plan, Report
+from fedspine_edge.protocol.messages import Report, RoundPlan
 
 
 def reason_of(error: Exception) -> str:
@@ -19,7 +19,7 @@ def reason_of(error: Exception) -> str:
 
 
 def failure_report(
-    plan: Plan,
+    plan: RoundPlan,
     plan_sha256: str,
     error: Exception,
     *,

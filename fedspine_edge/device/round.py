@@ -20,12 +20,20 @@ from fedspine_edge.device.device_state import PruningState, RoundResult
 from fedspine_edge.device.privacy import clip_and_add_noise
 from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
 from fedspine_edge.model.deterministic_init import kaiming_uniform
-from fedspine_edge.model.layout import Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.model.layout import Layout, full_shape, module_names, split_name, target_counts
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.blobs import (
+    KEEP,
+    adapter_and_head,
+    gather_adapter,
+    head_tensors,
+    order_from_tensors,
+    scores_to_tensors,
+)
 from fedspine_edge.protocol.chunks import ref_of
 from fedspine_edge.protocol.codec import check_tensors, pack
-from fedspine_edge.protocol.messages import Plan, Report
+from fedspine_edge.protocol.messages import Report, RoundPlan
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.selection import GroupScores, select_layout
 from fedspine_edge.training.base_model import BaseModelLoader
@@ -37,8 +45,6 @@ from fedspine_edge.training.state_dir import (
     StateDir,
     StateRecord,
     Tensors,
-    layout_from,
-    layout_tensors,
     prefixed,
     unprefixed,
 )
@@ -76,7 +82,7 @@ class LocalRound:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RoundPlan,
         plan_sha256: str,
         blob: Mapping[str, npt.NDArray[Any]],
         *,
@@ -107,7 +113,7 @@ class LocalRound:
         self._on_step = on_step
         spec = standing.layout.spec
         self._global = global_adapter(plan, blob, spec, source)
-        self._order = order_of(blob, spec)
+        self._order = order_from_tensors(spec, blob)
         self._phase = "before"
         self._info: dict[str, Any] = {}
         self._scores: Tensors = {}
@@ -188,7 +194,7 @@ class LocalRound:
         if saved is None or saved.info.get("plan_sha256") != self._plan_sha256:
             return None
         try:
-            layout = layout_from(self._standing.layout.spec, saved.tensors)
+            layout = Layout.from_tensors(self._standing.layout.spec, saved.tensors)
             trainer = self._trainer(layout)
             trainer.restore(StateRecord(saved.info["trainer"], unprefixed("trainer.", saved.tensors)))
             self._meter.restore(saved.info["meter"])
@@ -244,7 +250,7 @@ class LocalRound:
         scores: GroupScores | None = None
         if tracker.ready:
             scores = tracker.scores()
-            self._scores = scores_tensors(scores, layout)
+            self._scores = scores_to_tensors(layout, scores.heads, scores.channels)
         wanted = layout
         if plan.layout == "local" and plan.pruning_ratio > self._standing.pruning_ratio:
             if scores is None:
@@ -270,7 +276,7 @@ class LocalRound:
             adapter = dict(
                 clip_and_add_noise(
                     adapter,
-                    gathered(self._global, model.layout, self._plan.r),
+                    {**head_tensors(self._global), **gather_adapter(self._global, model.layout, self._plan.r)},
                     clip_norm=config.clip_update_norm,
                     noise_std=config.noise_std,
                     seed=(self._noise_secret(), config.device_id, self._plan.run_id, self._plan.server_round),
@@ -281,8 +287,7 @@ class LocalRound:
         broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
         if broken:
             raise ModelError(f"the update's {broken[0]} is not finite in {config.upload_dtype}; training diverged.")
-        for name, value in layout_tensors(model.layout).items():
-            tensors[name.replace("layout.", "keep.", 1)] = value
+        tensors |= model.layout.to_tensors(KEEP)
         tensors |= self._scores
         check_tensors(tensors, "update")
         return pack(tensors)
@@ -319,7 +324,7 @@ class LocalRound:
         tensors = {
             **prefixed("trainer.", saved.tensors),
             **prefixed("update.", self._scores),
-            **layout_tensors(trainer.model.layout),
+            **trainer.model.layout.to_tensors(),
         }
         self._state.write(ROUND, StateRecord(info, tensors))
         self._written_at = time.monotonic()
@@ -328,53 +333,18 @@ class LocalRound:
 
 
 def global_adapter(
-    plan: Plan, blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec, source: BaseModelLoader
+    plan: RoundPlan, blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec, source: BaseModelLoader
 ) -> dict[str, npt.NDArray[Any]]:
     """The adapter and head that every device of the fleet starts the round from, in full coordinates."""
-    state = {name: value for name, value in blob.items() if name.startswith(("layers.", "head."))}
+    state = adapter_and_head(blob)
     if not plan.adapter:
         for name in module_names(spec):
             out_features, in_features = full_shape(spec, split_name(name)[1])
             state[f"{name}.lora_A"] = kaiming_uniform(plan.seed, name, plan.r, in_features)
             state[f"{name}.lora_B"] = np.zeros((out_features, plan.r), dtype=np.float32)
-    if not any(name.startswith("head.") for name in state):
+    if not head_tensors(state):
         state.update(source.initial_head(plan.seed))
     return state
-
-
-def gathered(state: Mapping[str, npt.NDArray[Any]], layout: Layout, r: int) -> dict[str, npt.NDArray[Any]]:
-    """`state` (full coordinates) as a device at `layout` and rank `r` holds it."""
-    found = {name: value for name, value in state.items() if name.startswith("head.")}
-    for name in module_names(layout.spec):
-        found[f"{name}.lora_A"] = state[f"{name}.lora_A"][:r, layout.cols(name)]
-        found[f"{name}.lora_B"] = state[f"{name}.lora_B"][layout.rows(name), :r]
-    return found
-
-
-def order_of(blob: Mapping[str, npt.NDArray[Any]], spec: ModelSpec) -> Order | None:
-    """The fleet's order, None until there is one. Raises `LayoutError` if it is incomplete."""
-    if "order.0.heads" not in blob:
-        return None
-
-    def all_layers(kind: str, size: int) -> tuple[npt.NDArray[np.int64], ...]:
-        found = []
-        for i in range(spec.num_layers):
-            index = np.asarray(blob.get(f"order.{i}.{kind}", ()), dtype=np.int64)
-            if not np.array_equal(np.sort(index), np.arange(size)):
-                raise LayoutError(f"the round's order of layer {i} {kind} is not a permutation of 0..{size - 1}.")
-            found.append(index)
-        return tuple(found)
-
-    return Order(all_layers("heads", spec.num_kv_heads), all_layers("channels", spec.intermediate_size))
-
-
-def scores_tensors(scores: GroupScores, layout: Layout) -> Tensors:
-    """`scores.*` with the original indices they belong to, `scored.*`."""
-    found = {name.replace("layout.", "scored.", 1): value for name, value in layout_tensors(layout).items()}
-    for i in range(layout.spec.num_layers):
-        found[f"scores.{i}.heads"] = np.asarray(scores.heads[i], dtype=np.float32)
-        found[f"scores.{i}.channels"] = np.asarray(scores.channels[i], dtype=np.float32)
-    return found
 
 
 def _tracker_of(trainer: Trainer) -> ImportanceTracker:

@@ -67,7 +67,7 @@ def _checked_pair(
     rows, cols = model.layout.rows(name), model.layout.cols(name)
     out_full, in_full = full_shape(model.spec, split_name(name)[1])
     if (lora_B.shape[0], lora_A.shape[1]) == (out_full, in_full):
-        lora_A, lora_B = lora_A[:, cols], lora_B[rows]
+        lora_A, lora_B = model.layout.gather(name, lora_A, lora_B)
     elif (lora_B.shape[0], lora_A.shape[1]) != (rows.size, cols.size):
         raise CheckpointError(
             f"{name}: an adapter for ({lora_B.shape[0]}, {lora_A.shape[1]}) fits neither the full linear "

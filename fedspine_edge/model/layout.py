@@ -10,7 +10,7 @@ multi-head attention, one head). A *channel* is one intermediate unit of the FFN
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from fedspine_edge.errors import ConfigError, LayoutError
 from fedspine_edge.model.spec import ModelSpec
 
 Indices = npt.NDArray[np.int64]
+GROUP_KINDS = ("heads", "channels")
+"""The two kinds of prunable groups, also the names of the attributes of `Layout` and `Order`."""
 Part = Literal["q", "k", "v", "o", "up", "gate", "down"]
 
 ATTENTION_PARTS: tuple[Part, ...] = ("q", "k", "v", "o")
@@ -239,6 +241,26 @@ class Layout:
         group = np.arange(kept.size) if by_position else kept
         return np.repeat(group, repeat).astype(np.int32)
 
+    def gather(
+        self, name: str, lora_A: npt.NDArray[Any], lora_B: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return A (r, kept in) and B (kept out, r) of a linear from A (r, in) and B (out, r) in full coordinates."""
+        return lora_A[:, self.cols(name)], lora_B[self.rows(name)]
+
+    def scatter(
+        self, name: str, lora_A: npt.NDArray[Any], lora_B: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the inverse of `gather`, with zeros in the rows and columns that are not kept.
+
+        Raises `ValueError` for other shapes than A (r, kept in) and B (kept out, r).
+        """
+        out_features, in_features = full_shape(self.spec, split_name(name)[1])
+        full_A = np.zeros((lora_A.shape[0], in_features), dtype=lora_A.dtype)
+        full_B = np.zeros((out_features, lora_B.shape[1]), dtype=lora_B.dtype)
+        full_A[:, self.cols(name)] = lora_A
+        full_B[self.rows(name)] = lora_B
+        return full_A, full_B
+
     def is_within(self, other: Layout) -> bool:
         """Whether everything kept here is kept in `other` too."""
         pairs = [*zip(self.heads, other.heads), *zip(self.channels, other.channels)]
@@ -257,6 +279,26 @@ class Layout:
         except (KeyError, TypeError, ValueError) as error:
             raise LayoutError(f"not a layout: {error!r}; needs lists 'heads' and 'channels'.") from error
         return cls(spec, heads, channels)
+
+    def to_tensors(self, prefix: str = "layout") -> dict[str, npt.NDArray[Any]]:
+        """Return int32 tensors `{prefix}.{i}.heads` and `{prefix}.{i}.channels` of every layer."""
+        found: dict[str, npt.NDArray[Any]] = {}
+        for layer, (heads, channels) in enumerate(zip(self.heads, self.channels)):
+            found[f"{prefix}.{layer}.heads"] = heads.astype(np.int32)
+            found[f"{prefix}.{layer}.channels"] = channels.astype(np.int32)
+        return found
+
+    @classmethod
+    def from_tensors(cls, spec: ModelSpec, tensors: Mapping[str, npt.NDArray[Any]], prefix: str = "layout") -> Layout:
+        """Return the inverse of `to_tensors`. Raises `LayoutError` when a tensor is missing or does not fit `spec`."""
+        kept: dict[str, list[Indices]] = {kind: [] for kind in GROUP_KINDS}
+        for kind in GROUP_KINDS:
+            for layer in range(spec.num_layers):
+                index = tensors.get(f"{prefix}.{layer}.{kind}")
+                if index is None:
+                    raise LayoutError(f"{prefix}.{layer}.{kind} is missing.")
+                kept[kind].append(index.astype(np.int64))
+        return cls(spec, tuple(kept["heads"]), tuple(kept["channels"]))
 
     def _group_width(self, part: str) -> int:
         n_rep = self.spec.num_heads // self.spec.num_kv_heads if part in ("q", "o") else 1

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,11 +18,11 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from fedspine_edge.errors import BlobError, MessageError
-from fedspine_edge.protocol.messages import MAX_BLOB_BYTES, SCHEMA, Message
+from fedspine_edge.protocol.blobs import BlobKind, allowed_dtypes
+from fedspine_edge.protocol.messages import MAX_BLOB_BYTES, SCHEMA, Message, Plan
 
 M = TypeVar("M", bound=Message)
 Tensor = npt.NDArray[Any]
-BlobKind = Literal["round", "update"]
 
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 2 * 1024 * 1024
@@ -31,22 +30,6 @@ MAX_TENSORS = 8192
 MAX_DIMENSIONS = 4
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "I32": np.dtype("int32")}
 """The only element types on the wire, by their safetensors name."""
-
-_LAYER = r"(?:0|[1-9][0-9]{0,3})"
-_FLOAT = frozenset({"float32", "float16"})
-_INDEX = frozenset({"int32"})
-_ADAPTER = (
-    (re.compile(rf"layers\.{_LAYER}\.(?:q|k|v|o|up|gate|down)\.lora_[AB]"), _FLOAT),
-    (re.compile(r"head(?:\.[A-Za-z0-9_]{1,64}){1,6}"), _FLOAT),
-)
-_ALLOWED: dict[str, tuple[tuple[re.Pattern[str], frozenset[str]], ...]] = {
-    "round": (*_ADAPTER, (re.compile(rf"(?:order|held)\.{_LAYER}\.(?:heads|channels)"), _INDEX)),
-    "update": (
-        *_ADAPTER,
-        (re.compile(rf"(?:keep|scored)\.{_LAYER}\.(?:heads|channels)"), _INDEX),
-        (re.compile(rf"scores\.{_LAYER}\.(?:heads|channels)"), frozenset({"float32"})),
-    ),
-}
 
 
 class _Versioned(msgspec.Struct):
@@ -60,7 +43,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def encode(message: Message) -> bytes:
-    """JSON of `message`, checked like an arriving one, so nothing is sent that would be refused.
+    """Return `message` as JSON, validated like a received message, so that nothing is sent that would be rejected.
 
     A NaN or infinity in an optional field becomes null. Raises `MessageError`.
     """
@@ -70,11 +53,21 @@ def encode(message: Message) -> bytes:
 
 
 def decode(payload: bytes, kind: type[M]) -> M:
-    """The message of type `kind` in `payload`.
+    """Return the message of type `kind` in `payload`.
 
-    Raises `MessageError` that names the kind, the field and what was expected.
+    Raises `MessageError` with the kind, the field and what was expected.
     """
-    name = kind.__name__
+    message: M = _decode(payload, kind, kind.__name__)
+    return message
+
+
+def decode_plan(payload: bytes) -> Plan:
+    """Return the plan in `payload`; its field `action` selects the kind. Raises `MessageError` as `decode` does."""
+    plan: Plan = _decode(payload, Plan, "Plan")
+    return plan
+
+
+def _decode(payload: bytes, kind: Any, name: str) -> Any:
     if len(payload) > MAX_MESSAGE_BYTES:
         raise MessageError(f"{name} has {len(payload):,} bytes; at most {MAX_MESSAGE_BYTES:,} are accepted.")
     try:
@@ -86,7 +79,7 @@ def decode(payload: bytes, kind: type[M]) -> M:
             )
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise MessageError(f"not a valid {name}: {error}.", remedy="docs/protocol.md has the fields.") from error
+        raise MessageError(f"not a valid {name}: {error}.", remedy="docs/protocol.md lists the fields.") from error
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -139,7 +132,7 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BLOB_BYTES) -> dict[str, Tensor]
 def check_names(names: Iterable[str], kind: BlobKind) -> None:
     """Raises `BlobError` naming the first tensor that a round or update blob may not contain."""
     for name in names:
-        if _allowed_dtypes(name, kind) is None:
+        if allowed_dtypes(name, kind) is None:
             raise BlobError(
                 f"tensor {name[:80]!r} is not on the allow-list of {kind} blobs.",
                 remedy="docs/protocol.md lists every tensor name that may travel.",
@@ -150,13 +143,9 @@ def check_tensors(tensors: Mapping[str, Tensor], kind: BlobKind) -> None:
     """Like `check_names`, and every tensor must have the dtype that goes with its name."""
     check_names(tensors, kind)
     for name, tensor in tensors.items():
-        dtypes = _allowed_dtypes(name, kind)
+        dtypes = allowed_dtypes(name, kind)
         if dtypes is None or tensor.dtype.name not in dtypes:
             raise BlobError(f"tensor {name!r} is {tensor.dtype}; expected {' or '.join(sorted(dtypes or ()))}.")
-
-
-def _allowed_dtypes(name: str, kind: BlobKind) -> frozenset[str] | None:
-    return next((dtypes for pattern, dtypes in _ALLOWED[kind] if pattern.fullmatch(name)), None)
 
 
 def _check_header(data: bytes) -> None:

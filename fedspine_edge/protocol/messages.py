@@ -6,7 +6,7 @@ answers a report. Tensors never travel inside a message: a `BlobRef` names a con
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,9 @@ CHUNK_BYTES = 96 * 1024
 
 MAX_BLOB_BYTES = 2 * 1024**3
 """Sanity cap checked before anything is allocated for an announced blob."""
+
+MAX_RETRY_S = 15.0
+"""Longest retry interval; also used while no plan with a deadline is known."""
 
 DeviceId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Ratio = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -66,16 +69,20 @@ class Status(Message, frozen=True, kw_only=True):
     version: str = ""
 
 
-class Plan(Message, frozen=True, kw_only=True):
-    """Server → device, retained: what the device is to do now."""
+class PlanBase(Message, frozen=True, kw_only=True, tag_field="action"):
+    """Fields that every plan has. The tag `action` selects the kind of plan."""
 
     run_id: str
-    action: Literal["round", "wait", "finished"]
     device_id: DeviceId
     server_round: Count = 0
+    num_rounds: Positive = 1
+
+
+class RoundPlan(PlanBase, frozen=True, kw_only=True, tag="round"):
+    """Server → device, retained: train a round."""
+
     attempt: Positive = 1
     """Above 1 when the round is repeated because too few devices answered; makes the plan a new one."""
-    num_rounds: Positive = 1
     pruning_ratio: Ratio = 0.0
     r: Annotated[int, Meta(ge=1, le=256)] = 8
     scaling: Annotated[float, Meta(gt=0.0)] = 2.0
@@ -91,10 +98,34 @@ class Plan(Message, frozen=True, kw_only=True):
     deadline_s: Annotated[float, Meta(gt=0.0)] = 600.0
     seed: Count = 0
     adapter: Annotated[tuple[BlobRef, ...], Meta(max_length=64)] = ()
-    """What the round starts from: task head, consensus order and the bands of the fleet's adapter up to rank r."""
+    """What the round starts from: task head, consensus order and the rank slices of the global adapter up to rank r."""
     training: OptimizerSettings = OptimizerSettings()
+    reason: Literal[""] = ""
+    """Always empty. Schema 1 requires that the plans of earlier servers, which carry the field, stay readable."""
+
+
+# Earlier servers send the fields of a round with every plan, so these two ignore fields that they do not know.
+class WaitPlan(PlanBase, frozen=True, kw_only=True, tag="wait", forbid_unknown_fields=False):
+    """Server → device: do nothing now. Retained, unless it answers the status of a device that may not take part."""
+
     reason: str = ""
-    """Why a device that is refused has to wait, and what to do."""
+    """Why the device may not take part, and what to do; empty for a device that merely has no round."""
+
+
+class FinishedPlan(PlanBase, frozen=True, kw_only=True, tag="finished", forbid_unknown_fields=False):
+    """Server → device, retained: the run is over."""
+
+
+Plan = Union[RoundPlan, WaitPlan, FinishedPlan]
+"""Server → device: what the device is to do now."""
+
+
+def retry_interval_s(deadline_s: float) -> float:
+    """Return the seconds after which an unanswered message of a round with this deadline is sent again.
+
+    Server and devices use the same interval: a fortieth of the deadline, within 1 s to `MAX_RETRY_S`.
+    """
+    return min(MAX_RETRY_S, max(1.0, deadline_s / 40))
 
 
 class Report(Message, frozen=True, kw_only=True):

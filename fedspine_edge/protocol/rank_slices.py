@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.errors import BlobError, LayoutError
-from fedspine_edge.model.layout import Layout, full_shape, module_names, split_name
+from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.blobs import HELD, is_adapter, is_head
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -43,15 +44,13 @@ def slice_by_rank(
         band: Tensors = {}
         for name in names:
             A, B = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
-            band[f"{name}.lora_A"] = _narrow(A[begin:end, held.cols(name)], dtype)
-            band[f"{name}.lora_B"] = _narrow(B[held.rows(name), begin:end], dtype)
+            A, B = held.gather(name, A[begin:end], B[:, begin:end])
+            band[f"{name}.lora_A"], band[f"{name}.lora_B"] = _narrow(A, dtype), _narrow(B, dtype)
         bands.append(band)
     for name, value in tensors.items():
-        if not name.startswith("layers."):
-            bands[0][name] = _narrow(value, dtype) if name.startswith("head.") else value
-    for layer, (heads, channels) in enumerate(zip(held.heads, held.channels)):
-        bands[0][f"held.{layer}.heads"] = heads.astype(np.int32)
-        bands[0][f"held.{layer}.channels"] = channels.astype(np.int32)
+        if not is_adapter(name):
+            bands[0][name] = _narrow(value, dtype) if is_head(name) else value
+    bands[0].update(held.to_tensors(HELD))
     return bands
 
 
@@ -62,20 +61,12 @@ def merge_slices(bands: Sequence[Mapping[str, npt.NDArray[Any]]], spec: ModelSpe
     """
     first = bands[0]
     try:
-        held = Layout(
-            spec,
-            tuple(first[f"held.{layer}.heads"].astype(np.int64) for layer in range(spec.num_layers)),
-            tuple(first[f"held.{layer}.channels"].astype(np.int64) for layer in range(spec.num_layers)),
-        )
-        found = {name: value for name, value in first.items() if not name.startswith(("layers.", "held."))}
+        held = Layout.from_tensors(spec, first, HELD)
+        found = {n: value for n, value in first.items() if not is_adapter(n) and not n.startswith(f"{HELD}.")}
         for name in module_names(spec):
-            out_features, in_features = full_shape(spec, split_name(name)[1])
             A = np.concatenate([band[f"{name}.lora_A"] for band in bands], dtype=np.float32)
             B = np.concatenate([band[f"{name}.lora_B"] for band in bands], axis=1, dtype=np.float32)
-            found[f"{name}.lora_A"] = np.zeros((A.shape[0], in_features), dtype=np.float32)
-            found[f"{name}.lora_B"] = np.zeros((out_features, B.shape[1]), dtype=np.float32)
-            found[f"{name}.lora_A"][:, held.cols(name)] = A
-            found[f"{name}.lora_B"][held.rows(name)] = B
+            found[f"{name}.lora_A"], found[f"{name}.lora_B"] = held.scatter(name, A, B)
     except (KeyError, ValueError, IndexError, LayoutError) as error:
         raise BlobError(
             f"the round's adapter does not fit the model: {error}.", remedy="Server and device have other versions."

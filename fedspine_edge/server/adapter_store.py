@@ -10,11 +10,12 @@ from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, union
 from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.blobs import order_from_tensors
 from fedspine_edge.protocol.chunks import BlobStore, ref_of
 from fedspine_edge.protocol.codec import Tensor, pack, unpack
-from fedspine_edge.protocol.messages import BlobRef, Plan
+from fedspine_edge.protocol.messages import BlobRef, RoundPlan
 from fedspine_edge.protocol.rank_slices import slice_by_rank, slice_starts
-from fedspine_edge.server.aggregate_round import initial_tensors, order_of
+from fedspine_edge.server.aggregate_round import initial_tensors
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.server.publisher import ServerPublisher
 
@@ -55,7 +56,7 @@ class AdapterStore:
             self._store.put(data)
         return [ref_of(data) for data in bands]
 
-    def of_plans(self, plans: Iterable[Plan]) -> list[tuple[BlobRef, bytes]]:
+    def of_plans(self, plans: Iterable[RoundPlan]) -> list[tuple[BlobRef, bytes]]:
         """The bands that any of `plans` names."""
         refs = {ref.sha256: ref for plan in plans for ref in plan.adapter}
         return [(ref, self._store.get(ref.sha256)) for ref in refs.values()]
@@ -89,7 +90,7 @@ def encode_slices(
         config: The fleet's settings.
         spec: The fleet's model.
     """
-    order = order_of(tensors, spec) if config.layout == "consensus" else None
+    order = order_from_tensors(spec, tensors) if config.layout == "consensus" else None
     held = [layouts.get(device_id) or Layout.full(spec) for device_id in sorted(devices)]
     if order is not None:  # devices start from the common order, whatever they held before
         held = [Layout.prefix(spec, order, layout.counts) for layout in held]

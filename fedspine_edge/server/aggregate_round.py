@@ -15,12 +15,22 @@ from fedspine_edge.aggregation.factored import initial_factors
 from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.model.layout import Indices, Layout, Order, full_shape, module_names, split_name, target_counts
+from fedspine_edge.model.layout import (
+    GROUP_KINDS,
+    Indices,
+    Layout,
+    Order,
+    full_shape,
+    module_names,
+    split_name,
+    target_counts,
+)
 from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.blobs import adapter_tensors, order_to_tensors
 from fedspine_edge.protocol.codec import Tensor
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.pruning.selection import Scope
-from fedspine_edge.server.update_validation import KINDS, Update
+from fedspine_edge.server.update_validation import Update
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -47,7 +57,7 @@ class AggregationResult:
 
 def initial_tensors(config: FleetConfig, spec: ModelSpec) -> Tensors:
     """The first round's blob: A seeded, B zero, no head (devices draw it from the seed) and no order."""
-    return _adapter(initial_factors(_shapes(spec), max(config.ranks), config.seed))
+    return adapter_tensors(initial_factors(_shapes(spec), max(config.ranks), config.seed))
 
 
 def aggregate_updates(
@@ -86,7 +96,7 @@ def aggregate_updates(
         clip_norm=config.aggregation.clip_norm,
     )
     heads: list[tuple[float, Mapping[str, Tensor]]] = []
-    ballots: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    ballots: dict[str, list[Any]] = {kind: [] for kind in GROUP_KINDS}
     kept: dict[str, Layout] = {}
     for (report, load), weight in zip(devices, weights):
         update = load()
@@ -95,24 +105,22 @@ def aggregate_updates(
         cols = {name: update.layout.cols(name) for name in update.factors}
         factors: Factors = update.factors
         if rule in _COMPLETED and config.aggregation.complete_ranks:
-            factors = complete_low_rank_update(factors, sent, rows, cols)
+            factors = complete_low_rank_update(factors, sent, update.layout)
         aggregator.add(report.device_id, weight, factors, rows, cols)
         heads.append((float(report.num_examples), update.head))
         for kind, ballot in update.ballots.items():
             ballots[kind].append(ballot)
     aggregate = aggregator.finish()
-    tensors = _adapter(aggregate.factors)
+    tensors = adapter_tensors(aggregate.factors)
     tensors.update(average_tensors(heads) if heads[0][1] else {})
     sizes = _sizes(spec)
-    scores = {kind: average_scores(ballots[kind], sizes[kind]) for kind in KINDS}
+    scores = {kind: average_scores(ballots[kind], sizes[kind]) for kind in GROUP_KINDS}
     if config.layout == "consensus" and (order is not None or ballots["heads"]):
-        tensors.update(_order_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
+        tensors.update(order_to_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
     return AggregationResult(tensors, aggregate, kept, scores)
 
 
-def complete_low_rank_update(
-    factors: Factors, sent: Mapping[str, Tensor], rows: Mapping[str, Indices], cols: Mapping[str, Indices]
-) -> Factors:
+def complete_low_rank_update(factors: Factors, sent: Mapping[str, Tensor], layout: Layout) -> Factors:
     """`factors` with the components of the sent adapter that a device of lower rank was not given.
 
     A device of rank r trains the first r components and knows nothing of the others. Averaged as it is, its update
@@ -121,22 +129,11 @@ def complete_low_rank_update(
     """
     found = {}
     for name, (A, B) in factors.items():
-        tail_A = sent[f"{name}.lora_A"][A.shape[0] :, cols[name]]
-        tail_B = sent[f"{name}.lora_B"][rows[name], A.shape[0] :]
+        r = A.shape[0]
+        tail_A, tail_B = layout.gather(name, sent[f"{name}.lora_A"][r:], sent[f"{name}.lora_B"][:, r:])
         live = np.flatnonzero(tail_B.any(axis=0))  # a component whose B is zero adds nothing
         found[name] = (np.concatenate([A, tail_A[live]]), np.concatenate([B, tail_B[:, live]], axis=1))
     return found
-
-
-def order_of(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Order | None:
-    """The order in a round's blob; None before there is one."""
-    if "order.0.heads" not in tensors:
-        return None
-
-    def layers(kind: str) -> tuple[Indices, ...]:
-        return tuple(tensors[f"order.{layer}.{kind}"].astype(np.int64) for layer in range(spec.num_layers))
-
-    return Order(layers("heads"), layers("channels"))
 
 
 def coverage_layout(
@@ -157,7 +154,7 @@ def coverage_layout(
     spec = next(iter(layouts.values())).spec
     sizes = _sizes(spec)
     ranked: dict[str, tuple[Indices, ...]] = {}
-    for kind in KINDS:
+    for kind in GROUP_KINDS:
         orders = []
         for layer in range(spec.num_layers):
             held = np.zeros(sizes[kind][layer])
@@ -187,18 +184,10 @@ def _next_order(
 ) -> Order:
     sizes = _sizes(spec)
     ranked = {}
-    for kind in KINDS:
+    for kind in GROUP_KINDS:
         held = kept_by_all([getattr(layout, kind) for _, layout in sorted(layouts.items())], sizes[kind])
         ranked[kind] = update_order(None if order is None else getattr(order, kind), scores[kind], held)
     return Order(ranked["heads"], ranked["channels"])
-
-
-def _order_tensors(order: Order) -> Tensors:
-    found: Tensors = {}
-    for layer, (heads, channels) in enumerate(zip(order.heads, order.channels)):
-        found[f"order.{layer}.heads"] = heads.astype(np.int32)
-        found[f"order.{layer}.channels"] = channels.astype(np.int32)
-    return found
 
 
 def _weights(reports: Sequence[Report], config: FleetConfig) -> list[float]:
@@ -208,13 +197,6 @@ def _weights(reports: Sequence[Report], config: FleetConfig) -> list[float]:
     weights = [n * max(0.0, report.lora_importance or 0.0) for n, report in zip(examples, reports)]
     # Nobody measured an importance: then it cannot tell the devices apart.
     return weights if any(weights) else examples
-
-
-def _adapter(factors: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Tensors:
-    found: Tensors = {}
-    for name, (A, B) in factors.items():
-        found[f"{name}.lora_A"], found[f"{name}.lora_B"] = A, B
-    return found
 
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,7 @@ import msgspec
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.protocol.blobs import adapter_and_head
 from fedspine_edge.protocol.codec import Tensor, digest, pack
 from fedspine_edge.server.journal.schema import RoundView
 
@@ -68,7 +69,7 @@ def write_final(
         layouts: By device accepted in the last round: what it keeps and the ratio it reported.
         trained: The examples of these devices, and the steps of one through all rounds.
     """
-    adapter = pack({name: value for name, value in tensors.items() if name.startswith(("layers.", "head."))})
+    adapter = pack(adapter_and_head(tensors))
     final = run_dir / "final"
     result = RunResult(
         run_id=run_id,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from fedspine_edge.config import FleetConfig, OptimizerSettings
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import BlobRef, Plan, Status
+from fedspine_edge.protocol.messages import BlobRef, FinishedPlan, RoundPlan, Status, WaitPlan
 from fedspine_edge.server.adapter_store import slices_for_rank
 from fedspine_edge.server.journal.schema import RunState
 from fedspine_edge.strategies import Assignment, DeviceInfo
@@ -44,9 +43,8 @@ def build_round_plan(
     """
     training = config.training
     steps = training.tau + training.recovery_steps
-    plan = Plan(
+    plan = RoundPlan(
         run_id=run_id,
-        action="round",
         device_id=device_id,
         server_round=state.server_round,
         attempt=state.attempt,
@@ -89,19 +87,17 @@ def _decay_from_step(config: FleetConfig) -> int:
 
 def build_rejection_plan(run_id: str, device_id: str, reason: str) -> bytes:
     """The encoded plan of a device that may not take part: it waits, and its operator reads why."""
-    return codec.encode(Plan(run_id=run_id, action="wait", device_id=device_id, reason=reason))
+    return codec.encode(WaitPlan(run_id=run_id, device_id=device_id, reason=reason))
 
 
 def build_idle_plan(
-    config: FleetConfig, run_id: str, server_round: int, device_id: str, action: Literal["wait", "finished"]
+    config: FleetConfig, run_id: str, server_round: int, device_id: str, kind: type[WaitPlan | FinishedPlan]
 ) -> bytes:
     """The encoded plan of a device that has nothing to do now, or nothing any more."""
-    return codec.encode(
-        Plan(
-            run_id=run_id,
-            action=action,
-            device_id=device_id,
-            server_round=min(server_round, config.num_rounds),
-            num_rounds=config.num_rounds,
-        )
+    plan = kind(
+        run_id=run_id,
+        device_id=device_id,
+        server_round=min(server_round, config.num_rounds),
+        num_rounds=config.num_rounds,
     )
+    return codec.encode(plan)

@@ -14,7 +14,7 @@ from fedspine_edge.errors import BlobError, UpdateRejected
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.chunks import BlobStore, Download
 from fedspine_edge.protocol.codec import Tensor, unpack
-from fedspine_edge.protocol.messages import Ack, Plan, Report
+from fedspine_edge.protocol.messages import Ack, Report, RoundPlan
 from fedspine_edge.server.journal.schema import PlanRow, ReportRow
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.server.rejected_updates import RejectedUpdates
@@ -31,7 +31,7 @@ MAX_CORRUPT = 3
 FINAL = {"accepted": "accepted", "failed": "accepted", "out_of_memory": "accepted", "refused": "refused"}
 """What a device is told of a journaled answer: that it failed is an answer too."""
 
-Gate = Callable[[Report, Plan, Mapping[str, Tensor]], Update]
+Gate = Callable[[Report, RoundPlan, Mapping[str, Tensor]], Update]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class ReportCollector:
         resumed: bool,
     ) -> None:
         self.server_round, self.attempt = server_round, attempt
-        self.plans = {row.device_id: msgspec.json.decode(row.payload, type=Plan) for row in plans}
+        self.plans = {row.device_id: msgspec.json.decode(row.payload, type=RoundPlan) for row in plans}
         self._sha256 = {row.device_id: row.sha256 for row in plans}
         self._run_id, self._spec, self._num_labels = run_id, spec, num_labels
         self._journal, self._blobs, self._gate, self._rejected, self._wall = journal, blobs, gate, rejected, wall

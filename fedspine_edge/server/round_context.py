@@ -10,11 +10,11 @@ import msgspec
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.blobs import head_tensors, order_from_tensors
 from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.codec import Tensor, unpack
-from fedspine_edge.protocol.messages import Plan, Report
+from fedspine_edge.protocol.messages import Report, RoundPlan
 from fedspine_edge.server import round_results
-from fedspine_edge.server.aggregate_round import order_of
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.server.report_collector import ReportCollector
 from fedspine_edge.server.update_validation import Update, check_update
@@ -46,13 +46,13 @@ class RoundContext:
     ) -> None:
         self.spec = spec
         self.sent = tensors
-        self.order = order_of(tensors, spec)
+        self.order = order_from_tensors(spec, tensors)
         self.layouts = {device_id: layout for device_id, (layout, _) in layouts.items()}
         self._config, self._blobs = config, blobs
-        heads = {name: value.shape for name, value in tensors.items() if name.startswith("head.")}
+        heads = {name: value.shape for name, value in head_tensors(tensors).items()}
         self._head_shapes = None if first and config.task != "causal_lm" else heads  # a language model has its own
 
-    def check(self, report: Report, plan: Plan, tensors: Mapping[str, Tensor]) -> Update:
+    def check(self, report: Report, plan: RoundPlan, tensors: Mapping[str, Tensor]) -> Update:
         """The update, checked. Raises `UpdateRejected`."""
         return check_update(
             tensors,
@@ -65,7 +65,7 @@ class RoundContext:
             head_shapes=self._head_shapes,
         )
 
-    def load(self, report: Report, plan: Plan) -> Update:
+    def load(self, report: Report, plan: RoundPlan) -> Update:
         """An accepted update, from the disk."""
         assert report.update is not None  # the collector refuses others
         return self.check(report, plan, unpack(self._blobs.get(report.update.sha256)))

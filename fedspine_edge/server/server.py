@@ -24,7 +24,7 @@ from fedspine_edge.errors import FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.chunks import BlobStore
-from fedspine_edge.protocol.messages import BlobRef, Report
+from fedspine_edge.protocol.messages import BlobRef, FinishedPlan, Report, WaitPlan, retry_interval_s
 from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.server import round_results
 from fedspine_edge.server.adapter_store import AdapterStore
@@ -45,9 +45,6 @@ from fedspine_edge.transport.base import FIRST_CONNECT_TIMEOUT_S, LONGEST_PAUSE_
 logger = logging.getLogger(__name__)
 
 __all__ = ["FleetServer", "RunResult"]
-
-RETRY_SHARE = 1 / 40
-"""Retry interval as a share of deadline_s, held within 1..15 s; devices derive theirs alike."""
 
 
 class FleetServer:
@@ -77,7 +74,7 @@ class FleetServer:
         self._topics = Topics(config.fleet)
         self._post = ServerPublisher(transport, self._topics)
         self._strategy = create(config)
-        self._retry_s = min(15.0, max(1.0, config.deadline_s * RETRY_SHARE))
+        self._retry_s = retry_interval_s(config.deadline_s)
         self._members = DeviceRegistry(config.base_sha256, task=config.task)
         self._state = RunState()
 
@@ -283,7 +280,7 @@ class FleetServer:
         )
         self._adapters.clear()
         self._post.announce(
-            {i: build_idle_plan(self.config, self._run_id, last, i, "finished") for i in self._members.everyone()}
+            {i: build_idle_plan(self.config, self._run_id, last, i, FinishedPlan) for i in self._members.everyone()}
         )
         until = self._clock.now() + self.config.deadline_s
         while self._post.behind and (left := until - self._clock.now()) > 0:
@@ -310,7 +307,7 @@ class FleetServer:
     def _waits(self) -> dict[str, bytes]:
         """`wait` for whoever is away."""
         number = self._state.server_round
-        return {i: build_idle_plan(self.config, self._run_id, number, i, "wait") for i in self._members.offline()}
+        return {i: build_idle_plan(self.config, self._run_id, number, i, WaitPlan) for i in self._members.offline()}
 
     def _new_context(self) -> RoundContext:
         assert self._members.spec is not None  # journaled with the first round

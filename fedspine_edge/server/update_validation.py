@@ -17,7 +17,7 @@ from fedspine_edge.aggregation.factored import product_norm
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import BlobError, LayoutError, UpdateRejected
 from fedspine_edge.model.layout import (
-    Indices,
+    GROUP_KINDS,
     Layout,
     Order,
     channel_parameters,
@@ -27,10 +27,10 @@ from fedspine_edge.model.layout import (
     target_counts,
 )
 from fedspine_edge.model.spec import ModelSpec
+from fedspine_edge.protocol.blobs import KEEP, SCORED, SCORES, group_names, head_tensors, is_adapter
 from fedspine_edge.protocol.codec import Tensor, check_tensors
-from fedspine_edge.protocol.messages import Plan, Report
+from fedspine_edge.protocol.messages import Report, RoundPlan
 
-KINDS = ("heads", "channels")
 HeadShapes = Mapping[str, tuple[int, ...]]
 Matrix = npt.NDArray[np.floating]
 
@@ -63,7 +63,7 @@ class Update:
 def check_update(
     tensors: Mapping[str, Tensor],
     report: Report,
-    plan: Plan,
+    plan: RoundPlan,
     *,
     spec: ModelSpec,
     config: FleetConfig,
@@ -93,14 +93,14 @@ def check_update(
     layout = _layout(tensors, spec)
     _check_layout(layout, plan, previous, order)
     expected = set(module_names(spec))
-    adapters = {name.rpartition(".")[0] for name in tensors if name.startswith("layers.")}
+    adapters = {name.rpartition(".")[0] for name in tensors if is_adapter(name)}
     if adapters != expected:
         raise UpdateRejected(f"adapter modules missing or unknown: {_few(adapters ^ expected)}.")
     factors, norm = {}, 0.0
     for name in module_names(spec):
         factors[name] = _factors(tensors, name, plan.r, layout)
         norm = max(norm, _check_norm(name, factors[name], config.validation.max_norm))
-    head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    head = head_tensors(tensors)
     _check_head(head, head_shapes)
     ballots = _ballots(tensors, report.num_examples, previous)
     return Update(report.device_id, report.num_examples, layout, factors, head, ballots, norm)
@@ -115,7 +115,7 @@ def ratio_tolerance(spec: ModelSpec, round_to: int) -> float:
     return spec.num_layers * per_layer / prunable_parameters(spec)
 
 
-def max_update_bytes(spec: ModelSpec, plan: Plan, num_labels: int) -> int:
+def max_update_bytes(spec: ModelSpec, plan: RoundPlan, num_labels: int) -> int:
     """Upper bound of an honest update at full width, checked before a single chunk is taken."""
     elements = 4 * (spec.num_heads * spec.head_dim + spec.num_kv_heads * spec.head_dim)
     elements += 3 * spec.intermediate_size + 7 * spec.hidden_size
@@ -125,7 +125,7 @@ def max_update_bytes(spec: ModelSpec, plan: Plan, num_labels: int) -> int:
     return adapter + indices + head + 1024 * 1024
 
 
-def _check_report(report: Report, plan: Plan) -> None:
+def _check_report(report: Report, plan: RoundPlan) -> None:
     if report.r != plan.r:
         raise UpdateRejected(f"rank {report.r} instead of the plan's {plan.r}.")
     if report.num_examples < 1:
@@ -133,23 +133,16 @@ def _check_report(report: Report, plan: Plan) -> None:
 
 
 def _layout(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Layout:
-    kept: dict[str, list[Indices]] = {kind: [] for kind in KINDS}
-    for kind in KINDS:
-        for layer in range(spec.num_layers):
-            index = tensors.get(f"keep.{layer}.{kind}")
-            if index is None:
-                raise UpdateRejected(f"keep.{layer}.{kind} is missing.")
-            kept[kind].append(index.astype(np.int64))
-    extra = {n for n in tensors if n.startswith("keep.") and int(n.split(".")[1]) >= spec.num_layers}
+    extra = {n for n in tensors if n.startswith(f"{KEEP}.") and int(n.split(".")[1]) >= spec.num_layers}
     if extra:
         raise UpdateRejected(f"kept indices of layers that the model does not have: {_few(extra)}.")
     try:
-        return Layout(spec, tuple(kept["heads"]), tuple(kept["channels"]))
+        return Layout.from_tensors(spec, tensors, KEEP)
     except LayoutError as error:
         raise UpdateRejected(f"kept indices: {error.message}") from error
 
 
-def _check_layout(layout: Layout, plan: Plan, previous: Layout, order: Order | None) -> None:
+def _check_layout(layout: Layout, plan: RoundPlan, previous: Layout, order: Order | None) -> None:
     if not layout.is_within(previous):
         raise UpdateRejected("kept indices contain groups that the device had removed earlier.")
     if plan.layout == "consensus" and order is None:
@@ -168,7 +161,7 @@ def _check_layout(layout: Layout, plan: Plan, previous: Layout, order: Order | N
                     raise UpdateRejected(f"layer {layer} {kind}: not a prefix of the fleet's order.")
 
 
-def _planned_ratio(spec: ModelSpec, plan: Plan, previous: Layout) -> float:
+def _planned_ratio(spec: ModelSpec, plan: RoundPlan, previous: Layout) -> float:
     if plan.scope == "global":  # met over all layers together, whatever each of them keeps
         smallest = head_parameters(spec) + min(plan.round_to, spec.intermediate_size) * channel_parameters(spec)
         reachable = 1.0 - spec.num_layers * smallest / prunable_parameters(spec)
@@ -212,18 +205,18 @@ def _check_head(head: Mapping[str, Tensor], head_shapes: HeadShapes | None) -> N
 
 
 def _ballots(tensors: Mapping[str, Tensor], num_examples: int, previous: Layout) -> dict[str, DeviceScores]:
-    names = {name for name in tensors if name.startswith(("scores.", "scored."))}
+    names = {name for name in tensors if name.startswith((f"{SCORES}.", f"{SCORED}."))}
     if not names:
         return {}
     layers = range(previous.spec.num_layers)
-    wanted = {f"{what}.{layer}.{kind}" for what in ("scores", "scored") for layer in layers for kind in KINDS}
+    wanted = {name for prefix in (SCORES, SCORED) for name in group_names(prefix, len(layers))}
     if names != wanted:
         raise UpdateRejected(f"scores missing or unknown: {_few(names ^ wanted)}.")
     ballots = {}
-    for kind, kept in zip(KINDS, (previous.heads, previous.channels)):
+    for kind, kept in zip(GROUP_KINDS, (previous.heads, previous.channels)):
         votes = []
         for layer in layers:
-            index, values = tensors[f"scored.{layer}.{kind}"], tensors[f"scores.{layer}.{kind}"]
+            index, values = tensors[f"{SCORED}.{layer}.{kind}"], tensors[f"{SCORES}.{layer}.{kind}"]
             if index.ndim != 1 or index.shape != values.shape:
                 raise UpdateRejected(f"layer {layer} {kind}: {values.shape} scores for {index.shape} groups.")
             if not np.isin(index, kept[layer]).all() or np.unique(index).size != index.size:

@@ -6,7 +6,7 @@ import random
 
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Plan
+from fedspine_edge.protocol.messages import RoundPlan
 from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.simulation.virtual_network import Participant, VirtualTransport
 from fedspine_edge.transport.base import Event, Incoming
@@ -30,8 +30,8 @@ class DisconnectingDevice:
         if isinstance(event, Incoming) and event.topic == self._plan_topic and event.payload:
             if event.payload == self._lost:
                 return
-            plan = codec.decode(event.payload, Plan)
-            if plan.action == "round" and self._is_lost(plan):
+            plan = codec.decode_plan(event.payload)
+            if isinstance(plan, RoundPlan) and self._is_lost(plan):
                 self._lost = event.payload
                 self._transport.cut(AWAY_SHARE * plan.deadline_s)
                 return
@@ -43,7 +43,7 @@ class DisconnectingDevice:
     def next_wakeup(self) -> float | None:
         return self._device.next_wakeup()
 
-    def _is_lost(self, plan: Plan) -> bool:
+    def _is_lost(self, plan: RoundPlan) -> bool:
         config = self._config
         draw = random.Random(f"{config.seed}/{config.device_id}/drop/{plan.server_round}/{plan.attempt}").random()
         return draw < config.simulated.disconnect_probability

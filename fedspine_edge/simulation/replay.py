@@ -22,14 +22,19 @@ import numpy as np
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.device.cost_meter import CostMeter, conditions
-from fedspine_edge.device.round import order_of
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout, module_names, target_counts
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.blobs import (
+    KEEP,
+    adapter_tensors,
+    order_from_tensors,
+    scores_to_tensors,
+)
 from fedspine_edge.protocol.chunks import Download, split
-from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
+from fedspine_edge.protocol.messages import MAX_RETRY_S, Ack, Report, RoundPlan, Status, retry_interval_s
 from fedspine_edge.protocol.rank_slices import Tensors, merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
 from fedspine_edge.simulation.cost_model import MINILM, SMALL, costed, factor_elements, work
@@ -39,7 +44,6 @@ from fedspine_edge.transport.base import Connected, Event, Will
 REASON = "training replaced by recorded losses"
 _NEAREST = 6
 """Recorded device-rounds among which one is drawn."""
-_RETRY_SHARE = 1 / 40
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,11 @@ class ReplayDevice:
         self._num_examples = num_examples
         self._topics = Topics(config.fleet)
         self._layout, self._ratio = Layout.full(shared.spec), 0.0
-        self._plan: tuple[Plan, str] | None = None
+        self._plan: tuple[RoundPlan, str] | None = None
         self._downloads: dict[str, Download] = {}
         self._report: Report | None = None
         self._chunks: list[bytes] = []
-        self._retry_s = 15.0
+        self._retry_s = MAX_RETRY_S
         self._retry_at: float | None = None
 
     def start(self) -> None:
@@ -201,16 +205,16 @@ class ReplayDevice:
         sha256 = codec.digest(payload)
         if self._plan is not None and self._plan[1] == sha256:
             return
-        plan = codec.decode(payload, Plan)
+        plan = codec.decode_plan(payload)
         self._retry_at = None
-        if plan.action != "round":
+        if not isinstance(plan, RoundPlan):
             return
         self._plan = (plan, sha256)
-        self._retry_s = min(15.0, max(1.0, plan.deadline_s * _RETRY_SHARE))
+        self._retry_s = retry_interval_s(plan.deadline_s)
         self._downloads = {ref.sha256: Download(ref) for ref in plan.adapter}
         self._transport.subscribe(*self._chunk_topics(plan))
 
-    def _chunk_topics(self, plan: Plan) -> list[str]:
+    def _chunk_topics(self, plan: RoundPlan) -> list[str]:
         return [self._topics.blob(ref.sha256, index) for ref in plan.adapter for index in range(ref.num_chunks)]
 
     def _take_part(self) -> None:
@@ -257,8 +261,8 @@ class ReplayDevice:
         self._send_report()
         self._send_chunks(range(len(self._chunks)))
 
-    def _prune(self, plan: Plan, blob: dict[str, Any], scores: dict[str, list[Any]]) -> None:
-        spec, order = self._shared.spec, order_of(blob, self._shared.spec)
+    def _prune(self, plan: RoundPlan, blob: dict[str, Any], scores: dict[str, list[Any]]) -> None:
+        spec, order = self._shared.spec, order_from_tensors(self._shared.spec, blob)
         counts = [
             target_counts(spec, plan.pruning_ratio, round_to=plan.round_to, at_most=kept)
             for kept in self._layout.counts
@@ -288,29 +292,26 @@ class ReplayDevice:
 
     def _update(
         self,
-        plan: Plan,
+        plan: RoundPlan,
         blob: dict[str, Any],
         scored: Layout,
         scores: dict[str, list[Any]],
         rng: np.random.Generator,
     ) -> dict[str, Any]:
-        layout, tensors = self._layout, {}
+        layout, factors = self._layout, {}
         for name in module_names(layout.spec):
-            A = blob[f"{name}.lora_A"][: plan.r, layout.cols(name)]
-            B = blob[f"{name}.lora_B"][layout.rows(name), : plan.r]
-            tensors[f"{name}.lora_A"] = A.astype(np.float16)
-            tensors[f"{name}.lora_B"] = (B + 0.01 * rng.standard_normal(B.shape, dtype=np.float32)).astype(np.float16)
-        tensors["head.out.weight"] = 0.01 * rng.standard_normal(
-            (self.config.data.num_labels, layout.spec.hidden_size), dtype=np.float32
-        )
-        for kind in ("heads", "channels"):
-            for layer, index in enumerate(getattr(layout, kind)):
-                tensors[f"keep.{layer}.{kind}"] = index.astype(np.int32)
-                tensors[f"scored.{layer}.{kind}"] = getattr(scored, kind)[layer].astype(np.int32)
-                tensors[f"scores.{layer}.{kind}"] = scores[kind][layer]
-        return tensors
+            A, B = layout.gather(name, blob[f"{name}.lora_A"][: plan.r], blob[f"{name}.lora_B"][:, : plan.r])
+            noise = 0.01 * rng.standard_normal(B.shape, dtype=np.float32)
+            factors[name] = (A.astype(np.float16), (B + noise).astype(np.float16))
+        head = 0.01 * rng.standard_normal((self.config.data.num_labels, layout.spec.hidden_size), dtype=np.float32)
+        return {
+            **adapter_tensors(factors),
+            "head.out.weight": head,
+            **layout.to_tensors(KEEP),
+            **scores_to_tensors(scored, scores["heads"], scores["channels"]),
+        }
 
-    def _meter(self, plan: Plan, ratio_before: float, bytes_up: int, bytes_down: int) -> CostMeter:
+    def _meter(self, plan: RoundPlan, ratio_before: float, bytes_up: int, bytes_down: int) -> CostMeter:
         """What the round costs on the device, by the cost model."""
         config, shared = self.config, self._shared
         meter = CostMeter(

@@ -28,8 +28,6 @@ import safetensors.numpy
 
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.files import write_atomically
-from fedspine_edge.model.layout import Layout
-from fedspine_edge.model.spec import ModelSpec
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -134,24 +132,6 @@ class StateDir:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.state"
-
-
-def layout_tensors(layout: Layout) -> Tensors:
-    """`layout` as int32 tensors `layout.{i}.heads` and `layout.{i}.channels`."""
-    found: Tensors = {}
-    for i, (heads, channels) in enumerate(zip(layout.heads, layout.channels)):
-        found[f"layout.{i}.heads"] = heads.astype(np.int32)
-        found[f"layout.{i}.channels"] = channels.astype(np.int32)
-    return found
-
-
-def layout_from(spec: ModelSpec, tensors: Mapping[str, npt.NDArray[Any]]) -> Layout:
-    """Inverse of `layout_tensors`. Raises `LayoutError` or `KeyError` when it does not fit `spec`."""
-
-    def kept(kind: str) -> tuple[npt.NDArray[np.int64], ...]:
-        return tuple(tensors[f"layout.{i}.{kind}"].astype(np.int64) for i in range(spec.num_layers))
-
-    return Layout(spec, kept("heads"), kept("channels"))
 
 
 def prefixed(prefix: str, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:

@@ -17,10 +17,10 @@ from tiny_fleet import Fleet, config, round_tensors
 from fedspine_edge.clock import RealClock, VirtualClock
 from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.device.device_state import PersistedState
-from fedspine_edge.device.round import gathered, order_of
 from fedspine_edge.errors import BrokerUnreachable, CheckpointError, ConfigError, DataError
 from fedspine_edge.model.layout import Layout, target_counts
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.blobs import gather_adapter, order_from_tensors
 from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.protocol.rank_slices import slice_by_rank
@@ -256,7 +256,7 @@ def test_an_error_while_training_is_reported_without_data(fleet, driven, tiny_ba
         driven.settle()
     report = fleet.reports[-1]
     assert report.status == "failed"
-    assert report.reason.startswith("ValueError at test_device_agent.py:")
+    assert report.reason.startswith("ValueError at test_agent.py:")
     assert secret not in report.reason
     fleet.send(server_round=2, adapter=fleet.offer(round_tensors(tiny_base.spec)))
     driven.settle()
@@ -326,7 +326,7 @@ def test_only_the_bands_of_the_plan_are_fetched_and_they_are_one_adapter(fleet, 
 def test_an_adapter_cut_for_devices_that_pruned_more_fails_the_round_with_the_reason(fleet, driven, tiny_base):
     spec = tiny_base.spec
     tensors = round_tensors(spec, order=True)
-    order = order_of(tensors, spec)
+    order = order_from_tensors(spec, tensors)
     small = Layout.prefix(spec, order, [target_counts(spec, 0.5)] * spec.num_layers)
     fleet.send(server_round=2, adapter=[fleet.offer(band) for band in slice_by_rank(tensors, [8], small)])
     driven.settle()
@@ -365,13 +365,13 @@ def test_wait_and_stale_plans_and_rubbish_change_nothing_and_finished_ends_the_r
     driven.settle()
     fleet.ack("accepted", server_round=2)
     fleet.send(server_round=1)
-    fleet.send(action="wait")
+    fleet.send_wait()
     fleet.transport.publish(tiny_fleet.TOPICS.plan("d1"), b"{rubbish")
     fleet.transport.publish(tiny_fleet.TOPICS.ack("d1"), b"\xff")
     driven.settle()
     assert len(fleet.reports) == 1
     assert not driven.device.finished
-    fleet.send(action="finished")
+    fleet.finish()
     driven.settle()
     assert driven.device.finished
 
@@ -384,7 +384,7 @@ def test_a_newer_plan_ends_the_training_of_the_old_one(fleet, settings, tiny_bas
         if self.step == 2 and not sent:
             sent.append(fleet.send(server_round=2, adapter=ref))
         elif sent and self.step == 11:
-            fleet.send(action="finished")
+            fleet.finish()
 
     ref = fleet.offer(round_tensors(tiny_base.spec))
     fleet.send(adapter=ref)
@@ -418,7 +418,7 @@ def test_a_report_outlives_a_broker_that_is_away(fleet, settings, tiny_base):
 
 
 def test_run_returns_zero_when_the_run_is_finished(fleet, settings, tiny_base):
-    fleet.send(action="finished")
+    fleet.finish()
     driven = fleet.device(replace(settings, time_kind="measured"), model=tiny_base)
     assert driven.device.run() == 0
     fleet.listen()
@@ -443,7 +443,7 @@ def test_clipping_bounds_the_update_and_noise_is_the_devices_secret(fleet, setti
             tuple(update[f"keep.{i}.channels"].astype(np.int64) for i in range(2)),
         )
         head = {n: v for n, v in tiny_base.adapter_state().items() if n.startswith("head.")}
-        received = gathered({**tensors, **head}, layout, 4)
+        received = {**head, **gather_adapter(tensors, layout, 4)}
         return float(np.sqrt(sum(np.sum((update[n] - received[n]) ** 2.0) for n in received)))
 
     free = norm(update("free"))

@@ -41,7 +41,7 @@ def test_a_round_over_mqtt(tiny_folder, tiny_csv, tiny_base, tmp_path):
         assert report.peak_memory_bytes > 50_000_000
         assert update["layers.0.q.lora_A"].shape == (16, 32)
         fleet.ack("accepted")
-        fleet.send(action="finished")
+        fleet.finish()
         thread.join(30)
         assert exit_codes == [0]
         fleet.listen(timeout_s=0.5)

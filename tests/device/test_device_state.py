@@ -6,7 +6,7 @@ import pytest
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec
-from fedspine_edge.training.state_dir import StateDir, StateRecord, layout_from, layout_tensors
+from fedspine_edge.training.state_dir import StateDir, StateRecord
 
 SPEC = ModelSpec(
     family="bert",
@@ -88,4 +88,4 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path):
 
 def test_a_layout_survives_as_tensors():
     layout = Layout(SPEC, (np.array([1]), np.array([0, 1])), (np.array([0, 3]), np.arange(8)))
-    assert layout_from(SPEC, layout_tensors(layout)).to_dict() == layout.to_dict()
+    assert Layout.from_tensors(SPEC, layout.to_tensors()).to_dict() == layout.to_dict()

@@ -11,6 +11,7 @@ import pytest
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import BlobError
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.blobs import ALLOWED_TENSORS
 from fedspine_edge.protocol.messages import Report, Status
 
 PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
@@ -45,11 +46,11 @@ def test_every_listed_tensor_is_allowed() -> None:
 def test_every_allowed_pattern_is_listed() -> None:
     """Each pattern of the allow-list, stripped of a listed name at a time, must not allow anything that is left."""
     examples = [example for name in listed("The update") for example in expand(name)]
-    for pattern, _ in codec._ALLOWED["update"]:
+    for pattern, _ in ALLOWED_TENSORS["update"]:
         assert any(pattern.fullmatch(example) for example in examples), pattern.pattern
     # The alternatives inside the patterns: every word that a pattern names is a word of the page's table.
     words = set(re.findall(r"[a-z]{2,}", " ".join(listed("The update")))) | {"up", "gate", "down"}
-    for pattern, _ in codec._ALLOWED["update"]:
+    for pattern, _ in ALLOWED_TENSORS["update"]:
         assert set(re.findall(r"[a-z]{2,}", re.sub(r"\[.*?\]", "", pattern.pattern))) <= words, pattern.pattern
 
 

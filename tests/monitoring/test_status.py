@@ -22,7 +22,7 @@ from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.monitoring.status import FleetStatus, read_status
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Plan, Report, Status
+from fedspine_edge.protocol.messages import Report, RoundPlan, Status
 from fedspine_edge.server.journal.schema import OutcomeRow, PlanRow, ReportRow, RunState
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.server.run_dir import RunDir
@@ -52,7 +52,7 @@ class Run:
     def open_round(self, number: int, attempt: int = 1) -> None:
         plans = []
         for name in NAMES:
-            payload = codec.encode(Plan(run_id="abc", action="round", device_id=name, server_round=number, r=4))
+            payload = codec.encode(RoundPlan(run_id="abc", device_id=name, server_round=number, r=4))
             plans.append(PlanRow(name, payload, codec.digest(payload), 0.5))
         state = RunState(number, attempt)
         self.journal.open_round(state, plans, published=[], wall_s=self.at_s)

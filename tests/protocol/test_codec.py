@@ -17,7 +17,16 @@ from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.errors import BlobError, MessageError, WireError
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Ack, BlobRef, Plan, Report, Status
+from fedspine_edge.protocol.messages import (
+    Ack,
+    BlobRef,
+    FinishedPlan,
+    Report,
+    RoundPlan,
+    Status,
+    WaitPlan,
+    retry_interval_s,
+)
 
 SHA = "ab" * 32
 SPEC = ModelSpec(
@@ -38,9 +47,8 @@ REF = BlobRef(sha256=SHA, size_bytes=200_000)
 MESSAGES = [
     Status(device_id="agx-0", state="online", model=SPEC, num_examples=10),
     Status(device_id="agx-0", state="offline"),
-    Plan(
+    RoundPlan(
         run_id="r",
-        action="round",
         device_id="agx-0",
         server_round=3,
         adapter=(REF,),
@@ -49,7 +57,7 @@ MESSAGES = [
     Report(run_id="r", device_id="agx-0", server_round=3, plan_sha256=SHA, status="ok", update=REF, loss_before=0.5),
     Ack(run_id="r", device_id="agx-0", server_round=3, status="incomplete", missing=(0, 7)),
 ]
-KINDS = [Status, Plan, Report, Ack]
+KINDS = [Status, RoundPlan, WaitPlan, FinishedPlan, Report, Ack]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
@@ -66,16 +74,40 @@ def test_message_round_trip(message):
     run=st.text(max_size=50).filter(lambda s: s.isprintable()),
 )
 def test_any_valid_plan_round_trips(ratio, r, rate, round_, device, run):
-    plan = Plan(
+    plan = RoundPlan(
         run_id=run,
-        action="round",
         device_id=device,
         server_round=round_,
         pruning_ratio=ratio,
         r=r,
         training=OptimizerSettings(learning_rate=rate),
     )
-    assert codec.decode(codec.encode(plan), Plan) == plan
+    assert codec.decode_plan(codec.encode(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        ("round", RoundPlan(run_id="r", device_id="agx-0", server_round=2, num_rounds=4, r=4)),
+        ("wait", WaitPlan(run_id="r", device_id="agx-0", server_round=2, num_rounds=4)),
+        ("finished", FinishedPlan(run_id="r", device_id="agx-0", server_round=2, num_rounds=4)),
+    ],
+)
+def test_plan_of_an_earlier_server_with_every_field_is_readable(action, expected):
+    every_field = json.loads(codec.encode(MESSAGES[2])) | {"server_round": 2, "num_rounds": 4, "r": 4, "adapter": []}
+    every_field |= {"action": action, "reason": "", "training": {}}
+    assert codec.decode_plan(json.dumps(every_field).encode()) == expected
+
+
+@pytest.mark.parametrize("kind", [WaitPlan, FinishedPlan])
+def test_idle_plan_is_sent_with_fields_that_earlier_devices_know(kind):
+    sent = json.loads(codec.encode(kind(run_id="r", device_id="agx-0")))
+    assert sent.keys() <= {"schema", "action", "run_id", "device_id", "server_round", "num_rounds", "reason"}
+
+
+@pytest.mark.parametrize(("deadline_s", "interval_s"), [(4.0, 1.0), (100.0, 2.5), (600.0, 15.0), (1e6, 15.0)])
+def test_retry_interval_is_a_fortieth_of_the_deadline_within_limits(deadline_s, interval_s):
+    assert retry_interval_s(deadline_s) == interval_s
 
 
 def test_non_finite_optional_number_travels_as_absent():
@@ -108,7 +140,7 @@ def test_non_finite_optional_number_travels_as_absent():
 def test_malformed_plan_names_kind_and_field(change, said):
     data = json.loads(codec.encode(MESSAGES[2])) | change
     with pytest.raises(MessageError, match=said) as caught:
-        codec.decode(json.dumps(data).encode(), Plan)
+        codec.decode_plan(json.dumps(data).encode())
     assert "Plan" in str(caught.value)
 
 
@@ -134,16 +166,16 @@ def test_bytes_that_are_no_message(payload):
 
 def test_oversized_message_is_refused_before_it_is_parsed():
     with pytest.raises(MessageError, match="65,536"):
-        codec.decode(b" " * (codec.MAX_MESSAGE_BYTES + 1), Plan)
+        codec.decode_plan(b" " * (codec.MAX_MESSAGE_BYTES + 1))
 
 
 def test_what_would_be_refused_is_not_sent():
     with pytest.raises(MessageError, match=r"\$\.device_id"):
-        codec.encode(Plan(run_id="r", action="wait", device_id="no/slash"))
+        codec.encode(WaitPlan(run_id="r", device_id="no/slash"))
     with pytest.raises(MessageError, match=r"\$\.scaling"):
-        codec.encode(Plan(run_id="r", action="wait", device_id="d", scaling=float("nan")))
+        codec.encode(RoundPlan(run_id="r", device_id="d", scaling=float("nan")))
     with pytest.raises(MessageError, match="65,536"):
-        codec.encode(Plan(run_id="r" * 70_000, action="wait", device_id="d"))
+        codec.encode(WaitPlan(run_id="r" * 70_000, device_id="d"))
 
 
 @settings(max_examples=300)

@@ -17,7 +17,7 @@ import pytest
 from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Ack, BlobRef, Plan, Report, Status
+from fedspine_edge.protocol.messages import Ack, BlobRef, FinishedPlan, Report, RoundPlan, Status, WaitPlan
 from fedspine_edge.protocol.topics import Topics
 
 DOC = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -25,12 +25,15 @@ SHA = "ab" * 32
 
 
 @pytest.mark.parametrize(
-    "kind", [Status, ModelSpec, Plan, OptimizerSettings, BlobRef, Report, Ack], ids=lambda k: k.__name__
+    "kind",
+    [Status, ModelSpec, RoundPlan, WaitPlan, FinishedPlan, OptimizerSettings, BlobRef, Report, Ack],
+    ids=lambda k: k.__name__,
 )
 def test_every_field_is_documented_and_no_other(kind):
     section = DOC.split(f"\n### {kind.__name__}\n")[1].split("\n#")[0]
     names = {name for row in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
-    assert names == set(kind.__struct_encode_fields__)
+    config = kind.__struct_config__
+    assert names == {*kind.__struct_encode_fields__, *([config.tag_field] if config.tag_field else [])}
 
 
 @pytest.mark.parametrize("kind", [OptimizerSettings, BlobRef], ids=lambda k: k.__name__)

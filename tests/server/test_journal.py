@@ -12,7 +12,7 @@ from fleet_fakes import SPEC
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import BlobRef, Plan, Report, Status
+from fedspine_edge.protocol.messages import BlobRef, Report, RoundPlan, Status
 from fedspine_edge.server.journal.schema import OutcomeRow, PlanRow, ReportRow, RunState
 from fedspine_edge.server.journal.writer import Journal
 
@@ -24,7 +24,7 @@ def status(device_id="d0", **changes):
 
 
 def plan_row(device_id="d0", number=1):
-    payload = codec.encode(Plan(run_id="r", action="round", device_id=device_id, server_round=number, r=4))
+    payload = codec.encode(RoundPlan(run_id="r", device_id=device_id, server_round=number, r=4))
     return PlanRow(device_id, payload, codec.digest(payload), 0.25)
 
 

@@ -14,7 +14,7 @@ from fleet_fakes import SPEC, Fleet, make_config, make_spec
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Report
+from fedspine_edge.protocol.messages import Report, RoundPlan, WaitPlan
 from fedspine_edge.server.journal.writer import Journal
 
 
@@ -159,9 +159,9 @@ def test_a_device_away_at_the_start_of_a_round_is_told_to_wait(fleet, tmp_path):
             away.hello("offline")
 
     fleet.serve(config, on_event=go)
-    actions = [(plan.server_round, plan.action) for plan in away.plans]
-    assert (3, "wait") in actions
-    assert (3, "round") not in actions
+    plans = [(plan.server_round, type(plan)) for plan in away.plans]
+    assert (3, WaitPlan) in plans
+    assert (3, RoundPlan) not in plans
 
 
 def test_devices_of_an_earlier_run_are_told_to_wait_before_the_first_round(fleet, tmp_path):
@@ -172,7 +172,7 @@ def test_devices_of_an_earlier_run_are_told_to_wait_before_the_first_round(fleet
 
         def start_again(payload, device=device, take=take, hello=hello):
             take(payload)
-            if device.plans[-1].action == "wait":
+            if isinstance(device.plans[-1], WaitPlan):
                 device.hello = hello
                 hello()
 
@@ -180,7 +180,7 @@ def test_devices_of_an_earlier_run_are_told_to_wait_before_the_first_round(fleet
         device.start()
     result = fleet.serve(make_config(tmp_path / "run"))
     assert result.num_devices == 3
-    assert {device.plans[0].action for device in fleet.devices.values()} == {"wait"}
+    assert {type(device.plans[0]) for device in fleet.devices.values()} == {WaitPlan}
 
 
 def test_replayed_duplicate_and_foreign_reports_are_answered_and_ignored(fleet, tmp_path):
@@ -351,9 +351,9 @@ def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):
         fleet.serve(make_config(tmp_path / "run", base_sha256="c" * 64, min_devices=1))
     assert "b" * 64 in str(caught.value)
     assert "c" * 64 in str(caught.value)
-    told = fleet.devices["d0"].plans[0]
-    assert (told.action, told.adapter) == ("wait", ())
-    assert told.reason == f"its base model has digest {'b' * 64}, this fleet trains {'c' * 64} (base_sha256)."
+    plan = fleet.devices["d0"].plans[0]
+    assert isinstance(plan, WaitPlan)
+    assert plan.reason == f"its base model has digest {'b' * 64}, this fleet trains {'c' * 64} (base_sha256)."
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_a_device_short_of_memory_is_given_only_ranks_that_it_can_train(fleet, t
     fleet.add("tight", memory=(130, 100, 10))  # rank 2 takes 120, rank 4 140
     fleet.serve(config)
     ranks = {
-        name: {plan.r for plan in device.plans if plan.action == "round"} for name, device in fleet.devices.items()
+        name: {plan.r for plan in device.plans if isinstance(plan, RoundPlan)} for name, device in fleet.devices.items()
     }
     assert ranks == {"roomy": {4}, "tight": {2}}
 
@@ -465,7 +465,7 @@ def test_the_adapter_shrinks_with_the_fleet_and_comes_in_bands(fleet, tmp_path):
     by_rank: dict[int, dict[int, int]] = {}
     for device in fleet.devices.values():
         for plan in device.plans:
-            if plan.action == "round":
+            if isinstance(plan, RoundPlan):
                 assert len(plan.adapter) == [2, 4].index(plan.r) + 1
                 size = sum(ref.size_bytes for ref in plan.adapter)
                 assert by_rank.setdefault(plan.server_round, {}).setdefault(plan.r, size) == size

@@ -10,7 +10,7 @@ from fleet_fakes import SPEC, make_config, make_tensors
 from fedspine_edge.errors import UpdateRejected
 from fedspine_edge.model.layout import Layout, Order, channel_parameters, head_parameters, target_counts
 from fedspine_edge.protocol.codec import pack
-from fedspine_edge.protocol.messages import Plan, Report
+from fedspine_edge.protocol.messages import Report, RoundPlan
 from fedspine_edge.server.update_validation import check_update, max_update_bytes, ratio_tolerance
 
 ORDER = Order(
@@ -28,7 +28,7 @@ def honest(dtype=np.float32):
 
 def make_plan(**changes):
     options = {"server_round": 2, "pruning_ratio": 0.5, "r": 4, "round_to": 4, **changes}
-    return Plan(run_id="r", action="round", device_id="d0", **options)
+    return RoundPlan(run_id="r", device_id="d0", **options)
 
 
 def make_report(**changes):

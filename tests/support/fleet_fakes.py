@@ -19,11 +19,11 @@ from fedspine_edge.config import FleetConfig, convert
 from fedspine_edge.model.layout import Layout, module_names, prunable_parameters, target_counts
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.blobs import KEEP, order_from_tensors, scores_to_tensors
 from fedspine_edge.protocol.chunks import Download, split
-from fedspine_edge.protocol.messages import Ack, Plan, Report, Status
+from fedspine_edge.protocol.messages import Ack, FinishedPlan, Plan, Report, RoundPlan, Status
 from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, Topics
-from fedspine_edge.server.aggregate_round import order_of
 from fedspine_edge.server.server import FleetServer
 from fedspine_edge.simulation.virtual_network import VirtualNetwork
 from fedspine_edge.transport.base import Connected
@@ -87,13 +87,9 @@ def make_tensors(layout: Layout, scored: Layout, r: int, blob, *seed, dtype=np.f
         tensors[f"{name}.lora_A"] = (A + 0.1 * rng.normal(size=A.shape)).astype(dtype)
         tensors[f"{name}.lora_B"] = (B + 0.1 * rng.normal(size=B.shape)).astype(dtype)
     tensors["head.out.weight"] = rng.normal(size=(2, layout.spec.hidden_size)).astype(dtype)
-    for kind in ("heads", "channels"):
-        for layer in range(layout.spec.num_layers):
-            tensors[f"keep.{layer}.{kind}"] = getattr(layout, kind)[layer].astype(np.int32)
-            index = getattr(scored, kind)[layer]
-            tensors[f"scored.{layer}.{kind}"] = index.astype(np.int32)
-            tensors[f"scores.{layer}.{kind}"] = rng.random(index.size).astype(np.float32)
-    return tensors
+    tensors |= layout.to_tensors(KEEP)
+    scores = [[rng.random(index.size) for index in kept] for kept in (scored.heads, scored.channels)]
+    return tensors | scores_to_tensors(scored, *scores)
 
 
 class FakeDevice:
@@ -122,8 +118,8 @@ class FakeDevice:
         self.acks: list[Ack] = []
         self.mutate: Callable = lambda plan, tensors, report: (tensors, report)
         self.corrupt_chunks = 0
-        self.silent: Callable[[Plan], bool] = lambda plan: False
-        self.plan: tuple[Plan, str] | None = None
+        self.silent: Callable[[RoundPlan], bool] = lambda plan: False
+        self.plan: tuple[RoundPlan, str] | None = None
         self.downloads: dict[str, Download] = {}
         self.chunks: list[bytes] = []
         self.report: Report | None = None
@@ -180,14 +176,14 @@ class FakeDevice:
         return self.retry_at
 
     def _on_plan(self, payload: bytes) -> None:
-        plan, sha256 = codec.decode(payload, Plan), codec.digest(payload)
+        plan, sha256 = codec.decode_plan(payload), codec.digest(payload)
         if self.plan is not None and self.plan[1] == sha256:
             return
         self.plans.append(plan)
         self.retry_at = math.inf
-        if plan.action == "finished":
+        if isinstance(plan, FinishedPlan):
             self.finished = True
-        if plan.action != "round":
+        if not isinstance(plan, RoundPlan):
             return
         if self.report is not None and self.report.plan_sha256 == sha256:
             self.send_report()
@@ -209,7 +205,7 @@ class FakeDevice:
         for band in bands:
             codec.check_tensors(band, "round")
         blob, _ = merge_slices(bands, self.spec)
-        order, before = order_of(blob, self.spec), self.layout
+        order, before = order_from_tensors(self.spec, blob), self.layout
         if order is not None:
             counts = [
                 target_counts(self.spec, plan.pruning_ratio, round_to=plan.round_to, at_most=c) for c in before.counts

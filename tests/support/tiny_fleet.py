@@ -15,7 +15,7 @@ from fedspine_edge.device.agent import FleetDevice
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import full_shape, module_names, split_name
 from fedspine_edge.protocol import chunks, codec
-from fedspine_edge.protocol.messages import Ack, BlobRef, Plan, Report, Status
+from fedspine_edge.protocol.messages import Ack, BlobRef, FinishedPlan, Plan, Report, RoundPlan, Status, WaitPlan
 from fedspine_edge.protocol.topics import Topics, UploadTopic
 from fedspine_edge.transport.base import Incoming
 
@@ -77,9 +77,9 @@ class Fleet:
         return ref
 
     def send(self, **options: Any) -> bytes:
+        """Publish the plan of a round."""
         plan = {
             "run_id": "run",
-            "action": "round",
             "device_id": "d1",
             "server_round": 1,
             "num_rounds": 4,
@@ -92,9 +92,18 @@ class Fleet:
         }
         if isinstance(plan.get("adapter"), BlobRef):
             plan["adapter"] = (plan["adapter"],)
-        payload = codec.encode(Plan(**plan))
+        return self.publish(RoundPlan(**plan))
+
+    def publish(self, plan: Plan) -> bytes:
+        payload = codec.encode(plan)
         self.transport.publish(TOPICS.plan("d1"), payload, retain=True)
         return payload
+
+    def send_wait(self) -> bytes:
+        return self.publish(WaitPlan(run_id="run", device_id="d1"))
+
+    def finish(self) -> bytes:
+        return self.publish(FinishedPlan(run_id="run", device_id="d1"))
 
     def ack(self, status: str, server_round: int = 1, **options: Any) -> None:
         message = Ack(run_id="run", device_id="d1", server_round=server_round, status=status, **options)

@@ -19,7 +19,7 @@ import msgspec
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec
-from fedspine_edge.protocol.messages import BlobRef, Plan, Report, Status
+from fedspine_edge.protocol.messages import BlobRef, Report, RoundPlan, Status
 from fedspine_edge.server.journal.schema import (
     VERSION,
     DeviceView,
@@ -313,7 +313,7 @@ class JournalReader:
 
 
 def _device_view(row: sqlite3.Row) -> DeviceView:
-    plan = msgspec.json.decode(row["plan"], type=Plan)
+    plan = msgspec.json.decode(row["plan"], type=RoundPlan)
     hello = None if row["hello"] is None else msgspec.json.decode(row["hello"], type=Status)
     answer = {"accepted": "ok", None: "running"}.get(row["answer"], row["answer"])
     figures: dict[str, Any] = {}
