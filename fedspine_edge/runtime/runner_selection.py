@@ -14,7 +14,7 @@ from fedspine_edge.runtime.engine_build import BackendChoice, rebuild_engine
 from fedspine_edge.runtime.engine_runner import EngineRunner
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner, Runner
 
-log = logging.getLogger("fedspine_edge.deploy")
+log = logging.getLogger("fedspine_edge.runtime")
 
 
 @dataclass(frozen=True)

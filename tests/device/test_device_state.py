@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
             state.write("device", StateRecord({"a": 2}, {}))
         monkeypatch.undo()
         assert state.read("device").info == {"a": 1}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["blobs", "device.state", "lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["device.state", "lock"]
 
 
 def test_two_agents_cannot_share_a_folder(tmp_path):

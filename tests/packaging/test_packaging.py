@@ -48,7 +48,7 @@ def test_the_wheel_has_the_extension_and_data_files_and_is_not_linked_against_to
         names = archive.namelist()
         extension = next(name for name in names if re.fullmatch(r"fedspine_edge/_C\..*\.so", name))
         archive.extract(extension, tmp_path)
-    assert {"fedspine_edge/py.typed", "fedspine_edge/simulation/report.html.j2"} <= set(names)
+    assert {"fedspine_edge/py.typed", "fedspine_edge/monitoring/report.html.j2"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/"))]
     needed = re.findall(r"NEEDED.*\[(.*)\]", call("readelf", "-d", tmp_path / extension))
     assert needed

@@ -32,7 +32,7 @@ def in_new_process(program, **environment):
 
 PRELUDE = """
 import sys
-from fedspine_edge.deploy import cuda, trt
+from fedspine_edge.engine import cuda_driver, tensorrt_api
 try:
 """
 EPILOGUE = """
@@ -46,9 +46,9 @@ no_driver = pytest.mark.skipif(not cuda_driver.why_no_device(), reason="this mac
 
 @no_driver
 def test_without_a_driver_it_is_the_driver_that_is_asked_for():
-    assert "libcuda.so.1 is not installed" in in_new_process("    print(cuda.why_no_device())")
+    assert "libcuda.so.1 is not installed" in in_new_process("    print(cuda_driver.why_no_device())")
     if importlib.util.find_spec("cuda") is not None:
-        words = in_new_process("    cuda.open_cuda()")
+        words = in_new_process("    cuda_driver.open_cuda()")
         assert words.startswith("DeployError cuda-python is installed, but not the NVIDIA driver")
         assert "JetPack" in words
 
@@ -57,7 +57,7 @@ def test_without_a_driver_it_is_the_driver_that_is_asked_for():
 def test_pycuda_alone_asks_for_the_driver_too():
     if importlib.util.find_spec("pycuda") is None:
         pytest.skip("pycuda is not installed")
-    words = in_new_process("    sys.modules['cuda'] = None; cuda.open_cuda()")
+    words = in_new_process("    sys.modules['cuda'] = None; cuda_driver.open_cuda()")
     assert words.startswith("DeployError pycuda is installed, but not the NVIDIA driver: libcuda.so.1")
 
 

@@ -14,17 +14,17 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="co
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from fedspine_edge.simulation import engines
+from fedspine_edge.simulation.experiments import executors
 
 def job(settings, folder):
     Path(settings["note"]).with_suffix(f".{os.getpid()}").write_text(str(sorted(os.sched_getaffinity(0))))
     time.sleep(settings["seconds"])
     return {}
 
-engines.run_job = job
+executors.run_job = job
 if __name__ == "__main__":
     jobs = {str(i): {"note": sys.argv[1], "seconds": float(sys.argv[2])} for i in range(4)}
-    print(len(list(engines.run_all(jobs, Path(sys.argv[3]), engine="processes", workers=2))))
+    print(len(list(executors.run_all(jobs, Path(sys.argv[3]), engine="processes", workers=2))))
 """
 
 
