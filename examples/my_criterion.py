@@ -1,9 +1,9 @@
-"""A pruning criterion of your own on one device: any number for every head and channel, higher = keep.
+"""A custom pruning criterion on one device: one score for every head and channel, higher = keep.
 
     python examples/my_criterion.py train.csv --model base-model
 
-Here the norm of what a head or a channel writes: its columns of o or of down. All else, widths, rounding, adapters,
-optimizer state and checkpoints, is as for the built-in criteria.
+The score here is the norm of a group's output weights: its columns of `o` or `down`. Widths, rounding, adapters,
+optimizer state and checkpoints are handled as for the built-in criteria.
 """
 
 import argparse
@@ -11,24 +11,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedspine_edge import EdgeTuner
-from fedspine_edge.pruning.selection import GroupScores, select_layout
+from fedspine_edge import EdgeTuner, GroupScores, select_layout
 
 
 def output_norms(tuner: EdgeTuner) -> GroupScores:
-    """Scores of the groups that are still there, layer by layer, in the order of `tuner.layout`."""
+    """Return the scores of the remaining groups, layer by layer, in the order of `tuner.layout`."""
     found = {"o": [], "down": []}
     for layer in range(tuner.layout.spec.num_layers):
         for part, scores in found.items():
             name = f"layers.{layer}.{part}"
             per_column = tuner.model.linear(name).merged_weight().detach().float().square().sum(0).numpy()
-            group = tuner.layout.group_of(name, by_position=True)  # of every column
+            group = tuner.layout.group_of(name, by_position=True)  # the group of each column
             scores.append(np.sqrt(np.bincount(group, per_column)).astype(np.float32))
     return GroupScores(found["o"], found["down"])
 
 
 def prune(tuner: EdgeTuner, pruning_ratio: float) -> None:
-    """What `tuner.prune` does at once, by `output_norms`."""
+    """Prune by `output_norms`, as `tuner.prune` does by the built-in criteria."""
     plan = tuner.plan(pruning_ratio)
     scores = output_norms(tuner)
     tuner.apply(replace(plan, scores=scores, after=select_layout(scores, tuner.layout, pruning_ratio)))
@@ -36,7 +35,7 @@ def prune(tuner: EdgeTuner, pruning_ratio: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="CSV of text,label")
+    parser.add_argument("data", help="CSV file with the columns text and label")
     parser.add_argument("--model", required=True, help="folder of the base model")
     parser.add_argument("--num-labels", type=int, default=2)
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Strategies of your own: one that decides by itself, and S-UCB with another reward.
+"""Two custom strategies: a fixed rank per device class, and S-UCB with another reward.
 
     PYTHONPATH=examples fedspine-edge server --config fleet.toml      # with strategy = "my_strategy:RankByClass"
-    fedspine-edge experiment examples/experiment.toml                 # beside each other, on the same seeds
+    fedspine-edge experiment examples/experiment.toml                 # compares both on the same seeds
 
-Nothing of fedspine_edge has to be changed. `choose` decides for one device at a time; bookkeeping, memory limits and
-the journal are the base class's.
+A strategy needs no change to fedspine_edge. `choose` decides for one device at a time. The base class takes care of
+bookkeeping, memory limits and the journal.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedspine_edge.bandit.reward import Outcome, RewardTerms
-from fedspine_edge.config import FleetConfig
-from fedspine_edge.strategies.base import BaseStrategy, Choice, DeviceInfo, envelope
-from fedspine_edge.strategies.fedspine import FedSpine
+from fedspine_edge import BaseStrategy, FleetConfig
+from fedspine_edge.strategies import Choice, DeviceInfo, FedSpine, Outcome, RewardTerms, envelope
 
 RANKS = {"tx2": 4, "nx": 8, "agx": 16, "bench": 4, "rack": 16}
 
 
 class RankByClass(BaseStrategy):
-    """The rank that `RANKS` says, the middle one for a class that is not there; all prune on the fast schedule."""
+    """Assign the rank in `RANKS`, or the middle rank to unknown classes. Every device prunes on the same schedule."""
 
     name = "rank_by_class"
 
@@ -37,10 +35,10 @@ class RankByClass(BaseStrategy):
 
 
 class PerSecond(FedSpine):
-    """S-UCB that is rewarded for the relative fall of the loss per second, as a share of the round's best.
+    """S-UCB with the relative decrease of the loss per second as reward, divided by the round's best.
 
-    The configured terms are journaled as before; late and failed devices keep their 0, and lost ones teach nothing.
-    Arms are still (u, r): `ranks` in fleet.toml says which ranks there are.
+    The configured reward terms are journaled as before. Late and failed devices still get 0, and disconnected ones no
+    reward. Arms are still pairs (u, r), with the ranks of `ranks` in fleet.toml.
     """
 
     name = "per_second"

@@ -1,7 +1,7 @@
-"""fedspine_edge: fine-tune, prune and deploy language models on fleets of NVIDIA Jetsons.
+"""Fine-tune, prune and deploy language models on fleets of NVIDIA Jetsons.
 
-`import fedspine_edge` is light: the names below load their part of the package, and its optional
-dependencies, when they are first used.
+This module, `fedspine_edge.strategies` and `fedspine_edge.errors` are the public API. `import fedspine_edge` imports
+nothing heavy: each name loads its part of the package, and that part's optional dependencies, on first use.
 """
 
 from __future__ import annotations
@@ -9,26 +9,90 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedspine_edge.errors import MissingDependency
+from fedspine_edge.errors import FedspineError, MissingDependency
 from fedspine_edge.version import __version__
 
 if TYPE_CHECKING:
+    from fedspine_edge.bundle.bundle import OptimizationProfile as OptimizationProfile
+    from fedspine_edge.config import BrokerSettings as BrokerSettings
+    from fedspine_edge.config import DataSettings as DataSettings
+    from fedspine_edge.config import DeviceConfig as DeviceConfig
+    from fedspine_edge.config import FleetConfig as FleetConfig
+    from fedspine_edge.config import load_config as load_config
+    from fedspine_edge.data.examples import Example as Example
     from fedspine_edge.device.agent import FleetDevice as FleetDevice
     from fedspine_edge.export.compile import compile_engine as compile_engine
+    from fedspine_edge.model.checkpoint import load_base as load_base
     from fedspine_edge.model.checkpoint import load_model as load_model
+    from fedspine_edge.model.checkpoint import load_tokenizer as load_tokenizer
+    from fedspine_edge.pruning.importance import ImportanceTracker as ImportanceTracker
+    from fedspine_edge.pruning.selection import GroupScores as GroupScores
+    from fedspine_edge.pruning.selection import select_layout as select_layout
     from fedspine_edge.runtime.session import Session as Session
     from fedspine_edge.server.server import FleetServer as FleetServer
+    from fedspine_edge.simulation.device_classes import DeviceClass as DeviceClass
+    from fedspine_edge.strategies.base import Assignment as Assignment
+    from fedspine_edge.strategies.base import BaseStrategy as BaseStrategy
+    from fedspine_edge.transport.broker import EmbeddedBroker as EmbeddedBroker
+    from fedspine_edge.transport.mqtt import MqttTransport as MqttTransport
     from fedspine_edge.tuner import EdgeTuner as EdgeTuner
 
 _LAZY = {
+    # one device
     "EdgeTuner": "fedspine_edge.tuner",
-    "FleetDevice": "fedspine_edge.device.agent",
-    "FleetServer": "fedspine_edge.server.server",
-    "Session": "fedspine_edge.runtime.session",
-    "compile_engine": "fedspine_edge.export.compile",
+    "DataSettings": "fedspine_edge.config",
+    "Example": "fedspine_edge.data.examples",
+    "load_base": "fedspine_edge.model.checkpoint",
     "load_model": "fedspine_edge.model.checkpoint",
+    "load_tokenizer": "fedspine_edge.model.checkpoint",
+    "GroupScores": "fedspine_edge.pruning.selection",
+    "ImportanceTracker": "fedspine_edge.pruning.importance",
+    "select_layout": "fedspine_edge.pruning.selection",
+    # deployment
+    "compile_engine": "fedspine_edge.export.compile",
+    "OptimizationProfile": "fedspine_edge.bundle.bundle",
+    "Session": "fedspine_edge.runtime.session",
+    # a fleet
+    "FleetServer": "fedspine_edge.server.server",
+    "FleetDevice": "fedspine_edge.device.agent",
+    "FleetConfig": "fedspine_edge.config",
+    "DeviceConfig": "fedspine_edge.config",
+    "BrokerSettings": "fedspine_edge.config",
+    "load_config": "fedspine_edge.config",
+    "MqttTransport": "fedspine_edge.transport.mqtt",
+    "EmbeddedBroker": "fedspine_edge.transport.broker",
+    # strategies and simulation
+    "BaseStrategy": "fedspine_edge.strategies.base",
+    "Assignment": "fedspine_edge.strategies.base",
+    "DeviceClass": "fedspine_edge.simulation.device_classes",
 }
-__all__ = ["EdgeTuner", "FleetDevice", "FleetServer", "Session", "__version__", "compile_engine", "load_model"]
+__all__ = [
+    "Assignment",
+    "BaseStrategy",
+    "BrokerSettings",
+    "DataSettings",
+    "DeviceClass",
+    "DeviceConfig",
+    "EdgeTuner",
+    "EmbeddedBroker",
+    "Example",
+    "FedspineError",
+    "FleetConfig",
+    "FleetDevice",
+    "FleetServer",
+    "GroupScores",
+    "ImportanceTracker",
+    "MqttTransport",
+    "OptimizationProfile",
+    "Session",
+    "__version__",
+    "compile_engine",
+    "load_base",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "select_layout",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m fedspine_edge` is the command line."""
+"""Run the command line with `python -m fedspine_edge`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Time as a dependency: the wall clock for real fleets, a virtual one for reproducible simulation."""
+"""Clocks: the monotonic clock of the machine, and a virtual one for reproducible simulations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What code that waits or measures may ask of time."""
+    """Clock for code that waits or measures."""
 
     def now(self) -> float:
-        """Monotonic time in seconds."""
+        """Return the monotonic time in seconds."""
         ...
 
     def spend(self, duration_s: float) -> None:
-        """Account for `duration_s` of modelled work; real time passes by itself, virtual time must be told."""
+        """Advance a virtual clock by `duration_s` seconds of modelled work. A real clock ignores the call."""
         ...
 
 
@@ -29,7 +29,7 @@ class RealClock:
 
 
 class VirtualClock:
-    """A clock that moves only when told to. Never goes backwards."""
+    """A clock that advances only through `spend` and `advance_to`, and never goes backwards."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now = start_s
@@ -39,9 +39,9 @@ class VirtualClock:
 
     def spend(self, duration_s: float) -> None:
         if duration_s < 0:
-            raise ValueError(f"time cannot run backwards: spend({duration_s})")
+            raise ValueError(f"time cannot go backwards: spend({duration_s})")
         self._now += duration_s
 
     def advance_to(self, when_s: float) -> None:
-        """Move to `when_s` seconds, or stay if that is in the past."""
+        """Advance to `when_s` seconds. A time in the past is ignored."""
         self._now = max(self._now, when_s)

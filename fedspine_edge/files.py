@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, hashes, and the names of well-known files."""
+"""Atomic writes, hashes, and the names of well-known files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 as 64 lower-case hex digits."""
 
 LAYOUT = "layout.json"
-"""Description of a saved model folder; its presence marks a folder that this package wrote."""
+"""Description of a saved model. Its presence marks a folder that this package wrote."""
 
 WEIGHTS = "model.safetensors"
 
@@ -22,7 +28,7 @@ TOKENIZER_VOCABULARIES = (
     "vocab.txt",
     "vocab.json",
 )
-"""Files of which a folder needs at least one to have a tokenizer."""
+"""Vocabulary files. A folder with at least one of them has a tokenizer."""
 
 TOKENIZER_FILES = (
     *TOKENIZER_VOCABULARIES,
@@ -32,13 +38,19 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "merges.txt",
 )
-"""Every file that may belong to a tokenizer; all that exist are copied with a model."""
+"""All files that may belong to a tokenizer. Those that exist are copied with a model."""
 
 _HASHED_PIECE_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, data: bytes, *, sync: bool) -> None:
-    """Write beside `path`, then rename over it; with `sync` both are on the disk on return."""
+    """Write to a temporary file in the same folder, then rename it to `path`.
+
+    Args:
+        path: File to write or replace.
+        data: New content.
+        sync: Whether file and folder are flushed to the disk before returning.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -59,7 +71,7 @@ def write_atomically(path: Path, data: bytes, *, sync: bool) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, so that readers see the old or the new content; not flushed to the disk."""
+    """Write `text` as UTF-8. Readers see either the old or the new content. Nothing is flushed to the disk."""
     write_atomically(path, text.encode(), sync=False)
 
 

@@ -1,3 +1,3 @@
-"""Version of the package; CMake and pyproject.toml hold the same."""
+"""Version of the package, the same as in CMakeLists.txt and pyproject.toml."""
 
 __version__ = "0.1.0"

@@ -81,12 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(path: Path | None) -> tuple[tuple[str, Path] | None, list[Check]]:
     """The probe for a config file with its path, and the finding that the file itself is."""
-    from fedspine_edge.config import DeviceConfig, load_either
+    from fedspine_edge.config import DeviceConfig, load_fleet_or_device_config
 
     if path is None:
         return None, []
     try:
-        config = load_either(path)
+        config = load_fleet_or_device_config(path)
     except ConfigError as error:
         return None, [Check("config", "failed", error.message, error.remedy or "correct the file")]
     if isinstance(config, DeviceConfig):

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             raise MissingDependency.from_import(error, purpose=f"fedspine-edge {arguments.command}") from None
     except FedspineError as error:
-        print(f"error: {error.in_words(arguments.names)}", file=sys.stderr)
+        print(f"error: {error.with_names(arguments.names)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # who read the output has read enough: `fedspine-edge status RUN_DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends

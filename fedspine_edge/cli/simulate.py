@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.config import DeviceConfig, FleetConfig, load, setting_names
+    from fedspine_edge.config import DeviceConfig, FleetConfig, load_config, setting_names
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.simulation.virtual_fleet import simulate
 
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is None or not arguments.devices:
         raise ConfigError("no fleet to simulate.", remedy="Give --config and device files, or --mix.")
     arguments.names = setting_names(FleetConfig) | setting_names(DeviceConfig)
-    fleet = load(arguments.config, FleetConfig)
-    result = simulate(fleet, [load(path, DeviceConfig) for path in arguments.devices])
+    fleet = load_config(arguments.config, FleetConfig)
+    result = simulate(fleet, [load_config(path, DeviceConfig) for path in arguments.devices])
     if arguments.json:
         print_json(result.to_dict())
     else:
@@ -81,7 +81,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.config import DeviceConfig, FleetConfig, load
+    from fedspine_edge.config import DeviceConfig, FleetConfig, load_config
     from fedspine_edge.simulation import device_classes as classes
     from fedspine_edge.simulation.cost_model import spec_of
     from fedspine_edge.simulation.experiments.run_metrics import measure
@@ -104,7 +104,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     }
     fleet_settings = {name: value for name, value in settings.items() if value is not None}
     if arguments.config is not None:
-        base = msgspec.to_builtins(load(arguments.config, FleetConfig))
+        base = msgspec.to_builtins(load_config(arguments.config, FleetConfig))
         fleet_settings = {**{k: v for k, v in base.items() if k not in ("run_dir", "min_devices")}, **fleet_settings}
     out = arguments.out.resolve()
     common = {

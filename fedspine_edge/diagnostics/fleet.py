@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedspine_edge.config import BrokerSettings, DeviceConfig, FleetConfig, load
+from fedspine_edge.config import BrokerSettings, DeviceConfig, FleetConfig, load_config
 from fedspine_edge.diagnostics.check import Check, line_of
 from fedspine_edge.errors import BrokerUnreachable, FedspineError
 from fedspine_edge.files import TOKENIZER_VOCABULARIES
@@ -49,7 +49,7 @@ def device_checks(path: str) -> Iterator[Check]:
     """What the settings of a device name."""
     from fedspine_edge.protocol.topics import Topics
 
-    config = load(path, DeviceConfig)
+    config = load_config(path, DeviceConfig)
     topics, name = Topics(config.fleet), config.device_id
     client_id = f"fedspine-{config.fleet}-{name}-doctor"
     yield _login(config.broker, client_id, topics.device_filters(name), topics.report(name))
@@ -62,7 +62,7 @@ def fleet_checks(path: str) -> Iterator[Check]:
     """What the settings of a fleet name."""
     from fedspine_edge.protocol.topics import Topics
 
-    config = load(path, FleetConfig)
+    config = load_config(path, FleetConfig)
     topics = Topics(config.fleet)
     client_id = f"fedspine-{config.fleet}-server-doctor"
     yield _login(config.broker, client_id, topics.server_filters, topics.ack("doctor"))

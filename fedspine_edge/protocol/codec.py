@@ -1,7 +1,7 @@
 """Messages and tensors to bytes and back, with every length checked before anything is allocated.
 
 Messages are JSON (readable with `mosquitto_sub`), tensors are safetensors. Whatever the bytes are, only a
-`WireError` is raised. `check_names` and `check_tensors` hold the allow-list of what leaves a device.
+`ProtocolError` is raised. `check_names` and `check_tensors` hold the allow-list of what leaves a device.
 """
 
 from __future__ import annotations

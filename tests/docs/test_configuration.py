@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fedspine_edge.config import DeviceConfig, FleetConfig, load
+from fedspine_edge.config import DeviceConfig, FleetConfig, load_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,7 +56,7 @@ def test_every_key_is_on_the_page_with_a_description() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_an_example_loads_holds_every_key_and_explains_it(name: str) -> None:
     path = ROOT / "examples" / name
-    load(path, FILES[name])
+    load_config(path, FILES[name])
     text = path.read_text(encoding="utf-8")
     assert set(flat(tomllib.loads(text))) == set(keys(FILES[name]))
     bare = [line for line in text.splitlines() if "=" in line.partition("#")[0] and "#" not in line]
@@ -65,7 +65,7 @@ def test_an_example_loads_holds_every_key_and_explains_it(name: str) -> None:
 
 
 def test_the_examples_state_the_defaults() -> None:
-    assert load(ROOT / "examples" / "fleet.toml", FleetConfig) == FleetConfig()
-    device = load(ROOT / "examples" / "device.toml", DeviceConfig)
+    assert load_config(ROOT / "examples" / "fleet.toml", FleetConfig) == FleetConfig()
+    device = load_config(ROOT / "examples" / "device.toml", DeviceConfig)
     required = {"device_id": device.device_id, "model": device.model, "data": {"path": device.data.path}}
     assert device == msgspec.convert(required, DeviceConfig)

@@ -1,4 +1,4 @@
-"""Messages and tensors survive the wire unchanged; everything else is a WireError that says what is wrong."""
+"""Messages and tensors survive the wire unchanged; everything else is a ProtocolError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedspine_edge.config import OptimizerSettings
-from fedspine_edge.errors import BlobError, MessageError, WireError
+from fedspine_edge.errors import BlobError, MessageError, ProtocolError
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import (
@@ -182,7 +182,7 @@ def test_what_would_be_refused_is_not_sent():
 @given(st.binary(max_size=400), st.sampled_from(KINDS))
 def test_random_bytes_raise_wire_errors_only(data, kind):
     for read in (lambda: codec.decode(data, kind), lambda: codec.unpack(data)):
-        with pytest.raises(WireError):
+        with pytest.raises(ProtocolError):
             read()
 
 
@@ -197,7 +197,7 @@ def test_random_damage_raises_wire_errors_only(data):
         damaged = bytearray(whole)
         for _ in range(data.draw(st.integers(1, 4))):
             damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-        with contextlib.suppress(WireError):
+        with contextlib.suppress(ProtocolError):
             read(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
 
 
