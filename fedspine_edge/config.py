@@ -273,6 +273,14 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
             raise ValueError('scope "global" needs layout "local": a common order gives every layer the same width')
 
 
+def required_devices(min_reports: int, min_devices: int, *, first_attempt: bool) -> int:
+    """Return how many devices must be online before a round begins.
+
+    Every round needs `min_reports` devices. The first attempt at the first round also waits for `min_devices`.
+    """
+    return max(min_reports, min_devices if first_attempt else 1)
+
+
 class DataSettings(_Section, frozen=True, kw_only=True):
     """Private data of a device. It never leaves the device."""
 

@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     view = read_run(arguments.run_dir)
     if arguments.csv is not None:
-        from fedspine_edge.monitoring.csv_export import COLUMNS, flat, write_csv
+        from fedspine_edge.monitoring.csv_export import COLUMNS, flatten, write_csv
 
-        print(write_csv(arguments.csv, list(COLUMNS), flat(view.rows)))
+        print(write_csv(arguments.csv, list(COLUMNS), flatten(view.rows)))
         if arguments.out is None:
             return 0
     out = arguments.out or arguments.run_dir / "report.html"

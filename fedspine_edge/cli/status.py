@@ -100,7 +100,7 @@ def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus
         if every_tick or status.to_dict() != told:
             told = status.to_dict()
             yield status
-        if status.server_at_work is not False:
+        if status.server_running is not False:
             alive_at = time.monotonic()
         if status.state == "finished" or time.monotonic() - alive_at > GONE_S:
             return
@@ -109,7 +109,7 @@ def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus
             now = (server_at_work(folder), changed_wall_s(folder))
         except OSError:  # the folder is gone, which `read_status` says better
             now = None
-        if now != (status.server_at_work, status.changed_wall_s) or time.monotonic() - read_at > REREAD_S:
+        if now != (status.server_running, status.changed_wall_s) or time.monotonic() - read_at > REREAD_S:
             status, read_at = read_status(run_dir), time.monotonic()
 
 
@@ -136,7 +136,7 @@ def _page(status: FleetStatus, run_dir: Path, console: Console, *, rows: int | N
     if rows is not None and len(devices) > rows:
         devices = sorted(devices, key=_is_well)[:rows]  # a stable sort
     for device in devices:
-        shown = cells(device.part) if device.part else [""] * len(COLUMNS)
+        shown = cells(device.newest) if device.newest else [""] * len(COLUMNS)
         shown[:3] = device.device_id, device.device_class, _device_state(device, finished=status.state == "finished")
         kept = [cell for name, cell in zip(COLUMNS, shown) if name not in without]
         table.add_row(*kept, _heard(device, status, now_s))
@@ -151,7 +151,7 @@ def _lines(status: FleetStatus) -> Iterator[tuple[str, str]]:
 
     The last two rounds, since much may happen between two looks.
     """
-    yield "server", _SERVER[status.server_at_work]
+    yield "server", _SERVER[status.server_running]
     for view in status.rounds[-2:]:
         if view.ended_wall_s is not None:
             took = _length(view.ended_wall_s - view.started_wall_s)
@@ -192,7 +192,7 @@ def _where(status: FleetStatus) -> str:
     if number > rounds > 0:
         text = f"all {rounds} rounds are done, the final files are being written"
     elif status.open_round is not None:
-        parts = [device.part for device in status.devices if device.part is not None]
+        parts = [device.newest for device in status.devices if device.newest is not None]
         answered = sum(part.status != "running" for part in parts)
         text = f"{of} runs: {answered} of {status.open_round.num_devices} devices have answered"
     elif online < status.devices_needed:
@@ -206,7 +206,7 @@ _SERVER = {True: "a server is at work", False: "no server is at work", None: "no
 
 
 def _server_line(status: FleetStatus, now_s: float) -> str:
-    parts = [_SERVER[status.server_at_work], f"journal written {_ago(now_s - status.changed_wall_s)}"]
+    parts = [_SERVER[status.server_running], f"journal written {_ago(now_s - status.changed_wall_s)}"]
     if status.virtual:
         parts.append("a simulation: all other times are virtual")
     elif status.open_round is not None and status.state == "running":
@@ -216,23 +216,23 @@ def _server_line(status: FleetStatus, now_s: float) -> str:
 
 
 def _device_state(device: DeviceStatus, *, finished: bool) -> str:
-    state = "refused" if device.refused else device.part.status if device.part else "waiting"
+    state = "refused" if device.refused else device.newest.status if device.newest else "waiting"
     return state if device.online or finished else f"{state}, offline"
 
 
 def _is_well(device: DeviceStatus) -> bool:
-    return device.online and not device.refused and (device.part is None or device.part.status in ("ok", "running"))
+    return device.online and not device.refused and (device.newest is None or device.newest.status in ("ok", "running"))
 
 
 def _heard(device: DeviceStatus, status: FleetStatus, now_s: float) -> str:
-    if not device.heard_wall_s:
+    if not device.last_seen_wall_s:
         return "not yet"
-    return f"at {device.heard_wall_s:.0f} s" if status.virtual else _ago(now_s - device.heard_wall_s)
+    return f"at {device.last_seen_wall_s:.0f} s" if status.virtual else _ago(now_s - device.last_seen_wall_s)
 
 
 def _failures(status: FleetStatus) -> Iterator[str]:
     refused = [device for device in status.devices if device.refused]
-    failed = [device.failure for device in status.devices if device.failure is not None]
+    failed = [device.last_failure for device in status.devices if device.last_failure is not None]
     failed.sort(key=lambda part: (-part.server_round, -part.attempt, part.device_id))
     if refused or failed:
         yield "refused, or last failed:"
@@ -258,13 +258,13 @@ def _totals(status: FleetStatus) -> Iterator[str]:
     )
     if done is not None and (means := _means(done.mean_loss, done.mean_accuracy)):
         yield f"means of round {done.server_round}: {means[2:]}"
-    kinds = {device.part.time_kind for device in status.devices if device.part} - {"measured", None}
+    kinds = {device.newest.time_kind for device in status.devices if device.newest} - {"measured", None}
     for kind in sorted(map(str, kinds)):
         yield f"time is {kind}, not measured"
 
 
 def _time_left(status: FleetStatus, now_s: float) -> Iterator[str]:
-    left, pace = status.time_left_s(now_s), status.pace_s
+    left, pace = status.time_left_s(now_s), status.round_time_range_s
     if left is not None and pace is not None:
         yield (
             f"time left: {_span(*left)}, if rounds take as long as the last ones did ({_span(*pace)} each); "

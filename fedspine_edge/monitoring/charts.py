@@ -1,4 +1,4 @@
-"""Charts of a fleet run as inline SVG; every one takes rows and returns a string."""
+"""Charts of a fleet run. Each function takes rows of the journal and returns inline SVG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GREY = "#8b95a1"
 
 
 def accuracy(rows: Sequence[DeviceView]) -> str:
-    """Held-out accuracy by round, a line a device and the mean."""
+    """Draw the held-out accuracy by round: one line per device, and the mean."""
 
     def draw(axes: Any) -> None:
         _device_lines(axes, rows, "accuracy_after")
@@ -30,7 +30,7 @@ def accuracy(rows: Sequence[DeviceView]) -> str:
 
 
 def loss(rows: Sequence[DeviceView]) -> str:
-    """Mean held-out loss before and after each round."""
+    """Draw the mean held-out loss before and after each round."""
 
     def draw(axes: Any) -> None:
         before, after = _mean_by_round(rows, "loss_before"), _mean_by_round(rows, "loss_after")
@@ -44,7 +44,7 @@ def loss(rows: Sequence[DeviceView]) -> str:
 
 
 def completion_times(rows: Sequence[DeviceView]) -> str:
-    """Completion time by round in seconds, a line a device."""
+    """Draw the completion time by round in seconds, one line per device."""
 
     def draw(axes: Any) -> None:
         _device_lines(axes, rows, "completion_time_s")
@@ -55,7 +55,7 @@ def completion_times(rows: Sequence[DeviceView]) -> str:
 
 
 def rewards(rows: Sequence[DeviceView]) -> str:
-    """Total reward by round, a line a device."""
+    """Draw the total reward by round, one line per device."""
 
     def draw(axes: Any) -> None:
         _device_lines(axes, rows, "reward")
@@ -66,7 +66,7 @@ def rewards(rows: Sequence[DeviceView]) -> str:
 
 
 def idle(rows: Sequence[DeviceView]) -> str:
-    """Idle share by device in percent."""
+    """Draw the idle share of each device in percent."""
 
     def draw(axes: Any) -> None:
         shares = idle_by_device(rows)
@@ -82,15 +82,15 @@ def idle(rows: Sequence[DeviceView]) -> str:
 
 
 def arms(rows: Sequence[DeviceView]) -> str:
-    """A grid of devices by rounds: the shade is the pruning ratio, the text says ratio and LoRA rank."""
+    """Draw a grid of devices by rounds. The shade is the pruning ratio, the text gives the ratio and the LoRA rank."""
 
     def draw(axes: Any) -> None:
         devices = sorted({row.device_id for row in rows})
         rounds = sorted({row.server_round for row in rows})
         chosen = {(row.device_id, row.server_round): row for row in rows if row.r is not None}
-        top = max([row.pruning_ratio or 0.0 for row in rows] + [1e-9])
+        highest = max([row.pruning_ratio or 0.0 for row in rows] + [1e-9])
         shade = [[_ratio(chosen.get((d, t))) for t in rounds] for d in devices]
-        axes.imshow(shade, cmap="Blues", vmin=0, vmax=1.6 * top, aspect="auto")
+        axes.imshow(shade, cmap="Blues", vmin=0, vmax=1.6 * highest, aspect="auto")
         for y, device in enumerate(devices):
             for x, number in enumerate(rounds):
                 if row := chosen.get((device, number)):
@@ -108,10 +108,10 @@ def _ratio(row: DeviceView | None) -> float:
 
 
 def widths(kept: Mapping[str, Any]) -> str:
-    """Share of attention groups and FFN channels kept in each layer.
+    """Draw the share of attention groups and FFN channels kept in each layer.
 
     Args:
-        kept: `{"heads": [per layer], "channels": [per layer], "full_heads": int, "full_channels": int}`.
+        kept: Kept and full widths: `{"heads": [per layer], "channels": [per layer], "full_heads": int, "full_channels": int}`.
     """
 
     def draw(axes: Any) -> None:
@@ -130,10 +130,10 @@ def widths(kept: Mapping[str, Any]) -> str:
 
 
 def before_after(pairs: Mapping[str, tuple[float, float, str]]) -> str:
-    """Horizontal bars: each name's value after as a share of its value before.
+    """Draw one horizontal bar per name: its value after pruning as a share of its value before.
 
     Args:
-        pairs: name → (before, after, text to print).
+        pairs: By name the value before, the value after, and the text to print on the bar.
     """
 
     def draw(axes: Any) -> None:
@@ -150,24 +150,32 @@ def before_after(pairs: Mapping[str, tuple[float, float, str]]) -> str:
 
 
 def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> str:
-    """What `draw` puts on a matplotlib axes, as inline SVG of `size` in inches. Raises `MissingDependency`."""
-    drawn = re.sub(r"^.*?(?=<svg)", "", _drawn(draw, size, "svg").decode(), flags=re.DOTALL)
-    return re.sub(r"(\d\.\d{2})\d+", r"\1", drawn)  # a hundredth of a point is finer than any screen
+    """Return what `draw` puts on matplotlib axes as inline SVG.
+
+    Args:
+        draw: Function that draws on the axes.
+        size: Width and height in inches.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    image = re.sub(r"^.*?(?=<svg)", "", _render(draw, size, "svg").decode(), flags=re.DOTALL)
+    return re.sub(r"(\d\.\d{2})\d+", r"\1", image)  # a hundredth of a point is below any screen's resolution
 
 
 def pdf(draw: Callable[[Any], None], size: tuple[float, float] = (5.6, 3.1)) -> bytes:
-    """The same as a PDF of one page, its text as text."""
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every glyph it takes along
-    return _drawn(draw, size, "pdf")
+    """Return the same as `svg` does, as a PDF of one page. Text stays text."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every glyph that it embeds
+    return _render(draw, size, "pdf")
 
 
-def _drawn(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -> bytes:
+def _render(draw: Callable[[Any], None], size: tuple[float, float], kind: str) -> bytes:
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependency.of("matplotlib", extra="demo", purpose="The HTML report") from None
-    # a fixed hash salt and no date: the same run gives the same file
+    # A fixed hash salt and no date, so that the same run gives the same file.
     style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "fedspine"}
     with matplotlib.rc_context({**style, "pdf.fonttype": 42}):
         figure = Figure(figsize=size, layout="constrained")
@@ -188,18 +196,18 @@ def _colours(rows: Sequence[DeviceView]) -> dict[str, str]:
 
 
 def _device_lines(axes: Any, rows: Sequence[DeviceView], value: str) -> None:
-    """One thin line a device, coloured by class."""
+    """Draw one thin line per device, coloured by device class."""
     colours = _colours(rows)
     devices: dict[str, list[DeviceView]] = defaultdict(list)
     for row in rows:
         if getattr(row, value) is not None:
             devices[row.device_id].append(row)
     labelled: set[str] = set()
-    for mine in devices.values():
-        name = mine[0].device_class
+    for own_rows in devices.values():
+        name = own_rows[0].device_class
         axes.plot(
-            [row.server_round for row in mine],
-            [getattr(row, value) for row in mine],
+            [row.server_round for row in own_rows],
+            [getattr(row, value) for row in own_rows],
             color=colours[name],
             linewidth=1.2,
             marker="o",

@@ -1,4 +1,4 @@
-"""What every device did in every round as one flat table, for pandas and the like."""
+"""The rows of a run as one flat CSV table: one row per device and round."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from fedspine_edge.files import write_text_atomically
 from fedspine_edge.server.journal.schema import DeviceView
 
 COLUMNS: Mapping[str, str] = {
-    "server_round": "round, from 1",
-    "attempt": "from 1, above it where the round was repeated; only the newest is listed",
-    "device_id": "the device",
-    "device_class": "its class",
+    "server_round": "round, counted from 1",
+    "attempt": "attempt at the round, counted from 1; only the newest attempt is listed",
+    "device_id": "device id",
+    "device_class": "device class",
     "status": "ok, refused, failed, out_of_memory, late, lost or running (no answer yet)",
-    "reason": "why not ok; a remark where it is",
-    "u": "the arm's place in the envelope; empty where no bandit chose",
-    "pruning_ratio": "share of prunable parameters that was to be removed by the end of the round",
+    "reason": "reason for a status other than ok; a warning if the status is ok",
+    "u": "position of the arm within the pruning schedule's bounds, in [0, 1]; empty if no bandit selected it",
+    "pruning_ratio": "pruning ratio in the plan: share of prunable parameters to remove by the end of the round",
     "r": "LoRA rank",
-    "achieved_ratio": "share that is removed, after rounding to whole groups",
-    "sparsity": "share of all parameters that is absent",
-    "num_examples": "the device's training examples, its weight in averages",
-    "completion_time_s": "seconds from plan to report",
-    "time_kind": "measured, modelled or simulated: what those seconds are",
+    "achieved_ratio": "share of prunable parameters removed, after rounding to whole groups",
+    "sparsity": "share of all parameters removed",
+    "num_examples": "number of training examples of the device, its weight in averages",
+    "completion_time_s": "time from plan to report in seconds",
+    "time_kind": "how the completion time was obtained: measured, modelled or simulated",
     "loss_before": "mean loss in nats on the device's held-out examples before the first step",
-    "loss_after": "the same after the last step",
-    "accuracy_before": "accuracy on them before the first step",
-    "accuracy_after": "the same after the last step",
-    "train_loss": "mean loss of the round's steps",
-    "lora_importance": "I(B_total)",
-    "peak_memory_bytes": "largest memory of the round where it was measured",
-    "reward": "the reward, in [0, 1]",
-    **{f"reward_{term}": f"its term `{term}`, in [0, 1], before the weight" for term in TERMS},
-    "bytes_up": "sent by the device",
-    "bytes_down": "received by it",
-    "restarts": "times it was cut off during the round",
+    "loss_after": "mean loss in nats on the held-out examples after the last step",
+    "accuracy_before": "accuracy on the held-out examples before the first step",
+    "accuracy_after": "accuracy on the held-out examples after the last step",
+    "train_loss": "mean training loss over the steps of the round",
+    "lora_importance": "importance of the adapter, I(B_total)",
+    "peak_memory_bytes": "peak memory of the round in bytes, if it was measured",
+    "reward": "total reward, in [0, 1]",
+    **{f"reward_{term}": f"reward term `{term}`, in [0, 1], before weighting" for term in TERMS},
+    "bytes_up": "bytes sent by the device",
+    "bytes_down": "bytes received by the device",
+    "restarts": "times the device lost its connection or restarted during the round",
 }
-"""Columns and what they mean; docs/experiments.md repeats them. What was not measured is empty."""
+"""Columns and their meaning, repeated in the documentation. A figure that was not measured is left empty."""
 
 
-def flat(rows: Iterable[DeviceView]) -> list[dict[str, Any]]:
-    """One dict a row with the keys of `COLUMNS`, None where nothing was measured."""
+def flatten(rows: Iterable[DeviceView]) -> list[dict[str, Any]]:
+    """Return one dict per row with the keys of `COLUMNS`. Figures that were not measured are None."""
     table = []
     for row in rows:
         terms = {f"reward_{term}": value for term, value in (row.reward_terms or {}).items()}
@@ -53,7 +53,7 @@ def flat(rows: Iterable[DeviceView]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write all of it or nothing, since others may be reading; what a row lacks is left empty. Returns the path."""
+    """Write the table atomically and return `path`. A column that a row lacks is left empty."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, columns, restval="", extrasaction="ignore")
     writer.writeheader()

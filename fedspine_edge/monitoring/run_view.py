@@ -1,4 +1,4 @@
-"""A fleet run for people: rows from the server's journal, for the report, the live table, `status` and the demo."""
+"""View of a fleet run, read from the server's journal. The report, the live table, `status` and the demo show it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fedspine_edge.server.journal.writer import Journal
 
 @dataclass(frozen=True)
 class RunView:
-    """What a journal says of a run so far.
+    """The state of a run according to its journal.
 
     Attributes:
         state: joining, running or finished.
-        num_rounds: Rounds asked for; 0 before the server has started.
-        rows: Every device's part in every round, the newest attempt of each.
-        result: Figures of the finished run; empty before.
-        widths: What the last round's devices keep in common, as `charts.widths` takes it; None if nothing is known.
+        num_rounds: Number of rounds of the run; 0 before the server has started.
+        rows: One row per device and round, of the newest attempt at each round.
+        result: Figures of the finished run; empty before it has finished.
+        widths: Widths that all devices of the last round keep, in the form that `charts.widths` takes; None if unknown.
     """
 
     state: str = "joining"
@@ -33,14 +33,14 @@ class RunView:
 
 
 def read_run(run_dir: Path) -> RunView:
-    """Read the journal of `run_dir`. Raises `ConfigError` when there is none."""
+    """Read the journal of `run_dir`. Raises `ConfigError` if there is none."""
     with Journal.open_readonly(run_dir) as journal, journal.snapshot():
-        return view_of(journal.summary(), journal.device_rounds())
+        return build_run_view(journal.summary(), journal.device_rounds())
 
 
-def view_of(summary: dict[str, Any], parts: Sequence[DeviceView]) -> RunView:
-    """The view of what a journal's `summary` and `device_rounds` say."""
-    rows = _newest_attempts(parts)
+def build_run_view(summary: dict[str, Any], device_rounds: Sequence[DeviceView]) -> RunView:
+    """Build the view from a journal's `summary` and `device_rounds`."""
+    rows = _newest_attempts(device_rounds)
     return RunView(
         state=summary["state"],
         num_rounds=summary["num_rounds"] or 0,
@@ -51,7 +51,7 @@ def view_of(summary: dict[str, Any], parts: Sequence[DeviceView]) -> RunView:
 
 
 def peek_run(run_dir: Path) -> RunView:
-    """Like `read_run`, but an empty view while the server has not made its journal yet."""
+    """Read the journal as `read_run` does, or return an empty view if the server has not created it yet."""
     try:
         return read_run(run_dir)
     except ConfigError:
@@ -59,7 +59,7 @@ def peek_run(run_dir: Path) -> RunView:
 
 
 def by_round(rows: Sequence[DeviceView]) -> dict[int, list[DeviceView]]:
-    """Rows grouped by round, in order."""
+    """Return the rows grouped by round, in order of rounds."""
     groups: dict[int, list[DeviceView]] = defaultdict(list)
     for row in rows:
         groups[row.server_round].append(row)
@@ -67,7 +67,7 @@ def by_round(rows: Sequence[DeviceView]) -> dict[int, list[DeviceView]]:
 
 
 def idle_by_device(rows: Sequence[DeviceView]) -> dict[str, float]:
-    """Each device's mean share of a round spent waiting for the slowest: mean over rounds of 1 − T_i / max T."""
+    """Return each device's share of time spent waiting for the slowest device: the mean over rounds of 1 − T_i / max T."""
     shares: dict[str, list[float]] = defaultdict(list)
     for device_id, share in _idle(rows):
         shares[device_id].append(share)
@@ -75,7 +75,7 @@ def idle_by_device(rows: Sequence[DeviceView]) -> dict[str, float]:
 
 
 def idle_share(rows: Sequence[DeviceView]) -> float | None:
-    """Mean idle share over all devices and rounds; None without completion times."""
+    """Return the mean idle share over all devices and rounds, or None without completion times."""
     shares = [share for _, share in _idle(rows)]
     return sum(shares) / len(shares) if shares else None
 
@@ -99,7 +99,7 @@ def _widths(rows: Sequence[DeviceView], spec: dict[str, Any] | None) -> dict[str
     kept = [row.widths for row in rows if row.widths]
     if not kept or spec is None:
         return None
-    # with the consensus order layouts nest, so the smallest counts are what the devices have in common
+    # Layouts nest under the consensus order, so the smallest counts are what all devices keep.
     last = [row.widths for row in rows if row.widths and row.server_round == rows[-1].server_round] or kept[-1:]
     layers = [tuple(min(counts) for counts in zip(*layer)) for layer in zip(*last)]
     return {

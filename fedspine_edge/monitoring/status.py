@@ -1,4 +1,4 @@
-"""Where a fleet's run stands, read from the server's folder while the server is at work or after."""
+"""Status of a fleet's run, read from the server's run folder while the server runs or afterwards."""
 
 from __future__ import annotations
 
@@ -8,62 +8,63 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedspine_edge.monitoring.run_view import RunView, view_of
+from fedspine_edge.config import required_devices
+from fedspine_edge.monitoring.run_view import RunView, build_run_view
 from fedspine_edge.server.journal.reader import JournalReader
 from fedspine_edge.server.journal.schema import DeviceView, RoundView
 from fedspine_edge.server.run_dir import changed_wall_s, server_at_work
 
 State = Literal["waiting", "running", "finished", "stopped"]
 
-ENDED_WELL = ("ok", "running")
-PACE_ROUNDS = 5
-"""Time left is told from so many rounds, the newest."""
+SUCCESS_STATES = ("ok", "running")
+RECENT_ROUNDS = 5
+"""Number of finished rounds, the newest ones, from which the time left is estimated."""
 
 
 @dataclass(frozen=True)
 class DeviceStatus:
-    """One device as the server last heard of it.
+    """One device as the server last saw it.
 
     Attributes:
-        online: As of the last status; stays as it was while no server is there to hear.
-        refused: Why it may not take part; empty if it may.
-        heard_wall_s: When its last status (or the broker's word that it is gone) or report came; 0 if none has in
-            this run: the broker had kept an older status.
-        part: Its part in the newest round; None if it has none.
-        failure: Its newest part, in any attempt at any round, that did not end well; None without one.
+        online: Whether the device's last status was "online". The value does not change while no server runs.
+        refused: Reason why the device may not take part; empty if it may.
+        last_seen_wall_s: Time of the device's last status, last will or report; 0 if none was received in this run
+            (the server knows the device only from a status that the broker had retained).
+        newest: The device's row in the newest round; None if it has none.
+        last_failure: The device's newest row, of any attempt at any round, that did not end well; None without one.
     """
 
     device_id: str
     device_class: str
     online: bool
     refused: str
-    heard_wall_s: float
-    part: DeviceView | None
-    failure: DeviceView | None
+    last_seen_wall_s: float
+    newest: DeviceView | None
+    last_failure: DeviceView | None
 
 
 @dataclass(frozen=True)
 class FleetStatus:
-    """A run at one moment. Times are in seconds since the epoch, and virtual in a simulation (`virtual`).
+    """A run at one moment. Times are in seconds since the epoch, or virtual in a simulation (`virtual`).
 
     Attributes:
-        state: waiting (for devices, before a round), running, finished, or stopped: not finished and no server at work.
-        server_at_work: None where it cannot be told.
-        changed_wall_s: When the journal was last written, in real time even in a simulation.
-        server_round: The round that runs or comes next; above `num_rounds` while the last files are written.
-        attempt: At that round, from 1.
-        devices_needed: How many must be online before it begins.
+        state: waiting (for devices, before a round), running, finished, or stopped (not finished, and no server runs).
+        server_running: Whether a server runs on the folder; None if that cannot be determined.
+        changed_wall_s: Time of the last write to the journal, in real time even in a simulation.
+        server_round: The round that runs or comes next; above `num_rounds` while the final files are written.
+        attempt: Attempt at that round, from 1.
+        devices_needed: Number of devices that must be online before the round begins.
         open_round: The round that runs; None between rounds.
-        deadline_s: Limit of one round, in seconds.
-        stopped_because: What the server said when it stopped; empty if it could not say anything, or has not stopped.
+        deadline_s: Deadline of a round in seconds.
+        stopped_because: The error with which the server stopped; empty if it has not stopped or could not record one.
         rounds: Every attempt at every round.
-        devices: All that were ever heard, by id.
-        view: The rows of the newest attempts, as the report takes them.
+        devices: All devices that the server has seen, by id.
+        view: The rows of the newest attempts, in the form that the report takes.
     """
 
     run_id: str
     state: State
-    server_at_work: bool | None
+    server_running: bool | None
     changed_wall_s: float
     virtual: bool
     server_round: int
@@ -79,42 +80,47 @@ class FleetStatus:
 
     @property
     def last_done(self) -> RoundView | None:
-        """The newest round that ended well."""
+        """The newest round that succeeded."""
         return next((view for view in reversed(self.rounds) if view.state == "done"), None)
 
     @property
-    def pace_s(self) -> tuple[float, float] | None:
-        """Shortest and longest of the newest finished rounds, in seconds; None before there are two."""
+    def round_time_range_s(self) -> tuple[float, float] | None:
+        """Shortest and longest duration of the newest finished rounds in seconds; None before two have finished."""
         done = [v.ended_wall_s - v.started_wall_s for v in self.rounds if v.state == "done" and v.ended_wall_s]
-        return (min(done[-PACE_ROUNDS:]), max(done[-PACE_ROUNDS:])) if len(done) > 1 else None
+        return (min(done[-RECENT_ROUNDS:]), max(done[-RECENT_ROUNDS:])) if len(done) > 1 else None
 
     def time_left_s(self, now_s: float) -> tuple[float, float] | None:
-        """Seconds left if every round to come takes as long as the newest ones took: by the shortest, by the longest.
+        """Return the estimated time left in seconds, from the shortest and from the longest of the newest rounds.
 
-        A round that is running for longer than any of them is counted to its deadline. None where that
-        would be a guess: before two rounds are done, while no server is at work or a round waits for devices, and in
-        virtual time.
+        A round that has been running for longer than any of them is assumed to last until its deadline. The result is
+        None if any estimate would be a guess: before two rounds have finished, while no server runs, while a round
+        waits for devices, and in virtual time.
         """
-        if self.pace_s is None or self.open_round is None or self.virtual or self.server_at_work is False:
+        duration_s = self.round_time_range_s
+        if duration_s is None or self.open_round is None or self.virtual or self.server_running is False:
             return None
-        spent = max(0.0, now_s - self.open_round.started_wall_s)
-        later = self.num_rounds - self.server_round
-        shortest, longest = self.pace_s
-        most = longest if spent < longest else self.deadline_s
-        return max(0.0, shortest - spent) + later * shortest, max(0.0, most - spent) + later * longest
+        elapsed_s = max(0.0, now_s - self.open_round.started_wall_s)
+        rounds_after = self.num_rounds - self.server_round
+        shortest, longest = duration_s
+        latest = longest if elapsed_s < longest else self.deadline_s
+        return (
+            max(0.0, shortest - elapsed_s) + rounds_after * shortest,
+            max(0.0, latest - elapsed_s) + rounds_after * longest,
+        )
 
     @property
     def devices_online(self) -> int:
-        """How many could be given a plan, as the server last heard."""
+        """Number of devices that could be given a plan, according to their last status."""
         return sum(device.online and not device.refused for device in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json`: the same as long as the run does not change."""
+        """Return plain data for `--json`. The result does not change as long as the run does not."""
         view = self.open_round or self.last_done
         return {
             "run_id": self.run_id,
             "state": self.state,
-            "server_at_work": self.server_at_work,
+            "server_running": self.server_running,
+            "server_at_work": self.server_running,  # deprecated name
             "stopped_because": self.stopped_because,
             "journal_changed_wall_s": self.changed_wall_s,
             "virtual_time": self.virtual,
@@ -124,14 +130,15 @@ class FleetStatus:
             "round_open": self.open_round is not None,
             "devices_needed": self.devices_needed,
             "newest_round": None if view is None else asdict(view),
-            "pace_s": self.pace_s,
+            "round_time_range_s": self.round_time_range_s,
+            "pace_s": self.round_time_range_s,  # deprecated name
             "totals": self.totals(),
             "devices": [_plain(device) for device in self.devices],
             "result": self.view.result or None,
         }
 
     def totals(self) -> dict[str, Any]:
-        """Figures over the whole run; loss and accuracy are means of the newest round that ended well."""
+        """Return figures over the whole run. Loss and accuracy are means of the newest round that succeeded."""
         done = self.last_done
         loss, accuracy = (None, None) if done is None else (done.mean_loss, done.mean_accuracy)
         return {
@@ -148,42 +155,45 @@ class FleetStatus:
 
 
 def read_status(run_dir: Path) -> FleetStatus:
-    """Where the run in `run_dir` stands. Changes nothing and keeps no server waiting.
+    """Read the status of the run in `run_dir`, without changing anything and without blocking the server.
 
-    Raises `ConfigError` when there is no journal, or one that cannot be read.
+    Raises `ConfigError` if the folder has no journal, or one that cannot be read.
     """
     with JournalReader.open_readonly(run_dir) as journal:
         folder = journal.path.parent
-        # Asked first: a server that ends in between has written its result by the time that is read.
-        at_work, changed = server_at_work(folder), changed_wall_s(folder)
+        # Read first: a server that ends in between has written its result by the time the journal is read.
+        running, changed = server_at_work(folder), changed_wall_s(folder)
         with journal.snapshot():
-            summary, parts, rounds = journal.summary(), journal.device_rounds(), journal.rounds()
-            state, known, heard = journal.state(), journal.devices(), journal.heard_wall_s()
+            summary, device_rounds, rounds = journal.summary(), journal.device_rounds(), journal.rounds()
+            state, known, last_seen = journal.state(), journal.devices(), journal.heard_wall_s()
             texts = {key: journal.meta(key) for key in ("config", "clock", "stopped")}
     settings = json.loads(texts["config"] or "{}")
     open_round = rounds[-1] if state.open else None
-    first = (state.server_round, state.attempt) == (1, 1)
-    view = view_of(summary, parts)
-    newest = {p.device_id: p for p in view.rows if p.server_round == view.rows[-1].server_round}
-    failed = {p.device_id: p for p in parts if p.status not in ENDED_WELL}
+    view = build_run_view(summary, device_rounds)
+    newest = {row.device_id: row for row in view.rows if row.server_round == view.rows[-1].server_round}
+    failures = {row.device_id: row for row in device_rounds if row.status not in SUCCESS_STATES}
     devices = [
         DeviceStatus(
             status.device_id,
             status.device_class,
             online,
             refused,
-            heard[status.device_id],
+            last_seen[status.device_id],
             newest.get(status.device_id),
-            failed.get(status.device_id),
+            failures.get(status.device_id),
         )
         for status, online, refused in known
     ]
-    needed = max(settings.get("min_reports", 1), settings.get("min_devices", 1) if first else 1)
+    needed = required_devices(
+        settings.get("min_reports", 1),
+        settings.get("min_devices", 1),
+        first_attempt=(state.server_round, state.attempt) == (1, 1),
+    )
     online = sum(device.online and not device.refused for device in devices)
     return FleetStatus(
         run_id=summary["run_id"] or "",
-        state=_state(view, at_work, waiting=not state.open and online < needed),
-        server_at_work=at_work,
+        state=_state(view, running, waiting=not state.open and online < needed),
+        server_running=running,
         changed_wall_s=changed,
         virtual=texts["clock"] == "virtual",
         server_round=state.server_round,
@@ -192,23 +202,23 @@ def read_status(run_dir: Path) -> FleetStatus:
         devices_needed=needed,
         open_round=open_round,
         deadline_s=settings.get("deadline_s", 0.0),
-        stopped_because="" if at_work else texts["stopped"] or "",
+        stopped_because="" if running else texts["stopped"] or "",
         rounds=rounds,
         devices=devices,
         view=view,
     )
 
 
-def _state(view: RunView, at_work: bool | None, *, waiting: bool) -> State:
+def _state(view: RunView, running: bool | None, *, waiting: bool) -> State:
     if view.result:
         return "finished"
-    if at_work is False:
+    if running is False:
         return "stopped"
     return "waiting" if waiting else "running"
 
 
 def _plain(device: DeviceStatus) -> dict[str, Any]:
-    def part(row: DeviceView | None, names: Sequence[str]) -> dict[str, Any] | None:
+    def pick(row: DeviceView | None, names: Sequence[str]) -> dict[str, Any] | None:
         return None if row is None else {name: getattr(row, name) for name in names}
 
     figures = (
@@ -221,7 +231,8 @@ def _plain(device: DeviceStatus) -> dict[str, Any]:
         "device_class": device.device_class,
         "online": device.online,
         "refused": device.refused,
-        "heard_wall_s": device.heard_wall_s,
-        "part": part(device.part, figures),
-        "failure": part(device.failure, ("server_round", "attempt", "status", "reason")),
+        "last_seen_wall_s": device.last_seen_wall_s,
+        "heard_wall_s": device.last_seen_wall_s,  # deprecated name
+        "part": pick(device.newest, figures),
+        "failure": pick(device.last_failure, ("server_round", "attempt", "status", "reason")),
     }

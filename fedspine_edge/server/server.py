@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from fedspine_edge.clock import Clock, RealClock
-from fedspine_edge.config import FleetConfig
+from fedspine_edge.config import FleetConfig, required_devices
 from fedspine_edge.errors import FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol import codec
@@ -129,7 +129,7 @@ class FleetServer:
         """Until enough devices are online. Raises `ConfigError` at the join timeout."""
         state, config = self._state, self.config
         first = (state.server_round, state.attempt) == (1, 1)
-        needed = max(config.min_reports, config.min_devices if first else 1)
+        needed = required_devices(config.min_reports, config.min_devices, first_attempt=first)
         until = self._clock.now() + config.join_timeout_s
         said, called = -1, set[str]()
         while self._members.num_online < needed:

@@ -7,7 +7,7 @@ import pytest
 from recorded_fleet import run_recorded
 
 from fedspine_edge.cli.main import main
-from fedspine_edge.monitoring.csv_export import COLUMNS, flat, write_csv
+from fedspine_edge.monitoring.csv_export import COLUMNS, flatten, write_csv
 from fedspine_edge.monitoring.report import write_report
 from fedspine_edge.monitoring.run_view import idle_by_device, idle_share
 from fedspine_edge.server.journal.schema import DeviceView
@@ -60,7 +60,7 @@ def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
 
 
 def test_a_table_of_every_round_and_device_has_documented_columns(tmp_path: Path) -> None:
-    with write_csv(tmp_path / "t.csv", list(COLUMNS), flat(ROWS)).open(newline="") as file:
+    with write_csv(tmp_path / "t.csv", list(COLUMNS), flatten(ROWS)).open(newline="") as file:
         found = list(csv.DictReader(file))
     assert list(found[0]) == list(COLUMNS)
     assert [(row["server_round"], row["device_id"], row["status"]) for row in found][-1] == ("2", "tx2-2", "late")

@@ -20,7 +20,7 @@ import numpy as np
 from fedspine_edge.aggregation.rules import Aggregator
 from fedspine_edge.config import DataSettings
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.monitoring.csv_export import flat
+from fedspine_edge.monitoring.csv_export import flatten
 from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.simulation.cost_model import MINILM, spec_of
@@ -112,7 +112,7 @@ def _measured(run_dir: Path) -> dict[str, Any]:
     """The run's measures, and for a fleet that a person could look at what every device did in every round."""
     measures = measure(run_dir)
     if measures["num_devices"] <= LISTED_DEVICES:
-        measures["devices"] = flat(read_run(run_dir).rows)
+        measures["devices"] = flatten(read_run(run_dir).rows)
     return measures
 
 
