@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedspine_edge.simulation import replay
+from fedspine_edge.simulation.data_shares import prepare_data
 from fedspine_edge.simulation.device_classes import load_device_classes
-from fedspine_edge.simulation.fleet_files import demo_model, prepare_data, write_simulated_fleet
+from fedspine_edge.simulation.fleet_settings import DeviceInputs, default_model, simulated_fleet
 from fedspine_edge.simulation.virtual_fleet import simulate
 
 RUNS = ({"strategy": "fedspine", "pruning_ratio": 0.75}, {"strategy": "fedlora", "pruning_ratio": 0.0})
@@ -36,13 +37,11 @@ def main() -> int:
         for seed, settings in enumerate(RUNS):
             folder = Path(temp) / f"run-{seed}"
             shares, _ = prepare_data(folder / "data", num_devices=arguments.devices)
-            fleet, devices = write_simulated_fleet(
+            fleet, devices = simulated_fleet(
                 folder,
-                model=str(demo_model()),
-                shares=shares,
-                mix={"paper-agx": arguments.devices},
-                profiles=load_device_classes(),
-                holdout=48,
+                {"paper-agx": arguments.devices},
+                load_device_classes(),
+                DeviceInputs(model=str(default_model()), shares=shares, holdout=48),
                 num_rounds=arguments.rounds,
                 seed=seed,
                 training=TRAINING,

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.simulation.experiments.experiment import load_experiment, names, run_experiment
-    from fedspine_edge.simulation.experiments.experiment_page import shown, write_page
+    from fedspine_edge.simulation.experiments.experiment_page import format_interval, write_page
 
     if arguments.name is None:
         for name in names():
@@ -49,6 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({**summary, "page": str(page)})
         return 0
     for variant, row in summary["variants"].items():
-        print(f"{variant}: " + ", ".join(f"{name} {shown(row[name])}" for name in summary["measures"]))
+        print(f"{variant}: " + ", ".join(f"{name} {format_interval(row[name])}" for name in summary["measures"]))
     print(f"page: {page}")
     return 0

@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument("--mix", default=None, help="classes and their shares, such as tx2=30,nx=40,agx=10")
     mix.add_argument("--num-devices", type=int, default=None, help="devices in all (default: the sum of --mix)")
     mix.add_argument("--out", type=Path, default=Path("runs/simulated"), help="folder (default: runs/simulated)")
-    mix.add_argument("--profiles", type=Path, default=None, help="file of device classes (default: the built-in one)")
+    mix.add_argument(
+        "--device-classes",
+        "--profiles",
+        type=Path,
+        default=None,
+        help="file of device classes (default: the built-in one)",
+    )
     mix.add_argument("--model", type=Path, default=None, help="base model folder (default: all-MiniLM-L6-v2)")
     mix.add_argument(
         "--task",
@@ -83,18 +89,18 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import DeviceConfig, FleetConfig, load_config
     from fedspine_edge.simulation import device_classes as classes
-    from fedspine_edge.simulation.cost_model import spec_of
+    from fedspine_edge.simulation.cost_model import find_spec
     from fedspine_edge.simulation.experiments.run_metrics import measure
-    from fedspine_edge.simulation.fleet_files import demo_model, write_simulated_fleet
+    from fedspine_edge.simulation.fleet_settings import DeviceInputs, default_model, simulated_fleet
     from fedspine_edge.simulation.replay import BUILT_IN, LossRecord, ReplayContext
     from fedspine_edge.simulation.run_identity import FILE as NOTED
     from fedspine_edge.simulation.run_identity import require_same_inputs
     from fedspine_edge.simulation.virtual_fleet import simulate, simulate_recorded
 
-    known = classes.load_device_classes(arguments.profiles or classes.BUILT_IN)
+    known = classes.load_device_classes(arguments.device_classes or classes.BUILT_IN)
     mix = classes.parse_mix(arguments.mix, known)
     if arguments.num_devices is not None:
-        mix = classes.scaled(mix, arguments.num_devices)
+        mix = classes.scale_mix(mix, arguments.num_devices)
     settings = {
         "num_rounds": arguments.rounds,
         "pruning_ratio": arguments.pruning_ratio,
@@ -107,26 +113,32 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         base = msgspec.to_builtins(load_config(arguments.config, FleetConfig))
         fleet_settings = {**{k: v for k, v in base.items() if k not in ("run_dir", "min_devices")}, **fleet_settings}
     out = arguments.out.resolve()
-    common = {
-        "mix": mix,
-        "profiles": known,
-        "num_labels": arguments.num_labels,
-        "disconnect_probability": arguments.disconnect_probability,
-    }
     if arguments.recorded:
-        spec = spec_of(arguments.wire)
-        shared = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
-        fleet, devices = write_simulated_fleet(out, model="none", shares=[Path("none.csv")], **common, **fleet_settings)
-        result = simulate_recorded(fleet, devices, shared)
+        spec = find_spec(arguments.wire)
+        context = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
+        inputs = DeviceInputs(
+            model="none",
+            shares=[Path("none.csv")],
+            num_labels=arguments.num_labels,
+            disconnect_probability=arguments.disconnect_probability,
+        )
+        fleet, devices = simulated_fleet(out, mix, known, inputs, **fleet_settings)
+        result = simulate_recorded(fleet, devices, context)
     else:
-        model = str((arguments.model or demo_model()).resolve())
+        model = str((arguments.model or default_model()).resolve())
 
         def set_up(data: Path) -> tuple[FleetConfig, tuple[DeviceConfig, ...]]:
             shares, columns = _shares(arguments, data, sum(mix.values()), fleet_settings.get("task"))
             holdout = min(64, _smallest(shares) // 2)
-            return write_simulated_fleet(
-                out, model=model, shares=shares, columns=columns, holdout=holdout, **common, **fleet_settings
+            inputs = DeviceInputs(
+                model=model,
+                shares=shares,
+                num_labels=arguments.num_labels,
+                holdout=holdout,
+                columns=columns,
+                disconnect_probability=arguments.disconnect_probability,
             )
+            return simulated_fleet(out, mix, known, inputs, **fleet_settings)
 
         if (out / "run" / NOTED).is_file():  # refused before the shares of the run that is there are overwritten
             with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +162,7 @@ def _shares(
     """Each device's file, and how its columns are called."""
     from fedspine_edge.config import DataSettings
     from fedspine_edge.errors import ConfigError
-    from fedspine_edge.simulation.fleet_files import partition_data, prepare_data
+    from fedspine_edge.simulation.data_shares import partition_data, prepare_data
 
     named = (arguments.text, arguments.text_pair) != ("text", "")
     if task in (None, "classification") and not named:

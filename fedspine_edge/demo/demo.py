@@ -1,8 +1,8 @@
-"""The demo: a real fleet on this machine, from laying out the data to the finished model in ONNX Runtime.
+"""Demo: a real fleet on this machine, from the partition of the data to the finished model in ONNX Runtime.
 
-Broker, server and every device are processes of their own, the same programs that run apart in a real fleet; one
-that dies is restarted. Beside them an unpruned fleet with as many steps is trained in virtual time, so that the
-finished model is compared with something measured in the same run.
+Broker, server and devices are separate processes, and the same programs as in a real fleet. A process that fails is
+restarted. At the same time an unpruned fleet trains for as many steps in virtual time, so that the finished
+model is compared with a reference that was measured in the same run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ import numpy as np
 from fedspine_edge.bundle.bundle import load_bundle
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.loading import load_examples
+from fedspine_edge.demo.setup import FleetInputs, FleetSetup, write_fleet
 from fedspine_edge.demo.supervisor import Supervisor
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.export.compile import compile_engine
@@ -32,7 +33,8 @@ from fedspine_edge.export.finished_model import build_finished_model
 from fedspine_edge.monitoring.report import write_report
 from fedspine_edge.monitoring.run_view import RunView, idle_share, peek_run, read_run
 from fedspine_edge.runtime.session import Session, compare_latency
-from fedspine_edge.simulation.fleet_files import FleetSetup, demo_model, lay_out, prepare_data
+from fedspine_edge.simulation.data_shares import prepare_data
+from fedspine_edge.simulation.fleet_settings import default_model
 from fedspine_edge.strategies import create
 
 _TAU = 8
@@ -42,20 +44,20 @@ _MAX_LENGTH_TOKENS = 48
 _LEARNING_RATE = 1e-3
 _RANKS = (4, 8, 16, 32)
 _REFERENCE_HOLDOUT = 8
-"""No decision hangs on the reference's local losses, so it spends little on measuring them."""
+"""Small, because the local losses of the reference are not used."""
 _TEST_EXAMPLES = 1200
 _LATENCY_TOKENS = 32
 _LATENCY_REPEATS = 60
-_ENGINE_FOR = ("86",)
+_COMPUTE_CAPABILITIES = ("86",)
 _TIME_LIMIT_S = 3600.0
 _POLL_S = 0.5
 _MARKER = "demo.json"
-"""A folder that holds this file was made by a demo and may be replaced by the next one."""
+"""A folder with this file was created by the demo and may be replaced by the next run."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a user may choose."""
+    """Settings of the demo that a user can choose."""
 
     out: Path
     num_rounds: int = 6
@@ -71,7 +73,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the demo is doing now, for whoever watches."""
+    """Progress of the demo, for display."""
 
     step: str
     view: RunView | None = None
@@ -79,23 +81,23 @@ class Progress:
 
 
 def run_demo(settings: DemoSettings, *, on_progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
-    """Run the demo and return every figure it measured; `report` is the path of the HTML report.
+    """Run the demo and return all measured figures. `report` is the path of the HTML report.
 
     Raises:
-        FedspineError: When a part fails for good; the folder keeps the logs.
+        FedspineError: A process failed permanently. The folder keeps the logs.
     """
     started = time.monotonic()
-    out = _fresh_folder(settings.out)
+    out = _prepare_folder(settings.out)
     on_progress(Progress("preparing data"))
-    setup, reference = _lay_out_fleets(settings, out)
-    # one thread a process: more would only make the processes fight over the cores
+    setup, reference = _write_fleets(settings, out)
+    # One thread per process, because the processes share the cores.
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with Supervisor(environment=environment) as supervisor:
         restarts = _run_processes(setup, reference, supervisor, started, on_progress)
     view = read_run(Path(setup.fleet.run_dir))
 
     on_progress(Progress("building and verifying the finished model", view))
-    figures: dict[str, Any] = _examine(setup, reference)
+    figures: dict[str, Any] = _measure_models(setup, reference)
     rows = view.rows
     figures |= {
         "rounds": view.num_rounds,
@@ -117,12 +119,14 @@ def run_demo(settings: DemoSettings, *, on_progress: Callable[[Progress], None] 
     return figures
 
 
-def _fresh_folder(out: Path) -> Path:
-    """An empty folder; an earlier demo's is moved aside, anything else is left alone."""
+def _prepare_folder(out: Path) -> Path:
+    """Create an empty folder. A folder of an earlier demo is renamed; any other folder is an error."""
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
         if not (out / _MARKER).exists():
-            raise ConfigError(f"{out} is not empty and was not made by the demo.", remedy="Give another --out folder.")
+            raise ConfigError(
+                f"{out} is not empty and was not created by the demo.", remedy="Give another --out folder."
+            )
         previous = out.with_name(out.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(out, previous)
@@ -131,12 +135,10 @@ def _fresh_folder(out: Path) -> Path:
     return out
 
 
-def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, FleetSetup | None]:
-    model = (settings.model or demo_model()).resolve()
+def _write_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, FleetSetup | None]:
+    model = (settings.model or default_model()).resolve()
     if not model.is_dir():
-        raise ConfigError(
-            f"model folder {model} does not exist.", remedy="Give a Hugging Face model folder to --model."
-        )
+        raise ConfigError(f"model folder {model} does not exist.", remedy="Set --model to a Hugging Face model folder.")
     shares, test_csv = prepare_data(
         out / "data",
         num_devices=settings.num_devices,
@@ -144,11 +146,8 @@ def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, Flee
         num_labels=settings.num_labels,
         test_examples=_TEST_EXAMPLES,
     )
+    inputs = FleetInputs(model, shares, test_csv, settings.num_labels)
     common: dict[str, Any] = {
-        "model": model,
-        "shares": shares,
-        "test_csv": test_csv,
-        "num_labels": settings.num_labels,
         "port": _free_port(),
         "num_rounds": settings.num_rounds,
         "min_devices": settings.num_devices,
@@ -164,22 +163,23 @@ def _lay_out_fleets(settings: DemoSettings, out: Path) -> tuple[FleetSetup, Flee
             "max_length_tokens": _MAX_LENGTH_TOKENS,
         },
     }
-    fleet = lay_out(
+    fleet = write_fleet(
         out,
+        inputs,
         time_kind="modelled",
         pruning_ratio=settings.pruning_ratio,
         layout=settings.layout,
         **common,
     )
-    create(fleet.fleet)  # too few rounds for the ratio are told here, not in a server's log
+    create(fleet.fleet)  # Reports too few rounds for the ratio here, instead of in the server's log.
     if not settings.reference:
         return fleet, None
-    unpruned = lay_out(
+    unpruned = write_fleet(
         out / "reference",
+        replace(inputs, holdout=_REFERENCE_HOLDOUT),
         time_kind="simulated",
         pruning_ratio=0.0,
-        criterion="random",  # nothing is pruned, so nothing needs to be scored
-        holdout=_REFERENCE_HOLDOUT,
+        criterion="random",  # nothing is pruned, so no scores are needed
         **common,
     )
     return fleet, unpruned
@@ -192,24 +192,24 @@ def _run_processes(
     started: float,
     on_progress: Callable[[Progress], None],
 ) -> dict[str, int]:
-    """Start everything, restart what dies, return when server and reference have finished."""
+    """Start all processes, restart those that fail, and return when server and reference have finished."""
     logs = setup.folder / "logs"
     command = [sys.executable, "-m", "fedspine_edge"]
     broker = setup.fleet.broker
     supervisor.start("broker", [*command, "broker", "--port", str(broker.port)], logs / "broker.log")
     _wait_for_port(broker.host, broker.port)
-    waiting_for = []
+    awaited = []
     if reference:
         argv = [*command, "simulate", "--config", str(reference.fleet_file), *map(str, reference.device_files)]
-        waiting_for.append(supervisor.start("reference", argv, logs / "reference.log"))
+        awaited.append(supervisor.start("reference", argv, logs / "reference.log"))
     server = supervisor.start("server", [*command, "server", "--config", str(setup.fleet_file)], logs / "server.log")
-    waiting_for.append(server)
+    awaited.append(server)
     for device, config in zip(setup.devices, setup.device_files):
         argv = [*command, "device", "--config", str(config)]
-        # The reference has one thread and would end last: nice lets it have its core, the devices share the rest.
-        # Modelled time is made of CPU time, so waiting for a core does not lengthen it.
+        # The single-threaded reference would finish last, so it gets a core and the devices share the others.
+        # Modelled time is computed from CPU time, so waiting for a core does not lengthen it.
         supervisor.start(device.device_id, argv, logs / f"{device.device_id}.log", nice=10)
-    while any(child.returncode != 0 for child in waiting_for):
+    while any(child.returncode != 0 for child in awaited):
         if time.monotonic() - started > _TIME_LIMIT_S:
             raise FedspineError(f"the demo did not finish within {_TIME_LIMIT_S:.0f} s.", remedy=f"See {logs}.")
         supervisor.check()
@@ -226,14 +226,16 @@ def _restarts(supervisor: Supervisor) -> dict[str, int]:
     return {child.name: child.restarts for child in supervisor.children.values() if child.restarts}
 
 
-def _examine(setup: FleetSetup, reference: FleetSetup | None) -> dict[str, Any]:
-    """Build both models' bundles; measure accuracy on the test set and latency, interleaved, in ONNX Runtime."""
-    finished = build_finished_model(Path(setup.fleet.run_dir), setup.model, setup.folder / "model")
+def _measure_models(setup: FleetSetup, reference: FleetSetup | None) -> dict[str, Any]:
+    """Build the bundles of both models, and measure accuracy and interleaved latency in ONNX Runtime."""
+    finished = build_finished_model(Path(setup.fleet.run_dir), setup.inputs.model, setup.folder / "model")
     unpruned_run = Path((reference or setup).fleet.run_dir)
-    unpruned = build_finished_model(unpruned_run, setup.model, setup.folder / "reference" / "model", pruned=False)
+    unpruned = build_finished_model(
+        unpruned_run, setup.inputs.model, setup.folder / "reference" / "model", pruned=False
+    )
     bundle = compile_engine(finished.folder, setup.folder / "bundle", **_engine_request())
     before = compile_engine(unpruned.folder, setup.folder / "reference" / "bundle", backend="onnxruntime")
-    test = load_examples(DataSettings(path=str(setup.test_csv), num_labels=setup.devices[0].data.num_labels))
+    test = load_examples(DataSettings(path=str(setup.inputs.test_csv), num_labels=setup.inputs.num_labels))
     texts, labels = [example.text for example in test], np.array([example.label for example in test])
     with Session.load(bundle, backend="onnxruntime") as after_session:
         with Session.load(before, backend="onnxruntime") as before_session:
@@ -265,14 +267,14 @@ def _examine(setup: FleetSetup, reference: FleetSetup | None) -> dict[str, Any]:
 
 
 def _engine_request() -> dict[str, Any]:
-    """Without a GPU, TensorRT-RTX builds for a named one; that engine is checked by the builder, not run."""
+    """Return the engine settings. TensorRT-RTX can build without a GPU, but the engine is not run then."""
     if importlib.util.find_spec("tensorrt_rtx") and not importlib.util.find_spec("tensorrt"):
-        return {"backend": "tensorrt_rtx", "compute_capabilities": _ENGINE_FOR}
+        return {"backend": "tensorrt_rtx", "compute_capabilities": _COMPUTE_CAPABILITIES}
     return {}
 
 
 def _engine(bundle: Path) -> dict[str, Any]:
-    """What became of the engine: how it was built, or why there is none."""
+    """Return how the engine was built, or why there is none."""
     manifest = load_bundle(bundle).manifest
     if manifest.engine is None:
         return {"built": False, "reason": manifest.engine_absent}

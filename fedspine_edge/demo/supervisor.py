@@ -1,7 +1,6 @@
-"""Keeps a set of child processes alive: starts them, restarts one that dies, stops all at the end.
+"""Supervisor of child processes: starts them, restarts those that fail, and stops all at the end.
 
-The children of a demo are the same programs that run apart in a real fleet. They end with their parent, however
-the parent ends.
+The children terminate with their parent, however the parent ends.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _STOP_GRACE_S = 10.0
 
 @dataclass
 class Child:
-    """One supervised process."""
+    """A supervised process."""
 
     name: str
     argv: Sequence[str]
@@ -36,7 +35,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """Exit status of the finished process, None while it runs."""
+        """Exit code of the process; None while it runs."""
         return self.process.poll() if self.process else None
 
 
@@ -44,8 +43,8 @@ class Supervisor:
     """Starts children and restarts those that were killed or crashed.
 
     Args:
-        max_restarts: Restarts granted to each child before the run is given up.
-        environment: Variables added to this process's environment for the children.
+        max_restarts: Maximum number of restarts of each child.
+        environment: Environment variables of the children, in addition to those of this process.
     """
 
     def __init__(self, *, max_restarts: int = 5, environment: dict[str, str] | None = None) -> None:
@@ -54,17 +53,24 @@ class Supervisor:
         self.children: dict[str, Child] = {}
 
     def start(self, name: str, argv: Sequence[str], log: Path, *, nice: int = 0) -> Child:
-        """Start `argv`; its output goes to `log`."""
+        """Start `argv` with its output appended to `log`.
+
+        Args:
+            name: Name of the child, for messages.
+            argv: Command line.
+            log: Log file.
+            nice: Increment of the child's niceness.
+        """
         child = Child(name, argv, log, nice)
         self.children[name] = child
         self._spawn(child)
         return child
 
     def check(self) -> list[str]:
-        """Restart what died; returns the names of restarted children.
+        """Restart children that failed, and return their names.
 
-        Raises `FedspineError`, quoting the end of the log, when a child reports a usage error (exit code 2) or has
-        used up its restarts.
+        Raises `FedspineError` with the end of the log if a child reports a usage error (exit code 2) or has reached the
+        maximum number of restarts.
         """
         restarted = []
         for child in self.children.values():
@@ -73,8 +79,8 @@ class Supervisor:
                 continue
             if code == 2 or child.restarts >= self._max_restarts:
                 raise FedspineError(
-                    f"{child.name} ended with exit code {code} after {child.restarts} restarts: {_tail(child.log)}",
-                    remedy=f"Its log is {child.log}.",
+                    f"{child.name} exited with code {code} after {child.restarts} restarts: {_tail(child.log)}",
+                    remedy=f"See the log {child.log}.",
                 )
             child.restarts += 1
             self._spawn(child)
@@ -82,7 +88,7 @@ class Supervisor:
         return restarted
 
     def stop(self) -> None:
-        """Terminate everything that still runs; kill what does not follow within 10 s."""
+        """Terminate all children, and kill those that do not exit within 10 s."""
         running = [c.process for c in self.children.values() if c.process and c.process.poll() is None]
         for process in running:
             process.terminate()
@@ -126,4 +132,4 @@ class Supervisor:
 
 def _tail(log: Path, lines: int = 5) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
-    return " | ".join(text.strip().splitlines()[-lines:]) or "its log is empty"
+    return " | ".join(text.strip().splitlines()[-lines:]) or "the log is empty"

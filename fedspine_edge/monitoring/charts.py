@@ -111,7 +111,7 @@ def widths(kept: Mapping[str, Any]) -> str:
     """Draw the share of attention groups and FFN channels kept in each layer.
 
     Args:
-        kept: Kept and full widths: `{"heads": [per layer], "channels": [per layer], "full_heads": int, "full_channels": int}`.
+        kept: Widths: `{"heads": [per layer], "channels": [per layer], "full_heads": int, "full_channels": int}`.
     """
 
     def draw(axes: Any) -> None:

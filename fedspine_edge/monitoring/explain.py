@@ -113,7 +113,9 @@ def _describe_leaf(leaf: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
 
 
 def _describe_time(prediction: Mapping[str, Any]) -> str:
-    text = f"time      {prediction['predicted_s']:.1f} s predicted; target for the round {prediction['expected_s']:.1f} s"
+    text = (
+        f"time      {prediction['predicted_s']:.1f} s predicted; target for the round {prediction['expected_s']:.1f} s"
+    )
     if prediction["sets_the_pace"]:
         return f"{text}, the shortest possible for this device, which is the slowest"
     return f"{text}; shortest possible for this device {prediction['shortest_s']:.1f} s"

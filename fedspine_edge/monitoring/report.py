@@ -67,7 +67,11 @@ def _charts(
             charts.accuracy(rows),
         ),
         ("Held-out loss by round", "Mean over devices before the first and after the last step.", charts.loss(rows)),
-        ("Completion time by round", f"Completion time in seconds ({kind}), one line per device.", charts.completion_times(rows)),
+        (
+            "Completion time by round",
+            f"Completion time in seconds ({kind}), one line per device.",
+            charts.completion_times(rows),
+        ),
         ("Idle share by device", "Share of the round time spent waiting for the slowest device.", charts.idle(rows)),
         ("Selected arms", "Pruning ratio and LoRA rank of each device in each round.", charts.arms(rows)),
         ("Reward by round", "Total reward of each device.", charts.rewards(rows)),
@@ -88,7 +92,9 @@ def _charts(
             "latency": (*speed, f"{speed[0]:.2f} ms → {speed[1]:.2f} ms"),
             "parameters": (*size, f"{size[0] / 1e6:.1f} M → {size[1] / 1e6:.1f} M"),
         }
-        panels.append(("Before and after", "The finished model compared with the unpruned model.", charts.before_after(pairs)))
+        panels.append(
+            ("Before and after", "The finished model compared with the unpruned model.", charts.before_after(pairs))
+        )
     return panels
 
 
@@ -117,7 +123,9 @@ def _note(rows: Sequence[DeviceView]) -> str:
     num_rounds = len(by_round(rows))
     note = f"{len({row.device_id for row in rows})} devices, {num_rounds} rounds. "
     if "modelled" in kinds:
-        note += "Completion times are modelled: process CPU time × factor of the device class + modelled transfer time. "
+        note += (
+            "Completion times are modelled: process CPU time × factor of the device class + modelled transfer time. "
+        )
     if "simulated" in kinds:
         note += "Completion times are simulated by a cost model. "
     if num_rounds < 20:

@@ -67,7 +67,7 @@ def by_round(rows: Sequence[DeviceView]) -> dict[int, list[DeviceView]]:
 
 
 def idle_by_device(rows: Sequence[DeviceView]) -> dict[str, float]:
-    """Return each device's share of time spent waiting for the slowest device: the mean over rounds of 1 − T_i / max T."""
+    """Return each device's share of time spent waiting for the slowest one: the mean over rounds of 1 − T_i / max T."""
     shares: dict[str, list[float]] = defaultdict(list)
     for device_id, share in _idle(rows):
         shares[device_id].append(share)

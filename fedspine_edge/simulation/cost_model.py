@@ -1,4 +1,4 @@
-"""What a round costs by the cost model of device/cost_meter.py, and the model shapes that simulations pay for."""
+"""Cost of a round by the cost model of device/cost_meter.py, and the model shapes that simulations use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = ModelSpec(
     num_parameters=40_000,
     base_sha256="5" * 64,
 )
-"""A stand-in for the model on the wire where its size is not the question; as many heads as MiniLM."""
+"""Small model for the messages of a simulation whose message sizes do not matter. It has as many heads as MiniLM."""
 
 MINILM = ModelSpec(
     family="bert",
@@ -48,14 +48,14 @@ MINILM = ModelSpec(
     num_parameters=22_713_600,
     base_sha256="6" * 64,
 )
-"""The shapes of all-MiniLM-L6-v2, for the cost of a step and for wire sizes."""
+"""Shapes of all-MiniLM-L6-v2, for the cost of a step and for message sizes."""
 
 
-def spec_of(name: str) -> ModelSpec:
-    """`small` or `minilm`. Raises `ConfigError`."""
+def find_spec(name: str) -> ModelSpec:
+    """Return the model shapes named `small` or `minilm`. Raises `ConfigError` for another name."""
     known = {"small": SMALL, "minilm": MINILM}
     if name not in known:
-        raise ConfigError(f"model shapes {name!r} are not known.", remedy=f"One of: {', '.join(known)}.")
+        raise ConfigError(f"unknown model shapes {name!r}.", remedy=f"Use one of: {', '.join(known)}.")
     return known[name]
 
 
@@ -70,7 +70,18 @@ def round_cost_s(
     r: int,
     conditions: EmulatedConditions | None = None,
 ) -> float:
-    """Simulated completion time in seconds of a round from ratio `before` to `after`; no `conditions`, no jitter."""
+    """Return the simulated completion time in seconds of a round that prunes from ratio `before` to `after`.
+
+    Args:
+        device: The device's settings.
+        fleet: The server's settings.
+        spec: Model whose steps and bytes are paid for.
+        tokens: Padded length of a batch.
+        before: Pruning ratio at the start of the round.
+        after: Pruning ratio at its end.
+        r: LoRA rank.
+        conditions: Emulated conditions of the round; None for none, hence no jitter.
+    """
     meter = CostMeter(
         "simulated",
         time_factor=device.time_factor,
@@ -80,7 +91,7 @@ def round_cost_s(
         simulated=device.simulated,
         conditions=conditions,
     )
-    layout = work(
+    layout = record_work(
         meter,
         spec,
         tokens,
@@ -92,13 +103,13 @@ def round_cost_s(
         holdout=device.data.holdout,
     )
     meter.transfer(
-        down_bytes=2 * band_end(fleet.ranks, r) * factor_elements(costed(spec, before, fleet.round_to)),
+        down_bytes=2 * fetched_rank(fleet.ranks, r) * factor_elements(typical_layout(spec, before, fleet.round_to)),
         up_bytes=2 * r * factor_elements(layout),
     )
     return meter.completion_s()
 
 
-def work(
+def record_work(
     meter: CostMeter,
     spec: ModelSpec,
     tokens: int,
@@ -110,8 +121,8 @@ def work(
     round_to: int,
     holdout: int,
 ) -> Layout:
-    """Tell `meter` the passes of a round, as a real device would; returns the layout after pruning."""
-    before, after = (costed(spec, ratio, round_to) for ratio in ratios)
+    """Record the passes of a round in `meter`, as a real device does, and return the layout after pruning."""
+    before, after = (typical_layout(spec, ratio, round_to) for ratio in ratios)
     for layout in (before, after):
         evaluation = _flops(spec, layout.counts[0], r, min(_EVALUATION_BATCH, holdout), tokens)
         for _ in range(math.ceil(holdout / _EVALUATION_BATCH)):
@@ -123,22 +134,22 @@ def work(
     return after
 
 
-def band_end(ranks: Sequence[int], r: int) -> int:
-    """How many components a device of rank `r` fetches: those of the bands of protocol/rank_slices.py up to it."""
+def fetched_rank(ranks: Sequence[int], r: int) -> int:
+    """Return how many components a device of rank `r` fetches: all rank slices up to the one that holds `r`."""
     return min(end for end in ranks if end >= r)
 
 
 def factor_elements(layout: Layout) -> int:
-    """Elements of A and B at rank 1."""
+    """Return the number of elements of A and B at rank 1."""
     return _factor_elements(layout.spec, *layout.counts[0])
 
 
-def costed(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
-    """A layout of `spec` at `ratio`; which groups it keeps costs the same."""
+def typical_layout(spec: ModelSpec, ratio: float, round_to: int) -> Layout:
+    """Return a layout of `spec` at `ratio`. Its cost does not depend on which groups it keeps."""
     return _layout(spec, *target_counts(spec, ratio, round_to=round_to))
 
 
-# There are few layouts and ranks, and thousands of devices ask for their costs in every round.
+# Cached because a simulation has few layouts and ranks, but thousands of devices that need their costs in every round.
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Device classes of the simulation, read from one documented file; what they assume stands in its head."""
+"""Device classes of the simulation, read from one documented file. The file's header states its assumptions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Share = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device class in one power mode; either `flops_per_s` or GPU cores and clock say how fast it is."""
+    """One device class in one power mode. Its speed is given by `flops_per_s`, or by GPU cores and clock."""
 
     board: str
     flops_per_s: Positive | None = None
@@ -52,15 +52,19 @@ class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def rate(self) -> float:
-        """Sustained float operations a second."""
+        """Sustained throughput in floating-point operations per second."""
         if self.flops_per_s is not None:
             return self.flops_per_s
-        assert self.gpu_cores is not None  # held by __post_init__
+        assert self.gpu_cores is not None  # checked by __post_init__
         assert self.gpu_mhz is not None
         return 2.0 * self.gpu_cores * self.gpu_mhz * 1e6 * self.sustained
 
     def settings(self, *, disconnect_probability: float | None = None) -> dict[str, Any]:
-        """Fields of `DeviceConfig` that make a device one of this class."""
+        """Return the fields of `DeviceConfig` for a device of this class.
+
+        Args:
+            disconnect_probability: Replaces that of the class; None keeps it.
+        """
         simulated = SimulatedSettings(
             flops_per_s=self.rate,
             step_s=self.step_s,
@@ -82,54 +86,64 @@ class DeviceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def load_device_classes(path: Path = BUILT_IN) -> dict[str, DeviceClass]:
-    """Every profile of the file by name. Raises `ConfigError` naming file, section and key."""
+    """Load the device classes of a file by name. Raises `ConfigError` naming file, section and key."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(
-            f"profile file {path} cannot be used: {error}.", remedy=f"{BUILT_IN} is one, with explanations."
+            f"device class file {path} cannot be read: {error}.",
+            remedy=f"See {BUILT_IN} for a complete file with explanations.",
         ) from error
-    profiles = {}
+    classes = {}
     for name, section in data.items():
         if isinstance(section, dict) and "drop_out" in section and "disconnect_probability" not in section:
             log.warning("%s, [%s]: `drop_out` is now called `disconnect_probability`.", path, name)
             section["disconnect_probability"] = section.pop("drop_out")
         try:
-            profiles[name] = msgspec.convert(section, DeviceClass)
+            classes[name] = msgspec.convert(section, DeviceClass)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"profile file {path}, [{name}]: {error}.") from None
-    return profiles
+            raise ConfigError(f"device class file {path}, [{name}]: {error}.") from None
+    return classes
 
 
-def parse_mix(text: str, profiles: Mapping[str, DeviceClass]) -> dict[str, int]:
-    """`tx2=30,nx=40,agx=10` as counts or shares by class. Raises `ConfigError` for an unknown class or no number."""
+def parse_mix(text: str, device_classes: Mapping[str, DeviceClass]) -> dict[str, int]:
+    """Parse `tx2=30,nx=40,agx=10` into counts by class. Raises `ConfigError` for an unknown class or a bad count."""
     mix: dict[str, int] = {}
     for part in text.split(","):
         name, _, count = part.strip().partition("=")
-        if name not in profiles:
-            close = difflib.get_close_matches(name, profiles, n=1)
-            known = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(profiles)}."
-            raise ConfigError(f"--mix names an unknown class {name!r}.", remedy=known)
+        if name not in device_classes:
+            close = difflib.get_close_matches(name, device_classes, n=1)
+            known = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(device_classes)}."
+            raise ConfigError(f"--mix names an unknown device class {name!r}.", remedy=known)
         if not count.isdecimal() or int(count) < 1 or name in mix:
-            raise ConfigError(f"--mix: {part.strip()!r} is not CLASS=COUNT, or names a class twice.")
+            raise ConfigError(f"--mix: {part.strip()!r} is not of the form CLASS=COUNT, or its class occurs twice.")
         mix[name] = int(count)
     return mix
 
 
-def scaled(mix: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """`mix` brought to `num_devices` in all, by largest remainders, at least one of each class.
+def scale_mix(mix: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Scale `mix` to `num_devices` devices by the largest remainder method, with at least one device of each class.
 
-    Raises `ConfigError` when there are fewer devices than classes.
+    Raises `ConfigError` if there are fewer devices than classes.
     """
     if num_devices < len(mix):
-        raise ConfigError(f"{num_devices} devices cannot be of {len(mix)} classes.", remedy="Use more --devices.")
+        raise ConfigError(
+            f"{num_devices} devices are too few for {len(mix)} device classes.",
+            remedy=f"Use at least {len(mix)} devices.",
+        )
     total = sum(mix.values())
     exact = {name: num_devices * count / total for name, count in mix.items()}
     counts = {name: max(1, int(share)) for name, share in exact.items()}
     while sum(counts.values()) != num_devices:
-        up = sum(counts.values()) < num_devices
-        candidates = counts if up else {name: n for name, n in counts.items() if n > 1}
-        gap = {name: (exact[name] - counts[name]) * (1 if up else -1) for name in candidates}
+        too_few = sum(counts.values()) < num_devices
+        candidates = counts if too_few else {name: n for name, n in counts.items() if n > 1}
+        gap = {name: (exact[name] - counts[name]) * (1 if too_few else -1) for name in candidates}
         chosen = max(gap, key=lambda name: (gap[name], name))
-        counts[chosen] += 1 if up else -1
+        counts[chosen] += 1 if too_few else -1
     return counts
+
+
+def interleave_classes(mix: Mapping[str, int]) -> list[str]:
+    """Return the class of each device, with the devices of each class spread evenly over the list."""
+    positions = [((k + 0.5) / count, name) for name, count in mix.items() for k in range(count)]
+    return [name for _, name in sorted(positions)]

@@ -1,4 +1,4 @@
-"""Devices that are cut off during a round, in virtual time."""
+"""Simulated disconnects of devices during a round, in virtual time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.simulation.virtual_network import Participant, VirtualTransport
 from fedspine_edge.transport.base import Event, Incoming
 
-AWAY_SHARE = 0.999
-"""A device that is cut off comes back just before the round's deadline, in time for the next round."""
+OFFLINE_SHARE = 0.999
+"""Share of the round's deadline for which a device is offline. It returns in time for the next round."""
 
 
 class DisconnectingDevice:
-    """Stands between the network and a device, and takes its connection away with the configured probability.
+    """Wrapper of a device that disconnects it in a round with the configured probability.
 
-    Whether a round is lost is a function of seed, device and round, so a run repeats.
+    Whether a round is lost is a function of seed, device and round, so that a run is repeatable.
     """
 
     def __init__(self, device: Participant, transport: VirtualTransport, config: DeviceConfig) -> None:
@@ -33,7 +33,7 @@ class DisconnectingDevice:
             plan = codec.decode_plan(event.payload)
             if isinstance(plan, RoundPlan) and self._is_lost(plan):
                 self._lost = event.payload
-                self._transport.cut(AWAY_SHARE * plan.deadline_s)
+                self._transport.disconnect(OFFLINE_SHARE * plan.deadline_s)
                 return
         self._device.handle(event)
 

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a finished fleet's model on examples that no device trained on."""
+"""Evaluation of a fleet's finished model on examples that no device trained on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from fedspine_edge.training.tokenization import TextEncoder
 from fedspine_edge.training.trainer import Evaluation, Trainer
 
 
-def finished_accuracy(final: Path, base: Path, data: DataSettings, *, max_length_tokens: int) -> Evaluation:
-    """Evaluate the pruned model of `final` on `data`. Raises as `load_fleet_model` and `load_examples` do."""
+def evaluate_finished_model(final: Path, base: Path, data: DataSettings, *, max_length_tokens: int) -> Evaluation:
+    """Return loss and accuracy of the pruned model in `final` on `data`.
+
+    Args:
+        final: Folder of the fleet's final adapter.
+        base: Folder of the base model.
+        data: The examples.
+        max_length_tokens: Length to which texts are truncated.
+
+    Raises as `load_fleet_model` and `read` do.
+    """
     model = load_fleet_model(final, base)
     model.module.to(choose_torch_device("auto"))
     texts = TextEncoder.of(model, load_tokenizer(base))

@@ -1,9 +1,9 @@
-"""What could be gained at best: a scheduler that knows the cost model, computed and not run.
+"""Oracle schedule: a bound for schedulers, computed from the cost model without running a fleet.
 
-It has every device's exact speed, without jitter or drift. In each round the slowest device takes its fastest arm, and
-every other device the arm with the longest time that does not exceed it: no other choice within the same envelope
-has a shorter round, and none with that round has less idle time. It knows nothing of losses; where it picks the
-smallest rank for speed it may cost accuracy.
+The oracle knows every device's exact speed, without jitter or drift. In each round the slowest device gets its fastest
+arm, and every other device the arm with the longest time that does not exceed it. No other choice within the pruning
+schedule has a shorter round, and none with that round time has less idle time. The oracle does not consider losses: the
+small ranks that it selects for speed may cost accuracy.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedspine_edge.simulation.cost_model import round_cost_s
 from fedspine_edge.strategies.base import envelope
 
 _STEPS = 21
-"""Places of the envelope that are tried for each rank."""
+"""Number of pruning ratios within the schedule's limits that are considered for each rank."""
 
 
 @dataclass(frozen=True)
 class OracleResult:
-    """Idle share, and the sum of the rounds' longest completion times in seconds.
+    """Idle share, and the sum over rounds of the longest completion time in seconds.
 
-    As the oracle plans them, and as they turn out under the jitter and drift of the rounds, which it cannot foresee:
-    the second is what a scheduler could reach.
+    The first two values are those that the oracle plans. The `noisy` values result under the jitter and drift of the
+    rounds, which the oracle cannot foresee, and are what a scheduler could reach.
     """
 
     idle_share: float
@@ -38,7 +38,7 @@ class OracleResult:
 
 
 def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int) -> OracleResult:
-    """The oracle's run of `fleet` with `devices`."""
+    """Return the result of the oracle's schedule for `fleet` with `devices`."""
     plan = oracle_plan(fleet, devices, spec, tokens)
     planned = [{device_id: arm.time_s for device_id, arm in arms.items()} for arms in plan]
     noisy, ratio = [], {device.device_id: 0.0 for device in devices}
@@ -63,13 +63,13 @@ def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec,
 
 def _idle_and_work(rounds: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     longest = [max(times.values()) for times in rounds]
-    idle = [1 - time_s / most for times, most in zip(rounds, longest) for time_s in times.values()]
+    idle = [1 - time_s / slowest for times, slowest in zip(rounds, longest) for time_s in times.values()]
     return sum(idle) / len(idle), sum(longest)
 
 
 @dataclass(frozen=True)
 class OracleArm:
-    """One device's part in one of the oracle's rounds."""
+    """The arm of one device in one round, and its completion time in seconds."""
 
     pruning_ratio: float
     r: int
@@ -79,9 +79,9 @@ class OracleArm:
 def oracle_plan(
     fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
 ) -> list[dict[str, OracleArm]]:
-    """What the oracle asks of every device in every round.
+    """Return the arm of every device in every round.
 
-    With `target="fleet_mean"` it gives each device the final ratio that FedSpine would, had it the exact speeds.
+    With `target="fleet_mean"` each device gets the final ratio that FedSpine would choose if it knew the exact speeds.
     """
     schedules = _schedules(fleet, devices, spec, tokens)
     previous = {device.device_id: 0.0 for device in devices}
@@ -98,12 +98,12 @@ def oracle_plan(
                 for r in fleet.ranks
             }
         longest = max(min(times.values()) for times in arms.values())
-        chosen = {}
+        selected = {}
         for device_id, times in arms.items():
             (ratio, r), time_s = _longest_within(times, longest)
             previous[device_id] = ratio
-            chosen[device_id] = OracleArm(ratio, r, time_s)
-        plan.append(chosen)
+            selected[device_id] = OracleArm(ratio, r, time_s)
+        plan.append(selected)
     return plan
 
 
@@ -125,7 +125,7 @@ def _schedules(
 
 
 def _longest_within(times: Mapping[tuple[float, int], float], limit: float) -> tuple[tuple[float, int], float]:
-    """The arm with the longest time up to `limit`; the fastest where none is. Among equals the largest rank."""
+    """Return the arm with the longest time up to `limit`, or else the fastest. The largest rank breaks ties."""
     allowed = {arm: t for arm, t in times.items() if t <= limit + 1e-9}
     if not allowed:
         return min(times.items(), key=lambda item: item[1])

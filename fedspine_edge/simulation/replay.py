@@ -37,7 +37,7 @@ from fedspine_edge.protocol.chunks import Download, split
 from fedspine_edge.protocol.messages import MAX_RETRY_S, Ack, Report, RoundPlan, Status, retry_interval_s
 from fedspine_edge.protocol.rank_slices import Tensors, merge_slices
 from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
-from fedspine_edge.simulation.cost_model import MINILM, SMALL, costed, factor_elements, work
+from fedspine_edge.simulation.cost_model import MINILM, SMALL, factor_elements, record_work, typical_layout
 from fedspine_edge.simulation.virtual_network import VirtualTransport
 from fedspine_edge.transport.base import Connected, Event, Will
 
@@ -142,7 +142,7 @@ class ReplayContext:
 
     def modelled_down(self, r: int, held: Layout, round_to: int) -> int:
         """Bytes of `r` components in half precision for the model that is paid for, cut to as much as `held` is."""
-        return 2 * r * factor_elements(costed(self.cost_spec, held.pruning_ratio, round_to))
+        return 2 * r * factor_elements(typical_layout(self.cost_spec, held.pruning_ratio, round_to))
 
 
 class ReplayDevice:
@@ -323,7 +323,7 @@ class ReplayDevice:
             simulated=config.simulated,
             conditions=conditions(config, plan.server_round),
         )
-        after = work(
+        after = record_work(
             meter,
             shared.cost_spec,
             shared.tokens,

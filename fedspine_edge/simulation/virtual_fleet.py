@@ -1,7 +1,6 @@
-"""A whole fleet in one process and in virtual time: the real server, wire, strategy and device code.
+"""Simulation of a fleet in one process and in virtual time, with the real server, strategy, protocol and device code.
 
-Training is real unless a record of losses takes its place; time is modelled; nothing is random but the seed: the
-same configs give the same adapter.
+Training is real, or replaced by recorded losses. Time is modelled. The same settings and seed give the same adapter.
 """
 
 from __future__ import annotations
@@ -33,39 +32,42 @@ def simulate(fleet: FleetConfig, devices: Sequence[DeviceConfig]) -> RunResult:
 
     Args:
         fleet: The server's settings; its `run_dir` receives the journal and the final adapter.
-        devices: The devices' settings; `time_kind` is taken as "simulated" and `broker` is ignored.
+        devices: The devices' settings. `time_kind` is set to "simulated", and `broker` is ignored.
 
     Returns:
-        What the server returns; `adapter_sha256` is the same for the same inputs.
+        The server's result. `adapter_sha256` is the same for the same inputs.
 
     Raises:
-        ConfigError: `run_dir` holds a run of other devices or data.
+        ConfigError: `run_dir` holds a run with other devices or data.
     """
-    network = VirtualNetwork()
     bases: dict[tuple[str, Task, int], PrunableModel] = {}
 
-    def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> FleetDevice:
+    def make(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> FleetDevice:
         kind = (config.model, config.task, config.num_labels)
-        if kind not in bases:  # read once; the devices share its frozen weights
+        if kind not in bases:  # loaded once; the devices share its frozen weights
             model, task, num_labels = kind
             bases[kind] = load_base(model, task=task, num_labels=num_labels, seed=fleet.seed)
         return FleetDevice(config, transport, clock, model=bases[kind])
 
-    return _run(fleet, devices, network, device)
+    return _run(fleet, devices, make)
 
 
 def simulate_recorded(
-    fleet: FleetConfig, devices: Sequence[DeviceConfig], shared: ReplayContext, *, on_event: OnEvent | None = None
+    fleet: FleetConfig, devices: Sequence[DeviceConfig], context: ReplayContext, *, on_event: OnEvent | None = None
 ) -> RunResult:
-    """Run `fleet` as `simulate` does, with `ReplayDevice` in the place of training; data and model are not read.
+    """Run `fleet` as `simulate` does, with `ReplayDevice` instead of training. Data and model are not read.
 
-    `on_event` is the server's.
+    Args:
+        fleet: The server's settings.
+        devices: The devices' settings.
+        context: Recorded losses and model shapes.
+        on_event: The server's callback.
     """
 
-    def device(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> ReplayDevice:
-        return ReplayDevice(config, transport, clock, shared)
+    def make(config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock) -> ReplayDevice:
+        return ReplayDevice(config, transport, clock, context)
 
-    return _run(fleet, devices, VirtualNetwork(), device, on_event)
+    return _run(fleet, devices, make, on_event)
 
 
 class _Device(Participant, Protocol):
@@ -74,19 +76,19 @@ class _Device(Participant, Protocol):
     def close(self) -> None: ...
 
 
-class _Maker(Protocol):
+class _DeviceFactory(Protocol):
     def __call__(self, config: DeviceConfig, transport: VirtualTransport, clock: VirtualClock, /) -> _Device: ...
 
 
 def _run(
     fleet: FleetConfig,
     devices: Sequence[DeviceConfig],
-    network: VirtualNetwork,
-    make: _Maker,
+    make: _DeviceFactory,
     on_event: OnEvent | None = None,
 ) -> RunResult:
     require_same_inputs(Path(fleet.run_dir), devices)
-    start_s = _time_so_far(Path(fleet.run_dir))
+    network = VirtualNetwork()
+    start_s = _resume_time_s(Path(fleet.run_dir))
     with ExitStack() as running:
         for config in sorted(devices, key=lambda one: one.device_id):
             clock = VirtualClock(start_s)
@@ -101,8 +103,8 @@ def _run(
         return FleetServer(fleet, network.join("server", clock), clock, on_event=on_event).run()
 
 
-def _time_so_far(run_dir: Path) -> float:
-    """Virtual time at which an interrupted run in `run_dir` goes on; 0 for a new one."""
+def _resume_time_s(run_dir: Path) -> float:
+    """Return the virtual time in seconds at which an interrupted run in `run_dir` continues; 0 for a new run."""
     if not (run_dir / FILE).is_file():
         return 0.0
     with JournalReader.open_readonly(run_dir) as journal:

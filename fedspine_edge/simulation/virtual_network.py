@@ -1,8 +1,8 @@
-"""A publish/subscribe network in virtual time: one thread, one event queue, no randomness.
+"""Publish/subscribe network in virtual time, with one thread, one event queue and no randomness.
 
-The server runs its ordinary blocking loop; whenever it waits in `receive`, the network plays the devices'
-events in order of virtual time. A device that trains spends its own clock, so what it publishes afterwards is
-delivered that much later. The same inputs therefore give the same run, bit for bit.
+The server runs its ordinary blocking loop. Whenever it waits in `receive`, the network processes the devices' events in
+order of virtual time. Training advances the device's own clock, so messages that it publishes afterwards are delivered
+correspondingly later. The same inputs therefore give the same run, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from fedspine_edge.transport.topic_filters import topic_matches
 
 
 class Participant(Protocol):
-    """What the network needs of a simulated device (`FleetDevice` has it)."""
+    """Interface of a simulated device. `FleetDevice` implements it."""
 
     def handle(self, event: Event) -> None: ...
 
     def tick(self) -> None: ...
 
     def next_wakeup(self) -> float | None:
-        """Clock time in seconds at which `tick` wants to run; None for never."""
+        """Return the clock time in seconds at which `tick` has to run; None for never."""
         ...
 
 
 class VirtualNetwork:
-    """The event queue, the retained messages and everybody's subscriptions.
+    """Event queue, retained messages and subscriptions.
 
     Args:
-        latency_s: Virtual seconds that any message takes.
+        latency_s: Latency of every message in virtual seconds.
     """
 
     def __init__(self, *, latency_s: float = 0.02) -> None:
@@ -44,38 +44,38 @@ class VirtualNetwork:
         self._sequence = itertools.count()
         self._retained: dict[str, bytes] = {}
         self._endpoints: dict[str, VirtualTransport] = {}
-        # by filter: a fleet of thousands subscribes to as many exact topics, and each message concerns one of them
+        # Clients by filter. Exact topics are looked up, because thousands of devices subscribe to as many of them.
         self._exact: dict[str, set[str]] = defaultdict(set)
-        self._wild: dict[str, set[str]] = defaultdict(set)
+        self._wildcard: dict[str, set[str]] = defaultdict(set)
 
     def join(self, client_id: str, clock: VirtualClock) -> VirtualTransport:
-        """A transport for `client_id`, whose own time is `clock`."""
+        """Create the transport of `client_id`, whose local time is `clock`."""
         transport = VirtualTransport(self, client_id, clock)
         self._endpoints[client_id] = transport
         return transport
 
     def publish(self, when_s: float, topic: str, payload: bytes, retain: bool) -> None:
-        """Schedule a message for everybody who subscribes to `topic` at its arrival."""
+        """Schedule a message for all clients that are subscribed to `topic` when it arrives."""
         self._push(when_s + self.latency_s, _Delivery(topic=topic, payload=payload, retain=retain))
 
     def deliver(self, when_s: float, client_id: str, event: Event | None) -> None:
-        """Schedule `event` for one endpoint; None wakes its `tick`."""
+        """Schedule `event` for one endpoint; None runs its `tick`."""
         self._push(when_s, _Delivery(client_id=client_id, event=event))
 
     def subscribe(self, client_id: str, topic_filter: str) -> None:
-        """Let `client_id` hear of matching publications from now on."""
-        (self._wild if _is_wild(topic_filter) else self._exact)[topic_filter].add(client_id)
+        """Deliver matching messages to `client_id` from now on."""
+        (self._wildcard if _has_wildcard(topic_filter) else self._exact)[topic_filter].add(client_id)
 
     def unsubscribe(self, client_id: str, topic_filter: str) -> None:
-        """Undo `subscribe`; harmless when there was none."""
-        table = self._wild if _is_wild(topic_filter) else self._exact
+        """Remove a subscription. Does nothing if there is none."""
+        table = self._wildcard if _has_wildcard(topic_filter) else self._exact
         table[topic_filter].discard(client_id)
         if not table[topic_filter]:
             del table[topic_filter]
 
     def retained(self, topic_filter: str) -> list[Incoming]:
-        """Retained messages that match, in topic order."""
-        if not _is_wild(topic_filter):
+        """Return the retained messages that match, in order of topics."""
+        if not _has_wildcard(topic_filter):
             payload = self._retained.get(topic_filter)
             return [] if payload is None else [Incoming(topic_filter, payload, retained=True)]
         return [
@@ -85,7 +85,7 @@ class VirtualNetwork:
         ]
 
     def run_next(self, until_s: float) -> float | None:
-        """Play the next event at or before `until_s`; its time, or None if there is none."""
+        """Process the next event at or before `until_s`. Returns its time, or None if there is none."""
         if not self._queue or self._queue[0][0] > until_s:
             return None
         when_s, _, delivery = heapq.heappop(self._queue)
@@ -98,11 +98,11 @@ class VirtualNetwork:
             else:
                 self._retained.pop(delivery.topic, None)
         message = Incoming(delivery.topic, delivery.payload)
-        wanted = set(self._exact.get(delivery.topic, ()))
-        for topic_filter, clients in self._wild.items():
+        receivers = set(self._exact.get(delivery.topic, ()))
+        for topic_filter, clients in self._wildcard.items():
             if topic_matches(topic_filter, delivery.topic):
-                wanted |= clients
-        for client_id in sorted(wanted):
+                receivers |= clients
+        for client_id in sorted(receivers):
             self._endpoints[client_id].accept(when_s, message)
         return when_s
 
@@ -111,7 +111,7 @@ class VirtualNetwork:
 
 
 class VirtualTransport:
-    """One endpoint of a `VirtualNetwork`; implements `transport.base.Transport`."""
+    """Endpoint of a `VirtualNetwork`. Implements `transport.base.Transport`."""
 
     def __init__(self, network: VirtualNetwork, client_id: str, clock: VirtualClock) -> None:
         self._network = network
@@ -125,7 +125,7 @@ class VirtualTransport:
         self._wakeup_s = math.inf
 
     def attach(self, participant: Participant) -> None:
-        """Let the network drive `participant` instead of queueing its events."""
+        """Deliver events to `participant` instead of queueing them for `receive`."""
         self._participant = participant
 
     def connect(self, *, timeout_s: float, will: Will | None = None) -> None:
@@ -134,7 +134,7 @@ class VirtualTransport:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         if self._offline:
-            raise TransportError(f"{self._client_id} is cut off.")
+            raise TransportError(f"{self._client_id} is disconnected.")
         self._network.publish(self._clock.now(), topic, payload, retain)
 
     def subscribe(self, *topic_filters: str) -> None:
@@ -149,8 +149,8 @@ class VirtualTransport:
             self._filters.discard(topic_filter)
             self._network.unsubscribe(self._client_id, topic_filter)
 
-    def cut(self, duration_s: float) -> None:
-        """Lose the connection now: the last will is published, and for `duration_s` nothing comes or goes."""
+    def disconnect(self, duration_s: float) -> None:
+        """Disconnect for `duration_s` seconds: the last will is published, and no message is received or sent."""
         now = self._clock.now()
         if self._will is not None:
             self._network.publish(now, self._will.topic, self._will.payload, self._will.retain)
@@ -158,7 +158,7 @@ class VirtualTransport:
         self._network.deliver(now + duration_s, self._client_id, Connected())
 
     def receive(self, *, timeout_s: float) -> Event | None:
-        """The next event; plays the whole network until one arrives or `timeout_s` virtual seconds have passed."""
+        """Return the next event, or None after `timeout_s` virtual seconds. Runs the whole network meanwhile."""
         deadline_s = self._clock.now() + timeout_s
         while not self._inbox:
             when_s = self._network.run_next(deadline_s)
@@ -172,7 +172,7 @@ class VirtualTransport:
         self.unsubscribe(*self._filters.copy())
 
     def accept(self, when_s: float, event: Event | None) -> None:
-        """Take an event: queue it, or let the attached participant handle it when its clock allows."""
+        """Accept an event: queue it, or pass it to the attached participant at its local time."""
         if self._offline:
             if not isinstance(event, Connected):
                 return
@@ -197,12 +197,12 @@ class VirtualTransport:
             self._network.deliver(max(wakeup_s, self._clock.now()), self._client_id, None)
 
 
-def _is_wild(topic_filter: str) -> bool:
+def _has_wildcard(topic_filter: str) -> bool:
     return "+" in topic_filter or "#" in topic_filter
 
 
 class _Delivery:
-    """Either a publication (topic, payload, retain) or an event for one endpoint."""
+    """A publication (topic, payload, retain), or an event for one endpoint."""
 
     __slots__ = ("client_id", "event", "payload", "retain", "topic")
 

@@ -68,7 +68,7 @@ def child_pid(parent: int, pattern: str) -> int:
     raise AssertionError(f"no child of {parent} matches {pattern!r}")
 
 
-def test_the_demo_survives_kills_and_prints_one_json_object(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+def test_demo_survives_kills_and_prints_json(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     out = tmp_path / "demo"
     with ExitStack() as stack:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -77,7 +77,7 @@ def test_the_demo_survives_kills_and_prints_one_json_object(tmp_path: Path, tiny
         follow = [sys.executable, "-m", "fedspine_edge", "status", str(out / "run"), "--follow"]
         follower = stack.enter_context(subprocess.Popen(follow, stdout=subprocess.PIPE, text=True))
         status = read_status(out / "run")
-        assert (status.state, status.server_at_work, status.devices_online) == ("running", True, 2)
+        assert (status.state, status.server_running, status.devices_online) == ("running", True, 2)
         os.kill(child_pid(demo.pid, r" device --config .*agx-1"), signal.SIGKILL)
         wait_for_round(out / "run", 3)
         os.kill(child_pid(demo.pid, r" server --config"), signal.SIGKILL)
@@ -105,13 +105,11 @@ def test_the_demo_survives_kills_and_prints_one_json_object(tmp_path: Path, tiny
     assert [row.status for row in rounds[5]] == ["ok", "ok"]
 
 
-def test_wrong_settings_are_refused_before_anything_is_touched(
-    tmp_path: Path, tiny_model: Path, tiny_csv: Path
-) -> None:
+def test_demo_invalid_settings_raise_before_any_change(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="not made by the demo"):
+    with pytest.raises(ConfigError, match="not created by the demo"):
         run_demo(DemoSettings(out=precious))
     assert (precious / "thesis.txt").read_text() == "years of work"
     with pytest.raises(ConfigError, match=r"pruning_ratio"):

@@ -21,7 +21,7 @@ def _wait_until_dead(supervisor: Supervisor, name: str) -> None:
     process.wait(10)
 
 
-def test_a_killed_child_is_restarted(tmp_path: Path) -> None:
+def test_killed_child_is_restarted(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         child = supervisor.start("sleeper", SLEEPER, tmp_path / "log")
         first = child.process
@@ -34,7 +34,7 @@ def test_a_killed_child_is_restarted(tmp_path: Path) -> None:
         assert child.restarts == 1
 
 
-def test_a_child_that_finished_is_left_alone(tmp_path: Path) -> None:
+def test_finished_child_is_not_restarted(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         child = supervisor.start("quick", [sys.executable, "-c", "pass"], tmp_path / "log")
         _wait_until_dead(supervisor, "quick")
@@ -42,16 +42,16 @@ def test_a_child_that_finished_is_left_alone(tmp_path: Path) -> None:
         assert child.returncode == 0
 
 
-def test_a_usage_error_is_not_retried_and_quotes_the_log(tmp_path: Path) -> None:
+def test_usage_error_is_not_retried(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(2)"]
     with Supervisor() as supervisor:
         supervisor.start("device", argv, tmp_path / "log")
         _wait_until_dead(supervisor, "device")
-        with pytest.raises(FedspineError, match=r"device ended with exit code 2.*no such model"):
+        with pytest.raises(FedspineError, match=r"device exited with code 2.*no such model"):
             supervisor.check()
 
 
-def test_restarts_are_bounded(tmp_path: Path) -> None:
+def test_restarts_are_limited(tmp_path: Path) -> None:
     with Supervisor(max_restarts=1) as supervisor:
         supervisor.start("crashing", [sys.executable, "-c", "import sys; sys.exit(1)"], tmp_path / "log")
         _wait_until_dead(supervisor, "crashing")
@@ -61,13 +61,13 @@ def test_restarts_are_bounded(tmp_path: Path) -> None:
             supervisor.check()
 
 
-def test_stop_ends_every_child(tmp_path: Path) -> None:
+def test_stop_terminates_every_child(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         children = [supervisor.start(f"sleeper-{i}", SLEEPER, tmp_path / f"{i}.log") for i in range(2)]
     assert all(child.returncode == -signal.SIGTERM for child in children)
 
 
-def test_children_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_children_exit_with_killed_parent(tmp_path: Path) -> None:
     script = "\n".join(
         [
             "import time",

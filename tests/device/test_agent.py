@@ -60,7 +60,7 @@ def same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_it_says_hello_with_its_model_and_goodbye(fleet, driven, tiny_base):
+def test_device_publishes_status_online_and_offline(fleet, driven, tiny_base):
     driven.settle()
     hello = fleet.statuses[-1]
     assert (hello.state, hello.num_examples, hello.num_labels) == ("online", 80, 2)
@@ -70,13 +70,13 @@ def test_it_says_hello_with_its_model_and_goodbye(fleet, driven, tiny_base):
     assert fleet.statuses[-1].state == "offline"
 
 
-def test_a_crash_leaves_the_last_will(fleet, driven):
+def test_crash_publishes_last_will(fleet, driven):
     driven.transport.vanish()
     fleet.listen()
     assert fleet.statuses[-1].state == "offline"
 
 
-def test_two_rounds_score_then_prune_to_the_fleets_order(fleet, driven, tiny_base):
+def test_two_rounds_score_then_prune_to_order(fleet, driven, tiny_base):
     spec = tiny_base.spec
     first = fleet.send(adapter=fleet.offer(round_tensors(spec)))
     driven.settle()
@@ -109,7 +109,7 @@ def test_two_rounds_score_then_prune_to_the_fleets_order(fleet, driven, tiny_bas
     assert fleet.statuses[-1].pruning_ratio == 0.5
 
 
-def test_with_local_layouts_it_keeps_what_it_scored_highest(fleet, driven, tiny_base):
+def test_local_layout_keeps_highest_scores(fleet, driven, tiny_base):
     spec = tiny_base.spec
     fleet.send(adapter=fleet.offer(round_tensors(spec)), layout="local", pruning_ratio=0.5)
     driven.settle()
@@ -120,7 +120,7 @@ def test_with_local_layouts_it_keeps_what_it_scored_highest(fleet, driven, tiny_
     assert update["keep.0.heads"].size == heads
 
 
-def test_nothing_but_the_allow_list_leaves_and_no_sentence(fleet, tiny_folder, tmp_path, tiny_base, caplog):
+def test_device_sends_allow_list_only_and_no_text(fleet, tiny_folder, tmp_path, tiny_base, caplog):
     caplog.set_level("DEBUG")
     rows = tiny_bert.sentences(60)
     settings = config(tiny_folder, tiny_bert.write_csv(tmp_path / "d.csv", rows), tmp_path / "s")
@@ -146,7 +146,7 @@ def test_nothing_but_the_allow_list_leaves_and_no_sentence(fleet, tiny_folder, t
         assert f" {word} ".encode() not in sent
 
 
-def test_chunks_are_asked_for_in_windows_of_sixteen(fleet, driven, tiny_base, monkeypatch):
+def test_download_requests_windows_of_16_chunks(fleet, driven, tiny_base, monkeypatch):
     asked = []
     subscribe = driven.transport.subscribe
     monkeypatch.setattr(driven.transport, "subscribe", lambda *topics: (asked.append(topics), subscribe(*topics)))
@@ -160,7 +160,7 @@ def test_chunks_are_asked_for_in_windows_of_sixteen(fleet, driven, tiny_base, mo
     assert set(driven.transport._filters) == set(tiny_fleet.TOPICS.device_filters("d1"))
 
 
-def test_a_stalled_download_is_asked_for_again_and_goes_on_after_a_restart(fleet, settings, tiny_base):
+def test_stalled_download_is_retried_and_resumed(fleet, settings, tiny_base):
     clock = VirtualClock()
     driven = fleet.device(settings, model=tiny_base, clock=clock).start()
     ref = fleet.offer(round_tensors(tiny_base.spec))
@@ -184,7 +184,7 @@ def test_a_stalled_download_is_asked_for_again_and_goes_on_after_a_restart(fleet
     again.device.close()
 
 
-def test_a_blob_with_a_wrong_hash_fails_the_round_with_the_reason(fleet, driven, tiny_base):
+def test_blob_with_wrong_hash_fails_round(fleet, driven, tiny_base):
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec), corrupt=True))
     driven.settle()
     assert fleet.reports[-1].status == "failed"
@@ -194,7 +194,7 @@ def test_a_blob_with_a_wrong_hash_fails_the_round_with_the_reason(fleet, driven,
     assert fleet.reports[-1].status == "ok"
 
 
-def test_it_repeats_the_report_until_acked_and_sends_missing_chunks(fleet, settings, tiny_base):
+def test_report_is_repeated_until_acknowledged(fleet, settings, tiny_base):
     clock = VirtualClock()
     driven = fleet.device(settings, model=tiny_base, clock=clock).start()
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)))
@@ -221,7 +221,7 @@ def test_it_repeats_the_report_until_acked_and_sends_missing_chunks(fleet, setti
     driven.device.close()
 
 
-def test_a_finished_round_is_reported_again_not_trained_again(fleet, settings, tiny_base, monkeypatch):
+def test_finished_round_is_reported_not_trained_again(fleet, settings, tiny_base, monkeypatch):
     driven = fleet.device(settings, model=tiny_base).start()
     payload = fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)))
     driven.settle()
@@ -244,7 +244,7 @@ def test_a_finished_round_is_reported_again_not_trained_again(fleet, settings, t
     again.device.close()
 
 
-def test_an_error_while_training_is_reported_without_data(fleet, driven, tiny_base, monkeypatch):
+def test_training_error_is_reported_without_data(fleet, driven, tiny_base, monkeypatch):
     secret = "zanzibar story"
 
     def broken(self, *arguments):
@@ -263,7 +263,7 @@ def test_an_error_while_training_is_reported_without_data(fleet, driven, tiny_ba
     assert fleet.reports[-1].status == "ok", "the next round starts from a fresh model"
 
 
-def test_out_of_memory_is_a_status_of_its_own(fleet, driven, tiny_base, monkeypatch):
+def test_out_of_memory_is_reported_as_such(fleet, driven, tiny_base, monkeypatch):
     def full(self, *arguments):
         raise RuntimeError("CUDA out of memory")
 
@@ -273,7 +273,7 @@ def test_out_of_memory_is_a_status_of_its_own(fleet, driven, tiny_base, monkeypa
     assert fleet.reports[-1].status == "out_of_memory"
 
 
-def test_a_smaller_micro_batch_is_said_in_the_report(fleet, driven, tiny_base, monkeypatch):
+def test_smaller_micro_batch_is_in_report(fleet, driven, tiny_base, monkeypatch):
     forward = Trainer._forward
 
     def tight(self, batch):
@@ -288,7 +288,7 @@ def test_a_smaller_micro_batch_is_said_in_the_report(fleet, driven, tiny_base, m
     assert "4 instead of 8" in fleet.reports[-1].reason
 
 
-def test_an_adapter_that_does_not_fit_is_a_failed_round(fleet, driven, tiny_base, caplog):
+def test_adapter_of_other_shape_fails_round(fleet, driven, tiny_base, caplog):
     caplog.set_level("INFO")
     tensors = round_tensors(tiny_base.spec, r=2)
     fleet.send(adapter=fleet.offer(tensors), r=4)
@@ -301,7 +301,7 @@ def test_an_adapter_that_does_not_fit_is_a_failed_round(fleet, driven, tiny_base
     assert "report accepted" not in caplog.text
 
 
-def test_only_the_bands_of_the_plan_are_fetched_and_they_are_one_adapter(fleet, driven, tiny_base):
+def test_device_fetches_only_slices_of_plan(fleet, driven, tiny_base):
     spec = tiny_base.spec
     tensors = round_tensors(spec, r=8, order=True)
     bands = [fleet.offer(band) for band in slice_by_rank(tensors, [4, 8], Layout.full(spec), "float32")]
@@ -323,7 +323,7 @@ def test_only_the_bands_of_the_plan_are_fetched_and_they_are_one_adapter(fleet, 
     again.device.close()
 
 
-def test_an_adapter_cut_for_devices_that_pruned_more_fails_the_round_with_the_reason(fleet, driven, tiny_base):
+def test_adapter_narrower_than_device_fails_round(fleet, driven, tiny_base):
     spec = tiny_base.spec
     tensors = round_tensors(spec, order=True)
     order = order_from_tensors(spec, tensors)
@@ -337,7 +337,7 @@ def test_an_adapter_cut_for_devices_that_pruned_more_fails_the_round_with_the_re
     assert fleet.reports[-1].status == "ok"
 
 
-def test_a_device_whose_pruning_the_fleet_never_saw_returns_to_the_order(fleet, driven, tiny_base):
+def test_unreported_pruning_returns_to_order(fleet, driven, tiny_base):
     spec = tiny_base.spec
     fleet.send(server_round=2, adapter=fleet.offer(round_tensors(spec, order=True, seed=3)), pruning_ratio=0.5)
     driven.settle()
@@ -350,7 +350,7 @@ def test_a_device_whose_pruning_the_fleet_never_saw_returns_to_the_order(fleet, 
     assert fleet.update()["scored.0.channels"].tolist() == fleet.update()["keep.0.channels"].tolist()
 
 
-def test_a_new_run_starts_from_the_unpruned_base(fleet, driven, tiny_base):
+def test_new_run_starts_from_unpruned_base(fleet, driven, tiny_base):
     spec = tiny_base.spec
     fleet.send(server_round=2, adapter=fleet.offer(round_tensors(spec, order=True)), pruning_ratio=0.5)
     driven.settle()
@@ -360,7 +360,7 @@ def test_a_new_run_starts_from_the_unpruned_base(fleet, driven, tiny_base):
     assert fleet.reports[-1].pruning_ratio == 0.0
 
 
-def test_wait_and_stale_plans_and_rubbish_change_nothing_and_finished_ends_the_run(fleet, driven, tiny_base):
+def test_wait_old_and_malformed_plans_are_ignored(fleet, driven, tiny_base):
     fleet.send(server_round=2, adapter=fleet.offer(round_tensors(tiny_base.spec)))
     driven.settle()
     fleet.ack("accepted", server_round=2)
@@ -376,7 +376,7 @@ def test_wait_and_stale_plans_and_rubbish_change_nothing_and_finished_ends_the_r
     assert driven.device.finished
 
 
-def test_a_newer_plan_ends_the_training_of_the_old_one(fleet, settings, tiny_base, monkeypatch):
+def test_newer_plan_stops_training(fleet, settings, tiny_base, monkeypatch):
     take_step, sent = Trainer._take_step, []
 
     def interrupts(self, *arguments):
@@ -395,7 +395,7 @@ def test_a_newer_plan_ends_the_training_of_the_old_one(fleet, settings, tiny_bas
     assert not [report for report in fleet.reports if report.server_round == 1]
 
 
-def test_a_report_outlives_a_broker_that_is_away(fleet, settings, tiny_base):
+def test_report_is_sent_after_broker_outage(fleet, settings, tiny_base):
     clock = VirtualClock()
     driven = fleet.device(settings, model=tiny_base, clock=clock).start()
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec), chunk_bytes=65536))
@@ -417,7 +417,7 @@ def test_a_report_outlives_a_broker_that_is_away(fleet, settings, tiny_base):
     driven.device.close()
 
 
-def test_run_returns_zero_when_the_run_is_finished(fleet, settings, tiny_base):
+def test_run_finished_returns_zero(fleet, settings, tiny_base):
     fleet.finish()
     driven = fleet.device(replace(settings, time_kind="measured"), model=tiny_base)
     assert driven.device.run() == 0
@@ -425,7 +425,7 @@ def test_run_returns_zero_when_the_run_is_finished(fleet, settings, tiny_base):
     assert fleet.statuses[-1].state == "offline"
 
 
-def test_clipping_bounds_the_update_and_noise_is_the_devices_secret(fleet, settings, tiny_base, tmp_path):
+def test_clipping_bounds_update_and_noise_is_secret(fleet, settings, tiny_base, tmp_path):
     tensors = round_tensors(tiny_base.spec, order=True)
 
     def update(name, **options):
@@ -460,7 +460,7 @@ def test_clipping_bounds_the_update_and_noise_is_the_devices_secret(fleet, setti
         assert one.secret() == one.secret() != two.secret()
 
 
-def test_a_damaged_or_foreign_state_folder_names_the_way_out(fleet, settings, tiny_base):
+def test_damaged_or_foreign_state_raises_with_remedy(fleet, settings, tiny_base):
     driven = fleet.device(settings, model=tiny_base).start()
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)))
     driven.settle()
@@ -474,7 +474,7 @@ def test_a_damaged_or_foreign_state_folder_names_the_way_out(fleet, settings, ti
     assert "rejoins the fleet as a new one" in caught.value.remedy
 
 
-def test_start_names_what_is_wrong(fleet, settings, tiny_base, tmp_path):
+def test_start_with_invalid_inputs_raises(fleet, settings, tiny_base, tmp_path):
     def started(**options):
         fleet.device(replace(settings, **options), model=tiny_base).device.start()
 
@@ -498,7 +498,7 @@ class PowerLoss(BaseException):
     """Ends everything at once, as a cut cable does; nothing in the package catches it."""
 
 
-def test_a_device_that_keeps_dying_at_one_place_gives_the_round_up(fleet, settings, tiny_base, monkeypatch):
+def test_repeated_crash_at_one_step_fails_round(fleet, settings, tiny_base, monkeypatch):
     def dies(self, *arguments):
         raise PowerLoss
 
@@ -535,7 +535,7 @@ def test_a_device_that_keeps_dying_at_one_place_gives_the_round_up(fleet, settin
         (BlobStore, "prune", 1),
     ],
 )
-def test_power_lost_anywhere_changes_nothing(fleet, settings, tiny_base, tmp_path, monkeypatch, owner, method, call):
+def test_power_loss_at_any_step_changes_nothing(fleet, settings, tiny_base, tmp_path, monkeypatch, owner, method, call):
     plan = tiny_fleet.killed_plan(fleet, tiny_base.spec)
 
     def report_of(name):
@@ -565,7 +565,7 @@ def test_power_lost_anywhere_changes_nothing(fleet, settings, tiny_base, tmp_pat
     same(update, undisturbed[1])
 
 
-def test_a_killed_device_resumes_mid_round_with_the_same_bits(tiny_folder, tiny_csv, tmp_path):
+def test_killed_device_resumes_with_same_bits(tiny_folder, tiny_csv, tmp_path):
     """A real SIGKILL after pruning; the next process ends as one that was never disturbed."""
 
     def device(*kill_at):
@@ -591,7 +591,7 @@ def test_a_killed_device_resumes_mid_round_with_the_same_bits(tiny_folder, tiny_
     assert report.pruning_ratio == 0.5
 
 
-def test_a_memory_limit_is_obeyed_and_said_to_the_server(fleet, tiny_folder, tmp_path, tiny_base):
+def test_memory_limit_is_kept_and_reported(fleet, tiny_folder, tmp_path, tiny_base):
     rows = [("film was " + text, label) for text, label in tiny_bert.sentences(120)]
     csv = tiny_bert.write_csv(tmp_path / "long.csv", rows)
     needed = estimate(tiny_base, micro_batch=64, tokens=14, r=4).peak_bytes

@@ -26,7 +26,7 @@ def burn(seconds):
         pass
 
 
-def test_measured_is_the_clock_from_plan_to_report():
+def test_measured_time_is_clock_from_plan_to_report():
     clock = VirtualClock(100.0)
     measured = meter("measured", clock)
     clock.spend(3.5)
@@ -34,7 +34,7 @@ def test_measured_is_the_clock_from_plan_to_report():
     assert measured.completion_s() == 3.5
 
 
-def test_modelled_is_cpu_time_of_the_work_times_the_factor_plus_transfer():
+def test_modelled_time_is_cpu_time_by_factor_plus_transfer():
     modelled = meter("modelled")
     burn(0.05)  # not inside `working`: does not count
     with modelled.working():
@@ -44,7 +44,7 @@ def test_modelled_is_cpu_time_of_the_work_times_the_factor_plus_transfer():
     assert 0.1 <= modelled.cpu_s < 0.14
 
 
-def test_simulated_depends_on_the_work_alone():
+def test_simulated_time_depends_on_work_only():
     simulated = meter("simulated")
     with simulated.working():
         burn(0.02)
@@ -53,7 +53,7 @@ def test_simulated_depends_on_the_work_alone():
 
 
 @pytest.mark.parametrize("kind", ["measured", "modelled", "simulated"])
-def test_a_meter_continues_after_a_restart(kind):
+def test_cost_meter_continues_after_restart(kind):
     clock = VirtualClock()
     before = meter(kind, clock)
     before.work(1e9)
@@ -69,7 +69,7 @@ def test_a_meter_continues_after_a_restart(kind):
     assert (after.bytes_up, after.bytes_down) == (5, 7)
 
 
-def test_flops_count_what_a_layout_keeps(tiny_base):
+def test_flops_follow_layout(tiny_base):
     spec = tiny_base.spec
     full = Layout.full(spec)
     half = Layout(spec, (np.arange(2),) * 2, (np.arange(32),) * 2)
@@ -85,7 +85,7 @@ def test_flops_count_what_a_layout_keeps(tiny_base):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident peak is restarted through /proc")
-def test_peak_memory_sees_what_was_allocated_since_the_reset():
+def test_peak_memory_counts_since_reset():
     peak = PeakMemory("cpu")
     peak.reset()
     before = peak.read()
@@ -101,7 +101,7 @@ def device(**simulated: float) -> DeviceConfig:
     return convert(settings, DeviceConfig)
 
 
-def test_a_rounds_conditions_repeat_and_jitter_keeps_the_mean() -> None:
+def test_conditions_repeat_and_jitter_keeps_mean() -> None:
     steady, shaky = device(), device(jitter=0.3, link_jitter=0.1)
     assert (conditions(steady, 5).work, conditions(steady, 5).link) == (1.0, 1.0)
     drawn = [conditions(shaky, number) for number in range(1, 2001)]
@@ -111,7 +111,7 @@ def test_a_rounds_conditions_repeat_and_jitter_keeps_the_mean() -> None:
     assert max(c.work for c in drawn) > 1.5
 
 
-def test_drift_is_a_walk_that_begins_at_the_nominal_speed() -> None:
+def test_drift_starts_at_nominal_speed() -> None:
     factors = [conditions(device(drift=0.05), number).work for number in range(1, 60)]
     assert factors[0] == 1.0
     steps = [abs(math.log(after / before)) for before, after in itertools.pairwise(factors)]

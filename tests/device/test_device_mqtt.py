@@ -12,7 +12,7 @@ from fedspine_edge.device.agent import FleetDevice
 pytestmark = pytest.mark.broker
 
 
-def test_a_round_over_mqtt(tiny_folder, tiny_csv, tiny_base, tmp_path):
+def test_round_over_mqtt(tiny_folder, tiny_csv, tiny_base, tmp_path):
     pytest.importorskip("iotcore")
     from fedspine_edge.transport.broker import EmbeddedBroker
     from fedspine_edge.transport.mqtt import MqttTransport

@@ -24,7 +24,7 @@ SPEC = ModelSpec(
 )
 
 
-def test_a_document_comes_back_bit_for_bit(tmp_path):
+def test_state_record_roundtrips_bit_for_bit(tmp_path):
     tensors = {
         "a": np.array([[1.5, np.pi]], np.float32),
         "scalar": np.array(3, np.int64),
@@ -44,7 +44,7 @@ def test_a_document_comes_back_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "foreign"])
-def test_damage_names_the_file_and_the_way_out(tmp_path, damage):
+def test_damaged_state_names_file_and_remedy(tmp_path, damage):
     with StateDir(tmp_path) as state:
         state.write("device", StateRecord({"a": 1}, {"x": np.ones(64, np.float32)}))
         path = tmp_path / "device.state"
@@ -57,7 +57,7 @@ def test_damage_names_the_file_and_the_way_out(tmp_path, damage):
     assert f"Delete the folder {tmp_path}" in caught.value.remedy
 
 
-def test_a_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
+def test_failed_write_keeps_old_record(tmp_path, monkeypatch):
     with StateDir(tmp_path) as state:
         state.write("device", StateRecord({"a": 1}, {}))
 
@@ -72,7 +72,7 @@ def test_a_failed_write_leaves_the_old_document(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["device.state", "lock"]
 
 
-def test_two_agents_cannot_share_a_folder(tmp_path):
+def test_second_agent_on_folder_raises(tmp_path):
     first = StateDir(tmp_path)
     with pytest.raises(ConfigError, match="in use by another process"):
         StateDir(tmp_path)
@@ -80,12 +80,12 @@ def test_two_agents_cannot_share_a_folder(tmp_path):
     StateDir(tmp_path).close()
 
 
-def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path):
+def test_read_only_folder_raises_config_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         StateDir(tmp_path / "file")
 
 
-def test_a_layout_survives_as_tensors():
+def test_layout_roundtrips_as_tensors():
     layout = Layout(SPEC, (np.array([1]), np.array([0, 1])), (np.array([0, 3]), np.arange(8)))
     assert Layout.from_tensors(SPEC, layout.to_tensors()).to_dict() == layout.to_dict()

@@ -1,4 +1,4 @@
-"""Why a device got its plan: read from the journal of a run, the same as what the bandit said of itself."""
+"""Explanation of a device's plan, read from the journal of a run."""
 
 import json
 from pathlib import Path
@@ -18,48 +18,48 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_leaves_partition_the_arms_and_the_played_one_had_the_largest_bound_of_the_open_ones(run_dir: Path) -> None:
+def test_leaves_partition_arms_and_selected_has_largest_bound(run_dir: Path) -> None:
     for server_round in range(2, 7):
-        told = explain(run_dir, "tx2-2", server_round=server_round)
-        leaves, plan = told["decision"]["leaves"], told["plan"]
+        explained = explain(run_dir, "tx2-2", server_round=server_round)
+        leaves, plan = explained["decision"]["leaves"], explained["plan"]
         area = sum((leaf["u"][1] - leaf["u"][0]) * len(leaf["ranks"]) for leaf in leaves)
         assert area == pytest.approx(2.0)  # u in 0..1 × two ranks
         assert sum(leaf["pulls"] for leaf in leaves) == server_round - 1
-        played = [x for x in leaves if x["u"][0] <= plan["u"] < x["u"][1] and plan["r"] in x["ranks"]]
-        assert len(played) == 1
-        assert played[0]["bound"] == max(leaf["bound"] for leaf in leaves if leaf["open"])
+        selected = [x for x in leaves if x["u"][0] <= plan["u"] < x["u"][1] and plan["r"] in x["ranks"]]
+        assert len(selected) == 1
+        assert selected[0]["bound"] == max(leaf["bound"] for leaf in leaves if leaf["open"])
 
 
-def test_the_outcome_is_what_the_journal_holds(run_dir: Path) -> None:
-    told = explain(run_dir, "nx-3")
+def test_outcome_matches_journal(run_dir: Path) -> None:
+    explained = explain(run_dir, "nx-3")
     with Journal.open_readonly(run_dir) as journal:
         row = journal.device_rounds(6)[1]
-    assert (told["server_round"], row.device_id) == (6, "nx-3")
-    assert told["outcome"]["reward"] == row.reward
-    assert told["outcome"]["reward_terms"] == row.reward_terms
+    assert (explained["server_round"], row.device_id) == (6, "nx-3")
+    assert explained["outcome"]["reward"] == row.reward
+    assert explained["outcome"]["reward_terms"] == row.reward_terms
     assert row.reward is not None
-    assert f"reward {row.reward:.3f}" in describe(told)
+    assert f"reward {row.reward:.3f}" in describe(explained)
 
 
-def test_pace_and_deciding_terms_are_told(run_dir: Path) -> None:
-    told = {i: explain(run_dir, i, server_round=5) for i in ("nx-1", "nx-3", "tx2-2", "tx2-4")}
-    paces = {i: one["decision"]["pace"] for i, one in told.items()}
-    assert [i for i, pace in paces.items() if pace["sets_the_pace"]] == [
-        max(paces, key=lambda i: paces[i]["shortest_s"])
+def test_explain_reports_times_and_variance_shares(run_dir: Path) -> None:
+    explained = {i: explain(run_dir, i, server_round=5) for i in ("nx-1", "nx-3", "tx2-2", "tx2-4")}
+    times = {i: one["decision"]["pace"] for i, one in explained.items()}
+    assert [i for i, time in times.items() if time["sets_the_pace"]] == [
+        max(times, key=lambda i: times[i]["shortest_s"])
     ]
-    assert len({pace["expected_s"] for pace in paces.values()}) == 1
-    assert all(pace["predicted_s"] <= 1.001 * pace["expected_s"] for pace in paces.values())
-    shares = told["nx-1"]["outcome"]["decided_by"]
+    assert len({time["expected_s"] for time in times.values()}) == 1
+    assert all(time["predicted_s"] <= 1.001 * time["expected_s"] for time in times.values())
+    shares = explained["nx-1"]["outcome"]["decided_by"]
     assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3)
-    assert "pace      " in describe(told["nx-1"])
-    assert "differed between devices by" in describe(told["nx-1"])
+    assert "s predicted; target for the round" in describe(explained["nx-1"])
+    assert "variance between devices by term" in describe(explained["nx-1"])
 
 
-def test_the_command_prints_text_and_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_command_prints_text_and_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(run_dir), "--device", "tx2-2", "--round", "3"]) == 0
     text = capsys.readouterr().out
     assert "tx2-2 (tx2), round 3" in text
-    assert text.count("<- played") == 1
+    assert text.count("<- selected") == 1
     assert main(["explain", str(run_dir), "--device", "tx2-2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["server_round"] == 6
 
@@ -67,11 +67,11 @@ def test_the_command_prints_text_and_json(run_dir: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "message", "remedy"),
     [
-        (["--device", "tx2-9"], "knows no device 'tx2-9'", "Did you mean 'tx2-"),
+        (["--device", "tx2-9"], "has no device 'tx2-9'", "Did you mean 'tx2-"),
         (["--device", "tx2-2", "--round", "40"], "no plan for 'tx2-2' in round 40", "another --round"),
     ],
 )
-def test_unknown_devices_and_rounds_are_named(
+def test_explain_unknown_device_or_round_raises(
     run_dir: Path, options: list[str], message: str, remedy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explain", str(run_dir), *options]) == 2

@@ -1,4 +1,4 @@
-"""Rows to figures and to the HTML report."""
+"""HTML report and CSV export of a run."""
 
 import csv
 from pathlib import Path
@@ -26,14 +26,14 @@ ROWS = [
 ]
 
 
-def test_idle_share_is_the_time_spent_waiting_for_the_slowest() -> None:
-    # round 1: agx waits half of its time, tx2 not at all; round 2: one device alone waits for nobody
+def test_idle_share_counts_waiting_for_slowest_device() -> None:
+    # Round 1: agx waits for half of its time, tx2 does not wait. Round 2: a single device does not wait.
     assert idle_share(ROWS) == pytest.approx((0.5 + 0.0 + 0.0) / 3)
     assert idle_by_device(ROWS) == {"agx-1": pytest.approx(0.25), "tx2-2": 0.0}
     assert idle_share([]) is None
 
 
-def test_report_is_self_contained_escapes_names_and_prints_only_what_was_measured(tmp_path: Path) -> None:
+def test_report_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
     rows = [*ROWS, row(3, "x<script>", "nx", ratio=0.3, r=4, completion_time_s=1.0)]
     path = write_report(
         tmp_path / "report.html",
@@ -54,12 +54,12 @@ def test_report_is_self_contained_escapes_names_and_prints_only_what_was_measure
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
+def test_report_same_rows_gives_same_bytes(tmp_path: Path) -> None:
     pages = [write_report(tmp_path / f"{i}.html", title="t", rows=ROWS, summary={}).read_bytes() for i in range(2)]
     assert pages[0] == pages[1]
 
 
-def test_a_table_of_every_round_and_device_has_documented_columns(tmp_path: Path) -> None:
+def test_csv_columns_are_documented(tmp_path: Path) -> None:
     with write_csv(tmp_path / "t.csv", list(COLUMNS), flatten(ROWS)).open(newline="") as file:
         found = list(csv.DictReader(file))
     assert list(found[0]) == list(COLUMNS)
@@ -72,7 +72,7 @@ def test_a_table_of_every_round_and_device_has_documented_columns(tmp_path: Path
             assert f"| `{name}` | {meaning} |" in page
 
 
-def test_the_command_writes_the_table_and_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_command_with_csv_writes_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_recorded(tmp_path / "run", mix={"nx": 2}, num_rounds=5)
     table = tmp_path / "table.csv"
     assert main(["report", str(tmp_path / "run"), "--csv", str(table)]) == 0

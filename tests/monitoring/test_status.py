@@ -117,7 +117,7 @@ def shown(run_dir: str | Path, capsys: pytest.CaptureFixture[str], *options: str
     return capsys.readouterr().out
 
 
-def test_it_says_what_a_server_waits_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_waiting_shows_missing_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = Run(tmp_path / "run", at_s=time.time())
     made.hello("nx-1")
     made.hello("nx-9", refused="its base model has digest 00, this fleet trains 11.")
@@ -131,7 +131,7 @@ def test_it_says_what_a_server_waits_for(tmp_path: Path, capsys: pytest.CaptureF
     made.dir.close()
 
 
-def test_a_running_round_shows_each_device_and_what_it_did(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_running_shows_each_device(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.open_round(1)
     run.report(1, "nx-1")
     run.report(1, "nx-2", "out_of_memory", OOM)
@@ -146,7 +146,7 @@ def test_a_running_round_shows_each_device_and_what_it_did(run: Run, capsys: pyt
     assert "up 2.0 MB, down 4.0 MB" in text
 
 
-def test_a_small_terminal_shows_first_who_needs_somebody(run: Run) -> None:
+def test_status_small_terminal_shows_failed_devices_first(run: Run) -> None:
     run.open_round(1)
     run.report(1, "nx-2", "out_of_memory", OOM)
     run.hello("nx-3", online=False)
@@ -159,7 +159,7 @@ def test_a_small_terminal_shows_first_who_needs_somebody(run: Run) -> None:
     assert "reward" not in text
 
 
-def test_the_last_failure_of_a_device_stays_when_it_does_well_again(run: Run) -> None:
+def test_status_keeps_last_failure_after_success(run: Run) -> None:
     run.open_round(1)
     run.report(1, "nx-2", "out_of_memory", OOM)
     run.close_round(1, done=False)
@@ -168,14 +168,14 @@ def test_the_last_failure_of_a_device_stays_when_it_does_well_again(run: Run) ->
         run.report(1, name, attempt=2)
     status = run.read()
     by_id = {device.device_id: device for device in status.devices}
-    assert {name: by_id[name].part.status for name in NAMES} == dict.fromkeys(NAMES, "ok")
-    assert (by_id["nx-2"].failure.status, by_id["nx-2"].failure.attempt) == ("out_of_memory", 1)
-    assert by_id["nx-1"].failure.status == "late"
+    assert {name: by_id[name].newest.status for name in NAMES} == dict.fromkeys(NAMES, "ok")
+    assert (by_id["nx-2"].last_failure.status, by_id["nx-2"].last_failure.attempt) == ("out_of_memory", 1)
+    assert by_id["nx-1"].last_failure.status == "late"
     assert status.totals()["attempts_failed"] == 1
     assert json.dumps(status.to_dict()) == json.dumps(run.read().to_dict()), "no time of asking is in it"
 
 
-def test_time_left_is_told_only_where_it_is_no_guess(run: Run) -> None:
+def test_time_left_without_evidence_is_none(run: Run) -> None:
     now_s = run.at_s
     run.whole_round(1, 100.0)
     run.open_round(2)
@@ -186,7 +186,7 @@ def test_time_left_is_told_only_where_it_is_no_guess(run: Run) -> None:
     run.close_round(2)
     assert run.read().time_left_s(now_s + 240) is None, "between rounds nobody knows when the next begins"
     run.open_round(3)
-    assert run.read().pace_s == pytest.approx((100, 140))
+    assert run.read().round_time_range_s == pytest.approx((100, 140))
     assert run.read().time_left_s(now_s + 240 + 30) == pytest.approx((2 * 100 + 70, 2 * 140 + 110))
     # beyond the longest round so far this one may go on to its deadline
     assert run.read().time_left_s(now_s + 240 + 200) == pytest.approx((2 * 100, 2 * 140 + 400))
@@ -194,9 +194,9 @@ def test_time_left_is_told_only_where_it_is_no_guess(run: Run) -> None:
     assert run.read().time_left_s(now_s + 250) is None, "nobody is at work"
 
 
-def test_a_server_that_stopped_is_told_from_one_at_work(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_distinguishes_stopped_from_running(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.open_round(1)
-    assert run.read().server_at_work is True
+    assert run.read().server_running is True
     run.dir.close()  # as SIGKILL leaves it: nothing said
     text = shown(run.config.run_dir, capsys)
     assert "stopped, not finished; when it stopped: round 1 of 5 runs: 0 of 3" in text
@@ -209,7 +209,7 @@ def test_a_server_that_stopped_is_told_from_one_at_work(run: Run, capsys: pytest
     assert "why it stopped: no broker.\n  Start it." in shown(run.config.run_dir, capsys)
 
 
-def test_a_simulation_has_no_time_of_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_simulation_shows_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = Run(tmp_path / "run", at_s=40.0, clock="virtual")
     made.hello("nx-1")
     made.whole_round(1, 10.0)
@@ -222,7 +222,7 @@ def test_a_simulation_has_no_time_of_day(tmp_path: Path, capsys: pytest.CaptureF
     assert "time left" not in text
 
 
-def test_following_prints_what_changes_and_ends_with_the_run(run: Run) -> None:
+def test_follow_prints_changes_until_run_finishes(run: Run) -> None:
     run.open_round(1)
     follow = [sys.executable, "-m", "fedspine_edge", "status", run.config.run_dir, "--follow"]
     with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as process:
@@ -240,7 +240,7 @@ def test_following_prints_what_changes_and_ends_with_the_run(run: Run) -> None:
     assert said[-1] == "run abc · finished after 5 rounds"
 
 
-def test_following_a_run_without_a_server_ends(
+def test_follow_without_server_exits(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.dir.close()
@@ -253,7 +253,7 @@ def test_following_a_run_without_a_server_ends(
     assert "no server has been at work" in err
 
 
-def test_following_a_folder_that_is_removed_is_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follow_removed_folder_raises(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "POLL_S", 0.05)
     changes = command._changes(Path(run.config.run_dir))
     assert next(changes).state == "running"
@@ -263,7 +263,7 @@ def test_following_a_folder_that_is_removed_is_one_error(run: Run, monkeypatch: 
         list(changes)
 
 
-def test_a_folder_that_is_no_run_is_one_error_with_a_remedy(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_of_other_folder_raises_with_remedy(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(run.config.run_dir)
     assert main(["status", str(folder / "absent")]) == 2
     assert "Give the run_dir of a server" in capsys.readouterr().err
@@ -271,9 +271,7 @@ def test_a_folder_that_is_no_run_is_one_error_with_a_remedy(run: Run, capsys: py
     assert f"Did you mean {folder}?" in capsys.readouterr().err
 
 
-def test_whoever_may_only_read_looks_at_an_ended_run_and_leaves_nothing_behind(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_read_only_leaves_no_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.whole_round(1, 10.0)
     run.dir.close()
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)

@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import pytest
-from recorded_fleet import lay_out
+from recorded_fleet import recorded_fleet
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.data import sentiment
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.simulation.device_classes import load_device_classes, parse_mix, scaled
-from fedspine_edge.simulation.fleet_files import in_turn
+from fedspine_edge.simulation.device_classes import interleave_classes, load_device_classes, parse_mix, scale_mix
 
 
-def test_the_built_in_classes_are_ordered_as_their_boards_are() -> None:
+def test_built_in_classes_are_ordered_by_speed() -> None:
     profiles = load_device_classes()
     rates = [profiles[name].rate for name in ("tx2", "nx", "agx", "agx-orin")]
     assert rates == sorted(rates)
@@ -29,40 +28,40 @@ def test_the_built_in_classes_are_ordered_as_their_boards_are() -> None:
     [
         ('[a]\nboard = "x"\nstep_s = 0.1\nup_mbit_s = 1.0\ndown_mbit_s = 1.0', r"\[a\]: needs flops_per_s"),
         ('[a]\nboard = "x"\nflops_per_s = 1e9\nstep_s = 0.1\nup_mbit_s = 1.0\nspeed = 2', r"\[a\].*`speed`"),
-        ("[a", "cannot be used"),
+        ("[a", "cannot be read"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_section(tmp_path: Path, text: str, message: str) -> None:
+def test_load_device_classes_invalid_file_names_section(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_device_classes(path)
 
 
-def test_a_mix_is_scaled_to_any_number_and_keeps_every_class() -> None:
+def test_scale_mix_keeps_every_class() -> None:
     profiles = load_device_classes()
     mix = parse_mix("tx2=30,nx=40,agx=10", profiles)
-    assert scaled(mix, 80) == mix
-    assert scaled(mix, 8) == {"tx2": 3, "nx": 4, "agx": 1}
-    assert scaled(mix, 3) == {"tx2": 1, "nx": 1, "agx": 1}
+    assert scale_mix(mix, 80) == mix
+    assert scale_mix(mix, 8) == {"tx2": 3, "nx": 4, "agx": 1}
+    assert scale_mix(mix, 3) == {"tx2": 1, "nx": 1, "agx": 1}
     for number in range(3, 200):
-        assert sum(scaled(mix, number).values()) == number
-    with pytest.raises(ConfigError, match="cannot be of 3 classes"):
-        scaled(mix, 2)
+        assert sum(scale_mix(mix, number).values()) == number
+    with pytest.raises(ConfigError, match="are too few 3 classes"):
+        scale_mix(mix, 2)
     with pytest.raises(ConfigError, match="unknown class 'tx3'"):
         parse_mix("tx3=1", profiles)
     with pytest.raises(ConfigError, match="is not CLASS=COUNT"):
         parse_mix("tx2=0", profiles)
 
 
-def test_classes_take_turns_so_that_none_sits_on_one_domain() -> None:
-    names = in_turn({"tx2": 3, "nx": 4, "agx": 1})
+def test_interleave_classes_spreads_each_class() -> None:
+    names = interleave_classes({"tx2": 3, "nx": 4, "agx": 1})
     assert sorted(names) == ["agx"] + ["nx"] * 4 + ["tx2"] * 3
     assert all(names[i : i + 3] != [names[i]] * 3 for i in range(6))
 
 
-def test_a_laid_out_device_has_its_profile(tmp_path: Path) -> None:
-    _, devices = lay_out(tmp_path, {"tx2": 1, "paper-nx": 1}, disconnect_probability=0.1)
+def test_simulated_device_has_settings_of_its_class(tmp_path: Path) -> None:
+    _, devices = recorded_fleet(tmp_path, {"tx2": 1, "paper-nx": 1}, disconnect_probability=0.1)
     by_class = {device.device_class: device for device in devices}
     profile = load_device_classes()["tx2"]
     assert by_class["tx2"].simulated.flops_per_s == profile.rate
@@ -71,7 +70,7 @@ def test_a_laid_out_device_has_its_profile(tmp_path: Path) -> None:
     assert by_class["paper-nx"].time_factor == 1.2
 
 
-def test_a_small_alpha_makes_labels_uneven_and_nobody_is_left_empty() -> None:
+def test_dirichlet_small_alpha_is_uneven_without_empty_shares() -> None:
     rows = [sentiment.Sentence("x", f"t{i}", i % 2) for i in range(2000)]
 
     def unevenness(alpha: float) -> float:
@@ -84,7 +83,7 @@ def test_a_small_alpha_makes_labels_uneven_and_nobody_is_left_empty() -> None:
     assert sentiment.dirichlet(rows, 10, alpha=0.3, seed=1) == sentiment.dirichlet(rows, 10, alpha=0.3, seed=1)
 
 
-def test_the_command_trains_a_mix_of_classes(
+def test_simulate_command_trains_mix(
     tmp_path: Path, tiny_model: Path, tiny_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sim"

@@ -24,7 +24,7 @@ def job(settings, folder):
 executors.run_job = job
 if __name__ == "__main__":
     jobs = {str(i): {"note": sys.argv[1], "seconds": float(sys.argv[2])} for i in range(4)}
-    print(len(list(executors.run_all(jobs, Path(sys.argv[3]), engine="processes", workers=2))))
+    print(len(list(executors.run_jobs(jobs, Path(sys.argv[3]), engine="processes", workers=2))))
 """
 
 
@@ -53,7 +53,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_every_worker_has_a_core_of_its_own_and_all_jobs_are_done(tmp_path: Path) -> None:
+def test_workers_are_pinned_and_run_all_jobs(tmp_path: Path) -> None:
     child = started(tmp_path, 0.5)
     output, _ = child.communicate(timeout=120)
     assert output.strip() == "4"
@@ -62,7 +62,7 @@ def test_every_worker_has_a_core_of_its_own_and_all_jobs_are_done(tmp_path: Path
     assert len(set(cores)) == min(2, len(os.sched_getaffinity(0)))
 
 
-def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+def test_workers_exit_with_killed_parent(tmp_path: Path) -> None:
     child = started(tmp_path, 300.0)
     try:
         wait_for(lambda: len(notes(tmp_path)) == 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_fleet import lay_out
+from recorded_fleet import recorded_fleet
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.errors import ConfigError, MissingDependency
@@ -27,7 +27,7 @@ from fedspine_edge.simulation.oracle import oracle
 
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("quick", [True, False])
-def test_every_config_lays_out_a_fleet_the_package_accepts(name: str, quick: bool, tmp_path: Path) -> None:
+def test_every_config_gives_valid_fleet(name: str, quick: bool, tmp_path: Path) -> None:
     experiment = load_experiment(name, quick=quick)
     assert experiment.paper
     assert experiment.question
@@ -37,10 +37,10 @@ def test_every_config_lays_out_a_fleet_the_package_accepts(name: str, quick: boo
             continue
         assert job["training"] in ("real", "recorded")
         parse_mix(job["mix"], load_device_classes())
-        lay_out(tmp_path, {"tx2": 2}, **{**job["settings"], "seed": job["seed"]})
+        recorded_fleet(tmp_path, {"tx2": 2}, **{**job["settings"], "seed": job["seed"]})
 
 
-def test_variants_differ_in_what_they_name_only() -> None:
+def test_variants_differ_only_in_their_settings() -> None:
     jobs = load_experiment("criterion", quick=True).jobs
     lora, other = jobs["lora-0"], jobs["random-0"]
     assert other["settings"].pop("criterion") == "random"
@@ -54,7 +54,7 @@ def small(seeds: list[int]) -> Experiment:
     return Experiment(full.name, full.form, full.title, full.question, full.paper, full.measures, keep, {})
 
 
-def test_an_interrupted_experiment_runs_only_what_is_missing(tmp_path: Path) -> None:
+def test_interrupted_experiment_runs_only_missing_jobs(tmp_path: Path) -> None:
     lines: list[str] = []
     tmp_path = tmp_path / "alone" / "it"
     run_experiment(small([0]), tmp_path, on_progress=lines.append)
@@ -73,7 +73,7 @@ def test_an_interrupted_experiment_runs_only_what_is_missing(tmp_path: Path) -> 
     assert exact["mean"] == pytest.approx(floor, rel=1e-3)
 
 
-def test_a_changed_job_is_run_again(tmp_path: Path) -> None:
+def test_changed_job_runs_again(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     job: dict[str, Any] = {"variant": "a", "seed": 0, "training": "sums"}
     module._write(tmp_path / "jobs", "a-0", job, {"error": 1.0})
@@ -81,15 +81,30 @@ def test_a_changed_job_is_run_again(tmp_path: Path) -> None:
     assert module._read(tmp_path / "jobs", "a-0", {**job, "num_devices": 4}) is None
 
 
-def test_what_exists_after_an_interruption_is_whole_seeds_and_a_summary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_with_renamed_settings_is_not_run_again(tmp_path: Path) -> None:
+    """Results written before settings were renamed belong to the same jobs."""
+    old = {
+        "seed": 0,
+        "settings": {"target": "mean", "bandit": {"min_side": 0.5, "slack": 0.1}},
+        "inputs": {"profiles": "0"},
+    }
+    new = {
+        "seed": 0,
+        "settings": {"target": "fleet_mean", "bandit": {"min_leaf_width": 0.5, "time_tolerance": 0.1}},
+        "inputs": {"device_classes": "0"},
+    }
+    module._write(tmp_path, "a-0", {**old, "variant": "a", "profiles": "/x"}, {"error": 1.0})
+    assert module._read(tmp_path, "a-0", {**new, "variant": "a", "device_classes": "/y"}) == {"error": 1.0}
+    assert module._read(tmp_path, "a-0", {**new, "variant": "a", "seed": 1}) is None
+
+
+def test_interruption_leaves_complete_seeds_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_then_power_loss(jobs: Any, work: Path, **_: Any) -> Any:
         assert [job["seed"] for job in jobs.values()] == [0, 0, 0, 0, 1, 1, 1, 1]
         yield next(iter(jobs)), {"error": 0.5}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "run_all", one_then_power_loss)
+    monkeypatch.setattr(module, "run_jobs", one_then_power_loss)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(small([0, 1]), tmp_path / "alone" / "it")
     tmp_path = tmp_path / "alone" / "it"
@@ -99,23 +114,21 @@ def test_what_exists_after_an_interruption_is_whole_seeds_and_a_summary(
     assert (tmp_path / "jobs.csv").read_text().count("\n") == 2
 
 
-def test_a_job_that_another_experiment_has_done_is_not_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_of_other_experiment_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = small([0])
     name, job = next(iter(first.jobs.items()))
     (tmp_path / "other" / "jobs").mkdir(parents=True)
     (tmp_path / "other" / "summary.json").write_text("{}")
     module._write(tmp_path / "other" / "jobs", "other-name-0", {**job, "variant": "another name"}, {"error": 0.25})
     asked: list[str] = []
-    monkeypatch.setattr(module, "run_all", lambda jobs, work, **_: asked.extend(jobs) or iter(()))
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, work, **_: asked.extend(jobs) or iter(()))
     summary = run_experiment(first, tmp_path / "mine")
     assert name not in asked
     assert len(asked) == 3
     assert summary["variants"][job["variant"]]["error"]["mean"] == 0.25
 
 
-def test_ray_without_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray_not_installed_names_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependency) as error:
         run_experiment(small([0]), tmp_path, engine="ray")
@@ -124,26 +137,26 @@ def test_ray_without_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::Warning")  # Ray's own
-def test_a_ray_cluster_gives_the_same_results(tmp_path: Path) -> None:
+def test_ray_gives_same_results(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the optional extra ray is not installed")
     here = run_experiment(small([0]), tmp_path / "a" / "here")
     there = run_experiment(small([0]), tmp_path / "b" / "there", engine="ray")
     assert there["variants"] == here["variants"]
 
 
-def test_the_interval_is_students() -> None:
+def test_interval_uses_student_t() -> None:
     assert interval([1.0, 2.0, 3.0]) == {"mean": 2.0, "half": pytest.approx(4.303 / 3**0.5, rel=1e-3), "n": 3}
     assert interval([1.0, None]) == {"mean": 1.0, "half": None, "n": 1}
     assert interval([None])["mean"] is None
 
 
-def test_time_to_a_target_is_the_first_round_that_reached_it() -> None:
+def test_time_to_returns_first_round_at_target() -> None:
     curve = [{"time_s": 10.0 * k, "accuracy": a} for k, a in enumerate((0.5, 0.7, 0.65, 0.8), start=1)]
     assert time_to(curve, 0.66) == 20.0
     assert time_to(curve, 0.9) is None
 
 
-def test_the_target_of_averaged_curves_is_not_reached_by_one_lucky_seed() -> None:
+def test_target_of_mean_curve_ignores_one_lucky_seed() -> None:
     """Seed 0 crosses the target early by luck; the mean of both does in the third round."""
     experiment = load_experiment("time-to-accuracy", quick=True)
 
@@ -165,8 +178,8 @@ def test_the_target_of_averaged_curves_is_not_reached_by_one_lucky_seed() -> Non
     assert variants["fedapt"]["time_to_target_of_mean_s"]["mean"] is None
 
 
-def test_the_oracle_is_no_slower_and_idles_less_than_one_arm_for_all(tmp_path: Path) -> None:
-    fleet, devices = lay_out(tmp_path, {"wide-tx2": 1, "wide-nx": 1, "paper-agx": 1}, pruning_ratio=0.5)
+def test_oracle_beats_one_arm_for_all_devices(tmp_path: Path) -> None:
+    fleet, devices = recorded_fleet(tmp_path, {"wide-tx2": 1, "wide-nx": 1, "paper-agx": 1}, pruning_ratio=0.5)
     best = oracle(fleet, devices, MINILM, 32)
     ratio, total, idle = 0.0, 0.0, 0.0
     from fedspine_edge.strategies.base import envelope
@@ -181,7 +194,7 @@ def test_the_oracle_is_no_slower_and_idles_less_than_one_arm_for_all(tmp_path: P
     assert best.idle_share < idle / fleet.num_rounds
 
 
-def test_the_command_lists_runs_and_names_what_is_unknown(
+def test_experiment_command_lists_and_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["experiment"]) == 0

@@ -32,7 +32,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             done.append(name)
             yield name, run_job(job, work / name)
 
-    monkeypatch.setattr(module, "run_all", here)
+    monkeypatch.setattr(module, "run_jobs", here)
     monkeypatch.setattr(sys, "path", [*sys.path])  # jobs add the folder of the experiment
     monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
     return done
@@ -55,7 +55,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_example_compares_strategies_of_its_own_on_boards_of_its_own(
+def test_example_runs_own_strategies_on_own_boards(
     example: Path, tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results" / "it"
@@ -78,7 +78,7 @@ def test_the_example_compares_strategies_of_its_own_on_boards_of_its_own(
         assert (out / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_results_follow_what_files_hold_and_not_where_they_lie(example: Path, tmp_path: Path, ran: list[str]) -> None:
+def test_results_depend_on_content_not_location(example: Path, tmp_path: Path, ran: list[str]) -> None:
     out = tmp_path / "results" / "it"
     run_experiment(load_experiment(str(example), quick=True), out)
     moved = Path(shutil.move(example.parent, tmp_path / "elsewhere")) / example.name
@@ -91,7 +91,7 @@ def test_results_follow_what_files_hold_and_not_where_they_lie(example: Path, tm
     assert sorted(ran) == ["S-UCB-rewarded-per-second-0", "rank-by-class-0"]
 
 
-def test_real_training_takes_a_model_and_a_partition_of_the_users_own(
+def test_real_training_uses_own_model_and_partition(
     tmp_path: Path, tiny_model: Path, tiny_csv: Path, ran: list[str]
 ) -> None:
     lines = tiny_csv.read_text().splitlines()
@@ -133,19 +133,19 @@ def test_real_training_takes_a_model_and_a_partition_of_the_users_own(
     ("old", "new", "told"),
     [
         ("[[variant]]", "[[varient]]", "unknown key 'varient'"),
-        ('mix = "bench=2,rack=2"', 'mix = "nx=2"', "unknown class 'nx'"),
+        ('mix = "bench=2,rack=2"', 'mix = "nx=2"', "unknown device class 'nx'"),
         ('mix = "bench=2,rack=2"', "mixture = 2", "variant 'S-UCB': Object contains unknown field `mixture`"),
         ("num_rounds = 12", "num_round = 12", "num_round"),
-        ("my_strategy:PerSecond", "my_stratgy:PerSecond", "there is no module 'my_stratgy'"),
+        ("my_strategy:PerSecond", "my_stratgy:PerSecond", "module 'my_stratgy' was not found"),
         ("my_strategy:PerSecond", "my_strategy:PerHour", "rewarded per second': strategy 'my_strategy:PerHour'"),
         ("pruning_ratio = 0.5", "pruning_ratio = 0.99\nbandit = { max_step = 0.1 }", "cannot be reached"),
-        ('profiles = "boards.toml"', 'profiles = "board.toml"', "board.toml"),
+        ('device_classes = "boards.toml"', 'device_classes = "board.toml"', "board.toml"),
         ("seeds = [0, 1, 2]", "seeds = 3", "seeds is 3"),
         ('training = "recorded"', 'training = "recorded"\ndata = "a.csv"', "data has no effect on recorded losses"),
         ("[common]", "[common", "cannot be used"),
     ],
 )
-def test_what_cannot_be_run_is_told_before_anything_is(example: Path, old: str, new: str, told: str) -> None:
+def test_invalid_experiment_raises_before_first_job(example: Path, old: str, new: str, told: str) -> None:
     text = example.read_text()
     assert old in text
     example.write_text(text.replace(old, new))
@@ -154,7 +154,7 @@ def test_what_cannot_be_run_is_told_before_anything_is(example: Path, old: str, 
     assert told in str(error.value)
 
 
-def test_a_form_that_the_file_lacks_is_told(example: Path) -> None:
+def test_missing_form_raises(example: Path) -> None:
     example.write_text(example.read_text().replace("[quick]", "[full]"))
     with pytest.raises(ConfigError, match=r"no \[quick\]"):
         load_experiment(str(example), quick=True)

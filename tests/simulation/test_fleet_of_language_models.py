@@ -32,7 +32,7 @@ def wait_for_round(run_dir: Path, number: int, timeout_s: float = 120) -> None:
         time.sleep(0.02)
 
 
-def test_a_fleet_is_taught_instructions_over_a_broker(tmp_path: Path) -> None:
+def test_language_fleet_learns_instructions_over_broker(tmp_path: Path) -> None:
     pytest.importorskip("iotcore")
     from fedspine_edge.transport.broker import EmbeddedBroker
 

@@ -15,7 +15,7 @@ from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, conver
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.export.finished_model import build_finished_model
 from fedspine_edge.monitoring.run_view import by_round, read_run
-from fedspine_edge.simulation.evaluation import finished_accuracy
+from fedspine_edge.simulation.evaluation import evaluate_finished_model
 from fedspine_edge.simulation.virtual_fleet import simulate
 from fedspine_edge.tuner import EdgeTuner
 
@@ -73,7 +73,7 @@ def data_of(path: Path, task: str) -> dict[str, Any]:
     return {"path": str(path), "holdout": 16, **COLUMNS[task]}
 
 
-def test_a_fleet_learns_its_task_while_it_is_pruned(trained: Any, tmp_path: Path, models: dict[str, Path]) -> None:
+def test_fleet_learns_task_while_pruned(trained: Any, tmp_path: Path, models: dict[str, Path]) -> None:
     task, fleet, result, finished = trained
     assert result.pruning_ratio == pytest.approx(0.4, abs=0.1)
     assert finished.layout.pruning_ratio == result.pruning_ratio
@@ -85,7 +85,7 @@ def test_a_fleet_learns_its_task_while_it_is_pruned(trained: Any, tmp_path: Path
     assert all(last.loss_after < 0.5 * first.loss_before for first, last in zip(rounds[1], rounds[6]))
 
     test = convert(data_of(write(tmp_path / "test.jsonl", task, 60, 9), task), DataSettings)
-    held_out = finished_accuracy(Path(result.final_dir), models[task], test, max_length_tokens=LENGTH)
+    held_out = evaluate_finished_model(Path(result.final_dir), models[task], test, max_length_tokens=LENGTH)
     # two words and the end of every answer, or one label for every word
     answers = 180 if task == "causal_lm" else sum(len(text.split()) for text, _ in tiny_bert.sentences(60, 9))
     assert held_out.num_examples == answers
@@ -99,7 +99,7 @@ def test_a_fleet_learns_its_task_while_it_is_pruned(trained: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("trained", ["causal_lm"], indirect=True)
-def test_a_fleets_language_model_answers_in_transformers_and_in_onnx_runtime(trained: Any, tmp_path: Path) -> None:
+def test_language_model_runs_in_transformers_and_onnx(trained: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     *_, finished = trained
@@ -118,7 +118,7 @@ def test_a_fleets_language_model_answers_in_transformers_and_in_onnx_runtime(tra
 
 
 @pytest.mark.parametrize("task", COLUMNS)
-def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, models: dict[str, Path], task: str) -> None:
+def test_same_seed_gives_same_adapter(tmp_path: Path, models: dict[str, Path], task: str) -> None:
     digests = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (folder := tmp_path / name).mkdir()
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, models: dict[str, 
     assert digests[0] != digests[2]
 
 
-def test_a_device_of_another_task_does_not_take_part_and_is_told_why(
+def test_device_with_other_task_is_refused_with_reason(
     tmp_path: Path, models: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     devices = devices_of(tmp_path, "causal_lm", models["causal_lm"])
@@ -140,7 +140,7 @@ def test_a_device_of_another_task_does_not_take_part_and_is_told_why(
     assert any(told in record.getMessage() for record in caplog.records if record.name == "fedspine_edge.device")
 
 
-def test_a_device_that_cannot_do_the_task_is_told_at_its_start(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_device_with_unsupported_task_raises_at_start(tmp_path: Path, models: dict[str, Path]) -> None:
     tagged, answers = "token_classification", write(tmp_path / "answers.jsonl", "causal_lm", 40, 1)
     wrong_model = device_of("d1", tmp_path, models[tagged], task="causal_lm", data=data_of(answers, "causal_lm"))
     with pytest.raises(ConfigError, match=r"bert models do not support task 'causal_lm'.*\n.*token_classification"):
@@ -151,7 +151,7 @@ def test_a_device_that_cannot_do_the_task_is_told_at_its_start(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("task", COLUMNS)
-def test_the_command_trains_a_mix_of_classes_on_a_task(
+def test_simulate_command_trains_mix_on_task(
     tmp_path: Path, models: dict[str, Path], task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "all.jsonl", task, 61, 1)

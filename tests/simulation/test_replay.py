@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_fleet import RECORD, lay_out, run_recorded
+from recorded_fleet import RECORD, recorded_fleet, run_recorded
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.monitoring.run_view import read_run
@@ -18,7 +18,7 @@ MIX = {"tx2": 3, "nx": 4, "agx": 1}
 
 
 @pytest.mark.parametrize("layout", ["consensus", "local"])
-def test_a_run_prunes_to_its_target_and_repeats_bit_for_bit(tmp_path: Path, layout: str) -> None:
+def test_replay_reaches_target_and_is_repeatable(tmp_path: Path, layout: str) -> None:
     results = [
         run_recorded(tmp_path / name / "run", mix=MIX, layout=layout, seed=seed, pruning_ratio=0.6)
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -30,7 +30,7 @@ def test_a_run_prunes_to_its_target_and_repeats_bit_for_bit(tmp_path: Path, layo
     assert figures["not_ok"] == 0
 
 
-def test_every_report_says_that_nothing_was_trained(tmp_path: Path) -> None:
+def test_replay_reports_state_recorded_losses(tmp_path: Path) -> None:
     run_recorded(tmp_path / "run", mix=MIX)
     rows = read_run(tmp_path / "run").rows
     assert {row.reason for row in rows} == {REASON}
@@ -41,7 +41,7 @@ def test_every_report_says_that_nothing_was_trained(tmp_path: Path) -> None:
         LossRecord.of_runs([tmp_path / "run"], "x")
 
 
-def test_a_record_survives_its_file_and_draws_near_points(tmp_path: Path) -> None:
+def test_loss_record_roundtrips_and_draws_near_samples(tmp_path: Path) -> None:
     import random
 
     RECORD.save(tmp_path / "record.json")
@@ -51,7 +51,7 @@ def test_a_record_survives_its_file_and_draws_near_points(tmp_path: Path) -> Non
         assert abs(point.progress - 0.5) + abs(point.pruning_ratio - 0.5) <= 0.35
 
 
-def test_the_slow_class_is_slower_and_pruning_shortens_rounds(tmp_path: Path) -> None:
+def test_slow_class_is_slower_and_pruning_shortens_rounds(tmp_path: Path) -> None:
     run_recorded(tmp_path / "run", mix=MIX, pruning_ratio=0.7, strategy="fixed", num_rounds=8)
     rows = read_run(tmp_path / "run").rows
 
@@ -63,7 +63,7 @@ def test_the_slow_class_is_slower_and_pruning_shortens_rounds(tmp_path: Path) ->
     assert mean_time("tx2", 8) < mean_time("tx2", 1)
 
 
-def test_a_device_that_is_cut_off_is_lost_for_the_round_and_comes_back(tmp_path: Path) -> None:
+def test_disconnected_device_is_lost_then_returns(tmp_path: Path) -> None:
     run_recorded(tmp_path / "run", mix=MIX, disconnect_probability=0.25, num_rounds=8, deadline_s=300.0)
     rows = read_run(tmp_path / "run").rows
     lost = [row for row in rows if row.status == "lost"]
@@ -74,10 +74,10 @@ def test_a_device_that_is_cut_off_is_lost_for_the_round_and_comes_back(tmp_path:
     assert back <= {(row.device_id, row.server_round) for row in rows}
 
 
-def test_an_interrupted_run_goes_on_at_the_time_it_had_reached(tmp_path: Path) -> None:
+def test_interrupted_run_continues_at_its_time(tmp_path: Path) -> None:
     run_recorded(tmp_path / "whole" / "run", mix=MIX)
     whole = measure(tmp_path / "whole" / "run")
-    fleet, devices = lay_out(tmp_path / "cut", MIX)
+    fleet, devices = recorded_fleet(tmp_path / "cut", MIX)
     rounds = 0
 
     def interrupt(name: str, data: Mapping[str, Any]) -> None:
@@ -95,8 +95,8 @@ def test_an_interrupted_run_goes_on_at_the_time_it_had_reached(tmp_path: Path) -
     assert times == sorted(times)
 
 
-def test_the_wire_can_carry_the_real_shapes(tmp_path: Path) -> None:
-    fleet, devices = lay_out(tmp_path, {"agx": 2}, num_rounds=4, pruning_ratio=0.2)
+def test_replay_with_real_shapes_finishes(tmp_path: Path) -> None:
+    fleet, devices = recorded_fleet(tmp_path, {"agx": 2}, num_rounds=4, pruning_ratio=0.2)
     simulate_recorded(fleet, devices, ReplayContext(RECORD, spec=MINILM))
     row = read_run(Path(fleet.run_dir)).rows[0]
     factors = 2 * row.r * 6 * (4 * (384 + 384) + 2 * (384 + 1536))

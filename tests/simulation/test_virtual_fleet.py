@@ -5,33 +5,29 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from recorded_fleet import RECORD
-from recorded_fleet import lay_out as lay_out_recorded
+from recorded_fleet import RECORD, recorded_fleet
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.config import DeviceConfig
+from fedspine_edge.demo.setup import FleetInputs, FleetSetup, write_fleet
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.export.finished_model import build_finished_model
 from fedspine_edge.export.fleet_model import load_fleet_model
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.monitoring.run_view import by_round, read_run
 from fedspine_edge.server.server import RunResult
-from fedspine_edge.simulation.fleet_files import FleetSetup, lay_out, prepare_data
+from fedspine_edge.simulation.data_shares import prepare_data
 from fedspine_edge.simulation.replay import ReplayContext
 from fedspine_edge.simulation.virtual_fleet import simulate, simulate_recorded
 
 
-def laid_out(folder: Path, model: Path, data: Path, **settings: object) -> FleetSetup:
+def small_fleet(folder: Path, model: Path, data: Path, **settings: object) -> FleetSetup:
     shares, test_csv = prepare_data(folder / "data", num_devices=3, data=data, test_examples=40)
-    return lay_out(
+    return write_fleet(
         folder,
-        model=model,
-        shares=shares,
-        test_csv=test_csv,
-        num_labels=2,
+        FleetInputs(model, shares, test_csv, num_labels=2, holdout=16),
         time_kind="simulated",
         port=1,
-        holdout=16,
         num_rounds=5,
         min_devices=3,
         round_to=4,
@@ -46,20 +42,18 @@ def run(setup: FleetSetup) -> RunResult:
 
 
 @pytest.mark.parametrize("layout", ["consensus", "local"])
-def test_the_same_seed_gives_the_same_adapter(tmp_path: Path, tiny_model: Path, tiny_csv: Path, layout: str) -> None:
+def test_same_seed_gives_same_adapter(tmp_path: Path, tiny_model: Path, tiny_csv: Path, layout: str) -> None:
     results = [
-        run(laid_out(tmp_path / name, tiny_model, tiny_csv, layout=layout, seed=seed))
+        run(small_fleet(tmp_path / name, tiny_model, tiny_csv, layout=layout, seed=seed))
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
     assert results[0].adapter_sha256 == results[1].adapter_sha256
     assert results[0].adapter_sha256 != results[2].adapter_sha256
 
 
-def test_layers_that_compete_differ_in_width_and_their_model_is_built(
-    tmp_path: Path, tiny_model: Path, tiny_csv: Path
-) -> None:
+def test_global_scope_gives_layers_of_different_width(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     settings = {"layout": "local", "scope": "global", "criterion": "apt", "pruning_ratio": 0.5}
-    setup = laid_out(tmp_path, tiny_model, tiny_csv, **settings)
+    setup = small_fleet(tmp_path, tiny_model, tiny_csv, **settings)
     result = run(setup)
     assert result.pruning_ratio == pytest.approx(0.5, abs=0.1)
     rows = read_run(Path(setup.fleet.run_dir)).rows
@@ -68,15 +62,13 @@ def test_layers_that_compete_differ_in_width_and_their_model_is_built(
     assert len(set(final.layout.counts)) > 1
 
 
-def test_competing_layers_need_local_layouts(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+def test_global_scope_with_consensus_layout_raises(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     with pytest.raises(ConfigError, match='needs layout "local"'):
-        laid_out(tmp_path, tiny_model, tiny_csv, scope="global")
+        small_fleet(tmp_path, tiny_model, tiny_csv, scope="global")
 
 
-def test_a_run_prunes_to_the_target_and_its_model_is_built_from_it(
-    tmp_path: Path, tiny_model: Path, tiny_csv: Path
-) -> None:
-    setup = laid_out(tmp_path, tiny_model, tiny_csv, pruning_ratio=0.5)
+def test_run_prunes_to_target_and_model_is_built(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    setup = small_fleet(tmp_path, tiny_model, tiny_csv, pruning_ratio=0.5)
     result = run(setup)
     view = read_run(Path(setup.fleet.run_dir))
     assert view.state == "finished"
@@ -92,18 +84,18 @@ def test_a_run_prunes_to_the_target_and_its_model_is_built_from_it(
     assert finished.num_parameters < dense.num_parameters
 
 
-def test_the_slow_class_takes_longer_in_round_one(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
-    setup = laid_out(tmp_path, tiny_model, tiny_csv)
+def test_slow_class_takes_longer(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+    setup = small_fleet(tmp_path, tiny_model, tiny_csv)
     run(setup)
     first = by_round(read_run(Path(setup.fleet.run_dir)).rows)[1]
     times = {row.device_class: (row.completion_time_s, row.r) for row in first}
     assert times["tx2"][0] > times["agx"][0]
 
 
-def test_a_damaged_or_foreign_run_is_named(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
+def test_damaged_or_foreign_run_raises(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
     with pytest.raises(ConfigError, match="holds no finished run"):
         build_finished_model(tmp_path, tiny_model, tmp_path / "model")
-    setup = laid_out(tmp_path, tiny_model, tiny_csv)
+    setup = small_fleet(tmp_path, tiny_model, tiny_csv)
     run(setup)
     adapter = Path(setup.fleet.run_dir) / "final" / "adapter.safetensors"
     content = adapter.read_bytes()
@@ -120,10 +112,10 @@ def test_a_damaged_or_foreign_run_is_named(tmp_path: Path, tiny_model: Path, tin
     assert not (tmp_path / "model").exists()
 
 
-def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None:
+def test_run_with_other_devices_or_data_raises(tmp_path: Path) -> None:
     data = tmp_path / "a.csv"
     data.write_text("text,label\n")
-    fleet, devices = lay_out_recorded(tmp_path, {"tx2": 1, "agx": 1}, num_rounds=5)
+    fleet, devices = recorded_fleet(tmp_path, {"tx2": 1, "agx": 1}, num_rounds=5)
     devices = tuple(with_data(device, data) for device in devices)
     before = simulate_recorded(fleet, devices, ReplayContext(RECORD))
     moved = data.rename(tmp_path / "b.csv")
@@ -144,8 +136,8 @@ def test_a_run_does_not_go_on_with_other_devices_or_data(tmp_path: Path) -> None
         simulate_recorded(fleet, same, ReplayContext(RECORD))
 
 
-def test_a_folder_that_is_no_run_is_left_as_it_is(tmp_path: Path) -> None:
-    fleet, devices = lay_out_recorded(tmp_path, {"agx": 1}, num_rounds=5)
+def test_other_folder_is_left_unchanged(tmp_path: Path) -> None:
+    fleet, devices = recorded_fleet(tmp_path, {"agx": 1}, num_rounds=5)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="letter"):
@@ -157,7 +149,7 @@ def with_data(device: DeviceConfig, path: Path) -> DeviceConfig:
     return msgspec.structs.replace(device, data=msgspec.structs.replace(device.data, path=str(path)))
 
 
-def test_the_command_refuses_another_split_and_leaves_the_shares_as_they_are(
+def test_simulate_other_split_raises_and_keeps_shares(
     tmp_path: Path, tiny_model: Path, tiny_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "fleet.toml").write_text(

@@ -35,7 +35,7 @@ class Worker:
         return self.wakeup
 
 
-def test_answers_come_in_order_of_virtual_time_not_of_joining() -> None:
+def test_answers_arrive_in_order_of_virtual_time() -> None:
     network = VirtualNetwork(latency_s=0.5)
     for name, duration_s in (("slow", 30.0), ("quick", 10.0)):
         clock = VirtualClock()
@@ -51,7 +51,7 @@ def test_answers_come_in_order_of_virtual_time_not_of_joining() -> None:
     assert clock.now() == 31.0
 
 
-def test_a_busy_device_takes_the_next_message_when_it_is_done() -> None:
+def test_busy_device_handles_next_message_afterwards() -> None:
     network = VirtualNetwork(latency_s=0.0)
     clock = VirtualClock()
     transport = network.join("device", clock)
@@ -64,13 +64,13 @@ def test_a_busy_device_takes_the_next_message_when_it_is_done() -> None:
     assert [server.receive(timeout_s=100) and server_clock.now() for _ in range(2)] == [10.0, 20.0]
 
 
-def test_waiting_ends_at_the_deadline() -> None:
+def test_receive_returns_none_at_deadline() -> None:
     server, clock = endpoint(VirtualNetwork(), "server")
     assert server.receive(timeout_s=7.5) is None
     assert clock.now() == 7.5
 
 
-def test_retained_messages_reach_late_subscribers_until_cleared() -> None:
+def test_retained_messages_reach_late_subscribers() -> None:
     network = VirtualNetwork()
     server, _ = endpoint(network, "server")
     server.publish("plan/a", b"now", retain=True)
@@ -83,7 +83,7 @@ def test_retained_messages_reach_late_subscribers_until_cleared() -> None:
     assert late.receive(timeout_s=1) is None
 
 
-def test_a_device_is_woken_when_it_asked_to_be() -> None:
+def test_device_tick_runs_at_wakeup_time() -> None:
     network = VirtualNetwork(latency_s=0.0)
     clock = VirtualClock()
     transport = network.join("device", clock)

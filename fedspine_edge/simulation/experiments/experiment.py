@@ -1,8 +1,8 @@
-"""Named experiments: read a committed config, run what has not been run, summarise with intervals.
+"""Experiments: read a config, run the jobs whose results are missing, and summarise them with confidence intervals.
 
-A config is a TOML file in `experiments/` or of the user's own. Every (variant, seed) is one job with a result file of
-its own, named by the job and holding a digest of everything it depends on: the same command after an interruption runs
-only what is missing.
+A config is a TOML file in `configs/` or of the user. Every (variant, seed) is one job with its own result file. It
+holds the job's settings and a digest of everything that the result depends on, so the same command after an
+interruption runs only the missing jobs.
 """
 
 from __future__ import annotations
@@ -17,29 +17,33 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fedspine_edge.config import with_current_names
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.files import write_text_atomically
 from fedspine_edge.monitoring.csv_export import COLUMNS, write_csv
 from fedspine_edge.simulation.experiments import experiment_file
-from fedspine_edge.simulation.experiments.executors import Engine, run_all
+from fedspine_edge.simulation.experiments.executors import Engine, run_jobs
 from fedspine_edge.simulation.experiments.run_metrics import CURVE, time_to
 from fedspine_edge.version import __version__
 
 FOLDER = Path(__file__).with_name("configs")
 _T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5 % points of Student's t by degrees of freedom."""
+"""97.5 % quantiles of Student's t distribution by degrees of freedom."""
 
 _CODE_VERSION = 3
-"""Raise it when results of an older version must not be mixed with new ones."""
+"""Part of every digest. Increase it if results of an older version must not be mixed with new ones."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A config, in one of its forms.
+    """A config in one of its forms.
 
     Attributes:
-        jobs: By "variant-seed" what `run_job` takes.
-        measures: Names to show, with what they mean.
+        form: "quick" or "full".
+        paper: The paper's result.
+        measures: Meaning of each measure to show, by name.
+        jobs: By "variant-seed" the job, as `run_job` takes it.
+        target: Reference variant and margin of the target accuracy; empty without one.
     """
 
     name: str
@@ -53,19 +57,19 @@ class Experiment:
 
     @property
     def variants(self) -> list[str]:
-        """Names of the variants, in the config's order."""
+        """Names of the variants in the order of the config."""
         return list(dict.fromkeys(job["variant"] for job in self.jobs.values()))
 
 
 def names() -> list[str]:
-    """The experiments that there are."""
+    """Return the names of the package's experiments."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load_experiment(name: str, *, quick: bool) -> Experiment:
-    """Read a config, of the package by its name or the user's own by its path, which ends in `.toml`.
+    """Load one of the package's experiments by name, or the user's own by its path, which ends in `.toml`.
 
-    Raises `ConfigError` for an unknown name, and for a file of one's own that cannot be run, before anything is.
+    Raises `ConfigError` for an unknown name, and for a file of the user that cannot be run, before any job starts.
     """
     own = name.endswith(".toml")
     path = Path(name) if own else FOLDER / f"{name}.toml"
@@ -93,7 +97,7 @@ def load_experiment(name: str, *, quick: bool) -> Experiment:
 
 
 def job_name(variant: str, seed: int) -> str:
-    """A file name for a job; Greek letters of settings are spelled out."""
+    """Return the file name of a job. Greek letters are spelled out."""
     for letter, word in (("λ", "discount"), ("δ", "min-side"), ("τ", "tau")):
         variant = variant.replace(letter, word)
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', variant).strip('-')}-{seed}"
@@ -107,30 +111,33 @@ def run_experiment(
     engine: Engine = "processes",
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Run what is missing below `out` and write `summary.json` and `jobs.csv`; returns the summary.
+    """Run the missing jobs, write `summary.json` and `jobs.csv` to `out`, and return the summary.
 
     Args:
-        workers: Processes, each kept on a core of its own.
-        engine: Where the jobs run, see `engines.run_all`.
+        experiment: The experiment.
+        out: Folder of the results.
+        workers: Number of processes. Each is pinned to one core.
+        engine: Executor of the jobs, see `executors.run_jobs`.
+        on_progress: Called with a line of text when a job has finished.
 
-    Raises whatever a job raises; finished jobs stay.
+    Raises whatever a job raises. The results of finished jobs are kept.
     """
     results = out / "jobs"
     results.mkdir(parents=True, exist_ok=True)
-    _adopt(experiment, out)
+    _adopt_results(experiment, out)
     missing = {name: job for name, job in experiment.jobs.items() if _read(results, name, job) is None}
     on_progress(f"{experiment.name} ({experiment.form}): {len(experiment.jobs)} jobs, {len(missing)} to run")
-    # Seed by seed, so that an interrupted run leaves whole comparisons.
+    # Ordered by seed, so that an interrupted run leaves complete comparisons.
     in_order = dict(sorted(missing.items(), key=lambda item: item[1]["seed"]))
-    for name, measures in run_all(in_order, out / "work", engine=engine, workers=workers):
+    for name, measures in run_jobs(in_order, out / "work", engine=engine, workers=workers):
         _write(results, name, experiment.jobs[name], measures)
-        conclude(experiment, out)
+        write_summary(experiment, out)
         on_progress(f"{name} done")
-    return conclude(experiment, out)
+    return write_summary(experiment, out)
 
 
-def conclude(experiment: Experiment, out: Path) -> dict[str, Any]:
-    """Write `summary.json` and `jobs.csv` of the jobs that are done, and return the summary."""
+def write_summary(experiment: Experiment, out: Path) -> dict[str, Any]:
+    """Write `summary.json` and the CSV tables of the jobs that have finished, and return the summary."""
     read = {name: _read(out / "jobs", name, job) for name, job in experiment.jobs.items()}
     found = {name: measures for name, measures in read.items() if measures is not None}
     summary = summarise(experiment, found)
@@ -140,13 +147,13 @@ def conclude(experiment: Experiment, out: Path) -> dict[str, Any]:
 
 
 def summarise(experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, 95 % interval and number of seeds of every measure of every variant."""
+    """Return mean, 95 % interval and number of seeds of every measure of every variant."""
     with_target = {name: {**measures, **_target(experiment, found, name)} for name, measures in found.items()}
     table: dict[str, dict[str, Any]] = {}
     for variant in experiment.variants:
-        mine = [m for name, m in with_target.items() if experiment.jobs[name]["variant"] == variant]
-        table[variant] = {measure: interval([m.get(measure) for m in mine]) for measure in experiment.measures}
-        table[variant]["curve"] = _mean_curve([m["curve"] for m in mine if "curve" in m])
+        runs = [m for name, m in with_target.items() if experiment.jobs[name]["variant"] == variant]
+        table[variant] = {measure: interval([m.get(measure) for m in runs]) for measure in experiment.measures}
+        table[variant]["curve"] = _mean_curve([m["curve"] for m in runs if "curve" in m])
     table = {name: {**row, **_mean_target(experiment, found, table, name)} for name, row in table.items()}
     kinds = sorted({str(job["training"]) for job in experiment.jobs.values()})
     return {
@@ -164,7 +171,7 @@ def summarise(experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) ->
 
 
 def interval(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, half width of the 95 % interval (Student's t, None for one value) and how many values there are."""
+    """Return the mean, the half width of the 95 % interval (Student's t; None for one value) and their number."""
     known = [value for value in values if value is not None]
     if not known:
         return {"mean": None, "half": None, "n": 0}
@@ -175,7 +182,7 @@ def interval(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _target(experiment: Experiment, found: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Time to the target accuracy, which the unpruned variant of the same seed sets on validation."""
+    """Return the time to the target accuracy, which the reference variant of the same seed sets on validation."""
     target, job = experiment.target, experiment.jobs[name]
     if not target or "curve" not in found[name]:
         return {}
@@ -189,7 +196,7 @@ def _target(experiment: Experiment, found: Mapping[str, Mapping[str, Any]], name
 def _mean_target(
     experiment: Experiment, done: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]], variant: str
 ) -> dict[str, Any]:
-    """Like `_target`, from curves averaged over the seeds, which cross the target less often by luck."""
+    """Return the same as `_target` for curves averaged over the seeds, which cross the target by chance less often."""
     target, curve = experiment.target, table[variant]["curve"]
     if not target or not curve or not table[target["of"]]["curve"]:
         return {}
@@ -213,7 +220,7 @@ def _mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, tables within tables."""
+    """Return `base` updated with `over`, recursively for nested tables."""
     result = dict(base)
     for key, value in over.items():
         known = result.get(key)
@@ -221,30 +228,46 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _inputs(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that a job's result depends on. The variant's name and the location of files are not part."""
+    return {key: value for key, value in job.items() if key not in ("variant", *experiment_file.PATHS)}
+
+
 def _digest(job: Mapping[str, Any]) -> str:
-    """Of everything that a result depends on; what an experiment calls its variant is not among it."""
-    what = {key: value for key, value in job.items() if key not in ("variant", *experiment_file.PATHS)}
-    return hashlib.sha256(json.dumps([_CODE_VERSION, what], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([_CODE_VERSION, _inputs(job)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _adopt(experiment: Experiment, out: Path) -> None:
-    """Take over results that another experiment beside `out` has for the same settings and seed."""
-    done = {}
+def _identity(job: Mapping[str, Any]) -> str:
+    """Return a canonical text of a job's inputs, the same before and after a setting was renamed."""
+    inputs = {**_inputs(job), "settings": with_current_names(job.get("settings", {}))[0]}
+    if "inputs" in inputs:
+        inputs["inputs"] = experiment_file.with_current_keys(inputs["inputs"])
+    return json.dumps(inputs, sort_keys=True)
+
+
+def _load_result(path: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return identity and measures of a result file; None if another version of the code wrote it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data["digest"] != _digest(data["job"]):
+        return None
+    return _identity(data["job"]), data["measures"]
+
+
+def _adopt_results(experiment: Experiment, out: Path) -> None:
+    """Copy results that another experiment beside `out` has for the same settings and seed."""
+    known = {}
     for path in out.parent.glob("*/jobs/*.json"):
-        if (path.parent.parent / "summary.json").is_file():
-            data = json.loads(path.read_text())
-            done[data.get("digest")] = data.get("measures")
+        if (path.parent.parent / "summary.json").is_file() and (result := _load_result(path)):
+            known[result[0]] = result[1]
     for name, job in experiment.jobs.items():
-        if _read(out / "jobs", name, job) is None and _digest(job) in done:
-            _write(out / "jobs", name, job, done[_digest(job)])
+        if _read(out / "jobs", name, job) is None and (measures := known.get(_identity(job))):
+            _write(out / "jobs", name, job, measures)
 
 
 def _read(results: Path, name: str, job: Mapping[str, Any]) -> dict[str, Any] | None:
     path = results / f"{name}.json"
-    if not path.is_file():
-        return None
-    data = json.loads(path.read_text())
-    return data["measures"] if data["digest"] == _digest(job) else None
+    result = _load_result(path) if path.is_file() else None
+    return result[1] if result is not None and result[0] == _identity(job) else None
 
 
 def _write(results: Path, name: str, job: Mapping[str, Any], measures: Mapping[str, Any]) -> None:
@@ -253,7 +276,7 @@ def _write(results: Path, name: str, job: Mapping[str, Any], measures: Mapping[s
 
 
 def _write_tables(out: Path, experiment: Experiment, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """`jobs.csv`, `rounds.csv` and `devices.csv`: a row a job, a round and a device's round."""
+    """Write `jobs.csv`, `rounds.csv` and `devices.csv`: one row per job, per round, and per device and round."""
 
     def rows(part: str) -> list[dict[str, Any]]:
         names = {name: {key: experiment.jobs[name][key] for key in ("variant", "seed")} for name in found}

@@ -1,4 +1,4 @@
-"""The HTML page of an experiment: the paper's figure beside ours, with seeds and intervals."""
+"""HTML page of an experiment: the paper's result beside this project's, with seeds and confidence intervals."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from fedspine_edge.monitoring.charts import pdf, svg
 _COLOURS = ("#2a6f97", "#e07a1f", "#5b8c3e", "#8a4fa3", "#b5403c", "#4f5d75", "#c9a227", "#3aa6a6", "#777777")
 
 LABELS = {
-    "recorded": "Training was replaced by recorded losses (see docs/experiments.md): times, arms, bytes and costs are "
-    "those of the real server and cost model; losses, accuracies and rewards say nothing about a model.",
-    "real": "Training was real; time is simulated by the cost model of simulation/jetsons.toml, "
-    "which is not calibrated.",
-    "sums": "Sums of made-up updates of known structure; no training.",
+    "recorded": "Training was replaced by recorded losses. Times, arms, bytes and costs come from the real server and "
+    "the cost model. Losses, accuracies and rewards are not those of a trained model.",
+    "real": "Training was real. Time is simulated by the cost model, which is not calibrated on boards.",
+    "sums": "Sums of synthetic updates of known structure, without training.",
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart of the page: a name for its files, a caption, and how it is drawn on axes of `size` inches."""
+    """One chart of the page.
+
+    Attributes:
+        name: Base name of the chart's files.
+        caption: Text below the chart.
+        draw: Function that draws the chart on matplotlib axes.
+        size: Width and height in inches.
+    """
 
     name: str
     caption: str
@@ -34,9 +40,14 @@ class Figure:
 
 
 def write_page(summary: Mapping[str, Any], path: Path) -> Path:
-    """Write the page atomically and return its path; every chart too, as `figures/NAME.svg` and `.pdf` beside it.
+    """Write the page atomically and return its path. Each chart is also written as SVG and PDF.
 
-    Raises `MissingDependency` without jinja2 or matplotlib.
+    Args:
+        summary: The experiment's summary.
+        path: The HTML file. Charts are written to the folder `figures` beside it.
+
+    Raises:
+        MissingDependency: jinja2 or matplotlib is not installed.
     """
     try:
         import jinja2
@@ -45,7 +56,7 @@ def write_page(summary: Mapping[str, Any], path: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["interval"] = shown
+    environment.filters["interval"] = format_interval
     figures = [_bars(summary, name, text) for name, text in summary["measures"].items() if _known(summary, name)]
     curves = {name: v["curve"] for name, v in summary["variants"].items() if v["curve"]}
     axes = [("accuracy", "mean held-out accuracy")] if "real" in summary["training"] else []
@@ -54,8 +65,8 @@ def write_page(summary: Mapping[str, Any], path: Path) -> Path:
     charts = [(figure.caption, svg(figure.draw, figure.size)) for figure in figures]
     folder = path.parent / "figures"
     folder.mkdir(exist_ok=True)
-    for figure, (_, drawn) in zip(figures, charts):
-        (folder / f"{figure.name}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{drawn}', encoding="utf-8")
+    for figure, (_, image) in zip(figures, charts):
+        (folder / f"{figure.name}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{image}', encoding="utf-8")
         (folder / f"{figure.name}.pdf").write_bytes(pdf(figure.draw, figure.size))
     page = environment.get_template("experiment.html.j2").render(
         summary=summary, charts=charts, labels=[LABELS[kind] for kind in summary["training"]]
@@ -64,8 +75,8 @@ def write_page(summary: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def shown(value: Mapping[str, Any]) -> str:
-    """`mean ± half (n)` with as many digits as make sense; a dash where nothing was measured."""
+def format_interval(value: Mapping[str, Any]) -> str:
+    """Format as `mean ± half width (n)` with a sensible number of digits, or as a dash if nothing was measured."""
     mean, half, n = value["mean"], value["half"], value["n"]
     if mean is None:
         return "-"
@@ -97,7 +108,7 @@ def _lines(curves: Mapping[str, list[dict[str, Any]]], key: str, label: str) -> 
             points = [p for p in curve if p[key] is not None]
             times = [p["time_s"] for p in points]
             axes.plot(times, [p[key] for p in points], color=colour, linewidth=1.4, label=name)
-            halves = [p.get(f"{key}_half") or 0.0 for p in points]  # none with one seed, and in older summaries
+            halves = [p.get(f"{key}_half") or 0.0 for p in points]  # absent with one seed and in older summaries
             if any(halves):
                 low, high = ([p[key] + sign * half for p, half in zip(points, halves)] for sign in (-1, 1))
                 axes.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -105,7 +116,7 @@ def _lines(curves: Mapping[str, list[dict[str, Any]]], key: str, label: str) -> 
         axes.set_ylabel(label)
         axes.legend(frameon=False, fontsize=7)
 
-    caption = f"{label} over simulated time: means over the seeds, bands of 95 % intervals"
+    caption = f"{label} over simulated time: means over the seeds with 95 % intervals"
     return Figure(_file_name(f"{key}-over-time"), caption, draw, (6.4, 3.6))
 
 

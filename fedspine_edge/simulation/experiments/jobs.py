@@ -1,4 +1,4 @@
-"""The jobs of an experiment: one variant with one seed each, every one a fleet run or a calculation of its own."""
+"""Jobs of an experiment. A job is one variant with one seed: a simulated fleet run, or a calculation."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from fedspine_edge.errors import ConfigError
 from fedspine_edge.monitoring.csv_export import flatten
 from fedspine_edge.monitoring.run_view import read_run
 from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.simulation.cost_model import MINILM, spec_of
-from fedspine_edge.simulation.device_classes import BUILT_IN as PROFILES
-from fedspine_edge.simulation.device_classes import load_device_classes, parse_mix, scaled
+from fedspine_edge.simulation.cost_model import MINILM, find_spec
+from fedspine_edge.simulation.device_classes import BUILT_IN as BUILT_IN_CLASSES
+from fedspine_edge.simulation.device_classes import load_device_classes, parse_mix, scale_mix
 from fedspine_edge.simulation.experiments.run_metrics import measure
 from fedspine_edge.simulation.oracle import oracle
 from fedspine_edge.simulation.replay import BUILT_IN, LossRecord, ReplayContext
 
 LISTED_DEVICES = 200
-"""Larger fleets have no rows by device in their results."""
+"""Fleets of more devices have no per-device rows in their results."""
 
 
 def run_job(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Carry out one job below `folder`, which is emptied first; returns its measures.
+    """Run one job in `folder`, which is emptied first, and return its measures.
 
-    Raises `ConfigError` for a job that names what does not exist.
+    Raises `ConfigError` if the job names something that does not exist.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if "beside" in job and job["beside"] not in sys.path:  # where strategies of the user's own lie
+    if "beside" in job and job["beside"] not in sys.path:  # the folder of the user's own strategies
         sys.path.insert(0, job["beside"])
-    kinds = {"recorded": _recorded, "real": _real, "sums": _sums}
+    kinds = {"recorded": _run_recorded, "real": _run_real, "sums": _run_sums}
     if job["training"] not in kinds:
         raise ConfigError(f"training is {job['training']!r}.", remedy=f"One of: {', '.join(kinds)}.")
-    began, cpu = time.perf_counter(), time.process_time()
+    started, cpu_started = time.perf_counter(), time.process_time()
     measures = kinds[job["training"]](job, folder)
-    measures["wall_s"] = round(time.perf_counter() - began, 2)
-    measures["cpu_s"] = round(time.process_time() - cpu, 2)
+    measures["wall_s"] = round(time.perf_counter() - started, 2)
+    measures["cpu_s"] = round(time.process_time() - cpu_started, 2)
     return measures
 
 
-def pin(core: Any) -> None:
-    """Keep this worker process on a core of its own, its libraries on one thread, and alive while its parent is.
+def initialize_worker(free_cores: Any) -> None:
+    """Pin this worker process to a core, limit its libraries to one thread, and end it with its parent.
 
     Args:
-        core: A queue of multiprocessing with a core for every worker.
+        free_cores: Multiprocessing queue that holds one core number for every worker.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core.get()})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+        os.sched_setaffinity(0, {free_cores.get()})
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed cannot stop its workers, which would go on for hours with what was queued."""
+def _exit_with_parent() -> None:
+    """Exit as soon as the parent has ended. A killed parent cannot stop its workers, which would run on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -74,28 +74,28 @@ def _end_with_parent() -> None:
 
 
 def _fleet(job: Mapping[str, Any], folder: Path, **inputs: Any) -> Any:
-    from fedspine_edge.simulation.fleet_files import write_simulated_fleet
+    from fedspine_edge.simulation.fleet_settings import DeviceInputs, simulated_fleet
 
-    profiles = load_device_classes(Path(job.get("profiles", PROFILES)))
-    mix = scaled(parse_mix(job["mix"], profiles), job["num_devices"])
-    return write_simulated_fleet(
-        folder, mix=mix, profiles=profiles, holdout=job["holdout"], seed=job["seed"], **inputs, **job["settings"]
+    classes = load_device_classes(Path(job.get("device_classes", BUILT_IN_CLASSES)))
+    mix = scale_mix(parse_mix(job["mix"], classes), job["num_devices"])
+    return simulated_fleet(
+        folder, mix, classes, DeviceInputs(holdout=job["holdout"], **inputs), seed=job["seed"], **job["settings"]
     )
 
 
-def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A fleet whose training is recorded; the oracle's figures and what the server spent beside its own."""
+def _run_recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a fleet with recorded losses; add the oracle's figures and, if requested, the server's costs."""
     from fedspine_edge.simulation.virtual_fleet import simulate_recorded
 
-    spec = spec_of(job.get("wire", "small"))
-    shared = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
+    spec = find_spec(job.get("wire", "small"))
+    context = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
     fleet, devices = _fleet(job, folder, model="none", shares=[Path("none.csv")])
     stamps: list[tuple[str, float]] = []
-    simulate_recorded(fleet, devices, shared, on_event=lambda name, _: stamps.append((name, time.process_time())))
+    simulate_recorded(fleet, devices, context, on_event=lambda name, _: stamps.append((name, time.process_time())))
     run_dir = Path(fleet.run_dir)
-    measures = _measured(run_dir)
+    measures = _measure_run(run_dir)
     if fleet.pruning_ratio > 0 and len(devices) <= 200:
-        best = oracle(fleet, devices, MINILM, shared.tokens)
+        best = oracle(fleet, devices, MINILM, context.tokens)
         measures |= {
             "oracle_idle_share": round(best.idle_share, 6),
             "oracle_work_time_s": round(best.work_time_s, 3),
@@ -108,8 +108,8 @@ def _recorded(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return measures
 
 
-def _measured(run_dir: Path) -> dict[str, Any]:
-    """The run's measures, and for a fleet that a person could look at what every device did in every round."""
+def _measure_run(run_dir: Path) -> dict[str, Any]:
+    """Return the run's metrics and, for fleets of at most `LISTED_DEVICES`, the rows of all devices and rounds."""
     measures = measure(run_dir)
     if measures["num_devices"] <= LISTED_DEVICES:
         measures["devices"] = flatten(read_run(run_dir).rows)
@@ -117,7 +117,7 @@ def _measured(run_dir: Path) -> dict[str, Any]:
 
 
 def _server_costs(run_dir: Path, stamps: list[tuple[str, float]]) -> dict[str, Any]:
-    """CPU seconds and bytes of the server: deciding, ending a round, journal, memory of the whole process."""
+    """Return the server's costs: CPU time to select arms and to end a round, journal size, peak memory."""
     from fedspine_edge.config import FleetConfig, convert
     from fedspine_edge.strategies import DeviceInfo, create
 
@@ -135,9 +135,9 @@ def _server_costs(run_dir: Path, stamps: list[tuple[str, float]]) -> dict[str, A
             for status, _, _ in journal.devices()
         ]
         last_round = journal.rounds()[-1].server_round
-    began = time.process_time()
+    started = time.process_time()
     strategy.assign(infos, last_round)
-    decide_s = time.process_time() - began
+    decide_s = time.process_time() - started
     return {
         "decide_s": round(decide_s, 4),
         "end_round_s": round(sum(ending) / len(ending), 3) if ending else None,
@@ -147,17 +147,18 @@ def _server_costs(run_dir: Path, stamps: list[tuple[str, float]]) -> dict[str, A
     }
 
 
-def _real(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A fleet that really trains, and the accuracy of its finished model on sentences no device has seen."""
-    from fedspine_edge.simulation.evaluation import finished_accuracy
-    from fedspine_edge.simulation.fleet_files import demo_model, own_shares, prepare_data
+def _run_real(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a fleet with real training, and evaluate its finished model on sentences that no device has seen."""
+    from fedspine_edge.simulation.data_shares import find_shares, prepare_data
+    from fedspine_edge.simulation.evaluation import evaluate_finished_model
+    from fedspine_edge.simulation.fleet_settings import default_model
     from fedspine_edge.simulation.virtual_fleet import simulate
 
-    model = Path(job["model"]) if "model" in job else demo_model()
+    model = Path(job["model"]) if "model" in job else default_model()
     num_labels = job.get("num_labels", 2)
     data = Path(job["data"]) if "data" in job else None
     if data is not None and data.is_dir():
-        shares, test_csv = own_shares(data, job["num_devices"])
+        shares, test_csv = find_shares(data, job["num_devices"])
     else:
         shares, test_csv = prepare_data(
             folder / "data",
@@ -170,8 +171,8 @@ def _real(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         )
     fleet, devices = _fleet(job, folder, model=str(model), shares=shares, num_labels=num_labels, torch_device="auto")
     simulate(fleet, devices)
-    measures = _measured(Path(fleet.run_dir))
-    test = finished_accuracy(
+    measures = _measure_run(Path(fleet.run_dir))
+    test = evaluate_finished_model(
         Path(fleet.run_dir) / "final",
         model,
         DataSettings(path=str(test_csv), num_labels=num_labels),
@@ -182,12 +183,12 @@ def _real(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return measures
 
 
-def _sums(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """How far a rule's adapter lies from the exact weighted mean of the products, for updates of known structure.
+def _run_sums(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Measure the distance between a rule's aggregate and the exact weighted mean of the products B·A.
 
-    Devices share a signal of rank 8 and add noise of their own; ranks and kept rows differ as `settings` says.
-    Relative Frobenius errors: `error` of the adapter as it is sent (cut to the largest rank), `error_of_best` of the
-    best matrix of that rank, which no rule can undercut.
+    The updates are synthetic: devices share a signal of rank 8 and add independent noise. Their ranks and kept rows
+    follow `settings`. The measures are relative Frobenius errors: `error` of the adapter as it is sent (truncated to
+    the largest rank), and `error_of_best` of the best matrix of that rank, which is a lower bound for every rule.
     """
     rng = np.random.default_rng(job["seed"])
     out_features, in_features, devices = 384, 384, job["num_devices"]

@@ -1,4 +1,4 @@
-"""Figures of one simulated run, read from its journal; what each means is said here once for all experiments."""
+"""Metrics of one simulated run, read from its journal, and their definitions."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from fedspine_edge.monitoring.run_view import by_round, idle_share, read_run
 from fedspine_edge.server.journal.writer import Journal
 
 CURVE: Mapping[str, str] = {
-    "round": "round, from 1",
-    "time_s": "simulated seconds from the first round's start to this one's end",
+    "round": "round, counted from 1",
+    "time_s": "simulated time in seconds from the start of the first round to the end of this one",
     "loss": "mean over devices of the held-out loss after the round",
-    "accuracy": "the same of the accuracy",
-    "ratio": "mean pruning ratio that was asked for",
+    "accuracy": "mean over devices of the held-out accuracy after the round",
+    "ratio": "mean pruning ratio in the plans",
     "reward": "mean reward",
     "idle_share": "mean over devices of 1 − T_i / max T",
 }
-"""Figures of a round and what they mean."""
+"""Figures of a round and their meaning."""
 
 
 def measure(run_dir: Path) -> dict[str, Any]:
-    """Measures of a finished run, times in simulated seconds.
+    """Return the metrics of a finished run. Times are in simulated seconds.
 
-    - total_time_s: from the first round's start to the last one's end, waiting included.
+    - total_time_s: time from the start of the first round to the end of the last one, waiting included.
     - work_time_s: Σ over rounds of the slowest device's completion time.
     - idle_share: mean over devices and rounds of 1 − T_i / max T.
     - spread: mean over rounds of (max T − min T) / mean T.
     - mean_ratio: mean over devices of the pruning ratio after the last round; max_ratio, min_ratio.
-    - curve: per round what `CURVE` says.
-    - bytes_up, bytes_down: as the devices counted them.
+    - curve: one dict per round with the keys of `CURVE`.
+    - bytes_up, bytes_down: bytes counted by the devices.
     """
     view = read_run(run_dir)
     with Journal.open_readonly(run_dir) as journal:
         rounds = [r for r in journal.rounds() if r.state == "done"]
-        run_began_s = journal.rounds()[0].started_wall_s
+        started_s = journal.rounds()[0].started_wall_s
     groups = by_round([row for row in view.rows if row.completion_time_s])
     times = {number: [row.completion_time_s or 0.0 for row in rows] for number, rows in groups.items()}
     curve: list[dict[str, Any]] = []
@@ -45,7 +45,7 @@ def measure(run_dir: Path) -> dict[str, Any]:
         curve.append(
             {
                 "round": round_view.server_round,
-                "time_s": round((round_view.ended_wall_s or 0.0) - run_began_s, 3),
+                "time_s": round((round_view.ended_wall_s or 0.0) - started_s, 3),
                 "loss": _rounded(round_view.mean_loss),
                 "accuracy": _rounded(round_view.mean_accuracy),
                 "ratio": _rounded(fmean(row.pruning_ratio for row in rows) if rows else None),
@@ -73,7 +73,7 @@ def measure(run_dir: Path) -> dict[str, Any]:
 
 
 def time_to(curve: list[dict[str, Any]], accuracy: float) -> float | None:
-    """Simulated time of the first round after which the mean held-out accuracy is at least `accuracy`."""
+    """Return the simulated time after the first round whose mean held-out accuracy is at least `accuracy`."""
     return next((c["time_s"] for c in curve if c["accuracy"] is not None and c["accuracy"] >= accuracy), None)
 
 
