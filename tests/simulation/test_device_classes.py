@@ -46,11 +46,11 @@ def test_scale_mix_keeps_every_class() -> None:
     assert scale_mix(mix, 3) == {"tx2": 1, "nx": 1, "agx": 1}
     for number in range(3, 200):
         assert sum(scale_mix(mix, number).values()) == number
-    with pytest.raises(ConfigError, match="are too few 3 classes"):
+    with pytest.raises(ConfigError, match="are too few for 3 device classes"):
         scale_mix(mix, 2)
-    with pytest.raises(ConfigError, match="unknown class 'tx3'"):
+    with pytest.raises(ConfigError, match="unknown device class 'tx3'"):
         parse_mix("tx3=1", profiles)
-    with pytest.raises(ConfigError, match="is not CLASS=COUNT"):
+    with pytest.raises(ConfigError, match="is not of the form CLASS=COUNT"):
         parse_mix("tx2=0", profiles)
 
 
