@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedspine_edge.model.checkpoint import save_model
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,7 +62,7 @@ def prepare(name: str, ratio: float, work: Path) -> Path:
         order = order_from_scores(ImportanceTracker(model, "magnitude").scores(), model.layout)
         counts = (1, 8) if ratio == LEAST else target_counts(model.spec, ratio)
         model.compact(Layout.prefix(model.spec, order, [counts] * model.spec.num_layers))
-    model.save(folder)
+    save_model(model, folder)
     return compile_engine(folder, bundle, backend="onnxruntime")
 
 

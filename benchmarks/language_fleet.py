@@ -88,7 +88,7 @@ def main() -> None:
     from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
     from fedspine_edge.data import sentiment
     from fedspine_edge.export.fleet_model import load_fleet_model
-    from fedspine_edge.model.checkpoint import load_base, load_tokenizer
+    from fedspine_edge.model.loading import load_base, load_tokenizer
     from fedspine_edge.server.journal.writer import Journal
     from fedspine_edge.simulation.virtual_fleet import simulate
 

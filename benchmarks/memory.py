@@ -55,7 +55,8 @@ PAPER_SHARE = 1.145
 
 def prepare(name: str, ratio: float, folder: Path) -> None:
     """Save a model of the package index, pruned by magnitude, so that every case begins by reading a folder."""
-    from fedspine_edge.model.checkpoint import load_base
+    from fedspine_edge.model.checkpoint import save_model
+    from fedspine_edge.model.loading import load_base
     from fedspine_edge.pruning.importance import ImportanceTracker
     from fedspine_edge.pruning.selection import select_layout
 
@@ -67,7 +68,7 @@ def prepare(name: str, ratio: float, folder: Path) -> None:
     model = load_base(source / "model") if name == "MiniLM" else load_base(source, task="causal_lm")
     if ratio:
         model.compact(select_layout(ImportanceTracker(model, "magnitude").scores(), model.layout, ratio))
-    model.save(folder)
+    save_model(model, folder)
 
 
 def load(case: dict[str, Any], torch_device: str) -> Any:
@@ -75,10 +76,10 @@ def load(case: dict[str, Any], torch_device: str) -> Any:
     from fedspine_edge.model.checkpoint import load_model
 
     model = load_model(case["folder"])
-    model.keep_base_in(case["base_dtype"])
+    model.set_base_dtype(case["base_dtype"])
     model.module.to(torch_device)
     model.attach_lora(case["r"], 2.0, 0)
-    model.recompute_layers(case["recompute"])
+    model.set_gradient_checkpointing(case["recompute"])
     return model
 
 

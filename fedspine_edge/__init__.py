@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from fedspine_edge.data.examples import Example as Example
     from fedspine_edge.device.agent import FleetDevice as FleetDevice
     from fedspine_edge.export.compile import compile_engine as compile_engine
-    from fedspine_edge.model.checkpoint import load_base as load_base
     from fedspine_edge.model.checkpoint import load_model as load_model
-    from fedspine_edge.model.checkpoint import load_tokenizer as load_tokenizer
+    from fedspine_edge.model.checkpoint import save_model as save_model
+    from fedspine_edge.model.loading import load_base as load_base
+    from fedspine_edge.model.loading import load_tokenizer as load_tokenizer
     from fedspine_edge.pruning.importance import ImportanceTracker as ImportanceTracker
     from fedspine_edge.pruning.selection import GroupScores as GroupScores
     from fedspine_edge.pruning.selection import select_layout as select_layout
@@ -42,9 +43,10 @@ _LAZY = {
     "EdgeTuner": "fedspine_edge.tuner",
     "DataSettings": "fedspine_edge.config",
     "Example": "fedspine_edge.data.examples",
-    "load_base": "fedspine_edge.model.checkpoint",
+    "load_base": "fedspine_edge.model.loading",
     "load_model": "fedspine_edge.model.checkpoint",
-    "load_tokenizer": "fedspine_edge.model.checkpoint",
+    "save_model": "fedspine_edge.model.checkpoint",
+    "load_tokenizer": "fedspine_edge.model.loading",
     "GroupScores": "fedspine_edge.pruning.selection",
     "ImportanceTracker": "fedspine_edge.pruning.importance",
     "select_layout": "fedspine_edge.pruning.selection",
@@ -91,6 +93,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "save_model",
     "select_layout",
 ]
 

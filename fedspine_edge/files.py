@@ -18,6 +18,10 @@ LAYOUT = "layout.json"
 
 WEIGHTS = "model.safetensors"
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""PEFT's file names of an adapter."""
+
 TOKENIZER = "tokenizer.json"
 TOKENIZER_VOCABULARIES = (
     TOKENIZER,

@@ -20,9 +20,10 @@ from fedspine_edge.config import DataSettings, OptimizerSettings, Task, Training
 from fedspine_edge.data.loading import Data, read
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.kernels.native import MAX_RANK
-from fedspine_edge.model.checkpoint import load_tokenizer
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout, check_ratio
+from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import Criterion, Metric
@@ -158,7 +159,7 @@ class EdgeTuner:
         folder = model.folder if model.folder is not None else path
         tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
         model.module.to(choose_torch_device(torch_device))  # type: ignore[arg-type]
-        model.recompute_layers(gradient_checkpointing)
+        model.set_gradient_checkpointing(gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
         longest = TextEncoder.of(model, tokenizer).length(max_length_tokens)
@@ -338,15 +339,15 @@ class EdgeTuner:
 
         The model card in it, README.md, prints what `evaluate` and `measure_latency` found of the model as it is.
         """
-        return self.model.save(folder, metrics=self._measured())
+        return save_model(self.model, folder, metrics=self._measured())
 
     def save_merged(self, folder: str | Path) -> Path:
         """Like `save`, with the adapter folded into the weights."""
-        return self.model.save_merged(folder, metrics=self._measured())
+        return save_model(self.model, folder, merged=True, metrics=self._measured())
 
     def merge(self) -> Any:
         """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
-        return self.model.merged()
+        return self.model.merge()
 
     def _layout_at(self, pruning_ratio: float, goal: float = 0.0) -> Layout:
         return self._ranking.layout(self._tracker.scores(), self.layout, pruning_ratio, goal=goal)

@@ -81,8 +81,9 @@ class TorchContestant:
     def __init__(self, path: str, threads: int | None) -> None:
         import torch
 
-        from fedspine_edge.model.checkpoint import load_model, read_manifest
+        from fedspine_edge.model.checkpoint import load_model
         from fedspine_edge.model.loading import load_base
+        from fedspine_edge.model.manifest import read_manifest
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -93,7 +94,7 @@ class TorchContestant:
             model = load_model(folder)
         except FedspineError:  # a plain Hugging Face folder
             model = load_base(folder)
-        self._module = model.merged().eval()
+        self._module = model.merge().eval()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._module.to(self._device)
         parameters = list(self._module.parameters())

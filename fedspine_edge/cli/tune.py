@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_ratio(arguments.pruning_ratio, tuner.layout)
         gone = (arguments.pruning_ratio - tuner.layout.pruning_ratio) * prunable_parameters(tuner.layout.spec)
     kept = tuner.model.num_parameters() - max(0.0, gone)
-    check_target(arguments.out, room_bytes=round(kept * tuner.model.compute_dtype.itemsize))
+    check_target(arguments.out, needed_bytes=round(kept * tuner.model.compute_dtype.itemsize))
     figures = _tune(tuner, train, test, arguments)
     if arguments.json:
         print_json(figures)

@@ -134,12 +134,12 @@ def transformers_check(_: str) -> Iterator[Check]:
     found = next(_installed("transformers", "pip install 'fedspine-edge[device]'"))
     if found.state == "ok":
         with contextlib.suppress(ImportError):  # no torch, which has a line of its own
-            from fedspine_edge.model.loading import FOR_AN_OLD_TORCH, require_transformers
+            from fedspine_edge.model.loading import TRANSFORMERS_FOR_OLD_TORCH, require_transformers
 
             try:
                 require_transformers()
             except MissingDependency as error:
-                found = Check("transformers", "failed", error.message, f"pip install '{FOR_AN_OLD_TORCH}'")
+                found = Check("transformers", "failed", error.message, f"pip install '{TRANSFORMERS_FOR_OLD_TORCH}'")
     yield found
 
 

@@ -211,6 +211,6 @@ def _copy_tokenizer(folder: Path, draft: Path) -> None:
     for name in present:
         shutil.copyfile(folder / name, draft / name)
     if present:  # transformers lets tokenizer_config.json overrule it, in how a text begins (add_prefix_space) for one
-        from fedspine_edge.model.checkpoint import load_tokenizer
+        from fedspine_edge.model.loading import load_tokenizer
 
         load_tokenizer(folder, padding=False).backend_tokenizer.save(str(draft / TOKENIZER))

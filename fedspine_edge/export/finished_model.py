@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.layout import Layout
 
 
@@ -57,5 +58,5 @@ def build_finished_model(run_dir: Path, base: Path, out: Path, *, pruned: bool =
             f"{run_dir} holds no finished run.", remedy="Start the server on it again; it continues where it stopped."
         )
     model = load_fleet_model(final, base, pruned=pruned)
-    model.save(out)
+    save_model(model, out)
     return FinishedModel(out, model.layout, model.num_parameters())

@@ -174,7 +174,7 @@ def merged_module(model: PrunableModel | nn.Module | str | Path) -> nn.Module:
 
     if isinstance(model, (str, Path)):
         model = load_folder(Path(model))
-    module = model.merged(torch.float32) if isinstance(model, PrunableModel) else model
+    module = model.merge(torch.float32) if isinstance(model, PrunableModel) else model
     if module.training or any(p.dtype != torch.float32 for p in module.parameters()):
         module = (module if isinstance(model, PrunableModel) else copy.deepcopy(module)).float().eval()
     return module

@@ -1,4 +1,4 @@
-"""What a model family is: where it keeps what LoRA and pruning touch, and how it is told its widths."""
+"""`Architecture`, the description of a model family: module paths, config attributes and how widths are set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a family keeps the things that LoRA and pruning touch.
+    """Module paths and config attributes of one family.
 
     Paths are relative: `layers` to the backbone, `linears` and `attention` to one layer.
     """
@@ -29,60 +29,63 @@ class Architecture:
     family: str
     """transformers' `model_type`."""
     backbone: str
-    """Attribute of the task model that holds the transformer itself."""
+    """Attribute of the task model that holds the transformer without its head."""
     layers: str
     linears: Mapping[Part, str]
     attention: str
-    """The module whose forward reshapes into heads."""
+    """Module whose forward pass reshapes into heads."""
     head: Mapping[Task, tuple[str, ...]]
-    """Per supported task the modules of the task model that form its trainable head. Weights that a checkpoint
-    brings for one of them are kept, a module that it lacks starts fresh."""
+    """Modules of the task model that form its trainable head, by supported task. A module whose weights the checkpoint
+    has keeps them; one that the checkpoint lacks is initialized."""
     lora_targets: tuple[str, ...]
-    """PEFT's `target_modules`: suffixes that match the linears and nothing else."""
+    """PEFT's `target_modules`: suffixes that match the prunable linears only."""
     kv_heads: str = "num_attention_heads"
     """Config attribute with the number of KV heads."""
     channels: str = "intermediate_size"
-    """Config attribute with the number of FFN channels; where it is None, four times the hidden size."""
+    """Config attribute with the number of FFN channels; a value of None means four times the hidden size."""
     biases: tuple[bool | str, bool | str] = (True, True)
-    """Whether (attention, FFN) linears have biases, or the config attributes that say so."""
+    """Whether the (attention, FFN) linears have biases, or the config attributes that state it."""
     unbiased: tuple[Part, ...] = ()
-    """Parts that have none even so."""
+    """Parts without bias even where `biases` is true."""
     fused: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
-    """Modules that hold several linears as one matrix; `linears` then names `{module}.{part}`. See fused.py."""
+    """Modules that hold several linears as one matrix; `linears` then names `{module}.{part}`. See
+    fused_projections.py."""
     transposed: bool = False
-    """Whether the weights are kept as (in, out), transformers' Conv1D."""
+    """Whether weights are stored as (in, out), as in transformers' Conv1D."""
     requires: Mapping[str, Any] = field(default_factory=dict)
-    """Config values without which the model has other linears than this entry says."""
+    """Config values that this entry assumes; models with other values have other linears."""
     head_counts: tuple[str, ...] = ()
     """Attributes of the attention module that hold its number of heads."""
     head_widths: tuple[str, ...] = ()
     """Attributes of the attention module that hold heads × head_dim."""
     dropouts: tuple[str, ...] = ()
-    """Float attributes of the attention module that are dropout rates (`nn.Dropout` needs no mention)."""
+    """Float attributes of the attention module that are dropout rates, besides `nn.Dropout` modules."""
     last_token_pools: bool = False
-    """Whether classification reads the last token that is not `config.pad_token_id`, which must then be right."""
+    """Whether classification reads the last token that differs from `config.pad_token_id`, which must then be
+    correct."""
     pooling: str = ""
-    """Config attribute that says "cls" where classification reads the first token alone; empty: it always does."""
+    """Config attribute that is "cls" if classification reads only the first token; empty if it always does."""
     shared_attention_input: bool = True
-    """Whether q, k and v are called with one tensor only; DeBERTa also projects its relative positions."""
+    """Whether q, k and v are called with one tensor only. DeBERTa also projects its relative positions."""
     rms_norms: bool = False
-    """Whether its norms are LLaMA's: weight · x / rms(x), with `variance_epsilon`."""
+    """Whether the norms are LLaMA's: weight · x / rms(x), with `variance_epsilon`."""
     feed_forward: str = ""
-    """The module of a layer that computes down(act(gate(x)) · up(x)) and nothing else, from children of its own."""
+    """Module of a layer whose children compute down(act(gate(x)) · up(x)); empty if there is none."""
     learned_positions: bool = False
-    """Whether positions are rows of a table, so that a longer sequence cannot be read at all."""
+    """Whether positions are rows of a table, so that longer sequences cannot be read."""
     positions_after_padding: bool = False
-    """Whether the first position is `pad_token_id` + 1, so that the rows up to it are never used."""
+    """Whether the first position is `pad_token_id` + 1, so that the rows before it are unused."""
     free_head_dim: bool = False
-    """Whether the config states `head_dim` itself, so that a model with fewer heads is a standard checkpoint."""
+    """Whether the config states `head_dim`, so that a model with fewer heads is a standard checkpoint."""
 
     @property
     def gated_ffn(self) -> bool:
+        """Whether the FFN has a gate."""
         return "gate" in self.linears
 
     @property
-    def transposed_alone(self) -> tuple[str, ...]:
-        """Paths of the transposed linears that are not part of a fused one."""
+    def transposed_unfused(self) -> tuple[str, ...]:
+        """Paths of the transposed linears that are not part of a fused projection."""
         if not self.transposed:
             return ()
         return tuple(path for path in self.linears.values() if path.rpartition(".")[0] not in self.fused)
@@ -90,18 +93,19 @@ class Architecture:
     @property
     def transposed_paths(self) -> tuple[str, ...]:
         """Paths of every module whose stored weight is transposed."""
-        return (*self.fused, *self.transposed_alone) if self.transposed else ()
+        return (*self.fused, *self.transposed_unfused) if self.transposed else ()
 
     def layer_path(self, layer: int) -> str:
+        """Return the path of a layer in the task model."""
         return f"{self.backbone}.{self.layers}.{layer}"
 
     def path(self, name: str) -> str:
-        """Canonical name `layers.3.q` → path of the linear in the task model."""
+        """Return the path of a linear in the task model, from its canonical name such as `layers.3.q`."""
         layer, part = split_name(name)
         return f"{self.layer_path(layer)}.{self.linears[part]}"
 
     def head_modules(self, task: Task) -> tuple[str, ...]:
-        """Head modules of `task`. Raises `ConfigError` for a task the family does not have."""
+        """Return the head modules of `task`. Raises `ConfigError` for a task that the family does not support."""
         if task not in self.head:
             raise ConfigError(
                 f"{self.family} models do not support task {task!r}.", remedy=f"Supported: {', '.join(self.head)}."
@@ -109,17 +113,17 @@ class Architecture:
         return self.head[task]
 
     def has_biases(self, config: Any) -> tuple[bool, bool]:
-        """Whether attention and FFN linears carry biases."""
+        """Return whether the attention linears and the FFN linears have biases."""
         attention, ffn = (x if isinstance(x, bool) else bool(getattr(config, x, False)) for x in self.biases)
         return attention, ffn
 
     def check_config(self, config: Any) -> None:
-        """Raises `UnknownArchitecture` for a variant of the family that is not supported."""
+        """Raise `UnknownArchitecture` for a variant of the family that is not supported."""
         for name, value in self.requires.items():
             if getattr(config, name, None) != value:
                 raise UnknownArchitecture(
                     f"this {self.family} model has {name} = {getattr(config, name, None)!r}.",
-                    remedy=f"Of this family only models with {name} = {value!r} are supported.",
+                    remedy=f"Use a {self.family} model with {name} = {value!r}; no other variant is supported.",
                 )
 
     def max_tokens(self, config: Any) -> int:
@@ -132,7 +136,7 @@ class Architecture:
         return self.max_tokens(config) if self.learned_positions else None
 
     def set_widths(self, module: nn.Module, layout: Layout) -> None:
-        """Write the kept head counts where the attention modules look for them."""
+        """Set the kept head counts on the attention modules."""
         spec = layout.spec
         n_rep = spec.num_heads // spec.num_kv_heads
         for layer, (heads, _) in enumerate(layout.counts):
@@ -143,7 +147,7 @@ class Architecture:
                 setattr(attention, attribute, heads * n_rep * spec.head_dim)
 
     def disable_dropout(self, module: nn.Module) -> None:
-        """Set every dropout rate of the model to 0; docs/decisions/0020 says why."""
+        """Set every dropout rate of the model to 0. docs/decisions/0020 gives the reasons."""
         for child in module.modules():
             if isinstance(child, nn.Dropout):
                 child.p = 0.0
@@ -153,14 +157,14 @@ class Architecture:
                 setattr(attention, attribute, 0.0)
 
     def full_config(self, config: Any, spec: ModelSpec) -> Any:
-        """A copy of `config` with the unpruned widths of `spec`."""
+        """Return a copy of `config` with the unpruned widths of `spec`."""
         return self._with_widths(config, spec, spec.num_kv_heads, spec.intermediate_size)
 
     def standard_config(self, config: Any, layout: Layout) -> Any | None:
-        """A config with which transformers itself builds the compact model, or None if it cannot.
+        """Return a config with which transformers builds the compact model, or None if no config can state its widths.
 
-        It can when all layers have equal widths and the family's config can state them: BERT derives `head_dim` from
-        the number of heads, and LLaMA's config wants hidden_size divisible by that number.
+        All layers must have equal widths. BERT derives `head_dim` from the number of heads, and LLaMA's config requires
+        that hidden_size be divisible by that number.
         """
         if len(set(layout.counts)) != 1:
             return None

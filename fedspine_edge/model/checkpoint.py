@@ -1,13 +1,13 @@
-"""Saving and loading pruned models: a Hugging Face folder plus `layout.json`, everything hashed.
+"""Saving and loading of pruned models: a Hugging Face folder with `layout.json`, in which every file is hashed.
 
-    config.json                 transformers' config (compact widths where it can state them)
-    model.safetensors           the compact base and the head
-    adapter_config.json         PEFT's format; absent in a merged model
+    config.json                 transformers' config (with the compact widths if it can state them)
+    model.safetensors           compact base and task head
+    adapter_config.json         adapter in PEFT's format; absent from a merged model
     adapter_model.safetensors
-    layout.json                 `ModelManifest`: kept indices, the unpruned model's numbers, task, hashes
+    layout.json                 `ModelManifest`: kept indices, unpruned shape, task, hashes
     tokenizer files, README.md
 
-A folder is written beside its place and renamed, so a reader sees the old one or the new one.
+A folder is written beside its target and renamed, so that readers see either the old or the new one.
 """
 
 from __future__ import annotations
@@ -30,37 +30,30 @@ from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import from_files, split_fused, to_files
 from fedspine_edge.model.layout import Layout, module_names
-from fedspine_edge.model.loading import (
-    LOAD_FAILURES,
-    auto_class,
-    load_base,
-    load_tokenizer,
-    quiet,
-    require_transformers,
-)
+from fedspine_edge.model.loading import LOAD_FAILURES, auto_class, load_tokenizer, quiet, require_transformers
 from fedspine_edge.model.lora import plain_linear
 from fedspine_edge.model.manifest import ModelManifest, read_manifest
 from fedspine_edge.model.model_card import model_card
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.weight_files import base_digest, check_finite, file_sha256, read_tensors
+from fedspine_edge.model.weight_files import check_finite, file_sha256, read_tensors
 
-__all__ = ["ModelManifest", "base_digest", "load_base", "load_model", "load_tokenizer", "read_manifest", "save"]
-
-_ROOM = "Check space and permissions, or choose another folder."
-_TOGETHER = "The files of a saved folder belong together; copy the whole folder again."
+_SPACE = "Check space and permissions, or choose another folder."
+_SAME_FOLDER = "The files of a saved folder belong together; copy the whole folder again."
 
 
-def save(
+def save_model(
     model: PrunableModel, folder: str | Path, *, merged: bool = False, metrics: Mapping[str, float] | None = None
 ) -> Path:
-    """Write `model` to `folder`, atomically.
+    """Write base, adapter, head, layout and tokenizer to `folder` atomically, and return its absolute path.
 
     Args:
-        merged: Fold the adapter into the weights instead of writing it beside them.
-        metrics: Measured numbers for the model card; nothing else is printed there.
+        model: Model to save.
+        folder: New or empty folder, or a saved model, which is replaced.
+        merged: Whether to merge the adapter into the weights instead of writing it as separate files.
+        metrics: Measured numbers for the model card.
 
-    Raises `CheckpointError` if `folder` holds something that is not a saved model of this package (it is left
-    alone), or if weights are not finite.
+    Raises `CheckpointError` if `folder` holds something other than a saved model of this package, which is left
+    unchanged, or if weights are not finite.
     """
     target = check_target(folder)
     staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -69,18 +62,18 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         _write(model, staging, merged, metrics or {})
-        _swap(staging, target)
+        _replace_folder(staging, target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target} cannot be written: {error}.", remedy=_ROOM) from error
+        raise CheckpointError(f"{target} cannot be written: {error}.", remedy=_SPACE) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def check_target(folder: str | Path, *, room_bytes: int = 0) -> Path:
-    """The absolute path of `folder`, if `save` may write `room_bytes` there.
+def check_target(folder: str | Path, *, needed_bytes: int = 0) -> Path:
+    """Return the absolute path of `folder` if `save_model` may write `needed_bytes` there.
 
-    Raises `CheckpointError` if it holds something that is not a saved model of this package, or for a place that is
+    Raises `CheckpointError` if it holds something other than a saved model of this package, or if the place is
     read-only or full.
     """
     target = Path(folder).expanduser().absolute()
@@ -91,20 +84,20 @@ def check_target(folder: str | Path, *, room_bytes: int = 0) -> Path:
         )
     present = next(parent for parent in target.parents if parent.exists())
     if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
-        what = "may not be written to" if present.is_dir() else "is a file"
-        raise CheckpointError(f"{target} cannot be written: {present} {what}.", remedy=_ROOM)
-    if (free := shutil.disk_usage(present).free) < room_bytes:
+        what = "is not writable" if present.is_dir() else "is a file"
+        raise CheckpointError(f"{target} cannot be written: {present} {what}.", remedy=_SPACE)
+    if (free := shutil.disk_usage(present).free) < needed_bytes:
         raise CheckpointError(
-            f"{target} cannot be written: it takes {room_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free.",
-            remedy=_ROOM,
+            f"{target} cannot be written: it needs {needed_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free.",
+            remedy=_SPACE,
         )
     return target
 
 
 def load_model(folder: str | Path) -> PrunableModel:
-    """Read what `save` wrote, unequal widths included.
+    """Load a model that `save_model` wrote, including models whose layers have different widths.
 
-    Raises `CheckpointError` if anything is missing, truncated, altered or does not fit, before returning a model.
+    Raises `CheckpointError` if anything is missing, truncated, altered or inconsistent.
     """
     transformers = require_transformers()
     folder = Path(folder).expanduser()
@@ -118,16 +111,16 @@ def load_model(folder: str | Path) -> PrunableModel:
     try:
         layout = Layout.from_dict(manifest.spec, {"heads": manifest.heads, "channels": manifest.channels})
     except LayoutError as error:
-        raise CheckpointError(f"{folder / LAYOUT}: {error.message}", remedy=_TOGETHER) from error
+        raise CheckpointError(f"{folder / LAYOUT}: {error.message}", remedy=_SAME_FOLDER) from error
     architecture = architecture_of(manifest.spec.family)
     with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             config = architecture.full_config(config, manifest.spec)
-            module = _empty(auto_class(transformers, manifest.task), config)
+            module = _empty_module(auto_class(transformers, manifest.task), config)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"{folder / 'config.json'} does not describe the model: {error}.", remedy=_TOGETHER
+                f"{folder / 'config.json'} does not describe the model: {error}.", remedy=_SAME_FOLDER
             ) from error
     split_fused(module, architecture)
     for name in module_names(manifest.spec):
@@ -140,7 +133,7 @@ def load_model(folder: str | Path) -> PrunableModel:
         )
         setattr(module.get_submodule(parent), attribute, linear)
     tensors = from_files(read_tensors(folder / WEIGHTS), architecture, manifest.spec.num_layers)
-    _fill(module, tensors, folder)
+    _load_tensors(module, tensors, folder)
     module.config.use_cache = False
     model = PrunableModel(
         module.eval(),
@@ -160,27 +153,27 @@ def load_model(folder: str | Path) -> PrunableModel:
     return model
 
 
-def _empty(kind: Any, config: Any) -> Any:
-    """The module with parameters on the meta device and real buffers (RoPE's tables are in no file)."""
+def _empty_module(auto: Any, config: Any) -> Any:
+    """Return a module with parameters on the meta device and real buffers, since no file holds RoPE's tables."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return kind.from_config(config)
+        return auto.from_config(config)
 
 
-def _fill(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _load_tensors(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         unexpected = module.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS} does not have the widths of {LAYOUT}: {error}.", remedy=_TOGETHER
+            f"{folder / WEIGHTS} does not have the widths of {LAYOUT}: {error}.", remedy=_SAME_FOLDER
         ) from error
     module.tie_weights()
     missing = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if missing or unexpected:
         raise CheckpointError(
             f"{folder / WEIGHTS} has missing or unknown tensors, first {[*missing, *unexpected][0]!r}.",
-            remedy=_TOGETHER,
+            remedy=_SAME_FOLDER,
         )
 
 
@@ -226,7 +219,7 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
 
 
 def _base_tensors(model: PrunableModel, merged: bool) -> dict[str, torch.Tensor]:
-    """Base and head under transformers' own names; tied tensors once."""
+    """Return base and head under the names of transformers; tied tensors appear once."""
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.module.state_dict(keep_vars=True).items():
@@ -241,7 +234,7 @@ def _base_tensors(model: PrunableModel, merged: bool) -> dict[str, torch.Tensor]
 
 
 def _write_tokenizer(model: PrunableModel, folder: Path) -> None:
-    """Copy the source's tokenizer; a model without one (or whose source has gone) is saved without."""
+    """Copy the tokenizer of the base, if there is one."""
     if model.folder is None:
         return
     if model.gguf_file is not None:
@@ -253,11 +246,11 @@ def _write_tokenizer(model: PrunableModel, folder: Path) -> None:
             shutil.copyfile(model.folder / name, folder / name)
 
 
-def _swap(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`; the old folder is removed only after the new one is there."""
+def _replace_folder(staging: Path, target: Path) -> None:
+    """Move `staging` to `target`; the old folder is removed only when the new one is in place."""
     readable = (staging / LAYOUT).stat().st_mode
     for file in staging.iterdir():
-        file.chmod(readable)  # safetensors writes for the owner alone; a service may run as someone else
+        file.chmod(readable)  # safetensors writes files for the owner only; a service may run as another user
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     old = target.with_name(f".{target.name}.old-{os.getpid()}")

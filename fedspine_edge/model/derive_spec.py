@@ -1,4 +1,4 @@
-"""The prunable shape of a loaded model, and whether its modules have it."""
+"""Derives the prunable shape of a loaded model and checks its modules against it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def spec_of_config(config: Any, num_parameters: int, base_sha256: str = "0" * 64
 
 
 def check_shapes(module: nn.Module, layout: Layout) -> None:
-    """Raises `ModelError` unless every prunable linear has the shape and bias that `layout` implies."""
+    """Raise `ModelError` unless every prunable linear has the shape and bias that `layout` implies."""
     architecture = architecture_of(layout.spec.family)
     biases = {part: i for i, group in enumerate((("q", "k", "v", "o"), ("up", "gate", "down"))) for part in group}
     expected_bias = (layout.spec.attention_bias, layout.spec.ffn_bias)
@@ -62,8 +62,8 @@ def check_shapes(module: nn.Module, layout: Layout) -> None:
             linear = getattr(linear, "base_layer", linear)
             shape = (layout.rows(name).size, layout.cols(name).size)
             if tuple(linear.weight.shape) != shape:
-                raise ModelError(f"{name} ({path}) has shape {tuple(linear.weight.shape)}, its layout says {shape}.")
+                raise ModelError(f"{name} ({path}) has shape {tuple(linear.weight.shape)}; its layout implies {shape}.")
             if (linear.bias is not None) != (expected_bias[biases[part]] and part not in architecture.unbiased):
                 raise ModelError(
-                    f"{name} ({path}): bias is {linear.bias is not None}, the family entry says otherwise."
+                    f"{name} ({path}) has {'a' if linear.bias is not None else 'no'} bias, unlike the family entry."
                 )

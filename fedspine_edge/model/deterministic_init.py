@@ -1,8 +1,10 @@
 """Random numbers that are the same on every machine, whatever the versions of torch and numpy.
 
-Only numpy's raw bit generator and its seeding are used, both of which numpy promises never to change, and a
-multiplication by a power of two, which is exact. Distributions that need log or cos are avoided on purpose:
-an x86 server and an ARM device would differ in the last bit.
+Devices draw the initial adapter and task head from a shared seed, and the server never sends them, so the bits must be
+equal on an x86 server and an ARM device. Only numpy's raw bit generator and its seeding are used, which numpy promises
+not to change, and a multiplication by a power of two, which is exact. Distributions that need a logarithm or a cosine
+are avoided because libraries differ in the last bit. (`aggregation/factored.py` may use `Generator.uniform`: the server
+draws there alone, and sends the result.)
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import numpy.typing as npt
 
 
 def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> npt.NDArray[np.float32]:
-    """Uniform numbers in [-bound, bound), float32, a function of (seed, name) alone.
+    """Return float32 numbers, uniform in [-bound, bound), that depend on (seed, name) alone.
 
-    Filled in row-major order, so the first rows do not depend on how many follow: a rank-4 matrix is the
-    prefix of a rank-8 one.
+    They are filled in row-major order, so the first rows do not depend on the number of rows: a rank-4 matrix is the
+    prefix of a rank-8 matrix.
     """
     words = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4").tolist()
     generator = np.random.PCG64(np.random.SeedSequence([seed, *words]))
@@ -28,5 +30,6 @@ def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> npt.N
 
 
 def kaiming_uniform(seed: int, name: str, r: int, in_features: int) -> npt.NDArray[np.float32]:
-    """Start of a `lora_A` (r, in_features): uniform within 1/sqrt(in_features), as in PEFT and LoRA's own code."""
+    """Return an initial `lora_A` (r, in_features), uniform within 1/sqrt(in_features) as in PEFT and LoRA's own
+    code."""
     return uniform(seed, f"{name}.lora_A", (r, in_features), in_features**-0.5)

@@ -1,7 +1,7 @@
-"""The model families, one declarative entry each; the only reader of transformers' module names.
+"""The supported model families, one declarative entry each. Only this module knows transformers' module names.
 
-To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/support/tiny_models.py; every
-test of the room then runs on it. See docs/models.md.
+To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/support/tiny_models.py. Every test of
+the package then runs on it. See docs/models.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BERT_TARGETS = ("query", "key", "value", "attention.output.dense", "intermediat
 
 
 def _llama_like(family: str, **differences: Any) -> Architecture:
-    """LLaMA and the families that only differ from it in biases, norms and windows."""
+    """Return the entry of a family that differs from LLaMA only in biases, norms and attention windows."""
     return Architecture(
         family=family,
         backbone="model",
@@ -118,7 +118,7 @@ SUPPORTED: Mapping[str, Architecture] = {
             lora_targets=("query_proj", "key_proj", "value_proj", *_BERT_TARGETS[3:]),
             head_counts=("num_attention_heads",),
             head_widths=("all_head_size",),
-            requires={"share_att_key": True},  # as DeBERTa-v3 has it; else positions have projections of their own
+            requires={"share_att_key": True},  # as in DeBERTa-v3; others project positions with linears of their own
         ),
         Architecture(
             family="modernbert",
@@ -174,7 +174,7 @@ SUPPORTED: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The entry for a transformers config or a family name.
+    """Return the entry for a transformers config or a family name.
 
     Raises `UnknownArchitecture`, which lists the supported families.
     """
@@ -182,7 +182,7 @@ def architecture_of(config: Any) -> Architecture:
     if family not in SUPPORTED:
         raise UnknownArchitecture(
             f"model type {family!r} is not supported.",
-            remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; docs/models.md says how to add one.",
+            remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; docs/models.md explains how to add one.",
         )
     return SUPPORTED[family]
 

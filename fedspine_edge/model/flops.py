@@ -1,4 +1,4 @@
-"""Floating-point operations of a pass, from the widths of a layout."""
+"""Floating-point operations of a forward or backward pass, from the widths of a layout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from fedspine_edge.model.layout import Layout, module_names, prunable_parameters
 
 
 def pass_flops(layout: Layout, r: int, batch: int, length: int, *, backward: bool, scored: bool = False) -> float:
-    """FLOPs of one pass over a padded batch (batch, length), from the layout's widths.
+    """Return the FLOPs of one pass over a padded batch (batch, length).
 
-    Forward: 2 per kept weight and token, the attention products, and the adapters. Backward through frozen weights
-    computes no weight gradients: as much as forward, plus twice the adapters. Scoring: the rank-2r product of
-    every module's Ghat, 4·r per weight, once per step.
+    Forward: 2 per kept weight and token, the attention products, and the adapters. Backward: as much as forward plus
+    twice the adapters, because frozen weights have no gradients. Scoring: 4·r per weight, once per step, for the
+    rank-2r product of every module's Ghat.
     """
     spec, tokens = layout.spec, batch * length
     weights = prunable_parameters(spec) - layout.removed_parameters
@@ -28,5 +28,5 @@ def pass_flops(layout: Layout, r: int, batch: int, length: int, *, backward: boo
 
 
 def output_flops(vocabulary: int, hidden_size: int, targets: int, *, backward: bool) -> float:
-    """FLOPs of a language model's logits, which are formed for `targets` predicted tokens alone, and their gradient."""
+    """Return the FLOPs of a language model's logits, computed for `targets` predicted tokens, and of their gradient."""
     return 2.0 * targets * vocabulary * hidden_size * (2 if backward else 1)

@@ -1,11 +1,10 @@
-"""Which heads and channels of a model are still there: the one truth that ties a compact model to the full one.
+"""`Layout`, the heads and channels that a pruned model keeps, and the sizes that follow from it.
 
-Everything is in original coordinates: a kept index always names a head or channel of the unpruned model,
-however often the model was pruned in between. numpy only, so the server can use it without torch.
+All indices are in original coordinates: a kept index names a head or channel of the unpruned model, however often
+the model was pruned. The module uses numpy only, so that the server can use it without torch.
 
-A *head* here is an attention group: one KV head together with the `n_rep` query heads that read it (in plain
-multi-head attention, one head). A *channel* is one intermediate unit of the FFN. Source: docs/algorithms.md,
-"Groups".
+A *head* is an attention group: one KV head with the `n_rep` query heads that read it. In plain multi-head attention
+it is one head. A *channel* is one intermediate unit of the FFN. Source: docs/algorithms.md, "Groups".
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ Part = Literal["q", "k", "v", "o", "up", "gate", "down"]
 
 ATTENTION_PARTS: tuple[Part, ...] = ("q", "k", "v", "o")
 ROW_PARTS: frozenset[str] = frozenset({"q", "k", "v", "up", "gate"})
-"""Parts whose output rows belong to groups; the others (o, down) lose input columns."""
+"""Parts whose output rows belong to groups; o and down lose input columns."""
 
 
 def parts(spec: ModelSpec) -> tuple[Part, ...]:
-    """The prunable linears of one layer, in canonical order."""
+    """Return the prunable linears of one layer, in canonical order."""
     return (*ATTENTION_PARTS, "up", "gate", "down") if spec.gated_ffn else (*ATTENTION_PARTS, "up", "down")
 
 
 def module_names(spec: ModelSpec) -> list[str]:
-    """Canonical names `layers.{i}.{part}` of every prunable linear."""
+    """Return the canonical names `layers.{i}.{part}` of all prunable linears."""
     return [f"layers.{i}.{part}" for i in range(spec.num_layers) for part in parts(spec)]
 
 
 def split_name(name: str) -> tuple[int, Part]:
-    """`layers.3.q` → (3, "q"). Raises `LayoutError` for anything else."""
+    """Split `layers.3.q` into (3, "q"). Raises `LayoutError` for anything else."""
     pieces = name.split(".")
     known = pieces[2:3] and pieces[2] in (*ATTENTION_PARTS, "up", "gate", "down")
     if len(pieces) != 3 or pieces[0] != "layers" or not pieces[1].isdecimal() or not known:
@@ -50,7 +49,7 @@ def split_name(name: str) -> tuple[int, Part]:
 
 
 def full_shape(spec: ModelSpec, part: Part) -> tuple[int, int]:
-    """(out_features, in_features) of an unpruned linear."""
+    """Return (out_features, in_features) of an unpruned linear."""
     query = spec.num_heads * spec.head_dim
     key = spec.num_kv_heads * spec.head_dim
     return {
@@ -65,20 +64,20 @@ def full_shape(spec: ModelSpec, part: Part) -> tuple[int, int]:
 
 
 def head_parameters(spec: ModelSpec) -> int:
-    """Parameters that one attention group owns: its rows of q, k, v (with biases) and its columns of o."""
+    """Return the parameters of one attention group: its rows of q, k, v (with biases) and its columns of o."""
     rows = (spec.num_heads // spec.num_kv_heads + 2) * spec.head_dim
     columns = (spec.num_heads // spec.num_kv_heads) * spec.head_dim
     return rows * (spec.hidden_size + int(spec.attention_bias)) + columns * spec.hidden_size
 
 
 def channel_parameters(spec: ModelSpec) -> int:
-    """Parameters that one FFN channel owns: its row of up (and gate) with biases and its column of down."""
+    """Return the parameters of one FFN channel: its row of up (and gate) with biases and its column of down."""
     rows = 2 if spec.gated_ffn else 1
     return rows * (spec.hidden_size + int(spec.ffn_bias)) + spec.hidden_size
 
 
 def prunable_parameters(spec: ModelSpec) -> int:
-    """Parameters in heads and channels of the unpruned model; `pruning_ratio` is a share of these."""
+    """Return the parameters in all heads and channels of the unpruned model, of which `pruning_ratio` is a share."""
     per_layer = spec.num_kv_heads * head_parameters(spec) + spec.intermediate_size * channel_parameters(spec)
     return spec.num_layers * per_layer
 
@@ -91,12 +90,17 @@ def target_counts(
     at_most: tuple[int, int] | None = None,
     at_least: tuple[int, int] = (1, 1),
 ) -> tuple[int, int]:
-    """(heads, channels) that each layer keeps at `pruning_ratio` with `scope="layer"`.
+    """Return the (heads, channels) that each layer keeps at `pruning_ratio` with `scope="layer"`.
 
-    Heads are rounded to the nearest whole head, channels (a multiple of `round_to`) take up the rest, so the
-    share of prunable parameters removed meets the ratio within one group. `at_most` are the counts a model
-    already has: what is gone stays gone, even where the rounding of heads would give a few channels back.
-    `at_least` are the fewest that stay, channels rounded up to a multiple of `round_to`, whatever the ratio.
+    The number of heads is rounded to the nearest integer, and the number of channels, a multiple of `round_to`, makes
+    up the difference, so that the ratio is met within one group.
+
+    Args:
+        spec: Unpruned shape.
+        pruning_ratio: Share of prunable parameters to remove.
+        round_to: Divisor of the kept channel count.
+        at_most: Counts that the model has now. They never grow, even if rounding the heads would allow more channels.
+        at_least: Counts that stay at any ratio; channels are rounded up to a multiple of `round_to`.
     """
     check_ratio(pruning_ratio)
     fewest_heads, fewest_channels = smallest_counts(spec, round_to, at_least)
@@ -114,21 +118,22 @@ def target_counts(
 
 
 def smallest_counts(spec: ModelSpec, round_to: int, at_least: tuple[int, int]) -> tuple[int, int]:
-    """(heads, channels) that stay in every layer at any ratio. Raises `ConfigError` for impossible minimums."""
+    """Return the (heads, channels) that stay in every layer at any ratio. Raises `ConfigError` for impossible
+    minimums."""
     if round_to < 1:
         raise ConfigError(f"round_to is {round_to}; it must be at least 1.")
     heads, channels = at_least
     if not (1 <= heads <= spec.num_kv_heads and 1 <= channels <= spec.intermediate_size):
         raise ConfigError(
-            f"the minimum is {heads} heads and {channels} channels; a layer of this model has {spec.num_kv_heads} and "
-            f"{spec.intermediate_size}.",
-            remedy="Ask for at least 1 and at most what a layer has.",
+            f"the minimum is {heads} heads and {channels} channels; a layer of this model has {spec.num_kv_heads} "
+            f"heads and {spec.intermediate_size} channels.",
+            remedy="Set minimums between 1 and the counts of a layer.",
         )
     return heads, min(-(-channels // round_to) * round_to, spec.intermediate_size)
 
 
 def check_ratio(pruning_ratio: float, present: Layout | None = None) -> None:
-    """Raises `ConfigError` unless 0 ≤ pruning_ratio < 1, and for less than the `present` layout has removed."""
+    """Raise `ConfigError` unless 0 ≤ pruning_ratio < 1 and the `present` layout has not already removed more."""
     if not 0.0 <= pruning_ratio < 1.0:
         raise ConfigError(
             f"`pruning_ratio` is {pruning_ratio}; it must be at least 0 and below 1.",
@@ -136,17 +141,17 @@ def check_ratio(pruning_ratio: float, present: Layout | None = None) -> None:
         )
     if present is None:
         return
-    unit = 1.0 / present.spec.num_kv_heads  # rounding to whole groups may overshoot by less than this
+    unit = 1.0 / present.spec.num_kv_heads  # rounding to whole groups overshoots by less than this
     if pruning_ratio < present.pruning_ratio - unit:
         raise ConfigError(
-            f"the model is already pruned to {present.pruning_ratio:.3f}; it cannot go back to {pruning_ratio}.",
+            f"the model is already pruned to {present.pruning_ratio:.3f}; it cannot grow back to {pruning_ratio}.",
             remedy="Load the base model again to prune less.",
         )
 
 
 @dataclass(frozen=True)
 class Order:
-    """Heads and channels of every layer from most to least important; a prefix of it is a layout."""
+    """Heads and channels of every layer, from most to least important; every prefix of it is a layout."""
 
     heads: tuple[Indices, ...]
     channels: tuple[Indices, ...]
@@ -154,7 +159,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Layout:
-    """The heads and channels that each layer keeps, sorted int64 in original coordinates."""
+    """Heads and channels that each layer keeps, as sorted int64 indices in original coordinates."""
 
     spec: ModelSpec
     heads: tuple[Indices, ...]
@@ -167,24 +172,26 @@ class Layout:
             ("channels", self.channels, spec.intermediate_size),
         ):
             if len(kept) != spec.num_layers:
-                raise LayoutError(f"layout has {kind} for {len(kept)} layers, the model has {spec.num_layers}.")
+                raise LayoutError(f"the layout has {kind} for {len(kept)} layers; the model has {spec.num_layers}.")
             for layer, index in enumerate(kept):
                 if index.ndim != 1 or index.size == 0 or index.dtype != np.int64:
-                    raise LayoutError(f"layer {layer} {kind}: need a non-empty int64 vector, got {index!r}.")
+                    raise LayoutError(f"layer {layer}, {kind}: expected a non-empty int64 vector, got {index!r}.")
                 if index[0] < 0 or index[-1] >= limit or (np.diff(index) <= 0).any():
-                    raise LayoutError(f"layer {layer} {kind}: must be sorted, unique and within 0..{limit - 1}.")
+                    raise LayoutError(
+                        f"layer {layer}, {kind}: indices must be sorted, unique and within 0..{limit - 1}."
+                    )
 
     @classmethod
     def full(cls, spec: ModelSpec) -> Layout:
-        """Nothing pruned."""
+        """Return the layout of the unpruned model."""
         heads, channels = np.arange(spec.num_kv_heads), np.arange(spec.intermediate_size)
         return cls(spec, (heads,) * spec.num_layers, (channels,) * spec.num_layers)
 
     @classmethod
     def prefix(cls, spec: ModelSpec, order: Order, counts: Sequence[tuple[int, int]]) -> Layout:
-        """The first (heads, channels) of `order` in each layer."""
+        """Return the layout of the first (heads, channels) of `order` in each layer."""
         if not len(order.heads) == len(order.channels) == len(counts) == spec.num_layers:
-            raise LayoutError(f"order and counts must cover {spec.num_layers} layers.")
+            raise LayoutError(f"the order and the counts must cover {spec.num_layers} layers.")
         return cls(
             spec,
             tuple(np.sort(index[:n]) for index, (n, _) in zip(order.heads, counts)),
@@ -193,27 +200,27 @@ class Layout:
 
     @property
     def counts(self) -> list[tuple[int, int]]:
-        """(heads, channels) kept in each layer."""
+        """Number of (heads, channels) kept in each layer."""
         return [(h.size, c.size) for h, c in zip(self.heads, self.channels)]
 
     @property
     def removed_parameters(self) -> int:
-        """Parameters of the unpruned model that are gone, biases included."""
+        """Parameters of the unpruned model that were removed, including biases."""
         kept = sum(h * head_parameters(self.spec) + c * channel_parameters(self.spec) for h, c in self.counts)
         return prunable_parameters(self.spec) - kept
 
     @property
     def pruning_ratio(self) -> float:
-        """Share of prunable parameters removed."""
+        """Share of the prunable parameters that was removed."""
         return self.removed_parameters / prunable_parameters(self.spec)
 
     @property
     def sparsity(self) -> float:
-        """Share of all parameters absent."""
+        """Share of all parameters that was removed."""
         return self.removed_parameters / self.spec.num_parameters
 
     def rows(self, name: str) -> Indices:
-        """Kept rows (outputs) of a linear in the original weight."""
+        """Return the kept rows (outputs) of a linear in its original weight."""
         layer, part = split_name(name)
         if part in ("up", "gate"):
             return self.channels[layer]
@@ -222,16 +229,16 @@ class Layout:
         return self._head_elements(layer, part)
 
     def cols(self, name: str) -> Indices:
-        """Kept columns (inputs) of a linear in the original weight."""
+        """Return the kept columns (inputs) of a linear in its original weight."""
         layer, part = split_name(name)
         if part == "down":
             return self.channels[layer]
         return self._head_elements(layer, part) if part == "o" else np.arange(self.spec.hidden_size)
 
     def group_of(self, name: str, *, by_position: bool = False) -> npt.NDArray[np.int32]:
-        """For each kept row (q, k, v, up, gate) or column (o, down): its group.
+        """Return the group of each kept row (q, k, v, up, gate) or column (o, down).
 
-        The group is the original head or channel, or with `by_position` its position among the kept ones.
+        The group is the original head or channel or, with `by_position`, its position among the kept ones.
         """
         layer, part = split_name(name)
         if part in ("up", "gate", "down"):
@@ -262,22 +269,22 @@ class Layout:
         return full_A, full_B
 
     def is_within(self, other: Layout) -> bool:
-        """Whether everything kept here is kept in `other` too."""
+        """Return whether `other` keeps everything that this layout keeps."""
         pairs = [*zip(self.heads, other.heads), *zip(self.channels, other.channels)]
-        return all(np.isin(mine, theirs, assume_unique=True).all() for mine, theirs in pairs)
+        return all(np.isin(kept, available, assume_unique=True).all() for kept, available in pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON."""
+        """Return plain lists, for JSON."""
         return {"heads": [h.tolist() for h in self.heads], "channels": [c.tolist() for c in self.channels]}
 
     @classmethod
     def from_dict(cls, spec: ModelSpec, data: dict[str, Any]) -> Layout:
-        """Inverse of `to_dict`. Raises `LayoutError` when it does not fit `spec`."""
+        """Read what `to_dict` returned. Raises `LayoutError` if it does not fit `spec`."""
         try:
             heads = tuple(np.array(h, dtype=np.int64) for h in data["heads"])
             channels = tuple(np.array(c, dtype=np.int64) for c in data["channels"])
         except (KeyError, TypeError, ValueError) as error:
-            raise LayoutError(f"not a layout: {error!r}; needs lists 'heads' and 'channels'.") from error
+            raise LayoutError(f"not a layout: {error!r}; the lists 'heads' and 'channels' are required.") from error
         return cls(spec, heads, channels)
 
     def to_tensors(self, prefix: str = "layout") -> dict[str, npt.NDArray[Any]]:
@@ -310,7 +317,7 @@ class Layout:
 
 
 def intersection(layouts: Sequence[Layout]) -> Layout:
-    """What all of `layouts` keep."""
+    """Return the groups that all of `layouts` keep."""
 
     def common(per_device: Sequence[Sequence[Indices]]) -> tuple[Indices, ...]:
         kept = list(per_device[0])
@@ -322,7 +329,7 @@ def intersection(layouts: Sequence[Layout]) -> Layout:
 
 
 def union(layouts: Sequence[Layout]) -> Layout:
-    """What any of `layouts` keeps."""
+    """Return the groups that at least one of `layouts` keeps."""
 
     def either(per_device: Sequence[Sequence[Indices]]) -> tuple[Indices, ...]:
         return tuple(np.unique(np.concatenate(layer)) for layer in zip(*per_device))
@@ -331,9 +338,9 @@ def union(layouts: Sequence[Layout]) -> Layout:
 
 
 def keep_positions(kept: Indices, wanted: Indices) -> Indices:
-    """Positions within `kept` of the elements of `wanted`. Raises `LayoutError` if one was already removed."""
+    """Return the positions of `wanted` within `kept`. Raises `LayoutError` if an element was removed earlier."""
     positions = np.searchsorted(kept, wanted)
     missing = (positions >= kept.size) | (kept[np.minimum(positions, kept.size - 1)] != wanted)
     if missing.any():
-        raise LayoutError(f"{int(missing.sum())} wanted indices were removed earlier, first {wanted[missing][0]}.")
+        raise LayoutError(f"{int(missing.sum())} of the indices were removed earlier, first {wanted[missing][0]}.")
     return positions.astype(np.int64)

@@ -1,6 +1,6 @@
-"""Plain model folders: finding them, the tokenizer, and loading with a fresh task head.
+"""Loading of base models and tokenizers from Hugging Face folders, GGUF files and the hub.
 
-Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` that names the folder and what to do.
+Every failure is a `CheckpointError`, `UnknownArchitecture` or `ConfigError` that names the folder and the remedy.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ LOAD_FAILURES = (
     SafetensorError,
     StrictDataclassError,
 )
-"""What transformers and safetensors raise for files they cannot use."""
+"""Errors that transformers and safetensors raise for unusable files."""
 
-FOR_AN_OLD_TORCH = "transformers>=5.15,<5.16"
-"""The last releases that work with torch 2.5.0a0, NVIDIA's first for JetPack 6; later ones ask for more."""
+TRANSFORMERS_FOR_OLD_TORCH = "transformers>=5.15,<5.16"
+"""Last releases that work with torch 2.5.0a0, NVIDIA's first build for JetPack 6."""
 
 
 def load_base(
@@ -66,15 +66,15 @@ def load_base(
 
     Args:
         path_or_id: Folder with config.json and safetensors, folder with one GGUF file, GGUF file, or hub id.
-        task: "classification" (of texts) and "token_classification" (of words) get a head of `num_labels` classes;
-            "causal_lm" keeps the model's own.
+        task: "classification" (of texts) and "token_classification" (of words) have a head of `num_labels` classes;
+            "causal_lm" keeps the model's head.
         num_labels: Number of classes, at least 2.
-        labels: Their names, for the config; default LABEL_0, LABEL_1, ...
-        gguf_file: Which GGUF file of the folder, if there are several.
-        base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; see
-            `PrunableModel.keep_base_in`. The head is float32.
-        seed: Of a fresh head, which is then the same on every machine. A head of the right shape that the
-            checkpoint brings is kept.
+        labels: Names of the classes, for the config (default: LABEL_0, LABEL_1, ...).
+        gguf_file: GGUF file of the folder, if there are several.
+        base_dtype: Data type of the frozen weights: "float32", "bfloat16", "float16", "int8" or "int4"; see
+            `PrunableModel.set_base_dtype`. The head is float32.
+        seed: Seed for a new head, which is the same on every machine. A head of the right shape in the checkpoint is
+            kept instead.
 
     Raises `CheckpointError` (missing, truncated, incomplete or non-finite files, or a folder that `save` wrote),
     `UnknownArchitecture`, `ConfigError` (task or number of labels).
@@ -83,7 +83,7 @@ def load_base(
     folder, gguf_file = resolve(path_or_id, gguf_file)
     if (folder / LAYOUT).exists():
         raise CheckpointError(
-            f"{folder} holds a model saved by this package, not a plain one.", remedy="Read it with load_model(folder)."
+            f"{folder} holds a model saved by this package, not a plain one.", remedy="Load it with load_model(folder)."
         )
     labelled = task != "causal_lm"
     if labelled and num_labels < 2:
@@ -92,7 +92,7 @@ def load_base(
         )
     if labels is not None and len(labels) != num_labels:
         raise ConfigError(
-            f"{len(labels)} label names, but `num_labels` is {num_labels}.", remedy="Give one name for every class."
+            f"{len(labels)} label names, but `num_labels` is {num_labels}.", remedy="Pass one name for every class."
         )
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
@@ -110,28 +110,28 @@ def load_base(
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
-    kind = auto_class(transformers, task)
+    auto = auto_class(transformers, task)
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    settings["ignore_mismatched_sizes"] = True  # named by _prepare_head
+    settings["ignore_mismatched_sizes"] = True  # reported by _prepare_head
     with quiet(transformers):
         try:
-            module, info = kind.from_pretrained(folder, local_files_only=True, **settings, **source)
+            module, info = auto.from_pretrained(folder, local_files_only=True, **settings, **source)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"the weights in {_named(folder, gguf_file)} cannot be loaded: {_first_line(error)}.",
+                f"the weights in {_source(folder, gguf_file)} cannot be loaded: {_first_line(error)}.",
                 remedy="A truncated or damaged file is the usual cause; copy it again.",
             ) from error
     module.eval()
     prefixes = tuple(f"{name}." for name in head_modules)
-    for name, parameter in module.named_parameters():  # buffers stay: tables of RoPE need their bits
+    for name, parameter in module.named_parameters():  # buffers keep their dtype: RoPE's tables need it
         parameter.data = parameter.data.to(torch.float32 if name.startswith(prefixes) else dtype)
     if dtype != torch.float32 and gguf_file is None:
         _restore_head(module, architecture, prefixes, weight_files(folder))
-    head = _prepare_head(module, architecture, head_modules, info, seed, _named(folder, gguf_file))
-    check_finite(module, _named(folder, gguf_file))
+    head = _prepare_head(module, architecture, head_modules, info, seed, _source(folder, gguf_file))
+    check_finite(module, _source(folder, gguf_file))
     if task == "classification" and architecture.last_token_pools:
         module.config.pad_token_id = _pad_token(folder, gguf_file, module.config)
-    module.config.use_cache = False  # training needs no KV cache; generate() has its own switch
+    module.config.use_cache = False  # training needs no KV cache; generate() enables it itself
     spec = model_spec(module, digest)
     model = PrunableModel(
         module,
@@ -144,18 +144,18 @@ def load_base(
         gguf_file=gguf_file,
     )
     if not Path(path_or_id).expanduser().exists():
-        model.base = str(path_or_id)  # a hub id: its folder is called after a commit
-    model.keep_base_in(base_dtype)
+        model.base = str(path_or_id)  # a hub id; the name of its folder is a commit hash
+    model.set_base_dtype(base_dtype)
     return model
 
 
 def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padding: bool = True) -> Any:
-    """The tokenizer of a model folder, with a padding token (the end token where the model has none).
+    """Load the tokenizer of a model. A missing padding token is replaced by the end token.
 
     Args:
-        path_or_id: Folder, file or hub id of the model.
-        gguf_file: Within the folder, if it holds GGUF weights.
-        padding: Whether a padding token is needed; the tokenizer is left as it is otherwise.
+        path_or_id: Folder, GGUF file or hub id of the model.
+        gguf_file: File within the folder, if it holds GGUF weights.
+        padding: Whether a padding token is needed; otherwise the tokenizer is not changed.
 
     Raises `CheckpointError` if there is none or it cannot be read.
     """
@@ -186,14 +186,14 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padd
 
 
 def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path, str | None]:
-    """(local folder, GGUF file name or None). Downloads a hub id where the hub can be reached.
+    """Return (local folder, name of the GGUF file or None). A hub id is downloaded unless it is in the cache.
 
     Raises `CheckpointError`.
     """
     path = Path(path_or_id).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file.", remedy="Pass the model's folder, or a .gguf file.")
+            raise CheckpointError(f"{path} is a file.", remedy="Pass the folder of the model or a .gguf file.")
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
         path = _download(str(path_or_id))
@@ -204,10 +204,10 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
         if len(found) > 1:
             raise CheckpointError(
                 f"{path} holds several GGUF files: {', '.join(found)}.",
-                remedy="Point to one of them: FOLDER/FILE.gguf.",
+                remedy="Pass one of them: FOLDER/FILE.gguf.",
             )
         if not found:
-            raise CheckpointError(f"{path} has no config.json.", remedy="Point to a Hugging Face model folder.")
+            raise CheckpointError(f"{path} has no config.json.", remedy="Pass a Hugging Face model folder.")
         gguf_file = found[0]
     return path, gguf_file
 
@@ -222,21 +222,23 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # the hub client's errors share no base class
         if isinstance(error, GatedRepoError):
-            why = "is given only to those who accepted its terms"
-            remedy = f"Accept them at https://huggingface.co/{name}, then: hf auth login"
+            why = "is available only to accounts that accepted its terms"
+            remedy = f"Accept them at https://huggingface.co/{name}, then run: hf auth login"
         elif isinstance(error, RepositoryNotFoundError):
             why, remedy = (
-                "is not known to the hub",
-                "Check the path or the id; for a private model first: hf auth login",
+                "does not exist on the hub",
+                "Check the path or the id. For a private model, run first: hf auth login",
             )
         else:
-            why = f"could not be fetched from the hub ({type(error).__name__})"
-            remedy = f"Check the path, or fetch it where there is a network: hf download {name} --local-dir FOLDER"
+            why = f"could not be downloaded from the hub ({type(error).__name__})"
+            remedy = (
+                f"Check the path, or download it on a machine with a network: hf download {name} --local-dir FOLDER"
+            )
         raise CheckpointError(f"{name!r} is not a local folder and {why}.", remedy=remedy) from error
 
 
 def auto_class(transformers: Any, task: Task) -> Any:
-    """transformers' factory for a task."""
+    """Return the auto class of transformers for a task."""
     names = {
         "classification": "AutoModelForSequenceClassification",
         "token_classification": "AutoModelForTokenClassification",
@@ -247,13 +249,13 @@ def auto_class(transformers: Any, task: Task) -> Any:
 
 @contextlib.contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Silence progress bars and the report about fresh heads, which we create on purpose."""
+    """Silence progress bars and transformers' report about new heads, which are intended."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar of its own
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has its own progress bar
             yield
     finally:
         logging.set_verbosity(level)
@@ -262,23 +264,24 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 def require_transformers() -> Any:
-    """The package with its models, or `MissingDependency` naming the extra or a version for this torch.
+    """Import transformers and check that its models can be used with the installed torch.
 
-    A release for a newer torch than the one here imports all the same, and lacks its models.
+    A release that requires a newer torch can be imported, but its models are missing. Raises `MissingDependency`, which
+    names the extra or the version to install.
     """
     try:
         import transformers
     except ImportError as error:
         raise MissingDependency.of("transformers", extra="device", purpose="Loading a model") from error
-    why = "" if transformers.is_torch_available() else "it asks for a newer one"
+    why = "" if transformers.is_torch_available() else "it requires a newer version"
     try:
         importlib.import_module("transformers.generation.utils")
-    except (ImportError, AttributeError, NameError) as error:  # a name that only a newer torch has
+    except (ImportError, AttributeError, NameError) as error:  # it uses a name that only a newer torch has
         why = why or f"{type(error).__name__}: {error}"
     if why:
         raise MissingDependency(
             f"transformers {transformers.__version__} does not work with torch {torch.__version__}: {why}.",
-            remedy=f"Install an older one, and leave torch as it is: pip install '{FOR_AN_OLD_TORCH}'",
+            remedy=f"Keep torch and install an older transformers: pip install '{TRANSFORMERS_FOR_OLD_TORCH}'",
         )
     return transformers
 
@@ -296,8 +299,8 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             ) from error
         if not isinstance(family, str):
             raise CheckpointError(
-                f"{folder / 'config.json'} does not state a model_type.",
-                remedy="Point to the folder of the model itself, with config.json as Hugging Face writes it.",
+                f"{folder / 'config.json'} has no model_type.",
+                remedy="Pass the folder of the model itself, with config.json as Hugging Face writes it.",
             )
         architecture_of(family)
     else:
@@ -311,7 +314,7 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
         except LOAD_FAILURES as error:
             raise CheckpointError(
-                f"the config in {_named(folder, gguf_file)} cannot be read: {_first_line(error)}.",
+                f"the config in {_source(folder, gguf_file)} cannot be read: {_first_line(error)}.",
                 remedy="A folder needs config.json as Hugging Face writes it; a GGUF file is truncated, damaged or of "
                 "a kind that transformers does not read.",
             ) from error
@@ -325,20 +328,22 @@ def _prepare_head(
     seed: int,
     where: Path,
 ) -> tuple[str, ...]:
-    """Initialise what the checkpoint lacks of the head; returns the names of the parameters to train."""
+    """Initialize the head modules that the checkpoint lacks, and return the names of all parameters of the head."""
     absent = {str(key) for key in info["missing_keys"]}
     absent |= {key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"]}
     prefixes = [f"{name}." for name in head_modules]
-    stray = sorted(name for name in absent if not any(name.startswith(prefix) for prefix in prefixes))
-    if stray:
+    absent_elsewhere = sorted(name for name in absent if not any(name.startswith(prefix) for prefix in prefixes))
+    if absent_elsewhere:
         raise CheckpointError(
-            f"the weights in {where} lack or misfit {len(stray)} tensors of the {architecture.family} model, "
-            f"first {stray[0]!r}.",
+            f"the weights in {where} have no tensor of the right shape for {len(absent_elsewhere)} parameters of the "
+            f"{architecture.family} model, first {absent_elsewhere[0]!r}.",
             remedy="config.json and the weight files must belong together.",
         )
     fresh = tuple(prefix for prefix in prefixes if any(name.startswith(prefix) for name in absent))
     names = tuple(name for name, _ in module.named_parameters() if name.startswith(tuple(prefixes)))
-    bound = float(module.config.initializer_range) * 3.0**0.5  # the uniform law with the usual normal's variance
+    bound = (
+        float(module.config.initializer_range) * 3.0**0.5
+    )  # uniform, with the variance of the usual normal distribution
     with torch.no_grad():
         for name in names:
             parameter = module.get_parameter(name)
@@ -354,19 +359,19 @@ def _prepare_head(
 def _restore_head(
     module: nn.Module, architecture: Architecture, prefixes: tuple[str, ...], files: Sequence[Path]
 ) -> None:
-    """Give the head the exact values of the files, which were rounded with the rest on the way in."""
+    """Restore the exact values of the head, which were rounded together with the base when they were loaded."""
     head = {name: p for name, p in module.named_parameters() if name.startswith(prefixes)}
     names = {alias: name for name in head for alias in (name, name.removeprefix(f"{architecture.backbone}."))}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for alias in names.keys() & set(tensors.keys()):
                 parameter, value = head[names[alias]], tensors.get_tensor(alias)
-                if value.shape == parameter.shape:  # another number of labels: a fresh head follows
+                if value.shape == parameter.shape:  # otherwise the number of labels differs and the head is new
                     parameter.data = value.to(torch.float32, copy=True)
 
 
 def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
-    """The token that fills short rows: the classifier reads the last token that is something else."""
+    """Return the padding token; the classifier reads the last token that differs from it."""
     pad: Any = config.pad_token_id
     if gguf_file is None or pad is None:
         try:
@@ -382,7 +387,7 @@ def _pad_token(folder: Path, gguf_file: str | None, config: Any) -> int:
     return int(pad)
 
 
-def _named(folder: Path, gguf_file: str | None) -> Path:
+def _source(folder: Path, gguf_file: str | None) -> Path:
     return folder / (gguf_file or "")
 
 

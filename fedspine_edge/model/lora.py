@@ -1,7 +1,7 @@
-"""A frozen linear with a low-rank adapter beside it: y = x·Wᵀ + b + scaling · (x·Aᵀ)·Bᵀ.
+"""Linears with a low-rank adapter on a frozen base: y = x·Wᵀ + b + scaling · (x·Aᵀ)·Bᵀ.
 
-Dropout is 0 by design: training is a function of the batch alone, and masked and compact models stay
-comparable step by step.
+There is no LoRA dropout, on purpose: training is a function of the batch alone, and masked and compact models can be
+compared step by step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from fedspine_edge.errors import ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.kernels.quantized import Bits, QuantizedWeight
-from fedspine_edge.model.pooled_token import current, read_token
+from fedspine_edge.model.pooled_token import current_pooled_token, select_pooled_token
 
 
 class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
-    """Wraps `base_layer`, whose weight (out, in) and bias are frozen. The adapter is float32, or as wide as the base.
+    """A linear whose weight (out, in) and bias are frozen, with a trainable adapter in float32 (or float64).
 
     Args:
-        base_layer: The linear to adapt.
+        base_layer: Linear to adapt.
         lora_A: (r, in).
         lora_B: (out, r).
         scaling: lora_alpha / r.
@@ -39,23 +39,23 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
                 f"{(out_features, in_features)}."
             )
         self.base_layer = base_layer
-        wide = torch.promote_types(like.dtype, torch.float32)
-        self.lora_A = nn.Parameter(lora_A.to(device=like.device, dtype=wide))
-        self.lora_B = nn.Parameter(lora_B.to(device=like.device, dtype=wide))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.lora_A = nn.Parameter(lora_A.to(device=like.device, dtype=dtype))
+        self.lora_B = nn.Parameter(lora_B.to(device=like.device, dtype=dtype))
         self.scaling = scaling
-        self.shares_input: FusedProjection | None = None
-        """The linears beside this one that are called with the same tensor, if any."""
-        self.reads_token = False
-        """Whether a token that no classifier reads needs no result: o, gate and up of a last layer."""
+        self.fused_projection: FusedProjection | None = None
+        """The group of linears that are called with the same tensor as this one, if any."""
+        self.pooled_only = False
+        """Whether only a classifier's pooled token needs a result: true for o, gate and up of the last layer."""
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight (out, in); made anew at every access where it is quantised."""
+        """The frozen weight (out, in). A quantized weight is dequantized at every access."""
         return self.base_layer.weight
 
     @property
     def stored(self) -> Tensor | QuantizedWeight:
-        """The frozen weight as it is kept."""
+        """The frozen weight as it is stored, quantized or not."""
         return stored_weight(self.base_layer)
 
     @property
@@ -65,29 +65,37 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
 
     @property
     def r(self) -> int:
+        """Rank of the adapter."""
         return int(self.lora_A.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
-        if self.shares_input is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            return self.shares_input.forward(self, x)
-        return self.alone(x)
+        if self.fused_projection is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            return self.fused_projection.forward(self, x)
+        return self.compute_single(x)
 
-    def alone(self, x: Tensor) -> Tensor:
-        """As `forward`, whatever the linears beside this one do."""
-        if self.reads_token:
-            x = read_token(x)
+    def compute_single(self, x: Tensor) -> Tensor:
+        """Compute this linear only, without the others of its `fused_projection`. x (..., in) → (..., out)."""
+        if self.pooled_only:
+            x = select_pooled_token(x)
         return ops.lora_linear(x, self.stored, self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W + scaling · B·A, (out, in), summed in float32 or better and returned in `dtype`, by default W's."""
-        wide = torch.promote_types(self.stored.dtype, torch.float32)
-        with torch.no_grad():
-            product = self.lora_B.to(wide) @ self.lora_A.to(wide)
-            return (self.weight.to(wide) + self.scaling * product).to(dtype or self.stored.dtype)
+        """Return W + scaling · B·A (out, in), summed in at least float32.
 
-    def merged(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain linear with the adapter folded in. Raises `ModelError` if the result is not finite."""
+        Args:
+            dtype: Data type of the result (default: that of W).
+        """
+        sum_dtype = torch.promote_types(self.stored.dtype, torch.float32)
+        with torch.no_grad():
+            product = self.lora_B.to(sum_dtype) @ self.lora_A.to(sum_dtype)
+            return (self.weight.to(sum_dtype) + self.scaling * product).to(dtype or self.stored.dtype)
+
+    def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Return a plain linear with the adapter merged into the weight.
+
+        Raises `ModelError` if the merged weight is not finite.
+        """
         weight = self.merged_weight(dtype)
         if not bool(torch.isfinite(weight).all()):
             raise ModelError("merging gave non-finite weights: the adapter diverged or overflows the base's dtype.")
@@ -96,10 +104,10 @@ class LoraLinear(nn.Module):  # type: ignore[misc]  # torch is not analysed
 
 
 class QuantizedLinear(nn.Module):  # type: ignore[misc]
-    """A frozen linear that keeps its weight in 8 or 4 bits and shows it dense to whoever asks.
+    """A frozen linear that stores its weight in 8 or 4 bits and dequantizes it on access.
 
     Args:
-        weight: Already quantised.
+        weight: Quantized weight.
         bias: (out,) in the dtype of the activations, or None.
     """
 
@@ -112,18 +120,19 @@ class QuantizedLinear(nn.Module):  # type: ignore[misc]
         self._dtype = weight.dtype
 
     @classmethod
-    def of(cls, linear: nn.Linear, bits: Bits) -> QuantizedLinear:
-        """`linear` with its weight quantised."""
+    def from_linear(cls, linear: nn.Linear, bits: Bits) -> QuantizedLinear:
+        """Return `linear` with its weight quantized."""
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(QuantizedWeight.of(linear.weight, bits), bias)
 
     @property
     def stored(self) -> QuantizedWeight:
+        """The quantized weight."""
         return QuantizedWeight(self.codes, self.scales, self.group_of_col, self._dtype)
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), made anew at every access."""
+        """The weight (out, in), dequantized at every access."""
         return self.stored.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,23 +140,27 @@ class QuantizedLinear(nn.Module):  # type: ignore[misc]
         return nn.functional.linear(x, self.weight, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Files hold what the codes stand for: any reader of the family's checkpoints understands that.
+        # Files hold the dequantized weight, which every reader of the family's checkpoints understands.
         destination[f"{prefix}weight"] = self.weight
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
 
 def stored_weight(linear: nn.Module) -> Tensor | QuantizedWeight:
-    """The frozen weight of a plain or quantised linear, as it is kept."""
+    """Return the frozen weight of a plain or quantized linear as it is stored."""
     return linear.stored if isinstance(linear, QuantizedLinear) else linear.weight
 
 
 class FusedProjection:
-    """q, k and v, or gate and up: whichever is called first computes all of them, the others take their result.
+    """Group of linears with one input (q, k and v, or gate and up) that are computed by one op.
 
-    transformers calls the linears one by one, each with the same tensor. A result is handed out once, and only to a
-    call that would compute it anew from the same tensors: same input object, nothing written to input, weights or
-    adapters since, same gradient mode, autocast dtype and read tokens. Any other call computes.
+    transformers calls the linears one after another, each with the same tensor. The linear that is called first
+    computes all results, and each of the others takes its own. A result is used once, and only by a call that would
+    compute the same value: the input is the same object, nothing was written to the input, the weights or the adapters
+    since, and
+        the gradient mode, autocast dtype and pooled tokens are the same. Any other call computes its result itself.
+        Identity and `Tensor._version` (the number of writes) decide this, because comparing values would cost as much
+        as computing them. See docs/decisions/0012.
 
     Args:
         linears: Two (gate, up) or three (q, k, v) linears of one layer.
@@ -157,13 +170,13 @@ class FusedProjection:
         self.linears = linears
         self._pending: tuple[Tensor, list[Any], dict[int, Tensor]] | None = None
         for linear in linears:
-            linear.shares_input = self
+            linear.fused_projection = self
 
     def forward(self, linear: LoraLinear, x: Tensor) -> Tensor:
-        """The result of one of `linears` for x (..., in)."""
+        """Return the result of one of `linears` for x (..., in)."""
         state = self._state(x)
         if state is None or any(other.scaling != linear.scaling for other in self.linears):
-            return linear.alone(x)
+            return linear.compute_single(x)
         pending = self._pending  # read once: another thread may run the same model
         if pending is not None and pending[0] is x and _same(pending[1], state):
             result = pending[2].pop(id(linear), None)
@@ -171,28 +184,28 @@ class FusedProjection:
                 self._pending = None
             if result is not None:
                 return result
-        results = {id(other): y for other, y in zip(self.linears, self._compute(x, linear.scaling))}
-        mine = results.pop(id(linear))
+        results = {id(other): y for other, y in zip(self.linears, self._compute_all(x, linear.scaling))}
+        result = results.pop(id(linear))
         self._pending = (x, state, results)
-        return mine
+        return result
 
-    def _compute(self, x: Tensor, scaling: float) -> tuple[Tensor, ...]:
-        if self.linears[0].reads_token:
-            x = read_token(x)
+    def _compute_all(self, x: Tensor, scaling: float) -> tuple[Tensor, ...]:
+        if self.linears[0].pooled_only:
+            x = select_pooled_token(x)
         parts = [ops.Projection(one.stored, one.bias, one.lora_A, one.lora_B) for one in self.linears]
         if len(parts) == 3:
             return ops.lora_qkv(x, parts[0], parts[1], parts[2], scaling)
         return ops.lora_gate_up(x, parts[0], parts[1], scaling)
 
     def _state(self, x: Tensor) -> list[Any] | None:
-        """What the results depend on besides x's identity: the tensors, how often each was written, the modes.
+        """Return what the results depend on besides the identity of x: tensors, their versions, and modes.
 
-        None where writes are not counted: tensors of torch's inference mode.
+        None for tensors of torch's inference mode, which do not count writes.
         """
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        state: list[Any] = [torch.is_grad_enabled(), autocast, current()]
-        for t in (x, *(t for one in self.linears for t in (_weight_of(one), one.bias, one.lora_A, one.lora_B))):
+        state: list[Any] = [torch.is_grad_enabled(), autocast, current_pooled_token()]
+        for t in (x, *(t for one in self.linears for t in (_versioned_weight(one), one.bias, one.lora_A, one.lora_B))):
             if t is not None:
                 if t.is_inference():
                     return None
@@ -200,18 +213,18 @@ class FusedProjection:
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedProjection:
-        # By hand, since a result that was never fetched is part of a graph and cannot be copied.
-        twin = FusedProjection()
-        memo[id(self)] = twin
-        twin.linears = tuple(copy.deepcopy(linear, memo) for linear in self.linears)
-        return twin
+        # A pending result is part of an autograd graph and cannot be copied.
+        copied = FusedProjection()
+        memo[id(self)] = copied
+        copied.linears = tuple(copy.deepcopy(linear, memo) for linear in self.linears)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {"linears": self.linears, "_pending": None}
 
 
-def _weight_of(linear: LoraLinear) -> Tensor:
-    """A tensor that is replaced or written when the frozen weight is."""
+def _versioned_weight(linear: LoraLinear) -> Tensor:
+    """Return a tensor that is replaced or written whenever the frozen weight is."""
     stored = linear.stored
     return stored.codes if isinstance(stored, QuantizedWeight) else stored
 
@@ -221,7 +234,7 @@ def _same(first: list[Any], second: list[Any]) -> bool:
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear around existing tensors, without initialising anything."""
+    """Return a frozen nn.Linear around existing tensors, without initializing any."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -1,4 +1,4 @@
-"""layout.json of a saved model: what was kept, of what, for which task, and the hash of every file beside it."""
+"""The two kinds of layout.json: that of a saved model folder and that of a finished fleet run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import msgspec
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError
-from fedspine_edge.files import LAYOUT, WEIGHTS
-from fedspine_edge.model import peft_format
+from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT, WEIGHTS
 from fedspine_edge.model.spec import ModelSpec, Sha256
 
 
 class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Contents of layout.json."""
+    """layout.json of a saved model: kept indices, unpruned shape, task, and the hash of every other file."""
 
     format: Literal["fedspine_edge"] = "fedspine_edge"
     version: Literal[1] = 1
@@ -24,34 +23,59 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     labels: list[str]
     spec: ModelSpec
     heads: list[list[int]]
-    """Per layer the kept heads, in the unpruned model's numbering."""
+    """Kept heads of each layer, numbered as in the unpruned model."""
     channels: list[list[int]]
+    """Kept channels of each layer, likewise."""
     pruning_ratio: float
     sparsity: float
     r: int | None
-    """Rank of the adapter beside the weights; null if merged or never attached."""
+    """Rank of the adapter in the folder; null if there is none or it was merged."""
     scaling: float
     head_names: list[str]
     standard: bool
     """Whether transformers' own from_pretrained can read the folder."""
     base: str = ""
-    """Name of the base model: its folder's, its GGUF file's or its hub id."""
+    """Name of the base model: the name of its folder or GGUF file, or its hub id."""
     trained_examples: int = 0
-    """Examples of the largest data set it was trained on here; 0 where that is not known."""
+    """Size of the largest data set that it was trained on; 0 if unknown."""
     trained_steps: int = 0
     sha256: dict[str, Sha256]
+    """SHA-256 of every other file of the folder, by name."""
+
+
+class FleetLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """layout.json of a finished fleet run, beside its adapter.safetensors."""
+
+    heads: list[list[int]]
+    """Kept heads of each layer, numbered as in the unpruned model."""
+    channels: list[list[int]]
+    """Kept channels of each layer, likewise."""
+    spec: ModelSpec
+    scaling: float
+    """lora_alpha / r of the adapter."""
+    r: int
+    """Rank of the adapter."""
+    seed: int
+    """Seed of the run, from which devices initialized the task head."""
+    task: Task
+    num_labels: int
+    trained_examples: int
+    """Examples of all devices of the last round."""
+    trained_steps: int
+    """Steps of one device through all rounds."""
+    adapter_sha256: Sha256
 
 
 def read_manifest(folder: Path) -> ModelManifest:
-    """layout.json of a saved model. Raises `CheckpointError`."""
+    """Read layout.json of a saved model. Raises `CheckpointError`."""
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}.", remedy="Give a folder that `tune` or `export` wrote.")
+        raise CheckpointError(f"{folder} {what}.", remedy="Pass a folder that `tune` or `export` wrote.")
     path = folder / LAYOUT
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no {LAYOUT}: it was not saved by this package.",
-            remedy="Give a folder that `tune` or `export` wrote; load_base(folder) loads a plain Hugging Face one.",
+            remedy="Pass a folder that `tune` or `export` wrote; load_base(folder) reads a plain Hugging Face folder.",
         )
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=ModelManifest)
@@ -59,11 +83,11 @@ def read_manifest(folder: Path) -> ModelManifest:
         raise CheckpointError(
             f"{path} is damaged: {error}.", remedy="Copy the saved folder again, or save the model again."
         ) from error
-    needed = {WEIGHTS, "config.json"} | (set(peft_format.FILES) if manifest.r is not None else set())
+    needed = {WEIGHTS, "config.json"} | ({ADAPTER_CONFIG, ADAPTER_WEIGHTS} if manifest.r is not None else set())
     if not needed <= set(manifest.sha256):
         raise CheckpointError(
             f"{path} has no hash for {sorted(needed - set(manifest.sha256))[0]}.",
-            remedy="It was edited or is of another folder; copy the saved folder again.",
+            remedy="It was edited or belongs to another folder; copy the saved folder again.",
         )
     if any(Path(name).name != name for name in manifest.sha256):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""README.md of a saved model: what it is, how to load it, and what was measured; nothing that is not known."""
+"""Model card of a saved model: description, how to load it, and measured results. Nothing unknown is stated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PIPELINES = {
     "causal_lm": "text-generation",
 }
 """The hub's names of the tasks."""
-_AUTO = {
+_AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "causal_lm": "AutoModelForCausalLM",
@@ -20,7 +20,7 @@ _AUTO = {
 
 
 def model_card(manifest: ModelManifest, metrics: Mapping[str, float]) -> str:
-    """The card as Markdown; `metrics` are measured numbers by name."""
+    """Return README.md; `metrics` maps names to measured numbers."""
     spec = manifest.spec
     kept = sorted({(len(h), len(c)) for h, c in zip(manifest.heads, manifest.channels)})
     group = "heads" if spec.num_heads == spec.num_kv_heads else "KV heads (each with its query heads)"
@@ -47,7 +47,7 @@ def model_card(manifest: ModelManifest, metrics: Mapping[str, float]) -> str:
         "    import fedspine_edge",
         '    model = fedspine_edge.load_model("this-folder")',
         "",
-        _alone(manifest),
+        _other_loader(manifest),
         "",
     ]
     if metrics:
@@ -55,12 +55,12 @@ def model_card(manifest: ModelManifest, metrics: Mapping[str, float]) -> str:
         names = {"num_examples": "test tokens" if manifest.task == "causal_lm" else "test examples"}
         lines += [f"| {names.get(name, name)} | {value:.6g} |" for name, value in metrics.items()]
     else:
-        lines.append("Accuracy and latency were not measured before it was saved.")
+        lines.append("Accuracy and latency were not measured before the model was saved.")
     return "\n".join(lines) + "\n"
 
 
-def _alone(manifest: ModelManifest) -> str:
+def _other_loader(manifest: ModelManifest) -> str:
     if not manifest.standard:
-        return "since transformers alone cannot build these widths."
-    adapter = "" if manifest.r is None else ", with peft installed: without it transformers leaves the adapter out"
-    return f"or with transformers' `{_AUTO[manifest.task]}.from_pretrained`{adapter}."
+        return "because transformers alone cannot build layers of these widths."
+    adapter = "" if manifest.r is None else " with peft installed; without peft, transformers ignores the adapter"
+    return f"or with transformers' `{_AUTO_CLASSES[manifest.task]}.from_pretrained`{adapter}."

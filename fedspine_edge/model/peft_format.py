@@ -1,10 +1,11 @@
-"""Adapters in PEFT's file format, both ways.
+"""Reads and writes adapters in PEFT's file format.
 
-A fused linear (GPT-2's `c_attn`) has one adapter there and one per part here: ours are stacked into one of the summed
-rank, B block-diagonal, which is the same product; one of PEFT's own is cut along its rows.
+PEFT has one adapter for a fused linear (GPT-2's `c_attn`), and this package has one per part. When saving, the adapters
+of the parts are stacked into one of the summed rank with a block-diagonal B, which gives the same product. When
+loading, such an adapter is split again; an adapter that PEFT trained is split along the rows of B.
 
-Names: PEFT stores `base_model.model.{path}.lora_A.weight` and, for modules it calls modules_to_save (our task
-head), `base_model.model.{path}`. Ranks and alphas may differ by module (`rank_pattern`, `alpha_pattern`).
+PEFT names the tensors `base_model.model.{path}.lora_A.weight` and, for modules in `modules_to_save` (the task head),
+`base_model.model.{path}`. Ranks and alphas may differ between modules (`rank_pattern`, `alpha_pattern`).
 """
 
 from __future__ import annotations
@@ -20,21 +21,20 @@ import torch
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import full_shape, module_names, split_name
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.weight_files import read_tensors, refuse_pickles
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FILES = (CONFIG, WEIGHTS)
 PREFIX = "base_model.model."
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""PEFT's `init_lora_weights` that subtract the adapter's start from the base: such an adapter fits no other base."""
+"""Values of `init_lora_weights` with which PEFT changes the base, so that the adapter fits no other base."""
 TASK_TYPES = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 def save_adapter(model: PrunableModel, folder: Path) -> None:
-    """Write adapter and head of `model` into `folder` (which exists)."""
+    """Write the adapter and the head of `model` into the existing folder `folder`."""
     r = model.r
     if r is None:
         raise CheckpointError("the model has no adapter to save.", remedy="Call attach_lora first.")
@@ -55,7 +55,7 @@ def save_adapter(model: PrunableModel, folder: Path) -> None:
         "target_modules": list(model.architecture.lora_targets),
         "modules_to_save": list(model.architecture.head_modules(model.task)) or None,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     tensors = {}
     for name, parameter in model.trainable_parameters().items():
         if name.startswith("head."):
@@ -66,29 +66,29 @@ def save_adapter(model: PrunableModel, folder: Path) -> None:
         tensors[key] = parameter.detach().to("cpu").contiguous()
     for layer in range(model.spec.num_layers):
         for path, parts in fused.items():
-            whole = f"{PREFIX}{model.architecture.layer_path(layer)}.{path}"
-            pairs = [[tensors.pop(f"{whole}.{p}.{side}.weight") for p in parts] for side in ("lora_A", "lora_B")]
-            tensors[f"{whole}.lora_A.weight"] = torch.cat(pairs[0])
-            tensors[f"{whole}.lora_B.weight"] = torch.block_diag(*pairs[1])
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            fused_path = f"{PREFIX}{model.architecture.layer_path(layer)}.{path}"
+            pairs = [[tensors.pop(f"{fused_path}.{p}.{side}.weight") for p in parts] for side in ("lora_A", "lora_B")]
+            tensors[f"{fused_path}.lora_A.weight"] = torch.cat(pairs[0])
+            tensors[f"{fused_path}.lora_B.weight"] = torch.block_diag(*pairs[1])
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> None:
-    """Load a PEFT LoRA adapter (and the head saved with it) into `model`.
+    """Load a PEFT LoRA adapter, and the head that was saved with it, into `model`.
 
-    Modules that the adapter leaves out start fresh (B zero). Mixed ranks are raised to the largest: the added
-    components have B zero and a seeded A, so they change nothing and can still learn. Mixed alphas are folded
-    into B. The adapter may be for the unpruned model; it is then gathered.
+    Modules without an adapter get a new one whose B is zero. Adapters of different ranks are padded to the largest rank
+    with a seeded A and a zero B, which changes nothing and can be trained. Different alphas are merged into B. An
+    adapter of the unpruned model is gathered to the model's layout.
 
-    Raises `CheckpointError`, before anything has changed, for other kinds of adapters, modules that are not
-    prunable linears, shapes of another base, damaged files and non-finite values.
+    Raises `CheckpointError`, before anything has changed, for other kinds of adapters, modules that are not prunable
+    linears, shapes of another base, damaged files and non-finite values.
     """
     folder = Path(folder)
     config = _read_config(folder)
     _check_base(model, folder)
-    if not (folder / WEIGHTS).exists():
+    if not (folder / ADAPTER_WEIGHTS).exists():
         refuse_pickles(folder)
-    tensors, ranks = _parts_of_fused(model, read_tensors(folder / WEIGHTS))
+    tensors, ranks = _split_fused_adapters(model, read_tensors(folder / ADAPTER_WEIGHTS))
     paths = {model.architecture.path(name): name for name in module_names(model.spec)}
     factors: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
     state: dict[str, npt.NDArray[np.float32]] = {}
@@ -101,69 +101,74 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
             state[f"head.{key.removeprefix(PREFIX)}"] = array
         else:
             raise CheckpointError(
-                f"{folder / WEIGHTS} adapts {key!r}, which is not a prunable linear or the head of this "
+                f"{folder / ADAPTER_WEIGHTS} adapts {key!r}, which is neither a prunable linear nor the head of this "
                 f"{model.spec.family} model.",
                 remedy="The adapter belongs to another base model or task.",
             )
     largest = max((pair["lora_A"].shape[0] for pair in factors.values() if "lora_A" in pair), default=0)
     if largest == 0:
         raise CheckpointError(
-            f"{folder / WEIGHTS} has no LoRA factors for this model.",
-            remedy="Point to an adapter that PEFT's save_pretrained wrote for this base model.",
+            f"{folder / ADAPTER_WEIGHTS} has no LoRA factors for this model.",
+            remedy="Pass an adapter that PEFT's save_pretrained wrote for this base model.",
         )
     scaling = _scaling(config, None)
     for path, name in paths.items():
         pair = factors.get(name, {})
         if pair and set(pair) != {"lora_A", "lora_B"}:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.", remedy="Copy the adapter again."
+                f"{folder / ADAPTER_WEIGHTS}: {path} has only one of lora_A and lora_B.",
+                remedy="Copy the adapter again.",
             )
         declared = _rank(config, ranks.get(path, path))
         if pair and pair["lora_A"].shape[0] != declared and path not in ranks:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {path} has rank {pair['lora_A'].shape[0]}, {CONFIG} says {declared}.",
+                f"{folder / ADAPTER_WEIGHTS}: {path} has rank {pair['lora_A'].shape[0]}; {ADAPTER_CONFIG} states "
+                f"{declared:g}.",
                 remedy="The two files belong to different adapters; copy both again.",
             )
         ratio = _scaling(config, ranks.get(path, path)) / scaling
-        state.update(_at_rank(model, name, pair, largest, ratio, seed))
-    if any(name.startswith("head.") for name in state):  # PEFT saves the classifier, and not what else we train
+        state.update(_padded(model, name, pair, largest, ratio, seed))
+    if any(name.startswith("head.") for name in state):  # PEFT saves the classifier, but not the pooler
         state = {**{n: v for n, v in model.adapter_state().items() if n.startswith("head.")}, **state}
     model.load_adapter(state, scaling=scaling)
 
 
-def _at_rank(
+def _padded(
     model: PrunableModel, name: str, pair: dict[str, Any], r: int, ratio: float, seed: int
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """`pair` (or nothing) widened to rank `r`, with B times `ratio`."""
+    """Return the factors of a linear padded to rank `r`, with B multiplied by `ratio`; new ones if `pair` is empty."""
     rows, cols = model.layout.rows(name).size, model.layout.cols(name)
     full = full_shape(model.spec, split_name(name)[1])[1]
     fresh = kaiming_uniform(seed, name, r, full)
     if not pair:
         return {f"{name}.lora_A": fresh[:, cols], f"{name}.lora_B": np.zeros((rows, r), np.float32)}
     lora_A, lora_B = pair["lora_A"], pair["lora_B"]
-    have = lora_A.shape[0]
-    if have < r and lora_A.ndim == lora_B.ndim == 2:
+    rank = lora_A.shape[0]
+    if rank < r and lora_A.ndim == lora_B.ndim == 2:
         fill = fresh if lora_A.shape[1] == full else fresh[:, cols]
-        if fill.shape[1] == lora_A.shape[1]:  # else load_adapter says what does not fit
-            lora_A = np.concatenate([lora_A, fill[have:]])
-            lora_B = np.concatenate([lora_B, np.zeros((lora_B.shape[0], r - have), np.float32)], axis=1)
+        if fill.shape[1] == lora_A.shape[1]:  # otherwise load_adapter reports the shapes
+            lora_A = np.concatenate([lora_A, fill[rank:]])
+            lora_B = np.concatenate([lora_B, np.zeros((lora_B.shape[0], r - rank), np.float32)], axis=1)
     return {f"{name}.lora_A": lora_A, f"{name}.lora_B": lora_B * np.float32(ratio)}
 
 
-def _parts_of_fused(
+def _split_fused_adapters(
     model: PrunableModel, tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Adapters of fused linears as one per part, and for each part's path the module whose alpha and rank count.
+    """Replace the adapters of fused linears by one per part.
 
-    What `save_adapter` stacked is taken apart again: B is then zero outside its diagonal blocks.
+    Returns the tensors, and for the path of each part the path of the fused module, whose rank and alpha apply. An
+    adapter that `save_adapter` stacked is recognized by a B that is zero outside its diagonal blocks.
     """
     found = dict(tensors)
     owners: dict[str, str] = {}
     for layer in range(model.spec.num_layers):
         for path, parts in model.architecture.fused.items():
-            whole = f"{model.architecture.layer_path(layer)}.{path}"
-            keys = [k for side in "AB" for k in found if k.removeprefix(PREFIX).startswith(f"{whole}.lora_{side}.")]
-            owners |= {f"{whole}.{part}": whole for part in parts}
+            fused_path = f"{model.architecture.layer_path(layer)}.{path}"
+            keys = [
+                k for side in "AB" for k in found if k.removeprefix(PREFIX).startswith(f"{fused_path}.lora_{side}.")
+            ]
+            owners |= {f"{fused_path}.{part}": fused_path for part in parts}
             if len(keys) != 2:
                 continue
             lora_A, lora_B = found.pop(keys[0]), found.pop(keys[1])
@@ -175,8 +180,8 @@ def _parts_of_fused(
                 if torch.equal(torch.block_diag(*blocks), lora_B):
                     pairs = list(zip(lora_A.chunk(n), blocks))
             for part, (a, b) in zip(parts, pairs):
-                found[f"{PREFIX}{whole}.{part}.lora_A.weight"] = a.contiguous()
-                found[f"{PREFIX}{whole}.{part}.lora_B.weight"] = b.contiguous()
+                found[f"{PREFIX}{fused_path}.{part}.lora_A.weight"] = a.contiguous()
+                found[f"{PREFIX}{fused_path}.{part}.lora_B.weight"] = b.contiguous()
     return found, owners
 
 
@@ -185,7 +190,7 @@ def _number(value: float) -> int | float:
 
 
 def _scaling(config: dict[str, Any], path: str | None) -> float:
-    """lora_alpha / r (or / sqrt(r) with rslora) of the module that PEFT adapts; None is the default."""
+    """Return lora_alpha / r (or / sqrt(r) with rsLoRA) of a module; the default one for None."""
     r = _rank(config, path)
     alpha = _pattern(config, "alpha_pattern", path, float(config["lora_alpha"]))
     return alpha / (r**0.5 if config.get("use_rslora") else r)
@@ -203,29 +208,29 @@ def _pattern(config: dict[str, Any], name: str, path: str | None, default: float
 
 
 def _check_base(model: PrunableModel, folder: Path) -> None:
-    """An adapter that this package saved says which base weights it was trained on."""
-    manifest = folder / "layout.json"
+    """Raise `CheckpointError` if a folder that this package saved names other base weights than the model's."""
+    manifest = folder / LAYOUT
     if not manifest.exists():
         return
     try:
         base = json.loads(manifest.read_text(encoding="utf-8"))["spec"]["base_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged: {error!r}.", remedy="Copy the adapter again.") from error
-    mine = model.spec.base_sha256
-    if base != mine:
+    if base != model.spec.base_sha256:
         raise CheckpointError(
-            f"the adapter in {folder} was trained on base {str(base)[:12]}, this model is {mine[:12]}.",
+            f"the adapter in {folder} was trained on base {str(base)[:12]}; this model has base "
+            f"{model.spec.base_sha256[:12]}.",
             remedy="Load the base model it was trained on.",
         )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, r, alpha = str(config["peft_type"]), int(config["r"]), float(config["lora_alpha"])
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CONFIG}.", remedy="Point to a PEFT adapter folder.") from None
+        raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}.", remedy="Pass a PEFT adapter folder.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error!r}.", remedy="Copy the file again from where the adapter was saved."
@@ -237,7 +242,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"{path}: this adapter's initialisation ({config['init_lora_weights']}) changed the base weights too.",
-            remedy="Save it from PEFT with path_initial_model_for_weight_conversion, which makes it a plain one.",
+            f"{path}: the adapter's initialization ({config['init_lora_weights']}) changed the base weights too.",
+            remedy="Save it from PEFT with path_initial_model_for_weight_conversion, which converts it to plain LoRA.",
         )
     return dict(config)

@@ -1,4 +1,4 @@
-"""The prunable shape of a model as plain numbers, without torch."""
+"""`ModelSpec`, the prunable shape of a model in plain numbers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Positive = Annotated[int, Meta(ge=1)]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The numbers that define a model's prunable groups; enough for the server to plan without torch.
+    """The numbers that define the prunable groups of a model, from which the server plans.
 
     Canonical linear names are `layers.{i}.{part}` with parts q, k, v, o, up, down and, for gated FFNs, gate.
     """
@@ -28,6 +28,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     attention_bias: bool
     ffn_bias: bool
     num_parameters: Positive
-    """All parameters of the unpruned model, task head included, adapters excluded."""
+    """Parameters of the unpruned model, including the task head and excluding adapters."""
     base_sha256: Sha256
-    """Digest of the frozen base weights; devices with another base cannot join."""
+    """Digest of the frozen base weights. Devices with another base cannot join the fleet."""

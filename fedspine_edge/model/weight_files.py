@@ -1,4 +1,4 @@
-"""Weight files: which ones a model has, their digest, and whether they can be read."""
+"""Finds, hashes and reads the weight files of a model folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def base_digest(folder: str | Path, gguf_file: str | None = None) -> str:
-    """SHA-256 that identifies the frozen base weights.
+    """Return the SHA-256 that identifies the frozen base weights.
 
-    Of a single weight file it is that file's own hash, as `sha256sum` prints it; of shards, the hash of
-    `sha256sum`'s lines in order of their names. Raises `CheckpointError` if there are no weights.
+    For a single weight file this is the hash that `sha256sum` prints. For shards it is the hash of the lines that
+    `sha256sum` prints, sorted by file name. Raises `CheckpointError` if there are no weights.
     """
     files = weight_files(Path(folder), gguf_file)
     if len(files) == 1:
@@ -31,7 +31,7 @@ def base_digest(folder: str | Path, gguf_file: str | None = None) -> str:
 
 
 def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
-    """The files that hold the weights, sorted. Raises `CheckpointError` if one is missing or it is a pickle."""
+    """Return the weight files, sorted. Raises `CheckpointError` if one is missing or is a pickle."""
     if gguf_file is not None:
         return [folder / gguf_file]
     index = folder / "model.safetensors.index.json"
@@ -52,23 +52,22 @@ def weight_files(folder: Path, gguf_file: str | None = None) -> list[Path]:
             )
         return files
     refuse_pickles(folder)
-    raise CheckpointError(
-        f"{folder} has no model.safetensors.", remedy="Point to a complete Hugging Face model folder."
-    )
+    raise CheckpointError(f"{folder} has no model.safetensors.", remedy="Pass a complete Hugging Face model folder.")
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raises `CheckpointError` naming a pickled weight file in `folder`, if there is one."""
+    """Raise `CheckpointError` if `folder` holds a pickled weight file."""
     found = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if found:
         raise CheckpointError(
-            f"{folder} holds pickled weights ({found[0]}), which can run code when read.",
-            remedy="Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
+            f"{folder} holds pickled weights ({found[0]}), which can run code when they are read.",
+            remedy="Convert them on a machine where you trust them: "
+            "AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
         )
 
 
 def check_readable(files: list[Path]) -> None:
-    """Raises `CheckpointError` naming the first safetensors file whose header and size do not fit together."""
+    """Raise `CheckpointError` for the first safetensors file whose header does not match its size."""
     for file in files:
         try:
             with safe_open(file, framework="pt"):
@@ -78,7 +77,7 @@ def check_readable(files: list[Path]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file. Raises `CheckpointError`."""
+    """Return all tensors of a safetensors file. Raises `CheckpointError`."""
     try:
         return dict(load_file(path))
     except (OSError, ValueError, SafetensorError) as error:
@@ -86,15 +85,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The error for a file that safetensors refuses."""
+    """Return the error for a file that safetensors cannot read."""
     return CheckpointError(
         f"{path} cannot be read: {str(error).strip().rstrip('.')}.",
-        remedy="It is truncated, damaged or no safetensors file; copy it again and compare its sha256sum.",
+        remedy="It is truncated, damaged or not a safetensors file; copy it again and compare its sha256sum.",
     )
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file, read in pieces. Raises `CheckpointError` if it cannot be read."""
+    """Return the SHA-256 of a file. Raises `CheckpointError` if it cannot be read."""
     try:
         return sha256_of_file(path)
     except OSError as error:
@@ -104,7 +103,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_finite(module: nn.Module, where: Path) -> None:
-    """Raises `CheckpointError` naming the first parameter with NaN or infinity."""
+    """Raise `CheckpointError` for the first parameter with NaN or infinity."""
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(f"{where}: weight {name!r} has non-finite values.", remedy="The file is damaged.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedspine_edge.config import DataSettings, OptimizerSettings
 from fedspine_edge.data.loading import read
 from fedspine_edge.export.fleet_model import load_fleet_model
-from fedspine_edge.model.checkpoint import load_tokenizer
+from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.training.base_model import choose_torch_device
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.tokenization import TextEncoder

@@ -15,7 +15,7 @@ import msgspec
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, FleetConfig, Task
 from fedspine_edge.device.agent import FleetDevice
-from fedspine_edge.model.checkpoint import load_base
+from fedspine_edge.model.loading import load_base
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.server.journal.reader import FILE, JournalReader
 from fedspine_edge.server.server import FleetServer, RunResult

@@ -15,7 +15,8 @@ import torch
 from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.files import LAYOUT
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.checkpoint import load_model
+from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.model.precision import BaseDtype, compute_dtype
 from fedspine_edge.model.prunable import PrunableModel
 
@@ -30,7 +31,7 @@ class BaseModelLoader:
         num_labels: Classes of the task head; 0 for causal_lm.
         task: What the models are for.
         torch_device: Where the models go.
-        base_dtype: How the frozen weights are kept; see `PrunableModel.keep_base_in`.
+        base_dtype: How the frozen weights are kept; see `PrunableModel.set_base_dtype`.
         model: An unpruned model that is already in memory, used instead of reading `path` again and again (a
             simulation's many devices). It is not changed; copies share its frozen weights. Its head stands for the
             fresh head of whatever seed a plan names.
@@ -63,7 +64,7 @@ class BaseModelLoader:
             kept = self._model.base_dtype == self._base_dtype
             shared = {id(t): t for t in tensors if kept and not t.requires_grad}
             model = copy.deepcopy(self._model, shared)
-            model.keep_base_in(self._base_dtype)
+            model.set_base_dtype(self._base_dtype)
         else:
             model = load_base(
                 self._path, task=self._task, num_labels=self._num_labels, base_dtype=self._base_dtype, seed=seed
@@ -119,7 +120,7 @@ def open_model(
             remedy="Pass the `task` and `num_labels` it was saved with, or the base model.",
         )
     if base_dtype is not None:
-        model.keep_base_in(base_dtype)
+        model.set_base_dtype(base_dtype)
     return model
 
 

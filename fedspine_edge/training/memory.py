@@ -159,7 +159,7 @@ def _known_peaks(*kind: Any) -> deque[tuple[Size, int]]:
 
 
 def _kind(model: PrunableModel) -> tuple[Any, ...]:
-    return (model.spec, model.task, model.base_dtype, model.recomputes, _device(model))
+    return (model.spec, model.task, model.base_dtype, model.gradient_checkpointing, _device(model))
 
 
 def _widths(model: PrunableModel) -> Size:
@@ -191,7 +191,7 @@ def _fewer_layers(model: PrunableModel, count: int) -> PrunableModel:
 
 
 def _step(model: PrunableModel, batch: dict[str, Ints]) -> None:
-    model.module.train(model.recomputes)
+    model.module.train(model.gradient_checkpointing)
     loss, _ = loss_sum(model, batch)
     loss.backward()
 

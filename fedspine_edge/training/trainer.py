@@ -281,7 +281,7 @@ class Trainer:
     def _gradients(self, examples: Ints, scored: bool) -> tuple[float, list[torch.Tensor], float]:
         """(mean loss, gradients without the loss scale, their norm) of one step's examples."""
         # transformers recomputes layers in train mode only; with every dropout at 0 the mode changes nothing else
-        self.model.module.train(self.model.recomputes)
+        self.model.module.train(self.model.gradient_checkpointing)
         self.optimizer.zero_grad(set_to_none=True)
         if self.tracker is not None:
             self.tracker.begin(scored)

@@ -11,12 +11,13 @@ from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 from fedspine_edge.bundle.bundle import load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.cli.main import main
+from fedspine_edge.model.checkpoint import save_model
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands") / "model"
-    tiny_model("llama", "causal_lm").save(folder)
+    save_model(tiny_model("llama", "causal_lm"), folder)
     write_byte_tokenizer(folder)
     assert main(["compile", str(folder), "--lora", "inputs", "--backend", "onnxruntime", "--out", f"{folder}.zip"]) == 0
     return folder
@@ -49,7 +50,7 @@ def test_inspect_names_a_damaged_plan_and_still_says_what_is_inside(compiled, tm
 def test_verify_compares_again_and_answers_no_to_another_model(decoder, tmp_path, capsys):
     assert main(["verify", f"{decoder}.zip", "--model", str(decoder)]) == 0
     assert "token by token" in capsys.readouterr().out
-    tiny_model("llama", "causal_lm", seed=9).save(tmp_path / "other")
+    save_model(tiny_model("llama", "causal_lm", seed=9), tmp_path / "other")
     assert main(["verify", f"{decoder}.zip", "--model", str(tmp_path / "other"), "--json"]) == 1
     assert "disagrees" in json.loads(capsys.readouterr().out)["mismatch"]
 
@@ -104,7 +105,7 @@ def test_what_is_not_a_model_a_bundle_or_a_number_is_told_once(arguments, told, 
 
 
 def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
-    tiny_model("bert").save(tmp_path / "model")
+    save_model(tiny_model("bert"), tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     rows = [f"{'good very ' * (i % 6)}film,{i % 3}" for i in range(64)]
     data = tmp_path / "data.csv"

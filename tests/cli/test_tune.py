@@ -207,7 +207,7 @@ def test_tune_needs_room_before_it_trains(
     refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "cannot be written", "free", "space")
     monkeypatch.undo()
     monkeypatch.setattr("os.access", lambda *_: False)  # as on a read-only file system, for root too
-    refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "may not be written to", "permissions")
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "is not writable", "permissions")
 
 
 def test_tune_takes_labels_from_the_column_that_is_named(base_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
 from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
@@ -19,10 +20,10 @@ PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_the_examples_run(tmp_path):
-    tiny_model("bert").save(tmp_path / "out")
+    save_model(tiny_model("bert"), tmp_path / "out")
     write_tokenizer(tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "other-adapter")
-    tiny_model("llama", "causal_lm").save(tmp_path / "decoder")
+    save_model(tiny_model("llama", "causal_lm"), tmp_path / "decoder")
     write_byte_tokenizer(tmp_path / "decoder")
     compile_engine(tmp_path / "decoder", backend="onnxruntime")
     rows = [f"good film {'very ' * (i % 7)}board,{i % 3}" for i in range(60)]

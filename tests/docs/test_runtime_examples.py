@@ -10,6 +10,7 @@ from pathlib import Path
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
 from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +21,7 @@ def test_the_examples_run(tmp_path):
         ("tagger", "bert", "token_classification", write_tokenizer),
         ("decoder", "llama", "causal_lm", write_byte_tokenizer),
     ):
-        tiny_model(family, task).save(tmp_path / name)
+        save_model(tiny_model(family, task), tmp_path / name)
         tokenizer(tmp_path / name)
         compile_engine(tmp_path / name, backend="onnxruntime")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/runtime.md").read_text(), re.DOTALL)

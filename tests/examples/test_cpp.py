@@ -14,6 +14,7 @@ from tiny_deploy import tiny_model, write_byte_tokenizer
 from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.runtime.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def program(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cpp") / "model"
-    tiny_model("bert").save(folder)
+    save_model(tiny_model("bert"), folder)
     return compile_engine(folder, backend="onnxruntime")
 
 
@@ -101,7 +102,7 @@ def test_wrong_bundles_are_named(program, bundle, tmp_path):
         assert done.returncode == 2
         assert words in done.stderr
     folder = tmp_path / "decoder"
-    tiny_model("llama", "causal_lm").save(folder)
+    save_model(tiny_model("llama", "causal_lm"), folder)
     write_byte_tokenizer(folder)
     assert "holds a causal_lm model" in run(program, compile_engine(folder, backend="onnxruntime"), "1\n").stderr
 

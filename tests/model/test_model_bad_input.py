@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedspine_edge.errors import CheckpointError, ConfigError, UnknownArchitecture
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.checkpoint import load_model, save_model
 from fedspine_edge.model.families import SUPPORTED
+from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.model.peft_format import load_adapter
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -133,9 +134,9 @@ def test_weights_that_are_not_those_of_the_config(base):
     tensors = load_file(base / WEIGHTS)
     name = "encoder.layer.1.attention.self.query.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, base / WEIGHTS, metadata={"format": "pt"})
-    refused("lack or misfit 1 tensors .*query.weight", load_base, base)
+    refused("no tensor of the right shape for 1 parameters .*query.weight", load_base, base)
     save_file({**tensors, name: torch.zeros(4, 4)}, base / WEIGHTS, metadata={"format": "pt"})
-    refused("lack or misfit 1 tensors .*query.weight", load_base, base)
+    refused("no tensor of the right shape for 1 parameters .*query.weight", load_base, base)
 
 
 class Payload:
@@ -190,7 +191,7 @@ def test_a_config_that_is_missing_damaged_or_of_an_unknown_model(base):
     refused("the config in .* cannot be read", load_base, base)
     for text in ("{}", '{"model_type": null}'):
         (base / "config.json").write_text(text)
-        refused("does not state a model_type", load_base, base)
+        refused("has no model_type", load_base, base)
     (base / "config.json").unlink()
     refused("has no config.json", load_base, base)
 
@@ -221,10 +222,10 @@ LAYOUTS = {
         {"heads": [[0, 1, 2, 3]] * 2, "channels": [list(range(24))] * 2},
         "does not have the widths of layout.json",
     ),
-    "a head that does not exist": ({"heads": [[0], [99]]}, "layout.json: layer 1 heads"),
-    "not sorted": ({"heads": [[1, 0], [0]]}, "layout.json: layer 0 heads"),
-    "twice the same": ({"channels": [[0, 0], [0]]}, "layout.json: layer 0 channels"),
-    "an empty layer": ({"heads": [[], [0]]}, "layout.json: layer 0 heads"),
+    "a head that does not exist": ({"heads": [[0], [99]]}, "layout.json: layer 1, heads"),
+    "not sorted": ({"heads": [[1, 0], [0]]}, "layout.json: layer 0, heads"),
+    "twice the same": ({"channels": [[0, 0], [0]]}, "layout.json: layer 0, channels"),
+    "an empty layer": ({"heads": [[], [0]]}, "layout.json: layer 0, heads"),
     "layers missing": ({"heads": [[0]]}, "layout has heads for 1 layers"),
     "an unknown field": ({"surprise": 1}, "layout.json is damaged.*surprise"),
     "a later version": ({"version": 2}, "layout.json is damaged"),
@@ -252,7 +253,7 @@ def test_a_layout_of_the_same_widths_but_for_another_model(saved, tmp_path):
     """Kept indices are not shapes: the weights' hash is what ties them together."""
     other = tiny.prunable("bert", seed=5)
     other.compact(load_model(saved).layout.__class__.from_dict(other.spec, load_model(saved).layout.to_dict()))
-    other.save(tmp_path / "other")
+    save_model(other, tmp_path / "other")
     (saved / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     refused(r"model\.safetensors is not the file that was saved", load_model, saved)
 
@@ -263,7 +264,7 @@ def test_a_layout_of_the_same_widths_but_for_another_model(saved, tmp_path):
 @pytest.fixture
 def adapter(tmp_path):
     """An adapter of rank 4 for an unpruned tiny BERT, as PEFT writes it."""
-    return tiny.prunable("bert", r=4).save(tmp_path / "adapter")
+    return save_model(tiny.prunable("bert", r=4), tmp_path / "adapter")
 
 
 def bare_folder(adapter):
@@ -287,7 +288,7 @@ CONFIGS = {
     "trained biases": ({"bias": "all"}, "only plain LoRA"),
     "rank zero": ({"r": 0}, "only plain LoRA"),
     "a rank that is no number": ({"r": "four"}, "is damaged"),
-    "another rank than the weights'": ({"r": 8}, "has rank 4, adapter_config.json says 8"),
+    "another rank than the weights'": ({"r": 8}, "has rank 4; adapter_config.json states 8"),
     "an initialisation that changed the base": ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
 }
 
@@ -310,10 +311,10 @@ def test_an_adapter_without_its_config(adapter):
 
 def test_an_adapter_of_another_base_is_told_by_shapes_names_and_the_digest(adapter):
     first = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="b" * 64)
-    unchanged(r"(?s)trained on base 000000000000, this model is bbbb.*Load the base", first, adapter)
+    unchanged(r"(?s)trained on base 000000000000; this model has base bbbb.*Load the base", first, adapter)
     folder = bare_folder(adapter)
     unchanged("fits neither", tiny.prunable("bert", heads=2), folder)
-    unchanged("(?s)not a prunable linear.*another base", tiny.prunable("llama"), folder)
+    unchanged("(?s)neither a prunable linear.*another base", tiny.prunable("llama"), folder)
     unchanged("not a prunable linear", tiny.prunable("bert", layers=1), folder)
     unchanged("number of labels", tiny.prunable("bert", num_labels=5), folder)
 

@@ -261,7 +261,7 @@ def test_merging_equals_not_merging(kind):
     model = tiny.prunable(kind)
     model.compact(tiny.random_layout(model, 8))
     inputs = tiny.batch(model)
-    merged = model.merged()
+    merged = model.merge()
     assert not any("lora" in name or "base_layer" in name for name, _ in merged.named_parameters())
     assert_close(merged(**inputs).logits, model(**inputs).logits.detach())
     with torch.no_grad():  # a copy: changing it leaves the model alone
@@ -274,7 +274,7 @@ def test_merging_equals_not_merging(kind):
 def test_merging_before_adapters_gives_the_base():
     model = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification")
     inputs = tiny.batch(model)
-    assert torch.equal(model.merged()(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(model.merge()(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_prune_without_adapters_equals_one_with():
@@ -316,7 +316,7 @@ def test_only_adapters_and_head_are_trainable_and_dropout_is_off():
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
 def test_recomputing_layers_changes_no_gradient_before_and_after_a_prune(kind):
     plain, saving = tiny.prunable(kind), tiny.prunable(kind)
-    saving.recompute_layers(True)
+    saving.set_gradient_checkpointing(True)
     saving.module.train()
     for layout in (plain.layout, tiny.random_layout(plain, 3)):
         for model in (plain, saving):

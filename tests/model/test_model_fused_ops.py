@@ -81,7 +81,7 @@ def test_a_gate_that_is_no_silu_stays():
 
 def test_a_merged_model_and_a_copy():
     model = tiny.prunable("llama_lm")
-    assert not overridden(model.merged())
+    assert not overridden(model.merge())
     twin = copy.deepcopy(model.module)
     with torch.no_grad():
         twin.model.norm.weight.zero_()  # a copy whose override still meant the original would not notice

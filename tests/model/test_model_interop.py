@@ -8,9 +8,11 @@ import torch
 
 import fedspine_edge
 from fedspine_edge.errors import CheckpointError
-from fedspine_edge.model.checkpoint import load_base, read_manifest
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.loading import load_base
+from fedspine_edge.model.manifest import read_manifest
 
 FREE = [kind for kind in tiny.KINDS if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim]
 """Families whose config states head_dim, so that a model with fewer heads is a standard one."""
@@ -44,11 +46,11 @@ def assert_read_alone(model, folder):
 def test_fewer_heads_of_equal_widths_are_a_standard_checkpoint_and_generate(kind, tied, tmp_path):
     model = tiny.prunable(kind, heads=4, kv_heads=2, tied=tied)
     model.compact(equal_widths(model, [1], range(0, 16, 2)))
-    folder = model.save_merged(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=True)
     assert read_manifest(folder).standard
     assert_read_alone(model, folder)
     inputs = tiny.batch(model)
-    assert torch.equal(fedspine_edge.load_model(folder).merged()(**inputs).logits, model.merged()(**inputs).logits)
+    assert torch.equal(fedspine_edge.load_model(folder).merge()(**inputs).logits, model.merge()(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
@@ -56,7 +58,7 @@ def test_fewer_channels_of_equal_widths_are_a_standard_checkpoint_of_any_family(
     """What `min_heads` is for: an encoder whose heads all stay needs no loader of its own."""
     model = tiny.prunable(kind)
     model.compact(equal_widths(model, range(model.spec.num_kv_heads), range(1, 24, 3)))
-    folder = model.save_merged(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=True)
     assert read_manifest(folder).standard
     assert_read_alone(model, folder)
 
@@ -67,14 +69,14 @@ def test_a_number_of_heads_that_does_not_divide_the_hidden_size(kind, tmp_path):
     model = tiny.prunable(kind, heads=6, kv_heads=6)
     model.compact(equal_widths(model, range(5), range(8)))
     assert model.spec.hidden_size % 5
-    folder = model.save_merged(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=True)
     assert read_manifest(folder).standard == (tiny.task_of(kind)[0] != "llama")
     if read_manifest(folder).standard:
         assert_read_alone(model, folder)
     else:
         assert "transformers alone cannot build" in (folder / "README.md").read_text()
     inputs = tiny.batch(model)
-    assert torch.equal(fedspine_edge.load_model(folder).merged()(**inputs).logits, model.merged()(**inputs).logits)
+    assert torch.equal(fedspine_edge.load_model(folder).merge()(**inputs).logits, model.merge()(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FREE if kind in DECODERS])
@@ -82,13 +84,13 @@ def test_a_folder_with_its_adapter_beside_the_weights_is_read_whole(kind, tmp_pa
     """transformers sees the adapter and applies it; PEFT puts it on the pruned base."""
     model = tiny.prunable(kind)
     model.compact(equal_widths(model, [0], range(8)))
-    folder = model.save(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out")
     assert_read_alone(model, folder)
-    assert "without it transformers leaves the adapter out" in (folder / "README.md").read_text()
+    assert "without peft, transformers ignores the adapter" in (folder / "README.md").read_text()
     loaded = fedspine_edge.load_model(folder)
     bare = tiny.PrunableModel.from_module(tiny.module(kind), task="causal_lm")
     bare.compact(model.layout)
-    again = peft.PeftModel.from_pretrained(bare.merged(), folder).eval()
+    again = peft.PeftModel.from_pretrained(bare.merge(), folder).eval()
     inputs = tiny.batch(model)
     expected = model(**inputs).logits.detach()
     assert torch.equal(loaded(**inputs).logits, expected)
@@ -101,7 +103,7 @@ def test_unequal_widths_are_refused_by_transformers_and_read_here(kind, tmp_path
     model = tiny.prunable(kind)
     heads = tuple(np.arange(1 + i) for i in range(2))
     model.compact(Layout(model.spec, heads, (np.arange(8), np.arange(16))))
-    folder = model.save_merged(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=True)
     assert not read_manifest(folder).standard
     with pytest.raises((RuntimeError, ValueError)):
         tiny.AUTO[model.task].from_pretrained(folder)
@@ -113,7 +115,7 @@ def test_unequal_widths_are_refused_by_transformers_and_read_here(kind, tmp_path
 @pytest.mark.parametrize("merged", [False, True])
 def test_nothing_but_safetensors_and_text_is_written(merged, tmp_path):
     model = tiny.prunable("gpt2_lm")
-    folder = (model.save_merged if merged else model.save)(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=merged)
     assert {path.suffix for path in folder.iterdir()} <= {".safetensors", ".json", ".md"}
 
 
@@ -186,7 +188,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(family, tied, tmp_path):
     torch.testing.assert_close(model(**inputs).logits, original(**inputs).logits, rtol=1e-4, atol=1e-4)
     model.attach_lora(2, 1.0, 0)
     model.compact(equal_widths(model, [1], range(8)))
-    folder = model.save_merged(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=True)
     assert_read_alone(model, folder)
 
 

@@ -9,6 +9,7 @@ import tiny_models as tiny
 import torch
 
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.families import SUPPORTED
 from fedspine_edge.model.peft_format import load_adapter
 
@@ -39,7 +40,7 @@ def peft_adapter(kind, folder, **settings):
 def test_our_adapter_and_head_load_in_peft(kind, tmp_path):
     model = tiny.prunable(kind, r=3)
     inputs = tiny.batch(model)
-    folder = model.save(tmp_path / "ours")
+    folder = save_model(model, tmp_path / "ours")
     loaded = peft.PeftModel.from_pretrained(tiny.module(kind), folder).eval()
     expected = model(**inputs).logits.detach()
     torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
@@ -98,7 +99,7 @@ def test_modules_to_save_are_the_head(tmp_path):
     inputs = tiny.batch(model)
     torch.testing.assert_close(model(**inputs).logits.detach(), adapted(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
     peft_adapter("bert", tmp_path / "more", modules_to_save=["classifier", "word_embeddings"])
-    with pytest.raises(CheckpointError, match=r"word_embeddings.*not a prunable linear or the head"):
+    with pytest.raises(CheckpointError, match=r"word_embeddings.*neither a prunable linear nor the head"):
         load_adapter(bare("bert"), tmp_path / "more")
 
 
@@ -109,7 +110,7 @@ def test_from_peft_through_here_and_back_into_peft(kind, tmp_path):
     adapted = peft_adapter(kind, tmp_path / "first", rank_pattern={path: 2}, alpha_pattern={path: 5})
     model = bare(kind)
     load_adapter(model, tmp_path / "first")
-    again = peft.PeftModel.from_pretrained(tiny.module(kind), model.save(tmp_path / "second")).eval()
+    again = peft.PeftModel.from_pretrained(tiny.module(kind), save_model(model, tmp_path / "second")).eval()
     inputs = tiny.batch(model)
     torch.testing.assert_close(again(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
 
@@ -130,7 +131,7 @@ def test_our_adapter_of_another_base_is_refused(tmp_path):
     first = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="a" * 64)
     second = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="b" * 64)
     first.attach_lora(2, 1.0, 0)
-    folder = first.save(tmp_path / "first")
-    with pytest.raises(CheckpointError, match=r"(?s)trained on base aaaaaaaaaaaa.*this model is bbbb"):
+    folder = save_model(first, tmp_path / "first")
+    with pytest.raises(CheckpointError, match=r"(?s)trained on base aaaaaaaaaaaa.*this model has base bbbb"):
         load_adapter(second, folder)
     load_adapter(first, folder)

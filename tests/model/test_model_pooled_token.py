@@ -7,7 +7,7 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from fedspine_edge.model.pooled_token import PooledToken, read_token
+from fedspine_edge.model.pooled_token import PooledToken, select_pooled_token
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
 
@@ -172,8 +172,8 @@ def test_an_input_that_is_not_rows_of_all_tokens_stays_as_it_is():
     with PooledToken(0, 7):
         for shape in ((21, 4), (3, 2, 4)):
             x = torch.randn(shape)
-            assert read_token(x) is x
-        assert read_token(torch.randn(3, 7, 4)).shape == (3, 1, 4)
+            assert select_pooled_token(x) is x
+        assert select_pooled_token(torch.randn(3, 7, 4)).shape == (3, 1, 4)
 
 
 def test_recomputed_layers_read_what_their_forward_pass_read():
@@ -183,7 +183,7 @@ def test_recomputed_layers_read_what_their_forward_pass_read():
     for inputs in (short, long):
         for name, value in results(model, whole, inputs).items():
             expected[name] = expected.get(name, 0) + value
-    model.recompute_layers(True)
+    model.set_gradient_checkpointing(True)
     model.module.train()
     for parameter in model.trainable_parameters().values():
         parameter.grad = None

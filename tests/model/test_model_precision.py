@@ -11,8 +11,9 @@ import tiny_models as tiny
 import torch
 
 from fedspine_edge.errors import ConfigError, ModelError
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.checkpoint import load_model, save_model
 from fedspine_edge.model.layout import module_names
+from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.model.lora import QuantizedLinear
 from fedspine_edge.pruning.importance import ImportanceTracker
 
@@ -21,7 +22,7 @@ ON_CPU = ("bfloat16", "int8", "int4")  # float16 products take minutes on a CPU
 
 def kept_in(kind: str, base_dtype: str, **shape):
     model = tiny.prunable(kind, **shape)
-    model.keep_base_in(base_dtype)
+    model.set_base_dtype(base_dtype)
     return model
 
 
@@ -77,13 +78,13 @@ def test_a_saved_model_answers_the_same_and_a_merged_one_nearly(kind, base_dtype
     inputs = tiny.batch(model)
     with torch.no_grad():
         expected = model(**inputs).logits
-        loaded = load_model(model.save(tmp_path / "out"))
+        loaded = load_model(save_model(model, tmp_path / "out"))
         assert loaded.base_dtype == "bfloat16"  # the codes' values, which any reader understands
         assert {p.dtype for p in loaded.trainable_parameters().values()} == {torch.float32}
         assert torch.equal(loaded(**inputs).logits, expected)
         scale = float(expected.float().abs().max())
         for dtype in (None, torch.float32):
-            merged = model.merged(dtype)
+            merged = model.merge(dtype)
             assert {p.dtype for p in merged.parameters()} == {dtype or torch.bfloat16}
             assert not any(isinstance(child, QuantizedLinear) for child in merged.modules())
             assert not any(child._forward_pre_hooks for child in merged.modules())
@@ -91,7 +92,7 @@ def test_a_saved_model_answers_the_same_and_a_merged_one_nearly(kind, base_dtype
             torch.testing.assert_close(
                 got, expected.float(), rtol=0.0, atol=0.1 * scale
             )  # activations of random weights
-        again = load_model(model.save_merged(tmp_path / "merged"))
+        again = load_model(save_model(model, tmp_path / "merged", merged=True))
         assert float((again(**inputs).logits.float() - expected.float()).abs().max()) < 0.1 * scale
 
 
@@ -120,7 +121,7 @@ def test_recomputed_layers_give_the_same_gradients(base_dtype):
     found = []
     for recompute in (False, True):
         model = kept_in("llama_lm", base_dtype)
-        model.recompute_layers(recompute)
+        model.set_gradient_checkpointing(recompute)
         model.module.train(recompute)
         model(**tiny.batch(model)).loss.backward()
         found.append({name: p.grad for name, p in model.trainable_parameters().items()})
@@ -130,11 +131,11 @@ def test_recomputed_layers_give_the_same_gradients(base_dtype):
 
 def test_what_was_quantised_is_not_quantised_again_and_unknown_names_are_told():
     model = kept_in("bert", "int8")
-    model.keep_base_in("int8")
-    with pytest.raises(ModelError, match="already kept in int8"):
-        model.keep_base_in("float32")
+    model.set_base_dtype("int8")
+    with pytest.raises(ModelError, match="already quantized to int8"):
+        model.set_base_dtype("float32")
     with pytest.raises(ConfigError, match=r"'int3' is unknown"):
-        model.keep_base_in("int3")
+        model.set_base_dtype("int3")
 
 
 def test_parameters_are_counted_whatever_they_are_kept_in():
@@ -161,12 +162,12 @@ def test_a_standard_checkpoint_of_a_rounded_model_is_read_by_transformers(tmp_pa
     from transformers import AutoModelForCausalLM
 
     model = kept_in("llama_lm", "int8")
-    folder = model.save_merged(tmp_path / "out")
+    folder = save_model(model, tmp_path / "out", merged=True)
     assert json.loads((folder / "layout.json").read_text())["standard"]
     alone = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.bfloat16).eval()
     inputs = tiny.batch(model)
     with torch.no_grad():
-        expected = model.merged()(**inputs).logits
+        expected = model.merge()(**inputs).logits
         assert torch.equal(alone(**inputs).logits, expected)
 
 
@@ -195,7 +196,7 @@ def test_minilm_says_nearly_the_same_in_fewer_bits():
         model = copy.deepcopy(exact)
         for parameter in model.trainable_parameters().values():
             parameter.grad = None
-        model.keep_base_in(base_dtype)
+        model.set_base_dtype(base_dtype)
         hidden, gradient = run(model)
         off, apart = ((a - b).norm() / b.norm() for a, b in ((hidden, expected), (gradient, truth)))
         assert hidden_error / 10 < off < hidden_error

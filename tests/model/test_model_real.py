@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer, read_manifest
+from fedspine_edge.model.checkpoint import load_model, save_model
+from fedspine_edge.model.loading import load_base, load_tokenizer
+from fedspine_edge.model.manifest import read_manifest
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.selection import select_layout
 
@@ -43,10 +45,10 @@ def test_minilm_trains_prunes_saves_and_answers_the_same(tmp_path):
     assert model.layout.counts == [(6, 768)] * 6
     with torch.no_grad():
         expected = model(**inputs).logits
-        loaded = load_model(model.save(tmp_path / "out"))
+        loaded = load_model(save_model(model, tmp_path / "out"))
         assert torch.equal(loaded(**inputs).logits, expected)
         assert loaded.spec.base_sha256 == model.spec.base_sha256
-        torch.testing.assert_close(model.merged()(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.merge()(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
     assert load_tokenizer(tmp_path / "out")("a fine film").input_ids == tokenizer("a fine film").input_ids
 
 
@@ -69,11 +71,11 @@ def test_smollm2_from_gguf_answers_and_prunes_by_kv_group(tmp_path):
     assert layout.pruning_ratio == pytest.approx(0.5, abs=0.01)
     with torch.no_grad():
         expected = model(**inputs).logits
-        loaded = load_model(model.save(tmp_path / "out"))
+        loaded = load_model(save_model(model, tmp_path / "out"))
         assert torch.equal(loaded(**inputs).logits, expected)
     assert load_tokenizer(tmp_path / "out")("The capital").input_ids == tokenizer("The capital").input_ids
     text = loaded.module.generate(**inputs, max_new_tokens=8, do_sample=False)
-    folder = model.save_merged(tmp_path / "merged")
+    folder = save_model(model, tmp_path / "merged", merged=True)
     assert read_manifest(folder).standard  # one of three KV heads with its three query heads, of head_dim 64
     alone = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert alone.config.num_key_value_heads < 3

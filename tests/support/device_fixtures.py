@@ -21,6 +21,6 @@ def tiny_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tiny_folder):
     """One unpruned model; tests take copies through `ModelSource`."""
-    from fedspine_edge.model.checkpoint import load_base
+    from fedspine_edge.model.loading import load_base
 
     return load_base(tiny_folder, seed=7)

@@ -43,7 +43,7 @@ def test_collate_pads_to_the_longest_of_the_batch():
 
 
 def test_texts_are_cut_at_the_longest_allowed_length(tiny_folder):
-    from fedspine_edge.model.checkpoint import load_tokenizer
+    from fedspine_edge.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_folder)
     pair = batching.encode([Example("good " * 30, 1, "bad")], tokenizer, 10)[0]

@@ -67,7 +67,7 @@ def test_activations_grow_with_the_examples_and_the_rest_does_not(bert):
 def test_recomputation_pruning_and_fewer_bits_all_take_less(bert):
     whole = peak(bert)
     recomputing = fresh(bert)
-    recomputing.recompute_layers(True)
+    recomputing.set_gradient_checkpointing(True)
     assert peak(recomputing) < whole
     cut = fresh(bert)
     cut.compact(select_layout(ImportanceTracker(cut, "magnitude").scores(), cut.layout, 0.5))
@@ -75,7 +75,7 @@ def test_recomputation_pruning_and_fewer_bits_all_take_less(bert):
     peaks = [whole]
     for base_dtype in ("bfloat16", "int8", "int4"):
         model = fresh(bert)
-        model.keep_base_in(base_dtype)
+        model.set_base_dtype(base_dtype)
         peaks.append(estimate(model, micro_batch=1, tokens=4).weights_bytes)
     assert peaks == sorted(peaks, reverse=True)
     linears = sum(model.linear(name).stored.shape.numel() for name in module_names(model.spec))
@@ -103,7 +103,7 @@ def test_language_models_are_rehearsed_too_packed_or_not(family):
 def test_a_deep_models_peak_follows_from_two_shallow_ones(kind, recompute):
     model = tiny_models.prunable(kind, layers=9)  # a classifier's last layer takes less than the others
     layers = model.module.get_submodule(f"{model.architecture.backbone}.{model.architecture.layers}")
-    model.recompute_layers(recompute)
+    model.set_gradient_checkpointing(recompute)
     batch = memory._batch(model, 4, 16, pack_rows=False)
     assert memory._rehearsed(model, batch) == memory._peak(model, batch)
     assert len(layers) == model.module.config.num_hidden_layers == 9

@@ -18,8 +18,8 @@ from fedspine_edge.data.targets import IGNORED
 from fedspine_edge.device.cost_meter import CostMeter
 from fedspine_edge.device.round import LocalRound
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
-from fedspine_edge.model.checkpoint import load_base, load_tokenizer
 from fedspine_edge.model.flops import pass_flops
+from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.tokenization import TextEncoder
 from fedspine_edge.training.trainer import Trainer

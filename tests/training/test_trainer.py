@@ -11,8 +11,8 @@ import torch
 from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.errors import ConfigError, DataError, OutOfMemory
-from fedspine_edge.model.checkpoint import load_tokenizer
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training import batching
 from fedspine_edge.training.base_model import BaseModelLoader, choose_torch_device
@@ -166,7 +166,7 @@ def test_gradients_that_stay_larger_are_accepted_in_the_end(make):
 
 def test_float16_gradients_are_scaled_up_on_their_way_and_down_at_their_end(make):
     trainer = make()
-    trainer.model.keep_base_in("float16")
+    trainer.model.set_base_dtype("float16")
     trainer = Trainer(trainer.model, trainer._train, trainer._holdout, TRAINING, round_steps=30)
     exact = make()
     assert trainer._loss_scale == 2**15

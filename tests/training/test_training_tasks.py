@@ -12,7 +12,7 @@ from fedspine_edge import EdgeTuner
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.loading import examples_of
-from fedspine_edge.model.checkpoint import load_tokenizer
+from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.training import batching
 from fedspine_edge.training.trainer import Trainer
 

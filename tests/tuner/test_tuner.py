@@ -166,7 +166,7 @@ def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_fol
         "| test examples | 30 |",
         f"latency in ms (torch, CPU, threads: 1, one text of 16 tokens, median of 2) | {latency.total_ms:.6g} |",
         "fedspine_edge.load_model",
-        "since transformers alone cannot build these widths",
+        "because transformers alone cannot build layers of these widths",
     ):
         assert said in card
     again = EdgeTuner.from_pretrained(tmp_path / "out", torch_device="cpu").fit(tiny_bert.sentences(60), steps=2)
