@@ -315,7 +315,7 @@ def test_an_adapter_of_another_base_is_told_by_shapes_names_and_the_digest(adapt
     folder = bare_folder(adapter)
     unchanged("fits neither", tiny.prunable("bert", heads=2), folder)
     unchanged("(?s)neither a prunable linear.*another base", tiny.prunable("llama"), folder)
-    unchanged("not a prunable linear", tiny.prunable("bert", layers=1), folder)
+    unchanged("neither a prunable linear", tiny.prunable("bert", layers=1), folder)
     unchanged("number of labels", tiny.prunable("bert", num_labels=5), folder)
 
 
