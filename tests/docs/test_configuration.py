@@ -1,4 +1,4 @@
-"""docs/configuration.md and examples/*.toml say what the settings say of themselves."""
+"""Checks docs/reference and examples/*.toml against the settings, the argument parser and the tables' columns."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_the_page_is_what_the_script_would_write() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "write_configuration_docs"), "--check"]
+def test_generated_reference_pages_are_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "write_reference_docs"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_key_is_on_the_page_with_a_description() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+def test_configuration_page_describes_every_setting() -> None:
+    page = (ROOT / "docs" / "reference" / "configuration.md").read_text(encoding="utf-8")
     for kind in FILES.values():
         for key in keys(kind):
             rows = [line for line in page.splitlines() if line.startswith(f"| `{key.rpartition('.')[2]}` |")]
@@ -54,7 +54,7 @@ def test_every_key_is_on_the_page_with_a_description() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_example_loads_holds_every_key_and_explains_it(name: str) -> None:
+def test_example_settings_load_and_explain_every_key(name: str) -> None:
     path = ROOT / "examples" / name
     load_config(path, FILES[name])
     text = path.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_an_example_loads_holds_every_key_and_explains_it(name: str) -> None:
     assert {line.split()[0] for line in bare} <= plain | {"host", "key_file"}
 
 
-def test_the_examples_state_the_defaults() -> None:
+def test_example_settings_state_the_defaults() -> None:
     assert load_config(ROOT / "examples" / "fleet.toml", FleetConfig) == FleetConfig()
     device = load_config(ROOT / "examples" / "device.toml", DeviceConfig)
     required = {"device_id": device.device_id, "model": device.model, "data": {"path": device.data.path}}

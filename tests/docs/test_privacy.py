@@ -1,4 +1,4 @@
-"""docs/privacy.md lists exactly what the code lets leave a device."""
+"""docs/concepts/privacy.md lists exactly what the code lets leave a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.blobs import ALLOWED_TENSORS
 from fedspine_edge.protocol.messages import Report, Status
 
-PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "concepts" / "privacy.md").read_text(encoding="utf-8")
 
 
 def listed(heading: str) -> list[str]:

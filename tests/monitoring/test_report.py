@@ -66,7 +66,7 @@ def test_csv_columns_are_documented(tmp_path: Path) -> None:
     assert [(row["server_round"], row["device_id"], row["status"]) for row in found][-1] == ("2", "tx2-2", "late")
     assert found[2]["reward_time"] == "0.9"
     assert found[2]["reward_loss"] == ""
-    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "tables.md").read_text()
     for columns in (COLUMNS, CURVE):
         for name, meaning in columns.items():
             assert f"| `{name}` | {meaning} |" in page
