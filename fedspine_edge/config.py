@@ -1,7 +1,7 @@
 """Settings of a fleet and of a device: msgspec structs that are read from TOML files.
 
-Names contain their units. docs/configuration.md is generated from the description of each field. Unknown keys, wrong
-types and out-of-range values raise a `ConfigError` that names the key. Settings are immutable.
+Names contain their units. docs/reference/configuration.md is generated from the description of each field. Unknown
+keys, wrong types and out-of-range values raise a `ConfigError` that names the key. Settings are immutable.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BrokerSettings(_Section, frozen=True, kw_only=True):
 
 
 class BanditSettings(_Section, frozen=True, kw_only=True):
-    """Settings of S-UCB. See docs/algorithms.md, "S-UCB"."""
+    """Settings of S-UCB. See docs/concepts/s-ucb.md."""
 
     discount: Annotated[
         float, _doc("Discount λ: weight of a reward relative to that of the next round.", gt=0, lt=1)
@@ -93,7 +93,7 @@ class BanditSettings(_Section, frozen=True, kw_only=True):
 
 
 class RewardSettings(_Section, frozen=True, kw_only=True):
-    """Weights of the reward terms, which must sum to 1. See docs/algorithms.md, "Reward"."""
+    """Weights of the reward terms, which must sum to 1. See docs/concepts/s-ucb.md, "Reward"."""
 
     loss: Annotated[float, _doc("Weight of the relative decrease of the held-out loss.", ge=0, le=1)] = 0.3
     time: Annotated[
@@ -117,7 +117,7 @@ class RewardSettings(_Section, frozen=True, kw_only=True):
 
 
 class AggregationSettings(_Section, frozen=True, kw_only=True):
-    """Aggregation of the adapters. See docs/algorithms.md, "Aggregation"."""
+    """Aggregation of the adapters. See docs/concepts/aggregation.md."""
 
     rule: Annotated[
         Literal["reconstruct", "zero_pad", "stack", "svd", "trimmed_mean", "median"],
@@ -526,7 +526,7 @@ def _suggestion(message: str, kind: type[msgspec.Struct]) -> str:
     """Return a remedy for a validation error: the closest known key for an unknown one."""
     unknown = re.search(r"unknown field `([^`]+)`", message)
     if not unknown:
-        return "docs/configuration.md lists every key with its type, limits and default."
+        return "docs/reference/configuration.md lists every key with its type, limits and default."
     names = sorted({name for section in _sections(kind) for name in section.__struct_fields__})
     close = difflib.get_close_matches(unknown.group(1), names, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(names)}."

@@ -27,7 +27,7 @@ _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
 def read(data: Data, columns: DataSettings, task: Task) -> list[Example]:
-    """The examples of `data` in the form that `task` has: docs/models.md, "Tasks". Raises as `examples_of` does."""
+    """The examples of `data` in the form that `task` has: docs/guides/prepare-data.md. Raises as `examples_of` does."""
     return examples_of(data, columns, labelled=task != "causal_lm", words=task == "token_classification")
 
 

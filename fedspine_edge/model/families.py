@@ -1,7 +1,7 @@
 """The supported model families, one declarative entry each. Only this module knows transformers' module names.
 
 To add a family, add an `Architecture` to `SUPPORTED` and a tiny config to tests/support/tiny_models.py. Every test of
-the package then runs on it. See docs/models.md.
+the package then runs on it. See docs/guides/add-a-model-family.md.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def architecture_of(config: Any) -> Architecture:
     if family not in SUPPORTED:
         raise UnknownArchitecture(
             f"model type {family!r} is not supported.",
-            remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; docs/models.md explains how to add one.",
+            remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; to add one see docs/guides/add-a-model-family.md.",
         )
     return SUPPORTED[family]
 

@@ -4,7 +4,7 @@ All indices are in original coordinates: a kept index names a head or channel of
 the model was pruned. The module uses numpy only, so that the server can use it without torch.
 
 A *head* is an attention group: one KV head with the `n_rep` query heads that read it. In plain multi-head attention
-it is one head. A *channel* is one intermediate unit of the FFN. Source: docs/algorithms.md, "Groups".
+it is one head. A *channel* is one intermediate unit of the FFN. Source: docs/concepts/pruning.md, "Groups".
 """
 
 from __future__ import annotations

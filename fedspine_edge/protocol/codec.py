@@ -79,7 +79,9 @@ def _decode(payload: bytes, kind: Any, name: str) -> Any:
             )
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise MessageError(f"not a valid {name}: {error}.", remedy="docs/protocol.md lists the fields.") from error
+        raise MessageError(
+            f"not a valid {name}: {error}.", remedy="docs/reference/protocol.md lists the fields."
+        ) from error
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -135,7 +137,7 @@ def check_names(names: Iterable[str], kind: BlobKind) -> None:
         if allowed_dtypes(name, kind) is None:
             raise BlobError(
                 f"tensor {name[:80]!r} is not on the allow-list of {kind} blobs.",
-                remedy="docs/protocol.md lists every tensor name that may travel.",
+                remedy="docs/reference/protocol.md lists every tensor name that may travel.",
             )
 
 

@@ -114,7 +114,9 @@ def complete(job: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         msgspec.convert({k: v for k, v in job.items() if k not in ("variant", "seed")}, Variant)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}.", remedy="docs/experiments.md lists the keys of a variant.") from None
+        raise ConfigError(
+            f"{where}: {error}.", remedy="docs/guides/run-an-experiment.md lists the keys of a variant."
+        ) from None
     fleet = convert({**job["settings"], "seed": job["seed"]}, FleetConfig, where=where)
     if fleet.task != "classification":
         raise ConfigError(
