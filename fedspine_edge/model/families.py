@@ -182,7 +182,7 @@ def architecture_of(config: Any) -> Architecture:
     if family not in SUPPORTED:
         raise UnknownArchitecture(
             f"model type {family!r} is not supported.",
-            remedy=f"Supported families: {', '.join(sorted(SUPPORTED))}; to add one see docs/guides/add-a-model-family.md.",
+            remedy=f"Use one of {', '.join(sorted(SUPPORTED))}, or add it: docs/guides/add-a-model-family.md.",
         )
     return SUPPORTED[family]
 
