@@ -1,5 +1,5 @@
-// The only file that knows pybind11. Matrices arrive as tuples (pointer, rows, cols, row_stride, col_stride, dtype);
-// shapes were checked in Python (fedspine_edge/kernels/native.py). Every call releases the GIL.
+// Python bindings of kernels.h; no other file includes pybind11. A matrix arrives as the tuple (pointer, rows, cols,
+// row_stride, col_stride, dtype). Python has validated all shapes (fedspine_edge/kernels). Every call releases the GIL.
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"
@@ -8,6 +8,9 @@ namespace py = pybind11;
 using namespace fedspine;
 
 namespace {
+
+// Increased with every change of the functions below; fedspine_edge/kernels/native.py expects the same number.
+constexpr int kInterface = 2;
 
 Matrix matrix(const py::tuple& t) {
   return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()),
@@ -38,6 +41,7 @@ ImportanceArgs importance_args(const py::tuple& weight, const py::tuple& lora_a,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of fedspine_edge; use fedspine_edge.kernels.ops.";
+  m.attr("interface") = kInterface;
   m.attr("pointer_bits") = static_cast<int>(sizeof(void*) * 8);
   m.attr("compiler") = FEDSPINE_COMPILER;
   m.attr("version") = FEDSPINE_VERSION;
@@ -54,11 +58,11 @@ PYBIND11_MODULE(_C, m) {
         importance_accumulate_cpu(args, threads);
       });
 
-  m.def("lowrank_project_cpu",
+  m.def("lora_linear_project_cpu",
         [](const py::tuple& out, const py::tuple& x, const py::tuple& small, float alpha, int threads) {
           const Matrix o = matrix(out), i = matrix(x), s = matrix(small);
           py::gil_scoped_release release;
-          lowrank_project_cpu(o, i, s, alpha, threads);
+          lora_linear_project_cpu(o, i, s, alpha, threads);
         });
 
   m.def("gather_cpu",
@@ -95,8 +99,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FEDSPINE_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_runtime_version", &cuda_runtime_version);
-  m.def("importance_workspace_floats", &importance_workspace_floats);
-  m.def("lowrank_workspace_floats", &lowrank_workspace_floats);
+  m.def("importance_accumulate_workspace_floats", &importance_accumulate_workspace_floats);
+  m.def("lora_linear_workspace_floats", &lora_linear_workspace_floats);
   m.def("importance_accumulate_cuda", [](const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b,
                                          const py::tuple& grad_a, const py::tuple& grad_b, float scaling,
                                          uintptr_t group, bool by_row, int64_t num_groups, int metric, uintptr_t scores,
@@ -106,11 +110,11 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     importance_accumulate_cuda(args, tensor_cores, reinterpret_cast<float*>(workspace), device, stream);
   });
-  m.def("lowrank_expand_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& right, float alpha,
-                                  bool tensor_cores, int device, uintptr_t stream) {
+  m.def("lora_linear_expand_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& right, float alpha,
+                                      bool tensor_cores, int device, uintptr_t stream) {
     const Matrix o = matrix(out), l = matrix(left), r = matrix(right);
     py::gil_scoped_release release;
-    lowrank_expand_cuda(o, l, r, alpha, tensor_cores, device, stream);
+    lora_linear_expand_cuda(o, l, r, alpha, tensor_cores, device, stream);
   });
   using Reduction = void (*)(const Matrix&, const Matrix&, const Matrix&, float, bool, float*, int, uintptr_t);
   const auto reduction = [&m](const char* name, Reduction run) {
@@ -121,13 +125,35 @@ PYBIND11_MODULE(_C, m) {
       run(o, a, b, alpha, tensor_cores, reinterpret_cast<float*>(workspace), device, stream);
     });
   };
-  reduction("lowrank_project_cuda", &lowrank_project_cuda);
-  reduction("lowrank_gradient_cuda", &lowrank_gradient_cuda);
+  reduction("lora_linear_project_cuda", &lora_linear_project_cuda);
+  reduction("lora_linear_gradient_cuda", &lora_linear_gradient_cuda);
   m.def("gather_cuda", [](const py::tuple& out, const py::tuple& in, uintptr_t index, bool by_row, int item_bytes,
                           int device, uintptr_t stream) {
     const Matrix o = matrix(out), i = matrix(in);
     py::gil_scoped_release release;
     gather_cuda(o, i, reinterpret_cast<const int64_t*>(index), by_row, item_bytes, device, stream);
+  });
+
+  m.def("importance_accumulate_naive_cuda",
+        [](const py::tuple& weight, const py::tuple& lora_a, const py::tuple& lora_b, const py::tuple& grad_a,
+           const py::tuple& grad_b, float scaling, uintptr_t group, bool by_row, int64_t num_groups, int metric,
+           uintptr_t scores, int device, uintptr_t stream) {
+          const ImportanceArgs args = importance_args(weight, lora_a, lora_b, grad_a, grad_b, scaling, group, by_row,
+                                                      num_groups, metric, scores);
+          py::gil_scoped_release release;
+          importance_accumulate_naive_cuda(args, device, stream);
+        });
+  m.def("lora_linear_product_naive_cuda", [](const py::tuple& out, const py::tuple& left, const py::tuple& right,
+                                             float alpha, bool accumulate, int device, uintptr_t stream) {
+    const Matrix o = matrix(out), l = matrix(left), r = matrix(right);
+    py::gil_scoped_release release;
+    lora_linear_product_naive_cuda(o, l, r, alpha, accumulate, device, stream);
+  });
+  m.def("gather_naive_cuda", [](const py::tuple& out, const py::tuple& in, uintptr_t index, bool by_row, int item_bytes,
+                                int device, uintptr_t stream) {
+    const Matrix o = matrix(out), i = matrix(in);
+    py::gil_scoped_release release;
+    gather_naive_cuda(o, i, reinterpret_cast<const int64_t*>(index), by_row, item_bytes, device, stream);
   });
 #else
   m.attr("cuda") = false;

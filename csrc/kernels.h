@@ -1,8 +1,9 @@
-// The native ops of fedspine_edge: what crosses the border between Python and C++/CUDA.
+// The native ops of fedspine_edge: the one interface between Python and the C++ and CUDA kernels.
 //
-// Nothing here knows torch. Tensors arrive as pointers, sizes, strides and a dtype; outputs and workspaces are
-// allocated by Python; CUDA work goes to the stream Python names. Every function throws std::invalid_argument for
-// a wrong argument and std::runtime_error for a failed launch, both with the op's name in the message.
+// The kernels do not depend on torch. A tensor arrives as a pointer with sizes, strides and a dtype. Python allocates
+// outputs and workspaces and passes the CUDA stream that the work is queued on. Every function throws
+// std::invalid_argument for an invalid argument and std::runtime_error for a failed launch; both messages begin with
+// the name of the op.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ namespace fedspine {
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Metric : int { abs = 0, square = 1, signed_ = 2 };
 
-// A strided matrix in somebody else's memory; strides count elements, not bytes, and may be 0 or negative.
+// A strided matrix that the caller owns. Strides count elements, not bytes, and may be 0 or negative.
 struct Matrix {
   void* data;
   int64_t rows, cols;
@@ -21,9 +22,9 @@ struct Matrix {
   DType dtype;
 };
 
-// Sum over each group of metric(Ghat * (W + scaling B A)), Ghat = gB A + B gA - gB gA.
-// W (out, in); A, gA (r, in); B, gB (out, r), each of its own dtype. Group of row i (or of column i when not
-// by_row): group[i]. scores: num_groups float32, overwritten.
+// The sum over each group of metric(Ghat * (W + scaling B A)), with Ghat = gB A + B gA - gB gA.
+// W is (out, in), A and gA are (r, in), B and gB are (out, r); each has its own dtype. Row i belongs to group[i], or
+// column i does if by_row is false. scores holds num_groups floats and is overwritten.
 struct ImportanceArgs {
   Matrix weight, lora_a, lora_b, grad_a, grad_b;
   float scaling;
@@ -36,16 +37,16 @@ struct ImportanceArgs {
 
 void importance_accumulate_cpu(const ImportanceArgs& args, int threads);
 
-// The low-rank half of lora_linear, three products that together with the base GEMM give forward and backward:
+// The low-rank products of lora_linear. Together with the base GEMM they give its forward and backward pass:
 //   expand    C (m, n)  += alpha * L (m, r) R (r, n)         y += s h Bᵀ,  dX += dh A
 //   project   H (m, r)   = alpha * X (m, k) S (k, r)         h = x Aᵀ,     dh = s dy B
 //   gradient  G (r, n)   = alpha * Lᵀ (r, m) X (m, n)        dA = dhᵀ x,   dBᵀ = s hᵀ dy
-// Each matrix has its own dtype; sums are fp32. On the CPU torch's BLAS is the faster one for expand and gradient, so
-// only project is there.
-void lowrank_project_cpu(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int threads);
+// Each matrix has its own dtype; sums are fp32. The CPU has only project, because torch's BLAS is faster at the other
+// two (docs/decisions/0010).
+void lora_linear_project_cpu(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, int threads);
 
-// Norm and gate of a decoder in fp32, row by row with one read of every operand. The elements of a row lie next to one
-// another; weight is one row; rstd holds a float per row.
+// The norm and the gate of a decoder in fp32. They read every operand once. The elements of a row are contiguous,
+// weight has one row, and rstd holds one float per row. There is no CUDA version: torch has its own kernels there.
 //   rms_norm           out = w x rstd, rstd = 1 / sqrt(mean(x²) + epsilon)
 //   rms_norm_backward  grad_x = rstd (w g - x rstd² mean(w g x))
 //   swiglu             out = silu(gate) up
@@ -57,29 +58,42 @@ void swiglu_cpu(const Matrix& out, const Matrix& gate, const Matrix& up, int thr
 void swiglu_backward_cpu(const Matrix& grad_gate, const Matrix& grad_up, const Matrix& grad, const Matrix& gate,
                          const Matrix& up, int threads);
 
-// out[i, :] = in[index[i], :] or out[:, i] = in[:, index[i]], any element of item_bytes 1, 2, 4 or 8.
-// `in` and `out` are described in elements of item_bytes; the dtype field is not read.
+// out[i, :] = in[index[i], :], or out[:, i] = in[:, index[i]] if by_row is false. item_bytes is 1, 2, 4 or 8; the
+// strides of both matrices count elements of that size, and their dtype is ignored.
 void gather_cpu(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int threads);
 
-std::string cpu_isa();  // the instruction set chosen at run time: avx512, avx2, neon or baseline
+// Return the instruction set that was selected at run time: avx512, avx2, neon or baseline.
+std::string cpu_isa();
 
 #ifdef FEDSPINE_WITH_CUDA
-// `stream` is a cudaStream_t as an integer, `device` the ordinal the pointers live on.
-// Workspaces are uninitialised device memory of at least the number of floats asked for.
-int64_t importance_workspace_floats(int64_t rows, int64_t cols, int64_t rank, bool by_row);
-// `tensor_cores` needs all matrices of an op in one 16-bit dtype; the results of project and gradient may be fp32.
+// stream is a cudaStream_t as an integer, device the ordinal of the GPU that holds the tensors. A workspace is
+// uninitialised device memory of at least the number of floats that the matching function returns. tensor_cores
+// requires one 16-bit dtype for all matrices of an op, except for the results of project and gradient, which may be
+// fp32.
+int64_t importance_accumulate_workspace_floats(int64_t rows, int64_t cols, int64_t rank, bool by_row);
 void importance_accumulate_cuda(const ImportanceArgs& args, bool tensor_cores, float* workspace, int device,
                                 uintptr_t stream);
-int64_t lowrank_workspace_floats(int64_t rows, int64_t cols,
-                                 int64_t depth);  // of an (rows, depth) (depth, cols) product
-void lowrank_expand_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, bool tensor_cores,
-                         int device, uintptr_t stream);
-void lowrank_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, bool tensor_cores,
-                          float* workspace, int device, uintptr_t stream);
-void lowrank_gradient_cuda(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, bool tensor_cores,
-                           float* workspace, int device, uintptr_t stream);
+
+// The workspace of a (rows, depth) x (depth, cols) product.
+int64_t lora_linear_workspace_floats(int64_t rows, int64_t cols, int64_t depth);
+void lora_linear_expand_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha, bool tensor_cores,
+                             int device, uintptr_t stream);
+void lora_linear_project_cuda(const Matrix& out, const Matrix& x, const Matrix& small, float alpha, bool tensor_cores,
+                              float* workspace, int device, uintptr_t stream);
+void lora_linear_gradient_cuda(const Matrix& out, const Matrix& left, const Matrix& x, float alpha, bool tensor_cores,
+                               float* workspace, int device, uintptr_t stream);
 void gather_cuda(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes, int device,
                  uintptr_t stream);
+
+// Naive kernels (csrc/cuda/naive) with one thread per result and sums in double. Only the tests call them, as a second
+// oracle beside float64 torch. lora_linear_product computes alpha * left right and adds it to out if accumulate is
+// true.
+void importance_accumulate_naive_cuda(const ImportanceArgs& args, int device, uintptr_t stream);
+void lora_linear_product_naive_cuda(const Matrix& out, const Matrix& left, const Matrix& right, float alpha,
+                                    bool accumulate, int device, uintptr_t stream);
+void gather_naive_cuda(const Matrix& out, const Matrix& in, const int64_t* index, bool by_row, int item_bytes,
+                       int device, uintptr_t stream);
+
 int cuda_runtime_version();
 #endif
 

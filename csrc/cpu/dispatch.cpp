@@ -1,13 +1,13 @@
-// Which instruction set runs: decided once, by asking the CPU.
+// Selects the instruction set of the CPU kernels, once per process, by querying the CPU.
 #include <cstdlib>
 #include <cstring>
 
-#include "tiles.h"
+#include "isa_table.h"
 
 namespace fedspine {
 namespace {
 
-const Tiles& choose() {
+const IsaTable& select() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("FEDSPINE_ISA");
   const bool only_baseline = limit != nullptr && std::strcmp(limit, "baseline") == 0;
@@ -15,22 +15,22 @@ const Tiles& choose() {
   __builtin_cpu_init();
   if (!only_baseline && !only_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return tiles_avx512;
+    return isa_avx512;
   }
-  if (!only_baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return tiles_avx2;
+  if (!only_baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return isa_avx2;
 #endif
-  return tiles_baseline;
+  return isa_baseline;
 }
 
 }  // namespace
 
-const Tiles& tiles() {
-  static const Tiles& chosen = choose();
-  return chosen;
+const IsaTable& isa_table() {
+  static const IsaTable& selected = select();
+  return selected;
 }
 
 std::string cpu_isa() {
-  return tiles().name;
+  return isa_table().name;
 }
 
 }  // namespace fedspine

@@ -1,18 +1,19 @@
-// RMS norm and SwiGLU on the CPU: rows to threads. The loops are in elementwise.inc.
+// RMS norm and SwiGLU on the CPU: distributes rows over threads. The loops are in elementwise.inc. There is no CUDA
+// version.
 #include "../kernels.h"
+#include "isa_table.h"
 #include "parallel.h"
-#include "tiles.h"
 
 namespace fedspine {
 namespace {
 
-// Work per element in multiply-adds, which parallel_for counts in. Low on purpose: both ops wait for memory, which
-// threads share.
-constexpr double kNorm = 4, kGate = 16;
+// Work per element in multiply-adds, the unit of parallel_for. The values are low because both ops are bound by memory
+// bandwidth, which the threads share.
+constexpr double kNormCost = 4, kGateCost = 16;
 
 template <typename Args>
-void by_rows(const Matrix& shape, double cost, int threads, const Args& args,
-             void (*run)(const Args&, int64_t, int64_t)) {
+void for_row_ranges(const Matrix& shape, double cost, int threads, const Args& args,
+                    void (*run)(const Args&, int64_t, int64_t)) {
   parallel_for(shape.rows, threads, cost * static_cast<double>(shape.rows) * static_cast<double>(shape.cols),
                [&](int64_t first, int64_t last) { run(args, first, last); });
 }
@@ -20,21 +21,22 @@ void by_rows(const Matrix& shape, double cost, int threads, const Args& args,
 }  // namespace
 
 void rms_norm_cpu(const Matrix& out, float* rstd, const Matrix& x, const Matrix& weight, float epsilon, int threads) {
-  by_rows(x, kNorm, threads, RmsNormArgs{out, {}, x, weight, epsilon, rstd}, tiles().rms_norm);
+  for_row_ranges(x, kNormCost, threads, RmsNormArgs{out, {}, x, weight, epsilon, rstd}, isa_table().rms_norm);
 }
 
 void rms_norm_backward_cpu(const Matrix& grad_x, const Matrix& grad, const Matrix& x, const Matrix& weight, float* rstd,
                            int threads) {
-  by_rows(x, kNorm, threads, RmsNormArgs{grad_x, grad, x, weight, 0.0f, rstd}, tiles().rms_norm_backward);
+  for_row_ranges(x, kNormCost, threads, RmsNormArgs{grad_x, grad, x, weight, 0.0f, rstd},
+                 isa_table().rms_norm_backward);
 }
 
 void swiglu_cpu(const Matrix& out, const Matrix& gate, const Matrix& up, int threads) {
-  by_rows(gate, kGate, threads, SwigluArgs{out, {}, {}, gate, up}, tiles().swiglu);
+  for_row_ranges(gate, kGateCost, threads, SwigluArgs{out, {}, {}, gate, up}, isa_table().swiglu);
 }
 
 void swiglu_backward_cpu(const Matrix& grad_gate, const Matrix& grad_up, const Matrix& grad, const Matrix& gate,
                          const Matrix& up, int threads) {
-  by_rows(gate, kGate, threads, SwigluArgs{grad_gate, grad_up, grad, gate, up}, tiles().swiglu_backward);
+  for_row_ranges(gate, kGateCost, threads, SwigluArgs{grad_gate, grad_up, grad, gate, up}, isa_table().swiglu_backward);
 }
 
 }  // namespace fedspine

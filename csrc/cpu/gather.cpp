@@ -1,4 +1,4 @@
-// Copies of the kept rows or columns of a matrix, for compaction. Works on raw elements: no dtype is interpreted.
+// Contiguous copies of selected rows or columns of a matrix. Elements are copied as raw bytes, whatever their dtype.
 #include <cstring>
 #include <stdexcept>
 

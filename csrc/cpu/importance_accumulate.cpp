@@ -1,17 +1,18 @@
-// Group scores of LoRA-guided importance on the CPU: reference, packing, threads, two-stage reduction.
+// Group sums of LoRA-guided importance on the CPU: reference implementation, packing, threads and the two-stage
+// reduction. The inner loops are in importance_accumulate.inc.
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "../kernels.h"
+#include "isa_table.h"
 #include "parallel.h"
 #include "storage.h"
-#include "tiles.h"
 
 namespace fedspine {
 namespace {
 
-// The definition, element by element in double; what the tests of the tiles compare with.
+// Reference implementation: every element in double. It also computes weights that are too small to be packed.
 void importance_accumulate_reference(const ImportanceArgs& args) {
   std::vector<double> sums(args.num_groups, 0.0);
   for (int64_t i = 0; i < args.weight.rows; ++i) {
@@ -36,7 +37,7 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// gB, scaling B and B - gB, interleaved by tile so that the inner loop reads one stream. O(out r) memory.
+// Return gB, scaling B and B - gB, interleaved by tile so that the inner loop reads one stream. O(out r) memory.
 std::vector<float> pack_rows(const ImportanceArgs& args, int64_t tile) {
   const int64_t rows = args.weight.rows, rank = args.lora_a.rows;
   std::vector<float> packed(round_up(rows, tile) * rank * 3, 0.0f);
@@ -52,7 +53,7 @@ std::vector<float> pack_rows(const ImportanceArgs& args, int64_t tile) {
   return packed;
 }
 
-// A and gA, interleaved by panel. O(in r) memory.
+// Return A and gA, interleaved by panel. O(in r) memory.
 std::vector<float> pack_cols(const ImportanceArgs& args, int64_t panel) {
   const int64_t cols = args.weight.cols, rank = args.lora_a.rows;
   std::vector<float> packed(round_up(cols, panel) * rank * 2, 0.0f);
@@ -80,22 +81,22 @@ void importance_accumulate_cpu(const ImportanceArgs& args, int threads) {
           std::to_string(args.num_groups - 1));
     }
   }
-  // Packing costs O((out + in) r) and pays from a few tiles up.
+  // Packing costs O((out + in) r) and pays off from a few tiles on.
   if (rows * cols < 256) return importance_accumulate_reference(args);
 
-  const Tiles& isa = tiles();
-  const std::vector<float> row_factors = pack_rows(args, isa.importance_rows);
-  const std::vector<float> col_factors = pack_cols(args, isa.panel_cols);
-  // Stage one: one sum per row (or column) of W. A row belongs to one thread and is summed in a fixed order, so the
-  // bits do not depend on the number of threads.
+  const IsaTable& isa = isa_table();
+  const std::vector<float> row_factors = pack_rows(args, isa.importance_tile_rows);
+  const std::vector<float> col_factors = pack_cols(args, isa.importance_panel_cols);
+  // Stage one computes one sum per row (or column) of W. One thread sums a row in a fixed order, so the bits do not
+  // depend on the number of threads.
   std::vector<double> sums(length, 0.0);
   const ImportancePanels panels = {args.weight, row_factors.data(), col_factors.data(), rank, args.metric, sums.data()};
   const double work = 3.0 * static_cast<double>(rows) * static_cast<double>(cols) * static_cast<double>(rank);
-  const int64_t step = args.by_row ? isa.importance_rows : isa.panel_cols;
+  const int64_t step = args.by_row ? isa.importance_tile_rows : isa.importance_panel_cols;
   const auto stage_one = args.by_row ? isa.importance_rows_sum : isa.importance_cols_sum;
   parallel_for((length + step - 1) / step, threads, work,
                [&](int64_t first, int64_t last) { stage_one(panels, first, last); });
-  // Stage two: rows into groups, in index order.
+  // Stage two adds the sums of rows (or columns) to their groups, in index order.
   std::vector<double> groups(args.num_groups, 0.0);
   for (int64_t i = 0; i < length; ++i) groups[args.group[i]] += sums[i];
   for (int64_t g = 0; g < args.num_groups; ++g) args.scores[g] = static_cast<float>(groups[g]);

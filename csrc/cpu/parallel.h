@@ -1,5 +1,5 @@
-// A parallel-for over std::thread: threads are joined before it returns, so no pool outlives the call, nothing
-// competes with torch's own OpenMP pool, and fork() stays safe.
+// A parallel for loop over std::thread. It joins its threads before it returns, so no thread pool outlives the call,
+// nothing competes with torch's OpenMP pool, and fork() stays safe.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@
 
 namespace fedspine {
 
-// Below this much work (in multiply-adds) starting a thread (about 15 µs) costs more than it saves.
+// Work in multiply-adds below which starting a thread (about 15 µs) costs more than it saves.
 constexpr double kWorkPerThread = 4e6;
 
-// Calls body(first, last) on consecutive ranges that cover [0, count). How many ranges there are depends on
-// `threads`, so body must write results that do not depend on where a range begins.
+// Call body(first, last) on consecutive ranges that cover [0, count). The number of ranges depends on threads, so the
+// results of body must not depend on where a range begins.
 template <typename Body>
 void parallel_for(int64_t count, int threads, double work, const Body& body) {
   const auto useful = static_cast<int64_t>(work / kWorkPerThread);
@@ -25,7 +25,7 @@ void parallel_for(int64_t count, int threads, double work, const Body& body) {
     const int64_t first = count * part / parts, last = count * (part + 1) / parts;
     try {
       workers.emplace_back([&body, first, last] { body(first, last); });
-    } catch (const std::system_error&) {  // the system is out of threads: do the work here
+    } catch (const std::system_error&) {  // the system has no more threads: run the range on this one
       body(first, last);
     }
   }

@@ -1,8 +1,8 @@
-// Reading and writing fp32, fp16 and bf16 storage as float, one element at a time.
+// Conversion between float and fp32, fp16 and bf16 storage, one element at a time.
 //
-// Integer arithmetic only: F16C, AVX512-BF16 or a compiler's _Float16 are not needed, so each instruction set and
-// the portable path round alike (to nearest, ties to even) and agree with torch bit for bit. Everything has
-// internal linkage: this header is compiled once per instruction set and must not be merged by the linker.
+// The conversions use integer arithmetic instead of F16C, AVX512-BF16 or a compiler's _Float16. Every instruction set
+// therefore rounds alike (to nearest, ties to even) and agrees with torch bit for bit. All functions have internal
+// linkage, because this header is compiled once per instruction set and the linker must not merge the copies.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ inline float to_float(BFloat16 value) {
   return float_of(uint32_t{value.bits} << 16);
 }
 
-// Shifting exponent and mantissa into place leaves the exponent 112 too small; the multiplication mends it and
-// normalises subnormals on the way. Infinity and NaN then need their exponent filled.
+// After the shift the exponent is 112 too small. The multiplication corrects it and normalises subnormals. The
+// exponents of infinity and NaN are then filled with ones.
 inline float to_float(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   uint32_t bits = bits_of(float_of(magnitude << 13) * 0x1p112f);
@@ -56,7 +56,7 @@ inline void from_float(float value, float* out) {
 inline void from_float(float value, BFloat16* out) {
   const uint32_t bits = bits_of(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    out->bits = static_cast<uint16_t>(bits >> 16 | 0x40u);  // keep a NaN a NaN
+    out->bits = static_cast<uint16_t>(bits >> 16 | 0x40u);  // a NaN stays a NaN
     return;
   }
   out->bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
@@ -70,7 +70,7 @@ inline void from_float(float value, Half* out) {
     half = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: the addition aligns and rounds a subnormal
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: the addition aligns and rounds subnormals
     half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
@@ -78,7 +78,7 @@ inline void from_float(float value, Half* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// Element (row, col) of a matrix whose storage is T.
+// Return the address of element (row, col) of a matrix whose storage type is T.
 template <typename T>
 inline T* element(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<T*>(m.data) + row * m.row_stride + col * m.col_stride;

@@ -1,4 +1,5 @@
-// What the CUDA kernels share: storage as float, the device the caller named, launch errors as exceptions.
+// Shared by all CUDA kernels: kernel launches and their errors, the current device, and conversion between storage and
+// float.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +11,8 @@
 
 #include "../kernels.h"
 
-// Shared memory of a block. A macro, because tests/kernels/cuda_on_cpu hands out fresh, guarded memory instead.
+// A variable in the shared memory of a block. tests/kernels/cuda_on_cpu defines this macro differently: there every
+// block gets newly allocated, guarded memory.
 #ifdef __CUDACC__
 #define FEDSPINE_SHARED(Type, name) __shared__ Type name
 #endif
@@ -24,7 +26,8 @@ inline void check(const char* op, const char* what, cudaError_t status) {
                            cudaGetErrorString(status));
 }
 
-// Puts a kernel on the stream. Not <<<>>>: this form returns its error, and a C++ compiler without CUDA understands it.
+// Launch a kernel on the stream. Unlike <<<>>>, this form returns its error, and a C++ compiler without CUDA accepts
+// it.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
             Arguments... arguments) {
@@ -33,11 +36,12 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (status != cudaSuccess) cudaGetLastError();  // reported here: torch must not find it again
+  if (status != cudaSuccess) cudaGetLastError();  // clear the error, so that torch does not report it again
   check(op, "kernel launch", status);
 }
 
-// Makes `device` current for a scope: the caller's tensors may live on another GPU than the thread's current one.
+// Makes `device` the current one for a scope. The tensors of a call may be on another GPU than the thread's current
+// one.
 class DeviceScope {
  public:
   DeviceScope(const char* op, int device) {
@@ -56,7 +60,7 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-// Grids are sized in 64 bits and checked, rather than wrapped into an int.
+// Return the number of blocks as a grid dimension. Grids are computed in 64 bits and checked, so they cannot overflow.
 inline unsigned grid_size(const char* op, int64_t blocks, int64_t limit) {
   if (blocks > limit) throw std::invalid_argument(std::string(op) + ": the matrix needs more blocks than a grid holds");
   return static_cast<unsigned>(blocks);
@@ -91,7 +95,7 @@ __device__ inline T* element(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<T*>(m.data) + row * m.row_stride + col * m.col_stride;
 }
 
-// The dtype is the same for a whole launch: the branch never diverges.
+// The dtype is the same for all threads of a launch, so these branches do not diverge.
 __device__ inline float load(const Matrix& m, int64_t row, int64_t col) {
   if (m.dtype == DType::f32) return *element<float>(m, row, col);
   if (m.dtype == DType::f16) return to_float(*element<__half>(m, row, col));

@@ -1,6 +1,13 @@
-// Copies of the kept rows or columns of a matrix on CUDA. Reference: gather_range in csrc/cpu/gather.cpp.
-// Bytes: the kept elements read and written once (columns: by 32-byte sector), no FLOPs. Indices were checked in
-// Python; an index outside would read outside.
+// Contiguous copies of selected rows or columns of a matrix on CUDA. Reference implementation: gather_range in
+// csrc/cpu/gather.cpp.
+//
+// Versions:
+//   naive/gather.cu   one thread per element of the output
+//   this file         adds a loop over elements with a bounded grid, so the size of the output is not limited
+//
+// ops.gather_rows and ops.gather_cols do not call it: torch's index_select is the same copy, bound by memory bandwidth,
+// and no measurement on a GPU shows a gain. benchmarks/kernels.py compares the two. The caller has validated the
+// indices.
 #include "common.cuh"
 
 namespace fedspine {
@@ -8,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Neighbouring threads copy neighbouring elements of the contiguous output.
+// Neighbouring threads write neighbouring elements of the output, which is contiguous.
 template <typename T>
 __global__ void gather_elements(Matrix out, Matrix in, const int64_t* index, bool by_row) {
   const int64_t size = out.rows * out.cols, step = static_cast<int64_t>(gridDim.x) * blockDim.x;

@@ -1,17 +1,25 @@
-// Group scores of LoRA-guided importance on CUDA. Reference: importance_accumulate_reference in
-// csrc/cpu/importance_accumulate.cpp and fedspine_edge/kernels/reference.py.
+// Group sums of LoRA-guided importance on CUDA. Reference implementations: importance_accumulate_reference in
+// csrc/cpu/importance_accumulate.cpp and importance_accumulate in fedspine_edge/kernels/reference.py.
 //
-// Two launches, nothing read back: stage one leaves partial sums per row (or column) and slice, stage two adds them per
-// group. The eager form moves about 21 matrices of m x n and allocates three.
-#include "importance_fma.cuh"
-#include "importance_mma.cuh"
+// Versions:
+//   naive/importance_accumulate.cu   one thread per group, in double
+//   importance_accumulate_fma.cuh    adds tiles of 64 x 64 with the factors in shared memory, 4 x 4 elements per
+//   thread,
+//                                    and partial sums of rows (or columns) that a second launch adds per group
+//   importance_accumulate_mma.cuh    adds tensor cores and double-buffered asynchronous copies, for one 16-bit format
+//
+// There are two launches (up to six if factors have to be packed), and nothing is copied back to the host. Eager torch
+// reads and writes about 21 matrices of the size of W and allocates three.
+#include "importance_accumulate_fma.cuh"
+#include "importance_accumulate_mma.cuh"
 
 namespace fedspine {
 namespace {
 
 constexpr const char* kOp = "importance_accumulate";
 
-// The workspace: flags of stage one's blocks, partial sums, packed factors, each from a multiple of 16 bytes on.
+// The workspace holds the flags of check_groups, the partial sums and the packed factors. Each part begins at a
+// multiple of 16 bytes.
 int64_t round_up(int64_t floats) {
   return ceil_div(floats, 4) * 4;
 }
@@ -24,24 +32,24 @@ int64_t num_partials(int64_t rows, int64_t cols, bool by_row) {
 
 template <typename T>
 void sum_fma(const ImportanceArgs& args, dim3 grid, int64_t tiles, int* flags, float* partial, cudaStream_t stream) {
-  launch(kOp, args.by_row ? importance_sums_fma<T, true> : importance_sums_fma<T, false>, grid, kFmaThreads, stream,
-         args.weight, args.lora_a, args.lora_b, args.grad_a, args.grad_b, args.scaling, args.metric, args.group,
+  launch(kOp, args.by_row ? importance_sums_fma<T, true> : importance_sums_fma<T, false>, grid, kImportanceFmaThreads,
+         stream, args.weight, args.lora_a, args.lora_b, args.grad_a, args.grad_b, args.scaling, args.metric, args.group,
          args.num_groups, tiles, flags, partial);
 }
 
-// The floats that a packed copy of a (rows, cols) factor of 16-bit elements takes.
+// Return the size in floats of a packed copy of a (rows, cols) factor with 16-bit elements.
 int64_t packed_floats(int64_t rows, int64_t cols) {
   return rows * (ceil_div(cols, 8) * 4);
 }
 
-// The factor as the kernel needs it: itself where it is aligned, else a copy in `space`, which moves on.
+// Return the factor itself if it is aligned; otherwise pack a copy into `space` and advance `space`.
 AlignedRows packed(const Matrix& m, float** space, cudaStream_t stream) {
   if (is_aligned(m)) return aligned_rows(m);
   const int64_t stride = ceil_div(m.cols, 8) * 8;
   const AlignedRows copy = {reinterpret_cast<uint16_t*>(*space), static_cast<int>(m.rows), static_cast<int>(m.cols),
                             static_cast<int>(stride)};
-  launch(kOp, importance_pack, grid_size(kOp, ceil_div(m.rows * m.cols, kMmaThreads), kGridX), kMmaThreads, stream, m,
-         reinterpret_cast<uint16_t*>(*space), copy.stride);
+  launch(kOp, importance_pack, grid_size(kOp, ceil_div(m.rows * m.cols, kImportanceMmaThreads), kGridX),
+         kImportanceMmaThreads, stream, m, reinterpret_cast<uint16_t*>(*space), copy.stride);
   *space += packed_floats(m.rows, m.cols);
   return copy;
 }
@@ -53,7 +61,7 @@ void sum_mma_of(const ImportanceArgs& args, const Source& weight, dim3 grid, int
   const AlignedRows lora_a = packed(args.lora_a, &space, stream), lora_b = packed(args.lora_b, &space, stream);
   const AlignedRows grad_a = packed(args.grad_a, &space, stream), grad_b = packed(args.grad_b, &space, stream);
   launch(kOp, args.by_row ? importance_sums_mma<T, Source, true> : importance_sums_mma<T, Source, false>, grid,
-         kMmaThreads, stream, weight, lora_a, lora_b, grad_a, grad_b, args.scaling, args.metric, args.group,
+         kImportanceMmaThreads, stream, weight, lora_a, lora_b, grad_a, grad_b, args.scaling, args.metric, args.group,
          args.num_groups, static_cast<int>(tiles), flags, partial);
 }
 
@@ -68,7 +76,7 @@ void sum_mma(const ImportanceArgs& args, dim3 grid, int64_t tiles, int* flags, f
 
 }  // namespace
 
-int64_t importance_workspace_floats(int64_t rows, int64_t cols, int64_t rank, bool by_row) {
+int64_t importance_accumulate_workspace_floats(int64_t rows, int64_t cols, int64_t rank, bool by_row) {
   return num_flags(by_row ? rows : cols) + round_up(num_partials(rows, cols, by_row)) +
          2 * (packed_floats(rank, cols) + packed_floats(rows, rank));
 }

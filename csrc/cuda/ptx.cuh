@@ -1,10 +1,12 @@
-// The few instructions that CUDA C++ has no name for: asynchronous copies, matrix loads and tensor-core products, for
-// sm_80 and newer. tests/kernels/cuda_on_cpu defines the same functions lane by lane for a CPU.
+// PTX instructions without a CUDA C++ equivalent: asynchronous copies, matrix loads and tensor-core products, for sm_80
+// and newer. tests/kernels/cuda_on_cpu/ptx.cpp defines the same functions for a CPU, lane by lane.
 //
-// Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
-//   A (16, 16) four registers: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its right neighbour
-//   B (16, 8)  two registers:  (2t, g), (2t + 8, g), each with the element below
-//   C (16, 8)  four floats:    (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// A warp has eight quads of four lanes. The fragments below are those of the PTX ISA, "Matrix Fragments for
+// mma.m16n8k16", where quad = lane / 4 is called groupID and lane_in_quad = lane % 4 threadID_in_group. With q = quad
+// and i = lane_in_quad:
+//   A (16, 16) four registers: (q, 2i), (q + 8, 2i), (q, 2i + 8), (q + 8, 2i + 8), each with its right neighbour
+//   B (16, 8)  two registers:  (2i, q), (2i + 8, q), each with the element below
+//   C (16, 8)  four floats:    (q, 2i), (q, 2i + 1), (q + 8, 2i), (q + 8, 2i + 1)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,26 +23,27 @@ namespace {
 #define FEDSPINE_PTX
 #endif
 
-// Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros. Both addresses are multiples of
-// 16; nothing is read beyond `bytes`. Arrives with the group that the next commit closes.
+// Start copying `bytes` (0 to 16) from global to shared memory and fill the rest of the 16 bytes with zeros. Both
+// addresses must be multiples of 16; nothing beyond `bytes` is read. The copy belongs to the group of the next commit.
 FEDSPINE_PTX void cp_async_16(void* shared, const void* global, int bytes);
 FEDSPINE_PTX void cp_async_commit();
-// Waits for this thread's copies of all groups but the last committed; for those of other threads a barrier must
-// follow.
+// Wait for this thread's copies of all groups except the last committed one. A barrier must follow before other
+// threads' copies are read.
 FEDSPINE_PTX void cp_async_wait_all_but_one();
 
-// Four 8 x 8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8 (16 bytes, aligned to 16). Register i
-// is elements (g, 2t) and (g, 2t + 1) of matrix i, or of its transpose.
+// Load four 8 x 8 matrices of 16-bit elements. Each lane passes the address of one row of 16 bytes, aligned to 16: row
+// lane % 8 of matrix lane / 8. Register n receives the elements (q, 2i) and (q, 2i + 1) of matrix n or of its
+// transpose.
 FEDSPINE_PTX void ldmatrix(uint32_t (&fragment)[4], const void* row);
 FEDSPINE_PTX void ldmatrix_transposed(uint32_t (&fragment)[4], const void* row);
 
-// sum (16, 8) += A (16, 16) B (16, 8) in fp32; the last argument only names the format of A and B.
+// Compute sum (16, 8) += A (16, 16) B (16, 8) in fp32. The last argument only selects the format of A and B.
 FEDSPINE_PTX void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half);
 FEDSPINE_PTX void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16);
 
 #ifdef __CUDACC__
 FEDSPINE_PTX void cp_async_16(void* shared, const void* global, int bytes) {
-  // .cg: through L2 only; every byte is read once per block.
+  // .cg caches in L2 only, because a block reads every byte once.
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
       "l"(__cvta_generic_to_global(global)), "r"(bytes)

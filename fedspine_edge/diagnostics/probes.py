@@ -118,7 +118,7 @@ def _run_native(torch: Any, native: Any, reference: Any, device: str) -> None:
     weight, a, b, grad_a, grad_b = (
         torch.randn(shape, generator=generator).to(device) for shape in ((8, 6), (2, 6), (8, 2), (2, 6), (8, 2))
     )
-    if not native.runs(weight):
+    if not native.supports(weight):
         capability = torch.cuda.get_device_capability(0)
         raise RuntimeError(f"built for sm {sorted(native.build_info_architectures())}, the GPU is sm {capability}")
     group = torch.arange(8, dtype=torch.int32, device=device) // 2

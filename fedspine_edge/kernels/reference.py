@@ -1,7 +1,8 @@
-"""The definition of every op in plain torch: what the native kernels are compared with, and the fallback.
+"""Reference implementations of all ops in plain torch.
 
-Same signatures as `fedspine_edge.kernels.ops`. Any device and floating dtype, double precision included; everything
-here decomposes under tracing and export.
+They define what the ops compute. Tests compare the native kernels with them, and the ops fall back to them. They have
+the signatures of `fedspine_edge.kernels.ops`, accept every device and floating-point dtype including float64, and
+decompose into standard operators when a model is traced or exported.
 """
 
 from __future__ import annotations
@@ -17,43 +18,31 @@ Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # weight, bias, lora_A, 
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    keep_out: Tensor | None = None,
-    keep_in: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
-    """`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ`: (..., in_features) → (..., out_features).
-
-    With keep_out the rows of lora_B, with keep_in the columns of lora_A are selected first.
-    """
-    lora_B = lora_B if keep_out is None else lora_B[keep_out.long()]
-    lora_A = lora_A if keep_in is None else lora_A[:, keep_in.long()]
+    """Return `x Wᵀ + bias + scaling (x Aᵀ) Bᵀ`, with shape (..., out_features) for x (..., in_features)."""
     low_rank = functional.linear(functional.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
     return functional.linear(x, weight, bias) + scaling * low_rank
 
 
 def lora_qkv(x: Tensor, q: Weights, k: Weights, v: Weights, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Three `lora_linear` of one input; each of q, k, v is (weight, bias, lora_A, lora_B)."""
+    """Return `lora_linear` of x with each of q, k and v, which are (weight, bias, lora_A, lora_B)."""
     return lora_linear(x, *q, scaling), lora_linear(x, *k, scaling), lora_linear(x, *v, scaling)
 
 
 def lora_gate_up(x: Tensor, gate: Weights, up: Weights, scaling: float) -> tuple[Tensor, Tensor]:
-    """Two `lora_linear` of one input."""
+    """Return `lora_linear` of x with each of gate and up."""
     return lora_linear(x, *gate, scaling), lora_linear(x, *up, scaling)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`weight x / sqrt(mean(x²) + epsilon)` over the last dimension, as transformers' LlamaRMSNorm rounds it."""
+    """Return `weight x / sqrt(mean(x²) + epsilon)` over the last dimension, rounded like transformers' LlamaRMSNorm."""
     wide = x if x.dtype == torch.float64 else x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) up`."""
+    """Return `silu(gate) up`."""
     return functional.silu(gate) * up
 
 
@@ -70,9 +59,9 @@ def importance_accumulate(
     num_groups: int,
     metric: Metric = "abs",
 ) -> Tensor:
-    """Group sums of LoRA-guided importance, (num_groups,) float32. Source: docs/algorithms.md, "Importance".
+    """Return the group sums of LoRA-guided importance, (num_groups,) float32. Source: docs/algorithms.md, "Importance".
 
-    Materialises three (out, in) temporaries. Half-precision inputs are computed in float32, double in double.
+    Allocates three temporaries of shape (out, in). Computes in float64 if the weight is float64, else in float32.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -92,10 +81,10 @@ def importance_accumulate(
 
 
 def gather_rows(t: Tensor, index: Tensor) -> Tensor:
-    """`t[index]`, contiguous."""
+    """Return a contiguous copy of `t[index]`."""
     return t.index_select(0, index.long()).contiguous()
 
 
 def gather_cols(t: Tensor, index: Tensor) -> Tensor:
-    """`t[:, index]`, contiguous."""
+    """Return a contiguous copy of `t[:, index]`."""
     return t.index_select(1, index.long()).contiguous()

@@ -1,7 +1,7 @@
-"""lora_qkv and lora_gate_up: adapted linears that read the same input, as one op.
+"""The ops lora_qkv and lora_gate_up: linear layers with adapters that share their input.
 
-Against one `lora_linear` each, x is read once for all low-rank projections, dX is summed in place instead of by
-autograd in temporaries, and one node of the graph stands for two or three.
+Compared with one `lora_linear` per layer, x is read once for all low-rank projections, dX is accumulated in place
+instead of in temporaries of autograd, and the graph has one node instead of two or three.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedspine_edge.kernels import reference
-from fedspine_edge.kernels.checks import decompose, fail
+from fedspine_edge.kernels.checks import fail, must_decompose
 from fedspine_edge.kernels.lora_linear import (
     eager_lora_linear,
     expand_,
@@ -26,12 +26,13 @@ from fedspine_edge.kernels.lora_linear import (
 )
 from fedspine_edge.kernels.quantized import QuantizedWeight, dense
 
-# Below this two linears of their own are faster than one op for both, by up to 2 % (docs/kernels.md); three never are.
+# The number of tokens below which two separate ops are up to 2 % faster than one for both (docs/results/kernels.md).
+# Three separate ops never are.
 _CPU_PAIR_MIN_TOKENS = 64
 
 
 class Projection(NamedTuple):
-    """One linear of several that share their input; shapes as in `lora_linear`. Ranks may differ."""
+    """One of several linear layers that share their input, with the shapes of `lora_linear`. Ranks may differ."""
 
     weight: Tensor | QuantizedWeight
     bias: Tensor | None
@@ -40,16 +41,28 @@ class Projection(NamedTuple):
 
 
 def lora_qkv(x: Tensor, q: Projection, k: Projection, v: Projection, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`lora_linear` of x with q, k and v: three results (..., out_features) of their own widths.
+    """Return `lora_linear` of x with q, k and v: three tensors of shape (..., out_features of the projection).
 
-    Dtypes, autocast, frozen weights and errors are as in `lora_linear`. The three agree in dtype and device.
+    Dtypes, autocast, frozen weights and errors are as in `lora_linear`. The three projections must have the same dtype
+    and device.
+
+    >>> x, one = torch.tensor([[1.0, 2.0]]), torch.ones(1, 1)
+    >>> q, k, v = (Projection(torch.full((1, 2), w), None, torch.ones(1, 2), one) for w in (1.0, 2.0, 3.0))
+    >>> lora_qkv(x, q, k, v, scaling=0.5)
+    (tensor([[4.5000]]), tensor([[7.5000]]), tensor([[10.5000]]))
     """
     query, key, value = shared_input(("lora_qkv, q", "lora_qkv, k", "lora_qkv, v"), x, (q, k, v), scaling)
     return query, key, value
 
 
 def lora_gate_up(x: Tensor, gate: Projection, up: Projection, scaling: float) -> tuple[Tensor, Tensor]:
-    """`lora_linear` of x with gate and up, as `lora_qkv`."""
+    """Return `lora_linear` of x with gate and up; see `lora_qkv`.
+
+    >>> x, one = torch.tensor([[1.0, 2.0]]), torch.ones(1, 1)
+    >>> gate, up = (Projection(torch.full((1, 2), w), None, torch.ones(1, 2), one) for w in (1.0, 2.0))
+    >>> lora_gate_up(x, gate, up, scaling=0.5)
+    (tensor([[4.5000]]), tensor([[7.5000]]))
+    """
     first, second = shared_input(("lora_gate_up, gate", "lora_gate_up, up"), x, (gate, up), scaling)
     return first, second
 
@@ -57,29 +70,36 @@ def lora_gate_up(x: Tensor, gate: Projection, up: Projection, scaling: float) ->
 def shared_input(
     names: Sequence[str], x: Tensor, projections: Sequence[Projection], scaling: float
 ) -> Sequence[Tensor]:
-    """One result per projection; `names` are what errors call them."""
-    ready = [prepare(name, x, *projection) for name, projection in zip(names, projections)]
-    for name, (other, *_) in zip(names, ready):
-        if other.dtype != ready[0][0].dtype:
-            fail(name, f"its weight is {other.dtype}, that of {names[0]} is {ready[0][0].dtype}; they must agree.")
-    x = ready[0][0]
-    if decompose() or not all(is_frozen(weight, bias) for _, weight, bias, _, _ in ready):
-        return [reference.lora_linear(x, dense(weight), bias, a, b, scaling) for _, weight, bias, a, b in ready]
-    _, weights, maybe, lora_As, lora_Bs = (list(column) for column in zip(*ready))
-    biases = [] if not any(b is not None for b in maybe) else [_bias_of(w, b) for w, b in zip(weights, maybe)]
+    """Return one result per projection. `names` are the names of the projections in error messages."""
+    prepared = [prepare(name, x, *projection) for name, projection in zip(names, projections)]
+    for name, (other, *_) in zip(names, prepared):
+        if other.dtype != prepared[0][0].dtype:
+            fail(name, f"the weight is {other.dtype}, but that of {names[0]} is {prepared[0][0].dtype}.")
+    x = prepared[0][0]
+    if must_decompose() or not all(is_frozen(weight, bias) for _, weight, bias, _, _ in prepared):
+        return [reference.lora_linear(x, dense(weight), bias, a, b, scaling) for _, weight, bias, a, b in prepared]
+    _, weights, optional_biases, lora_As, lora_Bs = (list(column) for column in zip(*prepared))
+    biases = (
+        []
+        if not any(b is not None for b in optional_biases)
+        else [_bias_of(w, b) for w, b in zip(weights, optional_biases)]
+    )
     if torch.compiler.is_compiling():
         matrices = [dense(weight) for weight in weights]
         outputs: list[Tensor] = torch.ops.fedspine.lora_shared_input(x, matrices, biases, lora_As, lora_Bs, scaling)
         return outputs[:-1]
     if x.device.type == "cpu" and len(weights) < 3 and x.numel() < _CPU_PAIR_MIN_TOKENS * x.shape[-1]:
-        return [eager_lora_linear(x, *one, scaling) for one in zip(weights, maybe, lora_As, lora_Bs)]
+        return [eager_lora_linear(x, *one, scaling) for one in zip(weights, optional_biases, lora_As, lora_Bs)]
     flat: tuple[Tensor, ...] = _EagerSharedInput.apply(x, scaling, len(weights), *weights, *lora_As, *lora_Bs, *biases)
     return flat[:-1]
 
 
 def _bias_of(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """A bias for every projection where at least one has one: torch.library knows no lists with None in them."""
+    """Return the bias or zeros: schemas of torch.library have no lists that contain None."""
     return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device) if bias is None else bias
+
+
+# ------------------------------------------------------------ fedspine::lora_shared_input and its backward
 
 
 def _forward(
@@ -90,7 +110,7 @@ def _forward(
     lora_Bs: list[Tensor],
     scaling: float,
 ) -> list[Tensor]:
-    """The results, then h = x [A_1; A_2; ...]ᵀ, which backward needs. `biases` is empty or complete."""
+    """Return the results and h = x [A_1; A_2; ...]ᵀ, which the backward pass needs. `biases` is empty or complete."""
     flat = x.reshape(-1, x.shape[-1])
     low = project(flat, torch.cat(lora_As).t(), 1.0)
     outputs = []
@@ -105,7 +125,7 @@ def _split(low: Tensor, lora_Bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return parts
 
 
-def _fake_forward(
+def _forward_fake(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
@@ -117,7 +137,7 @@ def _fake_forward(
     return [*outputs, x.new_empty((x.shape[:-1].numel(), sum(lora_A.shape[0] for lora_A in lora_As)))]
 
 
-def _backward_op(
+def _backward(
     grads: list[Tensor],
     x: Tensor,
     weights: Sequence[Tensor | QuantizedWeight],
@@ -127,7 +147,7 @@ def _backward_op(
     scaling: float,
     needs_x: bool,
 ) -> list[Tensor]:
-    """[dX, every dA, every dB]; dX is empty unless `needs_x`. Formulas as in lora_linear's backward."""
+    """Return [dX, every dA, every dB]; dX is empty unless `needs_x`. The formulas are those of lora_linear."""
     flat = x.reshape(-1, x.shape[-1])
     flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
     grad_low = torch.cat([project(grad, lora_B, scaling) for grad, lora_B in zip(flat_grads, lora_Bs)], dim=1)
@@ -137,13 +157,13 @@ def _backward_op(
         for grad, weight in zip(flat_grads[1:], weights[1:]):
             grad_x.addmm_(grad, dense(weight))
         grad_x = expand_(grad_x, grad_low, torch.cat(lora_As), 1.0).view(x.shape)
-    # Each gradient owns its memory: a view would keep the stack alive with the smallest of them.
+    # Each gradient owns its memory, because a view would keep the memory of all of them alive.
     grad_As = [part.clone() for part in gradient(grad_low, flat, 1.0).split([a.shape[0] for a in lora_As])]
     parts = zip(_split(low, lora_Bs), flat_grads)
     return [grad_x, *grad_As, *(gradient_transposed(low_part, grad, scaling) for low_part, grad in parts)]
 
 
-def _fake_backward_op(
+def _backward_fake(
     grads: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
@@ -157,13 +177,13 @@ def _fake_backward_op(
     return [grad_x, *(t.new_empty(t.shape) for t in (*lora_As, *lora_Bs))]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, lora_As, lora_Bs, ctx.scaling = inputs
     ctx.count, ctx.biases = len(weights), len(biases)
     ctx.save_for_backward(x, output[-1], *weights, *lora_As, *lora_Bs)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _autograd_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, low, *rest = ctx.saved_tensors
     n = ctx.count
     needs_x: bool = ctx.needs_input_grad[0]
@@ -173,10 +193,27 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return grad_x if needs_x else None, [None] * n, [None] * ctx.biases, others[:n], others[n:], None
 
 
-class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
-    """The same forward and backward without the dispatcher in between, on flattened lists.
+# The schemas are explicit because torch.library does not infer them from every list annotation.
+_LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs"
+_forward_op = torch.library.custom_op(
+    "fedspine::lora_shared_input", _forward, mutates_args=(), schema=f"(Tensor x, {_LISTS}, float scaling) -> Tensor[]"
+)
+_forward_op.register_fake(_forward_fake)
+_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+_backward_op = torch.library.custom_op(
+    "fedspine::lora_shared_input_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor low, "
+    "float scaling, bool needs_x) -> Tensor[]",
+)
+_backward_op.register_fake(_backward_fake)
 
-    What backward keeps of a quantised weight is its codes.
+
+class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
+    """The same forward and backward pass without the dispatcher, on flattened lists.
+
+    Of a quantised weight, only the codes are saved for the backward pass.
     """
 
     @staticmethod
@@ -185,7 +222,7 @@ class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
         output = _forward(x, weights, biases, lora_As, lora_Bs, scaling)
         ctx.quantised = [weight if isinstance(weight, QuantizedWeight) else None for weight in weights]
         plain = [None if kept else weight for kept, weight in zip(ctx.quantised, weights)]
-        _save_for_backward(ctx, (x, plain, biases, lora_As, lora_Bs, scaling), output)
+        _setup_context(ctx, (x, plain, biases, lora_As, lora_Bs, scaling), output)
         ctx.mark_non_differentiable(output[-1])
         return tuple(output)
 
@@ -196,24 +233,7 @@ class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
         n = ctx.count
         needs_x: bool = ctx.needs_input_grad[0]
         weights = [kept or weight for kept, weight in zip(ctx.quantised, rest)]
-        grad_x, *others = _backward_op(
+        grad_x, *others = _backward(
             list(grads[:n]), x, weights, rest[n : 2 * n], rest[2 * n :], low, ctx.scaling, needs_x
         )
         return grad_x if needs_x else None, None, None, *[None] * n, *others, *[None] * ctx.biases
-
-
-# Registration: what torch.compile sees. The signatures are given because annotations of lists are not all understood.
-
-_LISTS = "Tensor[] weights, Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs"
-_registered = torch.library.custom_op(
-    "fedspine::lora_shared_input", _forward, mutates_args=(), schema=f"(Tensor x, {_LISTS}, float scaling) -> Tensor[]"
-)
-_registered.register_fake(_fake_forward)
-_registered.register_autograd(_backward, setup_context=_save_for_backward)
-torch.library.custom_op(
-    "fedspine::lora_shared_input_backward",
-    _backward_op,
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor low, "
-    "float scaling, bool needs_x) -> Tensor[]",
-).register_fake(_fake_backward_op)

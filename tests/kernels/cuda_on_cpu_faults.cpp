@@ -1,5 +1,5 @@
-// Kernels with one deliberate fault each, chosen by name: what the emulation must find. Prints the result under an
-// order of threads, "SEED LATE" on the command line.
+// Kernels with one deliberate fault each, which the emulation must report. Arguments: the name of the fault, the seed
+// of the order of threads, and whether cp.async is late. Prints the result.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -13,7 +13,7 @@ struct __align__(16) Floats {
   float values[64];
 };
 
-// Every thread publishes a value and reads that of the thread opposite; the barrier in between is missing in "race".
+// Every thread writes a value and reads that of the opposite thread. In "race" the barrier between them is missing.
 void exchange(float* out, bool barrier) {
   FEDSPINE_SHARED(Floats, shared);
   shared.values[threadIdx.x] = static_cast<float>(threadIdx.x);
@@ -21,7 +21,7 @@ void exchange(float* out, bool barrier) {
   out[threadIdx.x] = shared.values[63 - threadIdx.x];
 }
 
-// Reads what cp.async brings, before it was waited for in "unwaited".
+// Reads the result of cp.async. In "unwaited" the wait is missing.
 void copy(const float* in, float* out, bool wait) {
   FEDSPINE_SHARED(Floats, shared);
   if (threadIdx.x < 16) fedspine::cp_async_16(&shared.values[4 * threadIdx.x], in + 4 * threadIdx.x, 16);

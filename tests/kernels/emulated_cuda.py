@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for a CPU: the same .cu files with g++ and tests/kernels/cuda_on_cpu in CUDA's place."""
+"""Build of the CUDA kernels for a CPU: the .cu files compiled by g++ with the headers of tests/kernels/cuda_on_cpu."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fedspine_edge.kernels import native
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent / "cuda_on_cpu"
-KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-# Ascending, descending, shuffled order of threads and blocks; cp.async early or late.
+KERNELS = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+# (seed of the order of threads and blocks, whether cp.async lands late): ascending, descending and shuffled orders.
 ORDERS = [(0, False), (1, True), (5, True), (6, False)]
 OPTIONS = [
     "-std=c++17",
@@ -38,14 +38,14 @@ OPTIONS = [
 
 
 def compile_units(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path, flags: Sequence[str]) -> list[Path]:
-    """Object files of (source, its own flags); skips the test without a C++ compiler."""
+    """Compile each (source, additional flags) and return the object files. Skips the test without a C++ compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("no g++")
+        pytest.skip("g++ is not installed")
 
     def compile_unit(item: tuple[Path, Sequence[str]]) -> Path:
         source, own = item
-        out = folder / f"{source.stem}.o"
+        out = folder / f"{source.parent.name}_{source.stem}.o"
         subprocess.run([compiler, *OPTIONS, *flags, *own, "-x", "c++", "-c", source, "-o", out], check=True)
         return out
 
@@ -54,7 +54,7 @@ def compile_units(sources: Sequence[tuple[Path, Sequence[str]]], folder: Path, f
 
 
 class EmulatedCuda:
-    """The extension with its CUDA kernels on a CPU, and `call`, which takes the place of `native._call`."""
+    """The extension with its CUDA kernels on a CPU. `call` replaces `native._call`."""
 
     device = "cpu"
 
@@ -76,7 +76,12 @@ class EmulatedCuda:
         self._library = ctypes.CDLL(str(library))
 
     def order(self, seed: int, late_async: bool) -> None:
-        """0: ascending, 1: descending, others: shuffled; whether cp.async lands as late as it may."""
+        """Set the order of threads and blocks.
+
+        Args:
+            seed: 0 for ascending, 1 for descending, any other seed for a shuffled order.
+            late_async: Whether cp.async lands as late as it may instead of at once.
+        """
         self._library.emulation_order(seed, int(late_async))
 
     def call(
@@ -85,10 +90,10 @@ class EmulatedCuda:
         name: str,
         tensor: Tensor,
         *args: Any,
-        of_one_dtype: Sequence[Tensor] = (),
+        tensor_core_operands: Sequence[Tensor] = (),
         workspace: Callable[[ModuleType], int] | None = None,
     ) -> None:
-        extra: list[Any] = [native.tensor_cores(*of_one_dtype)] if of_one_dtype else []
+        extra: list[Any] = [native.tensor_cores(*tensor_core_operands)] if tensor_core_operands else []
         space = None
         if workspace is not None:
             space = torch.full((workspace(self.module),), torch.nan)

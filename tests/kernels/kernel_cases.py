@@ -1,4 +1,4 @@
-"""Cases that the kernel tests share."""
+"""Test cases and markers that the kernel tests share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ needs_extension = pytest.mark.skipif(not native.available(), reason="fedspine_ed
 
 
 def gpu_reason() -> str:
-    """Why the CUDA kernels cannot run here; empty if they can."""
+    """Return why the CUDA kernels cannot run on this machine, or an empty string if they can."""
     if not native.cuda_available():
         return "the extension was built without CUDA"
     return "" if torch.cuda.is_available() else "no NVIDIA GPU"
@@ -47,7 +47,7 @@ class Adapted:
 
 
 def adapted(rows: int, cols: int, rank: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Adapted:
-    """Random values of the size that training gives them, from a seed made of the shape."""
+    """Return random values of the magnitudes of training; the seed depends on the shape."""
     generator = torch.Generator().manual_seed(rows * 7919 + cols * 31 + rank)
 
     def normal(*shape: int, std: float) -> Tensor:

@@ -1,5 +1,5 @@
-// Runs every CPU kernel over awkward shapes on buffers of exactly the needed size, for a build with sanitizers:
-// test_kernels_sanitizers.py. Results are compared with plain loops in double, so that the program also fails without.
+// Runs every CPU kernel with odd shapes and buffers of exactly the required size, for a build with sanitizers
+// (test_kernels_sanitizers.py). It compares all results with plain loops in double.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -45,7 +45,7 @@ void importance(int64_t rows, int64_t cols, int64_t rank, DType dtype, bool tran
 void project(int64_t rows, int64_t cols, int64_t rank, DType dtype, bool transposed, int threads) {
   const Owned x = make(rows, cols, dtype, transposed), s = make(cols, rank, dtype, !transposed);
   Owned out = make(rows, rank, DType::f32, transposed);
-  lowrank_project_cpu(out.view, x.view, s.view, 0.5f, threads);
+  lora_linear_project_cpu(out.view, x.view, s.view, 0.5f, threads);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < rank; ++j) {
       double sum = 0.0;
@@ -78,7 +78,7 @@ void gather(int64_t rows, int64_t cols, bool by_row, bool transposed, int thread
   } catch (const std::invalid_argument&) {
     refused = true;
   }
-  expect(refused, "gather's check of an index", rows, cols, 0);
+  expect(refused, "the validation of indices in gather", rows, cols, 0);
 }
 
 float at(const Owned& m, int64_t row, int64_t col) {
@@ -104,7 +104,7 @@ void rms_norm(int64_t rows, int64_t cols, int threads) {
       products += w.values[j] * g.values[i * cols + j] * v;
     }
     const double r = 1.0 / std::sqrt(squares / cols + 0.01);
-    expect(close(rstd[i], r), "rms_norm's rstd", rows, cols, 0);
+    expect(close(rstd[i], r), "rstd of rms_norm", rows, cols, 0);
     for (int64_t j = 0; j < cols; ++j) {
       const double v = x.values[i * cols + j];
       expect(close(at(y, i, j), w.values[j] * v * r), "rms_norm", rows, cols, 0);
@@ -126,8 +126,8 @@ void swiglu(int64_t rows, int64_t cols, int threads) {
       const double a = gate.values[i * cols + j], b = up.values[i * cols + j], dy = g.values[i * cols + j];
       const double s = 1.0 / (1.0 + std::exp(-a));
       expect(close(at(y, i, j), a * s * b), "swiglu", rows, cols, 0);
-      expect(close(at(dup, i, j), dy * a * s), "swiglu_backward's up", rows, cols, 0);
-      expect(close(at(dgate, i, j), dy * b * s * (1.0 + a * (1.0 - s))), "swiglu_backward's gate", rows, cols, 0);
+      expect(close(at(dup, i, j), dy * a * s), "up of swiglu_backward", rows, cols, 0);
+      expect(close(at(dgate, i, j), dy * b * s * (1.0 + a * (1.0 - s))), "gate of swiglu_backward", rows, cols, 0);
     }
   }
 }

@@ -1,5 +1,5 @@
-// What the programs for sanitizers share: matrices in buffers of exactly the needed size, whose values are known
-// without the code under test, and a count of failures.
+// Shared by the sanitizer programs: matrices in buffers of exactly the required size, whose values are known without
+// the code under test, and a counter of failures.
 #pragma once
 
 #include <cstdio>
@@ -26,10 +26,10 @@ inline float draw() {
   return static_cast<float>(seed >> 8) / 8388608.0f - 1.0f;
 }
 
-// A matrix that owns exactly rows * cols elements; transposed storage gives it a column stride.
+// A matrix that owns exactly rows * cols elements. With transposed storage its columns are contiguous.
 struct Owned {
   std::unique_ptr<unsigned char[]> data;
-  std::vector<double> values;  // what the storage holds, row by row
+  std::vector<double> values;  // the values in storage, row by row
   Matrix view;
 };
 
@@ -46,7 +46,8 @@ inline Owned make(int64_t rows, int64_t cols, DType dtype, bool transposed) {
         reinterpret_cast<float*>(m.data.get())[at] = x;
         m.values[i * cols + j] = x;
       } else {
-        // Multiples of 1/8 below 2 are exact in both half formats: bits are made by hand, without the code under test.
+        // Multiples of 1/8 below 2 are exact in both 16-bit formats. Their bits are computed without the code under
+        // test.
         const int eighths = static_cast<int>(draw() * 15.0f);
         const float x = static_cast<float>(eighths) / 8.0f;
         uint32_t bits;

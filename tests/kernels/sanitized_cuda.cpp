@@ -1,5 +1,5 @@
-// Runs every CUDA kernel, emulated, over awkward shapes on buffers of exactly the needed size, for builds with
-// sanitizers: test_kernels_sanitizers.py. Arguments: the order of threads and whether cp.async is late.
+// Runs every emulated CUDA kernel, the naive ones included, with odd shapes and buffers of exactly the required size,
+// for builds with sanitizers (test_kernels_emulation.py). Arguments: the order of threads and whether cp.async is late.
 #include <cmath>
 #include <cstdlib>
 
@@ -10,7 +10,7 @@ using namespace fedspine;
 
 namespace {
 
-// Device memory as cudaMalloc gives it, 16 bytes aligned.
+// Return memory that is aligned to 16 bytes, as cudaMalloc does.
 std::unique_ptr<float, decltype(&std::free)> workspace(int64_t floats) {
   const size_t bytes = static_cast<size_t>(floats + 3) / 4 * 16;
   return {static_cast<float*>(std::aligned_alloc(16, bytes == 0 ? 16 : bytes)), &std::free};
@@ -41,8 +41,10 @@ void importance(int64_t rows, int64_t cols, int64_t rank, DType dtype, bool tran
   std::unique_ptr<int32_t[]> group(new int32_t[length]);
   for (int64_t i = 0; i < length; ++i)
     group[i] = static_cast<int32_t>(transposed ? (i * 7) % groups : i * groups / length);
-  std::unique_ptr<float[]> scores(new float[groups]);
-  const auto space = workspace(importance_workspace_floats(rows, cols, rank, by_row));
+  std::unique_ptr<float[]> scores(new float[groups]), naive(new float[groups]);
+  importance_accumulate_naive_cuda(
+      {w.view, a.view, b.view, ga.view, gb.view, 0.5f, group.get(), by_row, groups, Metric::abs, naive.get()}, 0, 0);
+  const auto space = workspace(importance_accumulate_workspace_floats(rows, cols, rank, by_row));
   importance_accumulate_cuda(
       {w.view, a.view, b.view, ga.view, gb.view, 0.5f, group.get(), by_row, groups, Metric::abs, scores.get()},
       tensor_cores, space.get(), 0, 0);
@@ -61,26 +63,29 @@ void importance(int64_t rows, int64_t cols, int64_t rank, DType dtype, bool tran
   }
   for (int64_t g = 0; g < groups; ++g) {
     expect(std::fabs(scores[g] - sums[g]) <= 1e-3 + 1e-4 * sums[g], "importance", rows, cols, rank);
+    expect(std::fabs(naive[g] - sums[g]) <= 1e-6 + 1e-6 * sums[g], "naive importance", rows, cols, rank);
   }
 }
 
-// The three products of one adapted linear: tokens x cols input, rank r.
+// The three products of one lora_linear with an input of tokens x cols.
 void products(int64_t tokens, int64_t cols, int64_t rank, DType dtype, bool transposed, bool tensor_cores) {
   const Owned x = make(tokens, cols, dtype, transposed), small = make(cols, rank, dtype, !transposed);
   const Owned left = make(tokens, rank, dtype, false), right = make(rank, cols, dtype, transposed);
   Owned h = make(tokens, rank, dtype, false), y = make(tokens, cols, dtype, transposed);
-  Owned g = make(rank, cols, dtype, false);
-  const auto for_h = workspace(lowrank_workspace_floats(tokens, rank, cols));
-  const auto for_g = workspace(lowrank_workspace_floats(rank, cols, tokens));
-  lowrank_project_cuda(h.view, x.view, small.view, 0.5f, tensor_cores, for_h.get(), 0, 0);
-  lowrank_expand_cuda(y.view, left.view, right.view, 0.5f, tensor_cores, 0, 0);
-  lowrank_gradient_cuda(g.view, left.view, x.view, 0.5f, tensor_cores, for_g.get(), 0, 0);
+  Owned g = make(rank, cols, dtype, false), naive = make(tokens, rank, dtype, false);
+  lora_linear_product_naive_cuda(naive.view, x.view, small.view, 0.5f, false, 0, 0);
+  const auto for_h = workspace(lora_linear_workspace_floats(tokens, rank, cols));
+  const auto for_g = workspace(lora_linear_workspace_floats(rank, cols, tokens));
+  lora_linear_project_cuda(h.view, x.view, small.view, 0.5f, tensor_cores, for_h.get(), 0, 0);
+  lora_linear_expand_cuda(y.view, left.view, right.view, 0.5f, tensor_cores, 0, 0);
+  lora_linear_gradient_cuda(g.view, left.view, x.view, 0.5f, tensor_cores, for_g.get(), 0, 0);
   const double slack = 1e-2 * std::sqrt(static_cast<double>(tokens + cols + rank));
   for (int64_t i = 0; i < tokens; ++i) {
     for (int64_t k = 0; k < rank; ++k) {
       double sum = 0.0;
       for (int64_t j = 0; j < cols; ++j) sum += x.values[i * cols + j] * small.values[j * rank + k];
       expect(near(value(h.view, i, k), 0.5 * sum, slack), "project", tokens, cols, rank);
+      expect(near(value(naive.view, i, k), 0.5 * sum, slack), "naive project", tokens, cols, rank);
     }
     for (int64_t j = 0; j < cols; ++j) {
       double sum = 0.0;
@@ -103,11 +108,14 @@ void gather(int64_t rows, int64_t cols, bool by_row) {
   std::unique_ptr<int64_t[]> index(new int64_t[count]);
   for (int64_t i = 0; i < count; ++i) index[i] = limit - 1 - 2 * i;
   Owned out = make(by_row ? count : rows, by_row ? cols : count, DType::f32, false);
+  Owned naive = make(out.view.rows, out.view.cols, DType::f32, false);
   gather_cuda(out.view, in.view, index.get(), by_row, 4, 0, 0);
+  gather_naive_cuda(naive.view, in.view, index.get(), by_row, 4, 0, 0);
   for (int64_t i = 0; i < out.view.rows; ++i) {
     for (int64_t j = 0; j < out.view.cols; ++j) {
       const double exact = in.values[(by_row ? index[i] : i) * cols + (by_row ? j : index[j])];
       expect(value(out.view, i, j) == static_cast<float>(exact), "gather", rows, cols, 0);
+      expect(value(naive.view, i, j) == static_cast<float>(exact), "naive gather", rows, cols, 0);
     }
   }
 }

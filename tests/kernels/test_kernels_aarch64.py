@@ -1,4 +1,4 @@
-"""The CPU kernels as a Jetson gets them: compiled for aarch64 as CMakeLists.txt says, and run by QEMU elsewhere."""
+"""The CPU kernels on aarch64: compiled with the flags of CMakeLists.txt and, on other machines, run by QEMU."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ PACKAGES = "g++-aarch64-linux-gnu qemu-user-static"
 
 
 def tool(*names: str) -> str:
-    """The first of `names` that is here, tools beside this Python before those of the system; skips without any."""
+    """Return the first of `names` that is installed, searching beside this Python first. Skips the test if none is."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for name in names:
         found = shutil.which(name, path=path)
         if found is not None:
             return found
-    pytest.skip(f"no {names[0]}; on Debian and Ubuntu: sudo apt install {PACKAGES}")
+    pytest.skip(f"{names[0]} is not installed; on Debian and Ubuntu: sudo apt install {PACKAGES}")
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What CMakeLists.txt compiles on aarch64: the command line of each source."""
+    """Return the command line with which CMakeLists.txt compiles each source on aarch64."""
     pybind11 = pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("configured")
     options = {
@@ -60,7 +60,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 def build(commands: dict[str, list[str]], folder: Path, *flags: str) -> Path:
-    """The kernels and sanitized.cpp, which compares them with plain loops, as one program without Python."""
+    """Build one program of the kernels and sanitized.cpp, which compares them with plain loops."""
     compiler = commands["dispatch.cpp"][0]
     builds = {name: list(command) for name, command in commands.items() if name != "bindings.cpp"}
     main = Path(__file__).parent / "sanitized.cpp"
@@ -81,31 +81,31 @@ def build(commands: dict[str, list[str]], folder: Path, *flags: str) -> Path:
 def run(program: Path) -> subprocess.CompletedProcess[str]:
     emulator = []
     if platform.machine() != "aarch64":
-        # Cortex-A76: as the A78AE of Orin an Armv8.2 core without SVE; QEMU's default has every extension there is.
+        # Cortex-A76 is an Armv8.2 core without SVE like the A78AE of Orin. QEMU's default core has every extension.
         emulator = [tool("qemu-aarch64-static", "qemu-aarch64"), "-L", "/usr/aarch64-linux-gnu", "-cpu", "cortex-a76"]
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # LSan needs ptrace
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # LeakSanitizer needs ptrace
     return subprocess.run([*emulator, program], capture_output=True, text=True, env=environment, timeout=240)
 
 
 @pytest.fixture(scope="module")
 def program(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As CMakeLists.txt optimises it: link-time optimisation compiles with the options that each object remembers."""
+    """Build the program with the optimisation of CMakeLists.txt: link-time optimisation keeps each object's options."""
     return build(commands, tmp_path_factory.mktemp("aarch64"), "-flto=auto", "-static")
 
 
-def test_nothing_of_x86_is_compiled(commands: dict[str, list[str]]) -> None:
-    assert "tiles_baseline.cpp" in commands
+def test_build_for_aarch64_has_no_x86_sources_or_flags(commands: dict[str, list[str]]) -> None:
+    assert "isa_baseline.cpp" in commands
     assert not [name for name in commands if "avx" in name]
     assert not [word for command in commands.values() for word in command if word.startswith("-m")]
 
 
-def test_every_kernel_agrees_with_plain_loops(program: Path) -> None:
+def test_kernels_on_aarch64_agree_with_plain_loops(program: Path) -> None:
     result = run(program)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     assert result.stdout.strip() == "neon: 0 failures"
 
 
-def test_no_kernel_leaves_its_buffers(commands: dict[str, list[str]], tmp_path: Path) -> None:
+def test_kernels_on_aarch64_stay_within_their_buffers(commands: dict[str, list[str]], tmp_path: Path) -> None:
     program = build(commands, tmp_path, *SANITIZERS, "-static-libasan", "-static-libubsan", "-O1", "-fno-lto")
     result = run(program)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
@@ -113,7 +113,7 @@ def test_no_kernel_leaves_its_buffers(commands: dict[str, list[str]], tmp_path: 
 
 
 def innermost_loops(assembly: str) -> Iterator[list[str]]:
-    """Instructions of every loop that contains no other, from the output of objdump."""
+    """Yield the instructions of every innermost loop in the output of objdump."""
     lines = re.findall(r"^ +([0-9a-f]+):\t(.+)", assembly, re.MULTILINE)
     places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
     latest_start = -1
@@ -121,13 +121,13 @@ def innermost_loops(assembly: str) -> Iterator[list[str]]:
         jump = re.match(r"(?:b|b\.\w+|cbn?z|tbn?z)\t(?:.*, )?([0-9a-f]+) <", instruction)
         start = places.get(int(jump[1], 16), place + 1) if jump else place + 1
         if start <= place:
-            if latest_start < start:  # no loop that ended before this one began inside it
+            if latest_start < start:  # no other loop began inside this one
                 yield [instruction for _, instruction in lines[start : place + 1]]
             latest_start = max(latest_start, start)
 
 
-def test_accumulators_stay_in_registers(program: Path) -> None:
-    """A tile that does not fit the registers is still right, and half as fast: docs/kernels.md."""
+def test_inner_loops_keep_accumulators_in_registers(program: Path) -> None:
+    """A tile that does not fit into registers is still correct but takes twice the time (docs/results/kernels.md)."""
     listing = [tool("aarch64-linux-gnu-objdump"), "-d", "--no-show-raw-insn", program]
     assembly = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     loops = [loop for loop in innermost_loops(assembly) if sum("fmla" in line for line in loop) >= 16]

@@ -1,7 +1,7 @@
-"""The emulation of CUDA: the faults that it must find, and the kernels under sanitizers.
+"""The emulation of CUDA: the faults that it must report, and the kernels under sanitizers.
 
-ThreadSanitizer knows the fibers of the emulation as threads that only barriers order: it finds a missing barrier
-wherever two threads of a launch touch the same byte of shared or global memory, whatever the order they ran in.
+ThreadSanitizer sees the fibers of the emulation as threads that only barriers order. It reports a missing barrier
+wherever two threads of a launch access the same byte of shared or global memory, in whatever order they ran.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def run_fault(program: Path, fault: str, order: tuple[int, bool]) -> subprocess.
     return subprocess.run([program, fault, str(order[0]), str(int(order[1]))], capture_output=True, text=True)
 
 
-def test_correct_kernels_give_the_same_in_every_order(faults: Path) -> None:
+def test_correct_kernels_in_every_order_give_the_same_result(faults: Path) -> None:
     for order in ORDERS:
         assert run_fault(faults, "copy", order).stdout.strip() == WHOLE
         assert run_fault(faults, "exchange", order).stdout.split() == WHOLE.split()[::-1]
 
 
 @pytest.mark.parametrize("fault", ["race", "unwaited"])
-def test_a_missing_barrier_or_wait_shows_in_some_order(faults: Path, fault: str) -> None:
+def test_missing_barrier_or_wait_changes_some_result(faults: Path, fault: str) -> None:
     assert len({run_fault(faults, fault, order).stdout for order in ORDERS}) > 1
 
 
@@ -49,14 +49,14 @@ def test_a_missing_barrier_or_wait_shows_in_some_order(faults: Path, fault: str)
         ("misaligned", "cp.async from an address that is no multiple of 16"),
     ],
 )
-def test_misuse_stops_the_program(faults: Path, fault: str, message: str) -> None:
+def test_invalid_kernel_aborts_the_program(faults: Path, fault: str, message: str) -> None:
     result = run_fault(faults, fault, (0, False))
     assert result.returncode != 0
     assert message in result.stderr
 
 
 def link_emulation(main: Path, folder: Path, sanitizers: list[str], emulator: list[str]) -> Path:
-    """A program of the emulation, the kernels and `main`; `emulator` are flags of the scheduler alone."""
+    """Link the emulation, the kernels and `main`. `emulator` contains additional flags of the scheduler."""
     units: list[tuple[Path, list[str]]] = [(path, []) for path in (*KERNELS, HERE / "ptx.cpp", main)]
     units.append((HERE / "emulator.cpp", emulator))
     objects = compile_units(units, folder, ["-O1", *sanitizers])
@@ -72,7 +72,7 @@ BUILDS = {
 
 @pytest.fixture(scope="module", params=BUILDS)
 def emulation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    """The sanitizer, the program that runs every kernel, and the one with deliberate faults."""
+    """Return the sanitizer, the program that runs every kernel, and the program with deliberate faults."""
     flags = BUILDS[request.param]
     programs = []
     for name in ("sanitized_cuda", "cuda_on_cpu_faults"):
@@ -88,7 +88,7 @@ def run_emulation(program: Path, *arguments: str) -> subprocess.CompletedProcess
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_cuda_kernel_leaves_its_buffers_or_races(emulation: tuple[str, Path, Path]) -> None:
+def test_cuda_kernels_under_sanitizers_are_clean(emulation: tuple[str, Path, Path]) -> None:
     for order in (("0", "0"), ("1", "1"), ("7", "1")):
         result = run_emulation(emulation[1], *order)
         assert result.returncode == 0, result.stdout + result.stderr[-4000:]
@@ -105,11 +105,11 @@ def test_no_cuda_kernel_leaves_its_buffers_or_races(emulation: tuple[str, Path, 
         ("thread", "race", "data race"),
     ],
 )
-def test_the_sanitizers_find_faults_of_a_kernel(
+def test_sanitizers_report_deliberate_faults(
     emulation: tuple[str, Path, Path], sanitizer: str, fault: str, message: str
 ) -> None:
     if emulation[0] != sanitizer:
-        pytest.skip("a matter of the other sanitizer")
+        pytest.skip("the other sanitizer reports this fault")
     result = run_emulation(emulation[2], fault, "0", "0")
     assert result.returncode != 0
     assert re.search(message, result.stderr), result.stderr[-2000:]

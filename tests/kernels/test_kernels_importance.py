@@ -1,4 +1,4 @@
-"""importance_accumulate: against hand-computed values, the plain-torch twin and a float64 reference."""
+"""importance_accumulate against hand-computed values, the reference implementation and float64."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ METRICS = ["abs", "square", "signed"]
 
 
 def grouping(length: int, num_groups: int, by_row: bool, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
-    """Groups in random order, every id used where there are enough elements."""
+    """Return groups in random order that use every id if there are enough elements."""
     group = torch.arange(length) % num_groups
     group = group[torch.randperm(length, generator=torch.Generator().manual_seed(seed))].to(torch.int32).to(device)
     return {"group_of_row" if by_row else "group_of_col": group, "num_groups": num_groups}
 
 
 def assert_as_exact_as_eager(case: Any, options: dict[str, Any], *, spare_ulp: float = 2.0) -> None:
-    """The op's error against float64 is at most twice eager torch's, with some ulp of the sum to spare."""
+    """Assert that the error against float64 is at most twice that of eager torch plus `spare_ulp` ulps of the sum."""
     exact = reference.importance_accumulate(*case.double().tensors, case.scaling, **options).double()
     eager = reference.importance_accumulate(*case.tensors, case.scaling, **options).double()
     ours = ops.importance_accumulate(*case.tensors, case.scaling, **options).double()
-    # Cancellation in "signed" sums: the scale is the sum of magnitudes, not of signed terms.
+    # "signed" sums may cancel, so the scale is the sum of magnitudes.
     metric = "square" if options.get("metric") == "square" else "abs"
     scale = reference.importance_accumulate(*case.double().tensors, case.scaling, **{**options, "metric": metric})
     bound = 2 * (eager - exact).abs().max() + 1.2e-7 * spare_ulp * scale.double()
     assert ((ours - exact).abs() <= bound).all()
 
 
-def test_hand_computed() -> None:
+def test_importance_of_one_element_equals_hand_computed() -> None:
     # Ghat = gB A + B gA - gB gA = [[3*1 + 2*5 - 3*5]] = [[-2]]; W + 0.5 * B A = 10 + 0.5 * 2 * 1 = 11; product -22.
     one = torch.ones(1, 1)
     tensors = (10 * one, one, 2 * one, 5 * one, 3 * one)
@@ -53,8 +53,8 @@ def test_hand_computed() -> None:
             assert score.tolist() == [expected[metric]]
 
 
-def test_matches_the_gradient_of_removal() -> None:
-    # Where only B has a gradient, Ghat = gB A: the chain rule's estimate of dL/dW through B.
+def test_importance_without_gradient_of_a_is_the_chain_rule() -> None:
+    # If only B has a gradient, Ghat = gB A, the estimate of dL/dW by the chain rule through B.
     case = adapted(17, 40, 4)
     case.grad_A.zero_()
     importance = (case.grad_B @ case.lora_A) * (case.weight + 2.0 * case.lora_B @ case.lora_A)
@@ -67,14 +67,16 @@ def test_matches_the_gradient_of_removal() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("by_row", [True, False], ids=["rows", "columns"])
-def test_error_is_at_most_twice_eager(device: str, dtype: torch.dtype, metric: str, by_row: bool) -> None:
+def test_importance_error_is_at_most_twice_that_of_eager(
+    device: str, dtype: torch.dtype, metric: str, by_row: bool
+) -> None:
     case = adapted(193, 307, 8, dtype=dtype, device=device)
     options = grouping(193 if by_row else 307, 13, by_row, device)
     assert_as_exact_as_eager(case, {**options, "metric": metric})
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_mixed_dtypes_bf16_weight_fp32_adapter(device: str) -> None:
+def test_importance_of_mixed_dtypes_is_exact(device: str) -> None:
     case = adapted(64, 96, 16, device=device)
     case.weight = case.weight.bfloat16()
     assert_as_exact_as_eager(case, grouping(96, 96, False, device))
@@ -90,7 +92,7 @@ def test_mixed_dtypes_bf16_weight_fp32_adapter(device: str) -> None:
     dtype=st.sampled_from(DTYPES),
     strided=st.sampled_from(["none", "transposed", "every second", "offset"]),
 )
-def test_any_shape_rank_stride_and_grouping(
+def test_importance_of_any_shape_and_grouping_is_exact(
     rows: int, cols: int, rank: int, by_row: bool, share: float, dtype: torch.dtype, strided: str
 ) -> None:
     case = adapted(rows, cols, rank, dtype=dtype)
@@ -109,10 +111,10 @@ def test_any_shape_rank_stride_and_grouping(
         setattr(case, name, t)
     length = rows if by_row else cols
     options = grouping(length, 1 + int(share * (length - 1)), by_row, seed=rows + cols)
-    assert_as_exact_as_eager(case, options, spare_ulp=4)  # eager's sums of a few groups can all be exact by luck
+    assert_as_exact_as_eager(case, options, spare_ulp=4)  # the sums of eager torch may all be exact by chance
 
 
-def test_groups_without_elements_score_zero() -> None:
+def test_importance_of_empty_groups_is_zero() -> None:
     case = adapted(4, 300, 2)
     group = torch.tensor([5, 5, 2, 2], dtype=torch.int32)
     scores = ops.importance_accumulate(*case.tensors, 1.0, group_of_row=group, num_groups=7)
@@ -121,14 +123,14 @@ def test_groups_without_elements_score_zero() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
-def test_empty_weight_scores_zero(shape: tuple[int, int]) -> None:
+def test_importance_of_empty_weight_is_zero(shape: tuple[int, int]) -> None:
     case = adapted(*shape, 2)
     group = torch.zeros(shape[0], dtype=torch.int32)
     assert ops.importance_accumulate(*case.tensors, 1.0, group_of_row=group, num_groups=3).tolist() == [0, 0, 0]
 
 
-def test_non_finite_gradients_stay_in_their_row() -> None:
-    case = adapted(96, 35, 4)  # 35 columns: padding is in play in every instruction set
+def test_importance_non_finite_gradient_affects_one_row() -> None:
+    case = adapted(96, 35, 4)  # 35 columns need padding in every instruction set
     case.grad_B[10, 1] = torch.inf
     rows = torch.arange(96, dtype=torch.int32)
     finite = torch.isfinite(ops.importance_accumulate(*case.tensors, 1.0, group_of_row=rows, num_groups=96))
@@ -138,7 +140,7 @@ def test_non_finite_gradients_stay_in_their_row() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("by_row", [True, False], ids=["rows", "columns"])
-def test_same_bits_twice_and_with_any_number_of_threads(device: str, by_row: bool) -> None:
+def test_importance_with_any_threads_gives_the_same_bits(device: str, by_row: bool) -> None:
     case = adapted(640, 768, 16, device=device)
     options = grouping(640 if by_row else 768, 64, by_row, device)
     before = torch.get_num_threads()
@@ -152,8 +154,8 @@ def test_same_bits_twice_and_with_any_number_of_threads(device: str, by_row: boo
     assert len(set(results)) == 1
 
 
-def values_of_every_kernel() -> list[float]:
-    """What the CPU kernels return on ragged shapes, for the comparison of instruction sets."""
+def kernel_results() -> list[float]:
+    """Return the results of the CPU kernels for odd shapes, to compare instruction sets."""
     values: list[float] = []
     for dtype in DTYPES:
         case = adapted(131, 213, 12, dtype=dtype)
@@ -166,22 +168,22 @@ def values_of_every_kernel() -> list[float]:
 
 @needs_extension
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_agrees(isa: str) -> None:
+def test_kernels_of_every_instruction_set_agree(isa: str) -> None:
     program = (
         f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_kernels_importance import native, values_of_every_kernel\n"
-        "print(json.dumps([native.cpu_isa(), values_of_every_kernel()]))\n"
+        "from test_kernels_importance import native, kernel_results\n"
+        "print(json.dumps([native.cpu_isa(), kernel_results()]))\n"
     )
     env = {**os.environ, "FEDSPINE_ISA": isa}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     name, values = json.loads(done.stdout)
     if native.cpu_isa() in ("avx512", "avx2"):
         assert name == isa
-    np.testing.assert_allclose(values, values_of_every_kernel(), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(values, kernel_results(), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_ignores_autocast(device: str) -> None:
+def test_importance_under_autocast_is_unchanged(device: str) -> None:
     case = adapted(64, 64, 8, device=device)
     options = grouping(64, 8, True, device)
     plain = ops.importance_accumulate(*case.tensors, 2.0, **options)
@@ -190,7 +192,7 @@ def test_ignores_autocast(device: str) -> None:
         torch.testing.assert_close(reference.importance_accumulate(*case.tensors, 2.0, **options), plain)
 
 
-def test_works_on_parameters_and_their_gradients() -> None:
+def test_importance_of_parameters_is_not_differentiable() -> None:
     case = adapted(32, 48, 4)
     a, b = (torch.nn.Parameter(t) for t in (case.lora_A, case.lora_B))
     options = grouping(32, 4, True)
@@ -199,14 +201,14 @@ def test_works_on_parameters_and_their_gradients() -> None:
     assert torch.equal(scores, ops.importance_accumulate(*case.tensors, 2.0, **options))
 
 
-def test_double_runs_through_the_reference() -> None:
+def test_importance_of_float64_equals_reference() -> None:
     case = adapted(24, 33, 5).double()
     options = grouping(24, 5, True)
     ours = ops.importance_accumulate(*case.tensors, 2.0, **options)
     assert torch.equal(ours, reference.importance_accumulate(*case.tensors, 2.0, **options))
 
 
-def test_opcheck() -> None:
+def test_importance_passes_opcheck() -> None:
     case = adapted(24, 33, 5)
     group = torch.arange(24, dtype=torch.int32) // 8
     torch.library.opcheck(torch.ops.fedspine.importance_accumulate.default, (*case.tensors, 2.0, group, True, 3, "abs"))
@@ -216,13 +218,13 @@ ROWS = torch.zeros(6, dtype=torch.int32)
 BAD = {
     "weight": ({"weight": torch.zeros(6)}, "weight must be a matrix"),
     "weight dtype": ({"weight": torch.zeros(6, 8, dtype=torch.int64)}, "weight must be floating point"),
-    "lora_A": ({"lora_A": torch.zeros(2, 7)}, r"lora_A must have shape \(2, 8\), it has \(2, 7\)"),
+    "lora_A": ({"lora_A": torch.zeros(2, 7)}, r"lora_A must have shape \(2, 8\), but it has \(2, 7\)"),
     "lora_B": ({"lora_B": torch.zeros(6, 3)}, r"lora_B must have shape \(6, 2\)"),
     "grad_A": ({"grad_A": torch.zeros(3, 8)}, r"grad_A must have shape \(2, 8\)"),
     "grad_B": ({"grad_B": torch.zeros(5, 2)}, r"grad_B must have shape \(6, 2\)"),
     "rank 0": ({"lora_A": torch.zeros(0, 8)}, "rank 0"),
-    "rank 257": ({"lora_A": torch.zeros(257, 8)}, "rank 257; 1 to 256"),
-    "no group": ({"group_of_row": None}, "exactly one of group_of_row and group_of_col"),
+    "rank 257": ({"lora_A": torch.zeros(257, 8)}, "rank 257. The rank must be between 1 and 256"),
+    "no group": ({"group_of_row": None}, "Pass exactly one of group_of_row and group_of_col"),
     "two groups": ({"group_of_col": torch.zeros(8, dtype=torch.int32)}, "exactly one of"),
     "group length": ({"group_of_row": torch.zeros(5, dtype=torch.int32)}, r"group_of_row must have shape \(6,\)"),
     "group dtype": ({"group_of_row": torch.zeros(6, dtype=torch.int64)}, "group_of_row must be int32"),
@@ -234,7 +236,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> None:
+def test_importance_with_invalid_argument_names_it(change: dict[str, Any], message: str) -> None:
     case = adapted(6, 8, 2)
     arguments: dict[str, Any] = {
         **dict(zip(("weight", "lora_A", "lora_B", "grad_A", "grad_B"), case.tensors)),
@@ -247,13 +249,13 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_group_outside_on_cuda_is_nan(device: str) -> None:
+def test_importance_with_group_outside_on_cuda_is_nan(device: str) -> None:
     case = adapted(6, 8, 2, device=device)
     group = torch.full((6,), 9, dtype=torch.int32, device=device)
     assert torch.isnan(ops.importance_accumulate(*case.tensors, 1.0, group_of_row=group, num_groups=2)).all()
 
 
-def test_fallback_without_the_extension() -> None:
+def test_importance_without_extension_uses_reference() -> None:
     program = (
         "import torch; from fedspine_edge.kernels import native, ops\n"
         "assert not native.available() and native.build_info()['reason'] == 'FEDSPINE_NATIVE=0'\n"
@@ -267,7 +269,7 @@ def test_fallback_without_the_extension() -> None:
 
 
 @needs_extension
-def test_build_info_tells_what_was_built() -> None:
+def test_build_info_describes_the_extension() -> None:
     info = native.build_info()
     assert info["available"] is True
     assert info["cpu_isa"] in ("avx512", "avx2", "baseline", "neon")

@@ -1,4 +1,4 @@
-"""How the extension behaves in a process: the GIL, threads, fork, what it links."""
+"""The extension in a process: the GIL, threads, fork, linked libraries and the build configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def score(size: int = 96) -> torch.Tensor:
 
 
 @needs_extension
-def test_the_gil_is_released_while_a_kernel_runs() -> None:
+def test_kernel_releases_the_gil() -> None:
     case = adapted(2048, 2048, 256)
     group = torch.zeros(2048, dtype=torch.int32)
     done = threading.Event()
@@ -44,17 +44,17 @@ def test_the_gil_is_released_while_a_kernel_runs() -> None:
         ticks += 1
         time.sleep(0.002)
     worker.join()
-    assert ticks >= 3  # the call takes some 50 ms; holding the GIL would let this loop run once or twice
+    assert ticks >= 3  # the call takes about 50 ms; if it held the GIL, this loop would run once or twice
 
 
-def test_threads_get_the_same_bits() -> None:
+def test_importance_in_threads_gives_the_same_bits() -> None:
     expected = score()
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(result, expected) for result in pool.map(lambda _: score(), range(16)))
 
 
 def trained(tokens: int = 96) -> list[Any]:
-    """Outputs and adapter gradients of lora_linear and lora_gate_up, forward and backward."""
+    """Return results and adapter gradients of lora_linear and lora_gate_up."""
     generator = torch.Generator().manual_seed(5)
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((4, 64), (48, 4))]
     weight, x = torch.randn(48, 64, generator=generator), torch.randn(tokens, 64, generator=generator)
@@ -64,7 +64,7 @@ def trained(tokens: int = 96) -> list[Any]:
     return [t.tolist() for t in (y, gate, up, *gradients)]
 
 
-def test_lora_ops_in_threads_get_the_same_bits() -> None:
+def test_lora_ops_in_threads_give_the_same_bits() -> None:
     expected = trained()
     with ThreadPoolExecutor(4) as pool:
         assert all(result == expected for result in pool.map(lambda _: trained(), range(16)))
@@ -76,8 +76,8 @@ def _in_child(queue: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_works_in_a_child_process(method: str) -> None:
-    expected = (score().tolist(), trained())  # the parent has used threads before it forks
+def test_ops_in_child_process_give_the_same_bits(method: str) -> None:
+    expected = (score().tolist(), trained())  # the parent uses threads before it forks
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
@@ -89,7 +89,7 @@ def test_works_in_a_child_process(method: str) -> None:
 
 
 @needs_extension
-def test_the_extension_is_not_linked_against_torch() -> None:
+def test_extension_is_not_linked_against_torch() -> None:
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("readelf is not installed")
@@ -102,7 +102,7 @@ def test_the_extension_is_not_linked_against_torch() -> None:
 
 
 def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A CMake configure run without building."""
+    """Run the configuration step of CMake without building."""
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("cmake is not installed")
@@ -115,19 +115,19 @@ def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={"PATH": str(folder)})
 
 
-def test_without_a_compiler_the_build_names_the_package(tmp_path: Path) -> None:
+def test_build_without_compiler_names_the_package(tmp_path: Path) -> None:
     result = configure(tmp_path, "-DFEDSPINE_CUDA=OFF")
     assert result.returncode != 0
     assert "sudo apt install g++" in result.stderr
 
 
-def test_an_unknown_cuda_option_is_named(tmp_path: Path) -> None:
+def test_build_with_unknown_cuda_option_names_it(tmp_path: Path) -> None:
     result = configure(tmp_path, "-DFEDSPINE_CUDA=YES")
     assert result.returncode != 0
     assert "FEDSPINE_CUDA is 'YES'; it must be AUTO, ON or OFF" in result.stderr
 
 
-def test_compile_cuda_says_why_it_skips(tmp_path: Path) -> None:
+def test_compile_cuda_without_nvcc_reports_the_skip(tmp_path: Path) -> None:
     if Path("/usr/local/cuda/bin/nvcc").exists():
         pytest.skip("nvcc is in its standard folder")
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Frozen weights in 8 and 4 bits: their error is known, and pruning changes no bit of what stays."""
+"""Frozen weights with 8 and 4 bits: quantisation error, memory, and pruning without changes to remaining values."""
 
 import numpy as np
 import pytest
@@ -18,26 +18,26 @@ def normal(rows, cols, seed=0):
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(8, 0.009), (4, 0.1)])
-def test_the_error_on_normal_weights_is_that_of_the_format(bits, largest):
+def test_quantisation_error_is_that_of_the_format(bits, largest):
     weight = normal(64, 512)
     error = (QuantizedWeight.of(weight, bits).dense() - weight).norm() / weight.norm()
     assert largest / 3 < error < largest
 
 
-def test_eight_bits_err_by_half_a_step_of_the_row_at_most():
+def test_quantisation_to_8_bits_errs_by_half_a_step_at_most():
     weight = normal(16, 40)
     steps = weight.abs().amax(1, keepdim=True) / 127
     assert ((QuantizedWeight.of(weight, 8).dense() - weight).abs() <= 0.5001 * steps).all()
 
 
-def test_four_bits_keep_zero_and_each_groups_largest_value():
+def test_quantisation_to_4_bits_keeps_zero_and_maxima():
     weight = normal(4, 128)
     weight[1, 5] = 0.0
     dense = QuantizedWeight.of(weight, 4).dense()
     assert dense[1, 5] == 0
     for start in (0, 64):
         group = weight[:, start : start + 64]
-        largest = group.amax(1)  # 1 is among the values, -1 is too
+        largest = group.amax(1)  # 1 and -1 are among the values
         row = int(torch.where(largest == group.abs().amax(1))[0][0])
         torch.testing.assert_close(dense[row, start : start + 64].amax(), largest[row])
 
@@ -50,7 +50,7 @@ def test_four_bits_keep_zero_and_each_groups_largest_value():
     seed=st.integers(0, 1000),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_cutting_rows_and_columns_twice_keeps_every_value_exactly(rows, cols, bits, seed, dtype):
+def test_take_twice_keeps_every_value_exactly(rows, cols, bits, seed, dtype):
     rng = np.random.default_rng(seed)
     weight = QuantizedWeight.of(normal(rows, cols, seed).to(dtype), bits)
     expected = weight.dense()
@@ -62,11 +62,11 @@ def test_cutting_rows_and_columns_twice_keeps_every_value_exactly(rows, cols, bi
         weight, expected = weight.take(r, c), expected[r][:, c]
         assert weight.shape == expected.shape
         assert torch.equal(weight.dense(), expected)
-        assert weight.scales.shape[1] == weight.group_of_col.unique().numel()  # no scale outlives its columns
+        assert weight.scales.shape[1] == weight.group_of_col.unique().numel()  # scales without columns are dropped
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_rows_or_columns_alone_and_a_row_of_zeros(bits):
+def test_take_of_rows_or_columns_with_zero_row_is_exact(bits):
     matrix = normal(6, 70)
     matrix[2] = 0
     weight = QuantizedWeight.of(matrix, bits)
@@ -78,7 +78,7 @@ def test_rows_or_columns_alone_and_a_row_of_zeros(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_it_takes_the_share_of_memory_that_it_promises(bits):
+def test_quantized_weight_memory_is_as_documented(bits):
     weight = QuantizedWeight.of(normal(256, 512), bits)
     stored = sum(t.numel() * t.element_size() for t in (weight.codes, weight.scales, weight.group_of_col))
     assert stored / (256 * 512) < (1.02 if bits == 8 else 0.575)
@@ -89,7 +89,7 @@ def adapter(out, n, r=4):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_lora_linear_equals_that_of_the_dense_matrix_and_keeps_only_the_codes(bits):
+def test_lora_linear_of_quantized_weight_saves_only_codes(bits):
     weight, x = QuantizedWeight.of(normal(24, 96), bits), normal(10, 96, 3).requires_grad_()
     results = []
     for stored in (weight, weight.dense()):
@@ -106,7 +106,7 @@ def test_lora_linear_equals_that_of_the_dense_matrix_and_keeps_only_the_codes(bi
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_projections_that_share_their_input_may_be_quantised_one_by_one(bits):
+def test_lora_gate_up_with_one_quantized_weight_is_exact(bits):
     x = normal(10, 96, 3).requires_grad_()
     gate, up = QuantizedWeight.of(normal(24, 96), bits), normal(16, 96, 5)
     results = []
@@ -120,7 +120,7 @@ def test_projections_that_share_their_input_may_be_quantised_one_by_one(bits):
         assert torch.equal(ours, dense)
 
 
-def test_only_matrices_of_floats_can_be_quantised():
+def test_quantisation_of_other_tensors_raises():
     with pytest.raises(KernelError, match="floating-point matrix"):
         QuantizedWeight.of(torch.zeros(3), 8)
     with pytest.raises(KernelError, match="floating-point matrix"):

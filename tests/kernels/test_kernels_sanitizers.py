@@ -13,24 +13,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-COMMON = ["dispatch", "elementwise", "gather", "importance_accumulate", "lora_linear", "tiles_baseline"]
-# As in CMakeLists.txt.
-X86 = {"tiles_avx2": ["-mavx2", "-mfma"], "tiles_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+COMMON = ["dispatch", "elementwise", "gather", "importance_accumulate", "lora_linear", "isa_baseline"]
+# The flags of CMakeLists.txt.
+X86 = {"isa_avx2": ["-mavx2", "-mfma"], "isa_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels and sanitized.cpp as one program, without Python in between."""
+    """Build one program of the kernels and sanitized.cpp, without Python."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler is installed")
     folder = tmp_path_factory.mktemp("sanitized")
     probe = folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
     linked = subprocess.run([compiler, *SANITIZERS, probe, "-o", folder / "probe"], capture_output=True, text=True)
     ran = linked.returncode == 0 and subprocess.run([folder / "probe"], capture_output=True).returncode == 0
     if not ran:
-        pytest.skip(f"{compiler} has no sanitizer runtime here: {linked.stderr.strip()[-200:]}")
+        pytest.skip(f"{compiler} has no sanitizer runtime: {linked.stderr.strip()[-200:]}")
     x86 = platform.machine() in ("x86_64", "AMD64")
     units: dict[Path, list[str]] = {ROOT / f"csrc/cpu/{name}.cpp": [] for name in COMMON}
     units |= {ROOT / f"csrc/cpu/{name}.cpp": flags for name, flags in X86.items() if x86}
@@ -51,17 +51,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", ""])
-def test_no_kernel_leaves_its_buffers(program: Path, isa: str) -> None:
+def test_cpu_kernels_stay_within_their_buffers(program: Path, isa: str) -> None:
     if isa == "avx2" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("not an x86 machine")
-    environment = {**os.environ, "FEDSPINE_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0"}  # LSan needs ptrace
+    environment = {**os.environ, "FEDSPINE_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0"}  # LeakSanitizer needs ptrace
     result = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
     assert ": 0 failures" in result.stdout
 
 
-def test_the_sanitizers_would_have_said_so(program: Path, tmp_path: Path) -> None:
-    """A read one element past a buffer of this build stops it: the build is what it claims to be."""
+def test_sanitizer_build_reports_a_read_beyond_a_buffer(program: Path, tmp_path: Path) -> None:
+    """A read one element beyond a buffer aborts a program that is built with the same options."""
     source = tmp_path / "bad.cpp"
     source.write_text(
         "#include <cstdlib>\nint main(int n, char**) { volatile int* p = new int[4]; return p[n + 3]; }\n"

@@ -1,4 +1,4 @@
-"""lora_qkv and lora_gate_up: against lora_linear's definition, in eager, compiled, exported and autocast form."""
+"""lora_qkv and lora_gate_up against their reference implementations: eager, compiled, exported, under autocast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCALING = 2.0
 
 
 def projection(in_features: int, out_features: int, rank: int, *, bias: bool = True, seed: int = 0) -> Projection:
-    """Float64, with the variances that a model gives them."""
+    """Return a float64 projection with the variances of a model."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -34,13 +34,13 @@ def projection(in_features: int, out_features: int, rank: int, *, bias: bool = T
 
 
 def cast(p: Projection, dtype: torch.dtype, device: str = "cpu") -> Projection:
-    """A copy whose adapter wants gradients."""
+    """Return a copy whose adapter requires gradients."""
     weight, bias, lora_A, lora_B = (None if t is None else t.detach().to(device, dtype) for t in p)
     return Projection(weight, bias, lora_A.requires_grad_(), lora_B.requires_grad_())
 
 
 def run(module: Any, x: Tensor, projections: list[Projection], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """Outputs, dX and every dA and dB in float64, for a loss that weighs every element differently."""
+    """Return outputs, dX and every dA and dB in float64, for a loss with a different weight for every element."""
     x = x.detach().to(device, dtype).requires_grad_()
     moved = [cast(p, dtype, device) for p in projections]
     outputs = {2: module.lora_gate_up, 3: module.lora_qkv}[len(moved)](x, *moved, SCALING)
@@ -53,25 +53,25 @@ def run(module: Any, x: Tensor, projections: list[Projection], dtype: torch.dtyp
 def assert_as_exact_as_eager(
     x: Tensor, projections: list[Projection], dtype: torch.dtype, device: str = "cpu", *, spare_ulp: float = 1.0
 ) -> None:
-    """Every result's largest error against float64 is at most twice eager torch's, with an ulp to spare."""
+    """Assert that the largest error against float64 is at most twice that of eager torch plus `spare_ulp` ulps."""
     rounded = [Projection(*(None if t is None else t.to(dtype).double() for t in p)) for p in projections]
     x = x.to(dtype).double()
     exact = run(reference, x, rounded, torch.float64)
-    for mine, theirs, truth in zip(
+    for mine, other, truth in zip(
         run(ops, x, rounded, dtype, device), run(reference, x, rounded, dtype, device), exact
     ):
         if truth.numel():
-            # A single result may cancel, and eager be right by luck: an ulp is then that of a term, about 1.
+            # A single result may cancel and eager torch be exact by chance. The ulp is then that of a term, about 1.
             ulp = truth.abs().max().clamp(min=1.0 if spare_ulp > 1 else 0.0) * torch.finfo(dtype).eps
-            bound = 2 * (theirs - truth).abs().max() + spare_ulp * ulp
+            bound = 2 * (other - truth).abs().max() + spare_ulp * ulp
             assert (mine - truth).abs().max() <= bound
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_is_at_most_twice_eager(device: str, dtype: torch.dtype) -> None:
+def test_shared_input_error_is_at_most_twice_that_of_eager(device: str, dtype: torch.dtype) -> None:
     x = torch.randn(3, 48, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    heads = [projection(97, out, 8, seed=out) for out in (61, 20, 21)]  # grouped queries: k and v are narrower
+    heads = [projection(97, out, 8, seed=out) for out in (61, 20, 21)]  # grouped-query attention: k and v are narrower
     assert_as_exact_as_eager(x, heads, dtype, device)
     assert_as_exact_as_eager(x, heads[:2], dtype, device)
 
@@ -85,7 +85,7 @@ def test_error_is_at_most_twice_eager(device: str, dtype: torch.dtype) -> None:
     bias=st.booleans(),
     strided=st.booleans(),
 )
-def test_any_shape(
+def test_shared_input_of_any_shape_is_exact(
     tokens: tuple[int, ...], in_features: int, widths: list[int], ranks: tuple[int, ...], bias: bool, strided: bool
 ) -> None:
     x = torch.randn(*tokens, in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -96,19 +96,19 @@ def test_any_shape(
     assert_as_exact_as_eager(x, parts, torch.float32, spare_ulp=4 + depth**0.5)
 
 
-def test_agrees_with_three_lora_linear() -> None:
+def test_lora_qkv_agrees_with_three_lora_linear() -> None:
     x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0))
     parts = [cast(projection(32, 24, 4, seed=i), torch.float32) for i in range(3)]
     for y, part in zip(ops.lora_qkv(x, *parts, SCALING), parts):
         torch.testing.assert_close(y, ops.lora_linear(x, *part, SCALING))
 
 
-def test_one_of_two_has_a_bias() -> None:
+def test_shared_input_with_one_bias_is_exact() -> None:
     x = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0)).double()
     assert_as_exact_as_eager(x, [projection(32, 24, 4), projection(32, 24, 4, bias=False, seed=1)], torch.float32)
 
 
-def test_gradcheck_eager_and_registered() -> None:
+def test_shared_input_passes_gradcheck() -> None:
     parts = [cast(projection(5, out, 2, seed=out), torch.float64) for out in (4, 3)]
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(t for p in parts for t in (p.lora_A, p.lora_B))]
@@ -126,14 +126,14 @@ def test_gradcheck_eager_and_registered() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_registered_op_passes_opcheck(bias: bool) -> None:
+def test_shared_input_registered_op_passes_opcheck(bias: bool) -> None:
     parts = [cast(projection(5, out, 2, seed=out, bias=bias), torch.float32) for out in (4, 3, 3)]
     x = torch.randn(2, 3, 5, requires_grad=True)
     columns = [[t for t in column if t is not None] for column in zip(*parts)]
     torch.library.opcheck(torch.ops.fedspine.lora_shared_input.default, (x, *columns, 1.5))
 
 
-def test_an_output_without_loss_and_a_frozen_input() -> None:
+def test_lora_qkv_with_unused_outputs_trains_the_used_one() -> None:
     parts = [cast(projection(16, 8, 4, seed=i), torch.float32) for i in range(3)]
     query, _, _ = ops.lora_qkv(torch.randn(70, 16), *parts, SCALING)
     query.sum().backward()
@@ -141,7 +141,7 @@ def test_an_output_without_loss_and_a_frozen_input() -> None:
     assert parts[1].lora_B.grad is None or not parts[1].lora_B.grad.any()
 
 
-def test_unfrozen_weight_gets_its_gradient() -> None:
+def test_shared_input_with_trained_weight_returns_gradient() -> None:
     results = []
     for module in (ops, reference):
         parts = [cast(projection(16, 8, 4, seed=i), torch.float32) for i in range(2)]
@@ -149,12 +149,12 @@ def test_unfrozen_weight_gets_its_gradient() -> None:
         first, second = module.lora_gate_up(torch.ones(70, 16), *parts, SCALING)
         (first.square().sum() + second.square().sum()).backward()
         results.append([parts[1].weight.grad, parts[0].lora_A.grad, parts[1].lora_B.grad])
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected)
 
 
 class Gated(torch.nn.Module):
-    """gate and up of one input with the non-linearity between them, as a decoder has it."""
+    """The gate and up projections of a decoder with the non-linearity between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Gated(torch.nn.Module):
         return torch.nn.functional.silu(gate) * up
 
 
-def test_torch_compile_sees_one_op_without_graph_breaks() -> None:
+def test_shared_input_compiled_has_no_graph_breaks() -> None:
     layer, x = Gated(), torch.randn(2, 70, 16)
     expected = layer(x)
     expected.sum().backward()
@@ -182,11 +182,11 @@ def test_torch_compile_sees_one_op_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), expected)
     compiled(x).sum().backward()
     for ours, eager in zip([p.grad for p in layer.parameters()], gradients):
-        # aarch64's BLAS takes another path for the compiled graph: sums of 140 terms differ in the last place.
+        # On aarch64 BLAS computes the compiled graph differently: sums of 140 terms differ in the last place.
         torch.testing.assert_close(ours, eager, rtol=0, atol=1e-6 * eager.abs().max().item())
 
 
-def test_export_decomposes_into_standard_operators() -> None:
+def test_shared_input_exported_uses_standard_operators() -> None:
     layer, x = Gated().eval(), torch.randn(2, 5, 16)
     program = torch.export.export(layer, (x,), strict=False)
     assert not [n for n in program.graph.nodes if "fedspine" in str(n.target)]
@@ -194,20 +194,20 @@ def test_export_decomposes_into_standard_operators() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_autocast_computes_in_its_dtype_and_keeps_master_gradients(device: str) -> None:
+def test_shared_input_under_autocast_float32_gradients(device: str) -> None:
     parts = [cast(projection(32, 24, 4, seed=i), torch.float32, device) for i in range(2)]
     x = torch.randn(70, 32, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         outputs, expected = (module.lora_gate_up(x, *parts, SCALING) for module in (ops, reference))
-    for y, twin in zip(outputs, expected):
+    for y, other in zip(outputs, expected):
         assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y, twin.to(torch.bfloat16), rtol=0.02, atol=0.05)
+        torch.testing.assert_close(y, other.to(torch.bfloat16), rtol=0.02, atol=0.05)
     sum(y.float().sum() for y in outputs).backward()
     assert all(t.grad.dtype == torch.float32 for p in parts for t in (p.lora_A, p.lora_B))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+def test_shared_input_under_checkpointing_same_gradients(use_reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     layer = Gated()
@@ -222,14 +222,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) ->
         assert torch.equal(plain, recomputed)
 
 
-def test_bad_input_names_projection_and_argument() -> None:
+def test_shared_input_with_invalid_argument_names_it() -> None:
     good = [cast(projection(8, 6, 2, seed=i), torch.float32) for i in range(3)]
     x = torch.zeros(3, 8)
     bad = good[1]._replace(lora_B=torch.zeros(6, 3))
-    with pytest.raises(KernelError, match=r"lora_qkv, k: lora_B must have shape \(6, 2\), it has \(6, 3\)"):
+    with pytest.raises(KernelError, match=r"lora_qkv, k: lora_B must have shape \(6, 2\), but it has \(6, 3\)"):
         ops.lora_qkv(x, good[0], bad, good[2], SCALING)
-    with pytest.raises(KernelError, match=r"lora_gate_up, gate: x must have shape \(\.\.\., 8\), it has \(3, 7\)"):
+    with pytest.raises(KernelError, match=r"lora_gate_up, gate: x must have shape \(\.\.\., 8\), but it has \(3, 7\)"):
         ops.lora_gate_up(torch.zeros(3, 7), good[0], good[1], SCALING)
     double = cast(projection(8, 6, 2), torch.float64)
-    with pytest.raises(KernelError, match=r"lora_gate_up, up: x is torch.float32, the weight is torch.float64"):
+    with pytest.raises(KernelError, match=r"lora_gate_up, up: x is torch.float32, but the weight is torch.float64"):
         ops.lora_gate_up(x, good[0], double, SCALING)

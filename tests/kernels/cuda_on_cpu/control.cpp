@@ -1,5 +1,5 @@
-// What the emulated extension module has beyond the kernels: the order of threads, for tests to choose, and the CPU
-// side of csrc/bindings.cpp, which is not built here.
+// The parts of the emulated extension module that are not CUDA kernels: the order of threads, which tests select, and
+// stubs for the CPU kernels that csrc/bindings.cpp refers to.
 #include <stdexcept>
 
 #include "cuda_runtime.h"
@@ -12,13 +12,13 @@ extern "C" void emulation_order(unsigned seed, int late_async) {
 namespace fedspine {
 namespace {
 [[noreturn]] void absent() {
-  throw std::runtime_error("the emulation has CUDA kernels only");
+  throw std::runtime_error("the emulation contains CUDA kernels only");
 }
 }  // namespace
 void importance_accumulate_cpu(const ImportanceArgs&, int) {
   absent();
 }
-void lowrank_project_cpu(const Matrix&, const Matrix&, const Matrix&, float, int) {
+void lora_linear_project_cpu(const Matrix&, const Matrix&, const Matrix&, float, int) {
   absent();
 }
 void gather_cpu(const Matrix&, const Matrix&, const int64_t*, bool, int, int) {

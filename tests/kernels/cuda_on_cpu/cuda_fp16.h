@@ -1,4 +1,4 @@
-// __half: 5 bits of exponent, 10 of mantissa, written for being read, not for speed.
+// __half: 5 bits of exponent and 10 bits of mantissa, written for clarity instead of speed.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,8 @@ inline __half __float2half_rn(float x) {
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
   int exponent = 0;
   std::frexp(magnitude, &exponent);               // magnitude in [2^(exponent - 1), 2^exponent)
-  const int unit = std::max(exponent, -13) - 11;  // of the last place: 2^unit, 2^-24 for subnormals
+  const int unit = std::max(exponent, -13) - 11;  // the last place is 2^unit, 2^-24 for subnormals
   const auto places = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));  // to even, up to 2048
-  // Adding rather than joining lets a mantissa that rounds up carry into the exponent.
+  // The sum lets a mantissa that rounds up carry into the exponent.
   return {static_cast<uint16_t>(sign | ((unit + 24) * 1024 + places))};
 }

@@ -1,7 +1,7 @@
-// What the kernels of csrc/cuda use of CUDA, on a CPU, for tests: the very same .cu files compile with g++ -x c++ and
-// -I on this folder. Blocks run one after another; the threads of a block are fibers that change places only at
-// barriers, at warp collectives and at the end, in an order the test chooses. Not a GPU: no speed, no memory model
-// weaker than "anything between two barriers in any order of whole threads", no limits of registers.
+// Emulation of the parts of CUDA that the kernels of csrc/cuda use, for tests on a CPU. g++ -x c++ compiles the same
+// .cu files with this folder on its include path. Blocks run one after another. The threads of a block are fibers that
+// switch only at barriers, at warp collectives and at their end, in an order that the test selects. The emulation does
+// not model speed, limits of registers, or a memory model weaker than whole threads in any order between two barriers.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <functional>
 
-// For functions that combine the operands of a warp's lanes: they read other threads' stacks, as no kernel does.
+// Marks functions that combine the operands of a warp. They read the stacks of other threads, which no kernel does.
 #define EMULATED_HARDWARE __attribute__((no_sanitize("thread")))
 
 #define __global__
@@ -34,38 +34,38 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// Set by the scheduler whenever a thread gets its turn.
+// Set by the scheduler before a thread runs.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 namespace emulated {
 
 struct Order {
-  unsigned seed;    // 0: threads and blocks ascending, 1: descending, others: shuffled
-  bool late_async;  // cp.async lands at the wait that asks for it rather than at once
+  unsigned seed;    // order of threads and blocks: 0 ascending, 1 descending, others shuffled
+  bool late_async;  // cp.async lands at the wait that covers it instead of at once
 };
 extern Order order;
 
-// Shared memory of a block: fresh bytes of 0xff (NaN in every format), of exactly this size, at the first call of any
-// of its threads. `site` tells the variables of a kernel apart.
+// Return a variable in the shared memory of a block. The first call of any thread allocates exactly this size, filled
+// with 0xff (NaN in every format). `site` identifies the variable.
 void* shared_memory(size_t bytes, const void* site);
 
-// Waits for every thread of the block; line is where, and all must be at the same.
+// Wait for every thread of the block. All threads must wait in the same line of the source.
 void block_barrier(int line);
 int block_or(int bits, int line);
 
-// Waits for the 32 lanes of the warp, each with its operands; the last to come calls combine(operands of all lanes).
+// Wait for the 32 lanes of the warp. The last one to arrive calls combine with the operands of all lanes.
 void warp_collective(const char* name, void* operands, void (*combine)(void* const* lanes));
 void warp_barrier();
 int lane();
 
-// cp.async of 16 bytes: `perform` runs at once or at the wait that covers it, as `order` says.
+// Start an asynchronous copy of 16 bytes. `perform` runs at once or at the wait that covers it, depending on `order`.
 void async_copy(void* shared, const void* global, int bytes,
                 void (*perform)(void* shared, const void* global, int bytes));
 void async_commit();
-void async_wait(size_t groups);  // until at most so many committed groups are in flight
+void async_wait(size_t groups);  // wait until at most this many committed groups are in flight
 
-int launch(dim3 grid, dim3 block, const std::function<void()>& kernel);  // 0, or the number of a cudaError_t
+int launch(dim3 grid, dim3 block, const std::function<void()>& kernel);  // returns 0 or a cudaError_t
 
 }  // namespace emulated
 
@@ -126,7 +126,7 @@ inline float __int_as_float(int bits) {
   return value;
 }
 
-// The runtime API: one device, one stream that is done when a call returns.
+// The runtime API, with one device and one stream whose work is complete when a call returns.
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {

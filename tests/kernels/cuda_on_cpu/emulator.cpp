@@ -17,7 +17,8 @@
 #include <pthread.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(EMULATE_WITH_TSAN)  // this file is then compiled without -fsanitize=thread: its own state is not under test
+#if defined(EMULATE_WITH_TSAN)  // this file is then compiled without -fsanitize=thread, because its own state is not
+                                // under test
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -65,8 +66,8 @@ struct Fiber {
   void* tsan = nullptr;
   unsigned thread = 0;
   State state = State::done;
-  int line = 0;                // of the barrier it waits at
-  const char* name = nullptr;  // of the collective it waits for
+  int line = 0;                // line of the barrier where it waits
+  const char* name = nullptr;  // name of the collective where it waits
   void* operands = nullptr;
   std::vector<Copy> open_copies;              // cp.async since the last commit
   std::deque<std::vector<Copy>> copy_groups;  // committed, the oldest first
@@ -80,8 +81,8 @@ unsigned threads = 0;
 const std::function<void()>* kernel = nullptr;
 int or_bits = 0, or_result = 0;
 std::map<const void*, void*> shared;
-char barrier_event, launch_event, done_event,
-    shared_event;  // addresses that stand for "happened before" under ThreadSanitizer
+// Their addresses represent "happens before" relations for ThreadSanitizer.
+char barrier_event, launch_event, done_event, shared_event;
 
 void happens_before(void* event) {
 #if defined(EMULATE_WITH_TSAN)
@@ -129,7 +130,7 @@ void switch_to(Fiber* next) {
   __sanitizer_start_switch_fiber(&from->fake_stack, bottom, size);
 #endif
 #if defined(EMULATE_WITH_TSAN)
-  __tsan_switch_to_fiber(next->tsan, 1);  // 1: a change of fiber orders no memory accesses
+  __tsan_switch_to_fiber(next->tsan, 1);  // 1: switching fibers does not order memory accesses
 #endif
   swapcontext(&from->context, &next->context);
   arrived();
@@ -142,7 +143,7 @@ Fiber* next_runnable() {
   return nullptr;
 }
 
-// Gives the turn away; returns when this thread is runnable and has the turn again.
+// Switch to another thread. Returns when this thread is runnable and is selected again.
 void wait() {
   Fiber* next = next_runnable();
   if (next == nullptr)
@@ -237,7 +238,7 @@ int block_or(int bits, int line) {
   or_bits |= bits;
   block_barrier(line);
   const int result = or_result;
-  block_barrier(-line);  // nobody's next barrier may replace the result before all have read it
+  block_barrier(-line);  // all threads must read the result before a later barrier replaces it
   return result;
 }
 

@@ -1,4 +1,4 @@
-// The instructions of csrc/cuda/ptx.cuh lane by lane, after the PTX ISA's sections on cp.async, ldmatrix and mma.
+// The instructions of csrc/cuda/ptx.cuh, lane by lane, as the PTX ISA defines cp.async, ldmatrix and mma.
 #include "cuda/ptx.cuh"
 
 namespace fedspine {
@@ -43,7 +43,7 @@ struct Product {
   uint32_t a[4], b[2];
 };
 
-// Of a double that is not 0, infinite or NaN; subnormal products of two 16-bit numbers are normal doubles.
+// Return the exponent of a normal double. Subnormal products of two 16-bit numbers are normal doubles.
 int exponent(double x) {
   uint64_t bits;
   std::memcpy(&bits, &x, 8);
@@ -57,8 +57,8 @@ double power_of_two(int e) {
   return x;
 }
 
-// c + the sum of eight products as the tensor cores of Ampere and Hopper were found to form it, at its most careless:
-// every term cut off (not rounded) at the last place of the largest one, no guard bits, the sum cut off to 24 bits.
+// Return c plus the sum of eight products, with the largest error that was found on tensor cores of Ampere and Hopper:
+// every term is truncated at the last place of the largest one without guard bits, and the sum is truncated to 24 bits.
 // M. Fasi, N. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ CS 7:e330, 2021.
 float sum_of_eight(float c, const double (&products)[8]) {
   double exact = c, magnitude = std::fabs(c);
@@ -86,19 +86,20 @@ double half_of<__nv_bfloat16>(uint32_t pair, int index) {
   return __bfloat162float(__nv_bfloat16{static_cast<uint16_t>(pair >> 16 * index)});
 }
 
-// m16n8k16. With g = lane / 4, t = lane % 4: register i of A holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) + {0, 1};
-// register i of B rows 2 t + 8 i + {0, 1}, column g; element i of C row g + 8 (i / 2), column 2 t + i % 2.
+// m16n8k16, with quad = lane / 4 and in_quad = lane % 4. Register i of A holds row quad + 8 (i % 2) and columns
+// 2 in_quad + 8 (i / 2) + {0, 1}. Register i of B holds rows 2 in_quad + 8 i + {0, 1} and column quad. Element i of C
+// is row quad + 8 (i / 2) and column 2 in_quad + i % 2.
 template <typename T>
 EMULATED_HARDWARE void multiply(void* const* lanes) {
   double a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* mine = static_cast<const Product*>(lanes[lane]);
-    const int g = lane / 4, t = lane % 4;
+    const int quad = lane / 4, in_quad = lane % 4;
     for (int i = 0; i < 4; ++i) {
-      for (int j = 0; j < 2; ++j) a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + j] = half_of<T>(mine->a[i], j);
+      for (int j = 0; j < 2; ++j) a[quad + 8 * (i % 2)][2 * in_quad + 8 * (i / 2) + j] = half_of<T>(mine->a[i], j);
     }
     for (int i = 0; i < 2; ++i) {
-      for (int j = 0; j < 2; ++j) b[2 * t + 8 * i + j][g] = half_of<T>(mine->b[i], j);
+      for (int j = 0; j < 2; ++j) b[2 * in_quad + 8 * i + j][quad] = half_of<T>(mine->b[i], j);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {

@@ -1,4 +1,4 @@
-// Tiles of strided matrices of 16-bit elements in shared memory, for the tensor-core kernels.
+// Shared-memory tiles of strided matrices of 16-bit elements, for the tensor-core kernels.
 #pragma once
 
 #include "common.cuh"
@@ -7,14 +7,15 @@
 namespace fedspine {
 namespace {
 
-// A matrix of 16-bit elements whose rows are contiguous and begin at multiples of 16 bytes: what cp.async and 32-bit
-// index arithmetic, which saves a third of the registers, ask for.
+// A matrix of 16-bit elements whose rows are contiguous and begin at multiples of 16 bytes, as cp.async requires. Its
+// sizes fit 32 bits; 32-bit index arithmetic saves a third of the registers.
 struct AlignedRows {
   const uint16_t* data;
   int rows, cols, stride;
 };
 
-constexpr int64_t kMaxSize = 2147483647 - 128;  // of rows and columns: a tile may reach beyond
+// The largest number of rows or columns. The margin allows for a tile that extends beyond the matrix.
+constexpr int64_t kMaxSize = 2147483647 - 128;
 
 inline bool is_aligned(const Matrix& m) {
   const bool whole_rows = m.row_stride % 8 == 0 || m.rows == 1;
@@ -27,14 +28,14 @@ inline AlignedRows aligned_rows(const Matrix& m) {
           static_cast<int>(m.row_stride)};
 }
 
-// Pads a row of a tile to an odd number of 16-byte pieces: eight rows then lie in different banks, for ldmatrix and for
-// the pairs that a fragment's lanes read.
+// Return the padded length of a tile's row, an odd number of 16-byte pieces. Eight rows then lie in different banks,
+// both for ldmatrix and for the pairs that the lanes of a fragment read.
 __host__ __device__ constexpr int padded(int cols) {
   return cols + 8;
 }
 
-// Copies rows row0.. and columns col0.. of m to tile (kRows, padded(kCols)); what lies outside m becomes 0. It arrives
-// with the next group of cp.async, and a barrier must follow.
+// Copy the part of m that begins at (row0, col0) to tile (kRows, padded(kCols)). Elements outside m become 0. The copy
+// is asynchronous and belongs to the next group of cp.async; a barrier must follow.
 template <int kRows, int kCols, int kThreads>
 __device__ inline void copy_tile(uint16_t* tile, const AlignedRows& m, int row0, int col0, int thread = threadIdx.x) {
   static_assert(kCols % 16 == 0, "padded() needs whole 32-byte pieces");
@@ -48,10 +49,10 @@ __device__ inline void copy_tile(uint16_t* tile, const AlignedRows& m, int row0,
   }
 }
 
-// The same for any strides, element by element and at once; a barrier must follow.
+// The same for any strides, element by element and synchronous. A barrier must follow.
 template <int kRows, int kCols, int kThreads>
 __device__ inline void copy_tile(uint16_t* tile, const Matrix& m, int row0, int col0, int thread = threadIdx.x) {
-  // Neighbouring threads read along the direction that is contiguous in memory.
+  // Neighbouring threads read along the dimension that is contiguous in memory.
   const bool along_rows = m.row_stride == 1 && m.col_stride != 1;
 #pragma unroll 1
   for (int e = thread; e < kRows * kCols; e += kThreads) {
@@ -61,14 +62,15 @@ __device__ inline void copy_tile(uint16_t* tile, const Matrix& m, int row0, int 
   }
 }
 
-// Two neighbouring elements of a tile, read and written at once: half of the shared memory's accesses otherwise.
+// Two neighbouring elements of a tile. Reading and writing them together halves the accesses to shared memory.
 template <typename T>
 struct __align__(4) Pair {
   T first, second;
 };
 
-// The fragments of a 16 x 16 tile of A, and of two neighbouring 16 x 8 tiles of B (registers 0, 1 and 2, 3), from
-// shared memory that holds the operand as the product has it or transposed. `at` is the tile's first element.
+// Load the fragment of a 16 x 16 tile of A (load_a), or of two neighbouring 16 x 8 tiles of B (load_b, in registers 0,
+// 1 and 2, 3). Shared memory holds the operand as the product needs it or, with kTransposed, transposed. `at` points to
+// the first element of the tile.
 template <int kPitch, bool kTransposed>
 __device__ inline void load_a(uint32_t (&fragment)[4], const uint16_t* at) {
   const int lane = threadIdx.x % 32;
