@@ -189,7 +189,7 @@ def run(name: str, *, tau: int, repetitions: int) -> dict[str, Any]:
         "ratio": RATIO,
         "median_ms": {key: round(value * 1e3, 1) for key, value in totals.items()},
         "phases_ms": {key: {p: round(s * 1e3, 1) for p, s in times.items()} for key, times in middle.items()},
-        "ratio_to_ours": {"peft, masked": round(totals["peft, masked"] / totals["fedspine"], 3)},
+        "ratio_to_fedspine": {"peft, masked": round(totals["peft, masked"] / totals["fedspine"], 3)},
         "repetitions": repetitions,
         "peak_training_mib": memory,
         "peak_share_of_peft": {

@@ -1,8 +1,8 @@
-"""What only a GPU can tell: time on the device itself, share of memory bandwidth, small batches, CUDA graphs.
+"""Benchmarks for a GPU: kernel time, share of the memory bandwidth, small batches and CUDA graphs.
 
-`benchmarks/kernels.py` times calls as a program makes them, so that a kernel of 10 microseconds disappears behind the
-launch. Here a contestant's calls are captured into one CUDA graph and replayed (`how: graph`), or timed as calls
-(`how: calls`), and the weights that a graph touches exceed every cache.
+`benchmarks/kernels.py` times the calls of a program, in which the launch hides a kernel of 10 microseconds. Here the
+calls of a candidate are captured into one CUDA graph and replayed (`how: graph`), or timed as calls (`how: calls`). The
+weights of a graph exceed every cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import Contestants, Eager, Ours, measure, peft_layer
+from benchmarks.kernels import Candidates, Eager, Fedspine, measure, peft_layer
 from fedspine_edge.kernels import native, ops, reference
 
 LARGER_THAN_CACHES = 256 << 20  # bytes; the L2 of H200 holds 50 MB
@@ -25,7 +25,7 @@ IMPORTANCE = {"4096x4096": (4096, 4096), "RoBERTa up 3072x768": (3072, 768), "Mi
 LAYERS = {"4096x4096": (4096, 4096), "LLaMA up 11008x4096": (11008, 4096)}
 TOKENS = (2048, 4096)
 SMALL_TOKENS = (1, 8, 32, 128)
-Case = tuple[dict[str, Any], Contestants, int]  # what, contestants, calls per run
+Case = tuple[dict[str, Any], Candidates, int]  # description, candidates, calls per run
 
 
 def run(*, seconds: float, quick: bool = False, torch_device: str = "cuda") -> list[dict[str, Any]]:
@@ -52,8 +52,8 @@ def run(*, seconds: float, quick: bool = False, torch_device: str = "cuda") -> l
     copy_gb_s = copy_bandwidth(torch_device)
     rows = []
     for build in builders:
-        what, contestants, calls = build()
-        measured = measure(contestants, "fedspine", torch_device, seconds / len(builders))
+        what, candidates, calls = build()
+        measured = measure(candidates, "fedspine", torch_device, seconds / len(builders))
         row = {**what, **per_call(measured, calls)}
         if "weight_bytes" in row:
             gb_s = row["weight_bytes"] / row["median_ms"]["fedspine"] / 1e6
@@ -67,7 +67,7 @@ def per_call(measured: dict[str, Any], calls: int) -> dict[str, Any]:
 
 
 def copy_bandwidth(torch_device: str) -> float:
-    """GB/s of a large copy, read and write counted: what this GPU's memory gives in practice."""
+    """Return the GB/s of a large copy, counting reads and writes: the bandwidth that the GPU reaches in practice."""
     source = torch.empty(LARGER_THAN_CACHES, dtype=torch.uint8, device=torch_device)
     target = torch.empty_like(source)
     measured = measure({"copy": lambda: target.copy_(source)}, "copy", torch_device, 0.5)
@@ -75,7 +75,7 @@ def copy_bandwidth(torch_device: str) -> float:
 
 
 def captured(function: Callable[[], Any], torch_device: str) -> Callable[[], Any]:
-    """The replay of a CUDA graph of `function`, which has been run on a side stream first, as capture asks for."""
+    """Return the replay of a CUDA graph of `function`. Capture requires that it has run on a side stream before."""
     if torch_device == "cpu":
         return function
     side = torch.cuda.Stream()
@@ -88,7 +88,7 @@ def captured(function: Callable[[], Any], torch_device: str) -> Callable[[], Any
     with torch.cuda.graph(graph):
         results = function()
 
-    def replay(keep: Any = results) -> None:  # the results' memory is the graph's
+    def replay(keep: Any = results) -> None:  # keep the results alive: the graph writes to their memory
         graph.replay()
 
     return replay
@@ -116,7 +116,7 @@ def importance_case(
     adapter: torch.dtype,
     torch_device: str,
 ) -> Case:
-    """One group per 8 rows or columns; where tensor cores run, the CUDA cores compete."""
+    """Return a case with one group per 8 rows or columns. If tensor cores are used, the CUDA cores are a candidate."""
     length = rows if by_row else cols
     group = (torch.arange(length, dtype=torch.int32) // 8).to(torch_device)
     options: dict[str, Any] = {"group_of_row" if by_row else "group_of_col": group, "num_groups": (length + 7) // 8}
@@ -126,26 +126,26 @@ def importance_case(
     shapes = ((rank, cols), (rows, rank), (rank, cols), (rows, rank))
     factors = [torch.randn(shape, device=torch_device, dtype=adapter) for shape in shapes]
 
-    def ours() -> list[Tensor]:
+    def fedspine() -> list[Tensor]:
         return [ops.importance_accumulate(weight, *factors, 2.0, **options) for weight in weights]
 
     def eager() -> list[Tensor]:
         return [reference.importance_accumulate(weight, *factors, 2.0, **options) for weight in weights]
 
-    contestants: Contestants = {
-        "fedspine": captured(ours, torch_device),
+    candidates: Candidates = {
+        "fedspine": captured(fedspine, torch_device),
         "eager torch": captured(eager, torch_device),
     }
     if native.tensor_cores(*weights, *factors):
         with cuda_cores_only():
-            contestants["CUDA cores"] = captured(ours, torch_device)
+            candidates["CUDA cores"] = captured(fedspine, torch_device)
     what = {"op": "importance_accumulate on the GPU", "case": name, "groups": "rows" if by_row else "columns"}
     what |= {"r": rank, "dtype": str(dtype), "adapter_dtype": str(adapter), "how": "graph", "weight_bytes": size}
-    return what, contestants, count
+    return what, candidates, count
 
 
 def layer_case(name: str, rows: int, cols: int, rank: int, tokens: int, graph: bool, torch_device: str) -> Case:
-    """Forward and backward of one adapted linear in bfloat16; our low-rank kernels compete with torch's addmm."""
+    """Return the case of one lora_linear in bfloat16, forward and backward. The low-rank kernels are a candidate."""
     dtype = torch.bfloat16
     torch.manual_seed(0)
     base, copy = (torch.nn.Linear(cols, rows, bias=False).to(torch_device, dtype) for _ in range(2))
@@ -165,15 +165,15 @@ def layer_case(name: str, rows: int, cols: int, rank: int, tokens: int, graph: b
 
         return captured(once, torch_device) if graph else once
 
-    ours = Ours(base, lora_A, lora_B, 2.0)
-    contestants: Contestants = {
-        "fedspine": step(ours),
-        "our low-rank kernels": step(ours, kernels=True),
+    layer = Fedspine(base, lora_A, lora_B, 2.0)
+    candidates: Candidates = {
+        "fedspine": step(layer),
+        "low-rank kernels": step(layer, kernels=True),
         "eager": step(Eager(base, lora_A, lora_B, 2.0)),
         "base GEMMs alone": step(base),
     }
     peft = peft_layer(copy, lora_A, lora_B, 2 * rank)
     if peft is not None:
-        contestants["peft"] = step(peft)
+        candidates["peft"] = step(peft)
     what = {"op": "lora_linear on the GPU", "case": name, "tokens": tokens, "r": rank, "dtype": str(dtype)}
-    return {**what, "how": "graph" if graph else "calls"}, contestants, 1
+    return {**what, "how": "graph" if graph else "calls"}, candidates, 1

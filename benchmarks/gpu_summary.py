@@ -50,7 +50,7 @@ def aims(rows: list[Row]) -> Iterator[Row]:
     long = [row for row in layers if row["tokens"] >= 2048]
     short = [row for row in layers if row["tokens"] <= 128]
     yield from worst("lora_linear, 2048 tokens or more, against PEFT", 1.15, long, "peft")
-    floor = [row["ratio_to_ours"]["base GEMMs alone"] for row in long]
+    floor = [row["ratio_to_fedspine"]["base GEMMs alone"] for row in long]
     if floor:
         cost = round(1 / min(floor), 3)
         what = "lora_linear, 2048 tokens or more, times its base GEMMs"
@@ -59,9 +59,9 @@ def aims(rows: list[Row]) -> Iterator[Row]:
     yield from worst("lora_linear, 128 tokens or fewer, CUDA graph, against PEFT", 1.5, of(short, "graph"), "peft")
     # Not aims, but what decides which form runs: above 1, torch's addmm (ours by default) is the faster.
     for what, chosen in (("2048 tokens or more", long), ("128 tokens or fewer, CUDA graph", of(short, "graph"))):
-        ratios = [row["ratio_to_ours"]["our low-rank kernels"] for row in chosen]
+        ratios = [row["ratio_to_fedspine"]["low-rank kernels"] for row in chosen]
         if ratios:
-            yield {"aim": f"time of our low-rank kernels / addmm, {what}", "measured": [min(ratios), max(ratios)]}
+            yield {"aim": f"time of low-rank kernels / addmm, {what}", "measured": [min(ratios), max(ratios)]}
 
 
 def of(rows: list[Row], how: str) -> list[Row]:
@@ -70,7 +70,7 @@ def of(rows: list[Row], how: str) -> list[Row]:
 
 def worst(aim: str, wanted: float, rows: list[Row], contestant: str) -> Iterator[Row]:
     """Nothing where no row has the contestant (PEFT is not always installed)."""
-    ratios = [row["ratio_to_ours"][contestant] for row in rows if contestant in row["ratio_to_ours"]]
+    ratios = [row["ratio_to_fedspine"][contestant] for row in rows if contestant in row["ratio_to_fedspine"]]
     if ratios:
         yield {"aim": aim, "wanted": wanted, "measured": min(ratios), "reached": min(ratios) >= wanted}
 

@@ -17,7 +17,7 @@ from fedspine_edge.kernels import native, reference
 from fedspine_edge.kernels.checks import fail, must_decompose
 
 # The numbers of elements from which the ops were measured to be faster than autograd over plain operators
-# (docs/kernels.md). What the backward pass saves does not matter below them.
+# (docs/results/kernels.md). What the backward pass saves does not matter below them.
 _CPU_MIN_NORM, _CPU_MIN_GATE = 1 << 15, 1 << 17
 
 

@@ -137,4 +137,4 @@ def test_compile_cuda_without_nvcc_reports_the_skip(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)},
     )
     assert result.returncode == 0, result.stderr
-    assert "skipped, no nvcc" in result.stdout
+    assert "skipped, because nvcc is not on PATH" in result.stdout

@@ -42,32 +42,32 @@ def row(op: str, **values: Any) -> dict[str, Any]:
 
 
 ROWS = [
-    row("importance_accumulate", ratio_to_ours={"eager torch": 1.1}),  # calls, not the GPU's time: no aim's measure
+    row("importance_accumulate", ratio_to_fedspine={"eager torch": 1.1}),  # calls, not the GPU's time: no aim's measure
     row(
         "importance_accumulate on the GPU",
         adapter_dtype="torch.bfloat16",
         how="graph",
         share_of_copy_bandwidth=0.5,
-        ratio_to_ours={"eager torch": 9.0, "CUDA cores": 2.0},
+        ratio_to_fedspine={"eager torch": 9.0, "CUDA cores": 2.0},
     ),
     row(
         "importance_accumulate on the GPU",
         adapter_dtype="torch.float32",
         how="graph",
         share_of_copy_bandwidth=0.1,
-        ratio_to_ours={"eager torch": 2.0},
+        ratio_to_fedspine={"eager torch": 2.0},
     ),
     row(
         "lora_linear on the GPU",
         tokens=2048,
         how="calls",
-        ratio_to_ours={"peft": 1.2, "base GEMMs alone": 0.9, "our low-rank kernels": 0.97},
+        ratio_to_fedspine={"peft": 1.2, "base GEMMs alone": 0.9, "low-rank kernels": 0.97},
     ),
     row(
         "lora_linear on the GPU",
         tokens=8,
         how="graph",
-        ratio_to_ours={"peft": 1.4, "base GEMMs alone": 0.5, "our low-rank kernels": 0.8},
+        ratio_to_fedspine={"peft": 1.4, "base GEMMs alone": 0.5, "low-rank kernels": 0.8},
     ),
 ]
 
@@ -191,8 +191,8 @@ def test_aims_take_the_worst_case_they_cover() -> None:
         "lora_linear, 2048 tokens or more, against PEFT": (1.2, True),
         "lora_linear, 2048 tokens or more, times its base GEMMs": (1.111, True),
         "lora_linear, 128 tokens or fewer, CUDA graph, against PEFT": (1.4, False),
-        "time of our low-rank kernels / addmm, 2048 tokens or more": ([0.97, 0.97], None),
-        "time of our low-rank kernels / addmm, 128 tokens or fewer, CUDA graph": ([0.8, 0.8], None),
+        "time of low-rank kernels / addmm, 2048 tokens or more": ([0.97, 0.97], None),
+        "time of low-rank kernels / addmm, 128 tokens or fewer, CUDA graph": ([0.8, 0.8], None),
     }
 
 
@@ -207,5 +207,5 @@ def test_the_benchmarks_of_a_gpu_run_through(monkeypatch: pytest.MonkeyPatch) ->
     aims = {row["aim"] for row in gpu_summary.aims(rows)}
     assert "importance, 4096x4096, share of a copy's bandwidth" in aims
     assert "lora_linear, 2048 tokens or more, times its base GEMMs" in aims
-    assert "time of our low-rank kernels / addmm, 128 tokens or fewer, CUDA graph" in aims
+    assert "time of low-rank kernels / addmm, 128 tokens or fewer, CUDA graph" in aims
     assert all(milliseconds > 0 for row in rows for milliseconds in row["median_ms"].values())
