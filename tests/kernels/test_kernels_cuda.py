@@ -182,9 +182,9 @@ def test_importance_ascending_groups_of_any_size_are_found(cuda: Cuda, length: i
         drawn = torch.randint(0, num_groups, (length,), generator=torch.Generator().manual_seed(length))
         group = drawn.sort().values.int().to(cuda.device)
         options = {"group_of_row": group, "num_groups": num_groups}
-        ours = ops.importance_accumulate(*case.tensors, 1.0, **options)
+        actual = ops.importance_accumulate(*case.tensors, 1.0, **options)
         exact = reference.importance_accumulate(*case.double().tensors, 1.0, **options)
-        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
+        torch.testing.assert_close(actual, exact, rtol=1e-5, atol=0)
 
 
 def test_importance_of_empty_weight_is_zero(cuda: Cuda) -> None:
@@ -206,9 +206,11 @@ def test_conversion_to_16_bit_rounds_like_torch(cuda: Cuda) -> None:
     values = torch.cat([every_half.float()[::5], between[::7], torch.tensor([0.0, 65519.0, 65520.0, 1e-8, 1e30])])
     finite = values[torch.isfinite(values)][:, None].to(cuda.device)
     for dtype in HALVES:
-        ours = native.project(finite, torch.ones(1, 1, device=cuda.device), 1.0, dtype)
-        assert torch.equal(ours, (finite + 0.0).to(dtype))  # 0 + -0 is 0
-        assert torch.equal(native.project(ours, torch.ones(1, 1, device=cuda.device), 1.0, torch.float32), ours.float())
+        actual = native.project(finite, torch.ones(1, 1, device=cuda.device), 1.0, dtype)
+        assert torch.equal(actual, (finite + 0.0).to(dtype))  # 0 + -0 is 0
+        assert torch.equal(
+            native.project(actual, torch.ones(1, 1, device=cuda.device), 1.0, torch.float32), actual.float()
+        )
 
 
 # (tokens, width, rank), as in h = x Aᵀ: one element, primes, whole tiles, several slices of the inner dimension.
@@ -296,12 +298,12 @@ def test_lora_qkv_agrees_with_reference(cuda: Cuda) -> None:
     for part in parts:
         part[2].requires_grad_()
         part[3].requires_grad_()
-    ours = ops.lora_qkv(x, *(ops.Projection(*part) for part in parts), 2.0)
+    actual = ops.lora_qkv(x, *(ops.Projection(*part) for part in parts), 2.0)
     expected = reference.lora_qkv(x, *(tuple(part) for part in parts), 2.0)  # type: ignore[arg-type]
     leaves = [x, *(part[i] for part in parts for i in (2, 3))]
-    for mine, other in zip(ours, expected):
+    for mine, other in zip(actual, expected):
         torch.testing.assert_close(mine, other, rtol=0.02, atol=0.03)
-    grads = [torch.autograd.grad([y.float().square().sum() for y in ys], leaves) for ys in (ours, expected)]
+    grads = [torch.autograd.grad([y.float().square().sum() for y in ys], leaves) for ys in (actual, expected)]
     for mine, other in zip(*grads):
         torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
 

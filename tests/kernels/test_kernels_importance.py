@@ -33,12 +33,12 @@ def assert_as_exact_as_eager(case: Any, options: dict[str, Any], *, spare_ulp: f
     """Assert that the error against float64 is at most twice that of eager torch plus `spare_ulp` ulps of the sum."""
     exact = reference.importance_accumulate(*case.double().tensors, case.scaling, **options).double()
     eager = reference.importance_accumulate(*case.tensors, case.scaling, **options).double()
-    ours = ops.importance_accumulate(*case.tensors, case.scaling, **options).double()
+    actual = ops.importance_accumulate(*case.tensors, case.scaling, **options).double()
     # "signed" sums may cancel, so the scale is the sum of magnitudes.
     metric = "square" if options.get("metric") == "square" else "abs"
     scale = reference.importance_accumulate(*case.double().tensors, case.scaling, **{**options, "metric": metric})
     bound = 2 * (eager - exact).abs().max() + 1.2e-7 * spare_ulp * scale.double()
-    assert ((ours - exact).abs() <= bound).all()
+    assert ((actual - exact).abs() <= bound).all()
 
 
 def test_importance_of_one_element_equals_hand_computed() -> None:
@@ -59,8 +59,8 @@ def test_importance_without_gradient_of_a_is_the_chain_rule() -> None:
     case.grad_A.zero_()
     importance = (case.grad_B @ case.lora_A) * (case.weight + 2.0 * case.lora_B @ case.lora_A)
     group = torch.arange(17, dtype=torch.int32)
-    ours = ops.importance_accumulate(*case.tensors, 2.0, group_of_row=group, num_groups=17)
-    torch.testing.assert_close(ours, importance.abs().sum(1))
+    actual = ops.importance_accumulate(*case.tensors, 2.0, group_of_row=group, num_groups=17)
+    torch.testing.assert_close(actual, importance.abs().sum(1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -204,8 +204,8 @@ def test_importance_of_parameters_is_not_differentiable() -> None:
 def test_importance_of_float64_equals_reference() -> None:
     case = adapted(24, 33, 5).double()
     options = grouping(24, 5, True)
-    ours = ops.importance_accumulate(*case.tensors, 2.0, **options)
-    assert torch.equal(ours, reference.importance_accumulate(*case.tensors, 2.0, **options))
+    actual = ops.importance_accumulate(*case.tensors, 2.0, **options)
+    assert torch.equal(actual, reference.importance_accumulate(*case.tensors, 2.0, **options))
 
 
 def test_importance_passes_opcheck() -> None:

@@ -59,8 +59,8 @@ def assert_as_exact_as_eager(
     rounded = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     exact = run(reference.lora_linear, cast(rounded, torch.float64, device))
     eager = run(reference.lora_linear, cast(rounded, dtype, device))
-    ours = run(ops.lora_linear, cast(rounded, dtype, device))
-    for name, mine, other, truth in zip(("y", *NAMES), ours, eager, exact):
+    actual = run(ops.lora_linear, cast(rounded, dtype, device))
+    for name, mine, other, truth in zip(("y", *NAMES), actual, eager, exact):
         if truth.numel():
             # A single result may cancel and eager torch be exact by chance. The ulp is then that of a term, about 1.
             ulp = truth.abs().max().clamp(min=1.0 if spare_ulp > 1 else 0.0) * torch.finfo(dtype).eps
@@ -149,8 +149,8 @@ def test_lora_linear_with_trained_weight_returns_its_gradient() -> None:
         a["bias"].requires_grad_()
         module.lora_linear(**a).square().sum().backward()
         results.append([a[name].grad for name in ("weight", "bias", *NAMES)])
-    for ours, expected in zip(*results):
-        torch.testing.assert_close(ours, expected)
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -205,8 +205,8 @@ def test_lora_linear_compiled_has_no_graph_breaks() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     compiled(x).sum().backward()
-    for ours, eager in zip([p.grad for p in layer.parameters()], gradients):
-        torch.testing.assert_close(ours, eager)
+    for actual, eager in zip([p.grad for p in layer.parameters()], gradients):
+        torch.testing.assert_close(actual, eager)
 
 
 def test_lora_linear_exported_uses_standard_operators() -> None:

@@ -101,8 +101,8 @@ def test_lora_linear_of_quantized_weight_saves_only_codes(bits):
         y.square().sum().backward()
         results.append([y.detach(), x.grad, a.grad, b.grad])
         assert ((24, 96) in [tuple(shape) for shape in kept]) == (stored is not weight)
-    for ours, dense in zip(*results):
-        assert torch.equal(ours, dense)
+    for actual, dense in zip(*results):
+        assert torch.equal(actual, dense)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -116,8 +116,8 @@ def test_lora_gate_up_with_one_quantized_weight_is_exact(bits):
         y, z = ops.lora_gate_up(x, *projections, 0.5)
         (y.square().sum() + z.sum()).backward()
         results.append([y.detach(), z.detach(), x.grad, *(p.lora_A.grad for p in projections)])
-    for ours, dense in zip(*results):
-        assert torch.equal(ours, dense)
+    for actual, dense in zip(*results):
+        assert torch.equal(actual, dense)
 
 
 def test_quantisation_of_other_tensors_raises():

@@ -149,8 +149,8 @@ def test_shared_input_with_trained_weight_returns_gradient() -> None:
         first, second = module.lora_gate_up(torch.ones(70, 16), *parts, SCALING)
         (first.square().sum() + second.square().sum()).backward()
         results.append([parts[1].weight.grad, parts[0].lora_A.grad, parts[1].lora_B.grad])
-    for ours, expected in zip(*results):
-        torch.testing.assert_close(ours, expected)
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
 
 
 class Gated(torch.nn.Module):
@@ -181,9 +181,9 @@ def test_shared_input_compiled_has_no_graph_breaks() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     compiled(x).sum().backward()
-    for ours, eager in zip([p.grad for p in layer.parameters()], gradients):
+    for actual, eager in zip([p.grad for p in layer.parameters()], gradients):
         # On aarch64 BLAS computes the compiled graph differently: sums of 140 terms differ in the last place.
-        torch.testing.assert_close(ours, eager, rtol=0, atol=1e-6 * eager.abs().max().item())
+        torch.testing.assert_close(actual, eager, rtol=0, atol=1e-6 * eager.abs().max().item())
 
 
 def test_shared_input_exported_uses_standard_operators() -> None:
