@@ -1,4 +1,4 @@
-"""What a run of scripts/gpu_check found, as one summary.json: exit codes, tests, and the aims of docs/kernels.md.
+"""Summary of a run of scripts/gpu_check: exit codes, tests and targets of the kernels, as one summary.json.
 
     python benchmarks/gpu_summary.py DIR [KEY=VALUE ...]     the pairs are facts of the machine, kept as they are
 

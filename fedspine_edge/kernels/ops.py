@@ -52,7 +52,7 @@ def importance_accumulate(
     The score of a group is the sum of `metric(Ghat * (W + scaling B A))` over its elements, where
     `Ghat = gB A + B gA - gB gA` estimates dL/dW from the gradients of the adapter. Neither Ghat nor another temporary
     of shape (out, in) is allocated. The op is deterministic: the same inputs give the same bits with any number of
-    threads. Source: LoRAPrune, section 3.2; docs/algorithms.md.
+    threads. Source: LoRAPrune, section 3.2; docs/concepts/pruning.md.
 
     Args:
         weight: Tensor of shape (out, in), with any strides.

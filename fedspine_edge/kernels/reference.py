@@ -59,7 +59,7 @@ def importance_accumulate(
     num_groups: int,
     metric: Metric = "abs",
 ) -> Tensor:
-    """Return the group sums of LoRA-guided importance, (num_groups,) float32. Source: docs/algorithms.md, "Importance".
+    """Return the group sums of LoRA-guided importance, (num_groups,) float32. Source: docs/concepts/pruning.md.
 
     Allocates three temporaries of shape (out, in). Computes in float64 if the weight is float64, else in float32.
     """
