@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedspine_edge import BaseStrategy, FleetConfig
-from fedspine_edge.strategies import Choice, DeviceInfo, FedSpine, Outcome, RewardTerms, envelope
+from fedspine_edge.strategies import (
+    Assignment,
+    DeviceInfo,
+    FedSpine,
+    RewardTerms,
+    RoundOutcome,
+    pruning_schedule,
+)
 
 RANKS = {"tx2": 4, "nx": 8, "agx": 16, "bench": 4, "rack": 16}
 
@@ -25,13 +32,13 @@ class RankByClass(BaseStrategy):
 
     def __init__(self, config: FleetConfig) -> None:
         super().__init__(config)
-        self.envelope = envelope(config)
+        self.schedule = pruning_schedule(config)
 
-    def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Choice:
+    def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Assignment:
         wanted = RANKS.get(device.device_class, self.middle_rank())
         allowed = max((r for r in self.config.ranks if r <= wanted), default=self.config.ranks[0])
-        ratio = self.envelope.ratio(1.0, server_round=server_round, previous=previous)
-        return Choice(ratio, self.largest_fitting(allowed, device, previous), 1.0)
+        ratio = self.schedule.ratio(1.0, server_round=server_round, previous=previous)
+        return Assignment(ratio, self.largest_fitting(allowed, device, previous), 1.0)
 
 
 class PerSecond(FedSpine):
@@ -43,7 +50,7 @@ class PerSecond(FedSpine):
 
     name = "per_second"
 
-    def reward(self, outcomes: Sequence[Outcome]) -> dict[str, RewardTerms | None]:
+    def reward(self, outcomes: Sequence[RoundOutcome]) -> dict[str, RewardTerms | None]:
         terms = super().reward(outcomes)
         seconds = {o.device_id: o.completion_time_s for o in outcomes if o.status == "ok"}
         rates = {i: one.loss / seconds[i] for i, one in terms.items() if one and i in seconds}

@@ -1,7 +1,7 @@
 """Sums of low-rank products and their best rank-r factors, without building the products where that is cheaper.
 
-`A` is (r, in) and `B` is (out, r), as in LoRA; a device's adapter stands for `dW = scaling · B · A`. Everything is
-computed in float64 and handed out as float32. Source: docs/algorithms.md, "Aggregation".
+`A` is (r, in) and `B` is (out, r), as in LoRA; a device's adapter represents `dW = scaling · B · A`. Computations use
+float64 and results are float32. Source: docs/algorithms.md, "Aggregation".
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Shape = tuple[int, int]
 """(out_features, in_features) of the unpruned linear."""
 
 DEAD = 1e-6
-"""A component whose singular value is below this share of the largest carries noise, not an adapter."""
+"""Share of the largest singular value below which a component is noise."""
 
 MAX_STACK_RANK = 1024
-"""Rank past which a stack that cannot become dense is recompressed; bounds memory at (out + in) · this · 8 bytes."""
+"""Rank above which a stack that cannot become dense is recompressed; limits memory to (out + in) · this · 8 bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,17 @@ class LowRank:
     Attributes:
         A: (r, in) float32.
         B: (out, r) float32.
-        singular_values: (r,) float64, of dW.
-        energy: (r,) float64; entry i is the share of the squared Frobenius norm of dW that rank i + 1 keeps.
+        explained_variance: (r,) float64; entry i is the share of the squared Frobenius norm of dW kept at rank i + 1.
     """
 
     A: Float32
     B: Float32
-    singular_values: Array
-    energy: Array
+    explained_variance: Array
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """`U · diag(S) · Vt`, with U (out, k), S (k,) descending and Vt (k, in); `total` is ‖·‖² of the whole."""
+    """`U · diag(S) · Vt`, with U (out, k), S (k,) descending and Vt (k, in); `total` is its squared Frobenius norm."""
 
     U: Array
     S: Array
@@ -56,10 +54,10 @@ class Decomposition:
 class LowRankSum:
     """Σ w_k · B_k · A_k of one module, added one device at a time, each in its own compact coordinates.
 
-    Held as stacked factors while their rank is below min(out, in), which is where the decomposition of the stack
-    costs as many operations as a dense one: 4(out + in)R² + 22R³ against 2·out·in·R + 4·max·min² + 22·min³.
-    From there it is a dense matrix, exactly, or, where that would be larger than `max_stack_rank` allows, a stack
-    cut to its `max_stack_rank / 2` leading components; `discarded_share` tells what was lost that way.
+    The sum is a stack of factors while their rank is below min(out, in), where decomposing the stack costs as many
+    operations as decomposing a dense matrix: 4(out + in)R² + 22R³ against 2·out·in·R + 4·max·min² + 22·min³. Above that
+    rank it is a dense matrix, which is exact. Where a dense matrix would be larger than `max_stack_rank` allows, the
+    stack is truncated to its `max_stack_rank / 2` leading components.
     """
 
     def __init__(self, shape: Shape, *, max_stack_rank: int = MAX_STACK_RANK) -> None:
@@ -67,25 +65,12 @@ class LowRankSum:
         self.row_weight: Array = np.zeros(shape[0])
         self.col_weight: Array = np.zeros(shape[1])
         self.total_weight = 0.0
-        self._discarded = 0.0
         self._max_stack_rank = max_stack_rank
         self._limit = min(*shape, max_stack_rank)
         self._left: list[Array] = []
         self._right: list[Array] = []
         self._rank = 0
         self._dense: Array | None = None
-
-    @property
-    def is_dense(self) -> bool:
-        return self._dense is not None
-
-    @property
-    def discarded_share(self) -> float:
-        """Squared norm lost by recompressing, as a share of lost and kept; 0 unless the stack outgrew its bound."""
-        if self._discarded == 0.0:
-            return 0.0
-        left, right = self._stack()
-        return self._discarded / (self._discarded + product_norm(right, left) ** 2)
 
     def add(
         self, weight: float, A: npt.NDArray[np.floating], B: npt.NDArray[np.floating], rows: Indices, cols: Indices
@@ -106,15 +91,17 @@ class LowRankSum:
             self._compress()
 
     def decompose(self, *, per_holder: bool = True) -> Decomposition:
-        """The weighted mean, decomposed.
+        """Return the decomposition of the weighted mean.
 
-        With `per_holder` each row (or column, where those are pruned) is divided by the weight of the devices that
-        hold it, and what nobody holds is zero; without, everything is divided by the weight of all devices.
+        Args:
+            per_holder: Divide each row (or column, where those are pruned) by the weight of the devices that keep it,
+                and set those that no device keeps to zero. Otherwise everything is divided by the weight of all
+                devices.
         """
         if per_holder:
             row_scale, col_scale = _inverse(self.row_weight), _inverse(self.col_weight)
             partial_rows = bool((self.row_weight != self.total_weight).any())
-            # A module loses rows or columns, never both: the other side is held by everyone.
+            # A module loses rows or columns, never both: all devices keep the other side.
             if partial_rows:
                 col_scale = (self.col_weight > 0).astype(np.float64)
             else:
@@ -122,7 +109,7 @@ class LowRankSum:
         else:
             row_scale = np.full(self.shape[0], _inverse(np.array([self.total_weight]))[0])
             col_scale = np.ones(self.shape[1])
-        # Only what somebody holds takes part: in late rounds that is half of the matrix or less.
+        # Only rows and columns that some device keeps: in late rounds half of the matrix or less.
         rows, cols = np.flatnonzero(row_scale * self.row_weight), np.flatnonzero(col_scale * self.col_weight)
         if rows.size == 0 or cols.size == 0 or (self._dense is None and not self._left):
             return decompose_dense(np.zeros(self.shape))
@@ -151,13 +138,12 @@ class LowRankSum:
             return
         whole = decompose_stack(*self._stack())
         kept = max(1, self._max_stack_rank // 2)
-        self._discarded += float((whole.S[kept:] ** 2).sum())
         self._left, self._right = [whole.U[:, :kept] * whole.S[:kept]], [whole.Vt[:kept]]
         self._rank = self._left[0].shape[1]
 
 
 def decompose_dense(matrix: Array) -> Decomposition:
-    """Singular value decomposition with fixed signs; rows and columns of zeros stay exactly zero."""
+    """Return the singular value decomposition with fixed signs; rows and columns of zeros stay exactly zero."""
     rows, cols = np.flatnonzero(matrix.any(axis=1)), np.flatnonzero(matrix.any(axis=0))
     if rows.size == 0:
         return Decomposition(np.zeros((matrix.shape[0], 0)), np.zeros(0), np.zeros((0, matrix.shape[1])), 0.0)
@@ -166,7 +152,7 @@ def decompose_dense(matrix: Array) -> Decomposition:
 
 
 def decompose_stack(left: Array, right: Array) -> Decomposition:
-    """Singular value decomposition of `left @ right`, (out, R) and (R, in), through its (R, R) core."""
+    """Return the singular value decomposition of `left @ right`, (out, R) and (R, in), through its (R, R) core."""
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, S, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
@@ -174,12 +160,19 @@ def decompose_stack(left: Array, right: Array) -> Decomposition:
 
 
 def balanced(parts: Decomposition, *, r: int, scaling: float, name: str, seed: int) -> LowRank:
-    """Factors `B = U·sqrt(S/scaling)`, `A = sqrt(S/scaling)·Vt` of rank r, every component able to learn.
+    """Return factors `B = U·sqrt(S/scaling)`, `A = sqrt(S/scaling)·Vt` of rank r in which every component can learn.
 
-    A component that carries nothing is not sent as zeros, which would keep both its gradients zero for ever:
-    its row of A is seeded Kaiming, its column of B zero, so it adds nothing and still learns.
+    Zeros in both factors of a component would keep both of its gradients at zero. An empty component therefore has a
+    seeded Kaiming row of A and a zero column of B: it contributes nothing and can still learn.
+
+    Args:
+        parts: Decomposition of dW.
+        r: Rank of the factors.
+        scaling: lora_alpha / r.
+        name: Module name, which selects the random stream.
+        seed: Seed for the rows of empty components.
     """
-    A, B = _fresh(name, (parts.U.shape[0], parts.Vt.shape[1]), r, seed)
+    A, B = _initial_pair(name, (parts.U.shape[0], parts.Vt.shape[1]), r, seed)
     found = min(r, parts.S.size)
     singular_values = np.zeros(r)
     singular_values[:found] = parts.S[:found]
@@ -188,28 +181,29 @@ def balanced(parts: Decomposition, *, r: int, scaling: float, name: str, seed: i
     A[live] = root[:, None] * parts.Vt[live]
     B[:, live] = parts.U[:, live] * root
     kept = np.cumsum(singular_values**2)
-    energy = np.minimum(kept / parts.total, 1.0) if parts.total > 0 else np.ones(r)
-    return LowRank(A.astype(np.float32), B.astype(np.float32), singular_values, energy)
+    explained = np.minimum(kept / parts.total, 1.0) if parts.total > 0 else np.ones(r)
+    return LowRank(A.astype(np.float32), B.astype(np.float32), explained)
 
 
 def initial_factors(shapes: Mapping[str, Shape], r_max: int, seed: int) -> dict[str, tuple[Float32, Float32]]:
-    """Round 1's global adapter: (A, B) per module with A (r_max, in) seeded Kaiming-uniform and B (out, r_max) zero.
+    """Return the global adapter of the first round.
 
-    The bound is 1/sqrt(in), that of `torch.nn.Linear` and of PEFT. Each module has its own stream, so adding or
-    reordering modules changes no other's values.
+    It is (A, B) per module with A (r_max, in) seeded Kaiming-uniform and B (out, r_max) zero. The bound is 1/sqrt(in),
+    as in `torch.nn.Linear` and PEFT. Each module has its own random stream, so adding or reordering modules does not
+    change the values of others.
     """
-    fresh = {name: _fresh(name, shape, r_max, seed) for name, shape in shapes.items()}
-    return {name: (A.astype(np.float32), B.astype(np.float32)) for name, (A, B) in fresh.items()}
+    pairs = {name: _initial_pair(name, shape, r_max, seed) for name, shape in shapes.items()}
+    return {name: (A.astype(np.float32), B.astype(np.float32)) for name, (A, B) in pairs.items()}
 
 
 def product_norm(A: npt.NDArray[np.floating], B: npt.NDArray[np.floating]) -> float:
-    """Frobenius norm of B · A from the two (r, r) Gram matrices."""
+    """Return the Frobenius norm of B · A, computed from the two (r, r) Gram matrices."""
     a, b = A.astype(np.float64), B.astype(np.float64)
     return float(np.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))))
 
 
-def prefix_energy(A: Array, B: Array) -> Array:
-    """(r,) share of ‖B·A‖² that each prefix explains, for factors that are not orthogonal.
+def prefix_explained_variance(A: Array, B: Array) -> Array:
+    """Return the (r,) shares of ‖B·A‖² that the prefixes explain, for factors that are not orthogonal.
 
     Entry i is 1 - ‖B·A - B[:, :i+1]·A[:i+1]‖² / ‖B·A‖², which is negative where later components cancel earlier.
     """
@@ -221,31 +215,31 @@ def prefix_energy(A: Array, B: Array) -> Array:
     return 1.0 - np.array([*rest, 0.0]) / total
 
 
-def fresh_rows(name: str, in_features: int, r: int, seed: int) -> Array:
-    """(r, in) seeded Kaiming-uniform rows of A for module `name`; the first rows do not depend on r."""
+def kaiming_rows(name: str, in_features: int, r: int, seed: int) -> Array:
+    """Return (r, in) seeded Kaiming-uniform rows of A for module `name`; the first rows do not depend on r."""
     stream = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
     rows: Array = stream.uniform(-1.0, 1.0, size=(r, in_features))
     return rows / float(np.sqrt(in_features))
 
 
-def _fresh(name: str, shape: Shape, r: int, seed: int) -> tuple[Array, Array]:
-    return fresh_rows(name, shape[1], r, seed), np.zeros((shape[0], r))
+def _initial_pair(name: str, shape: Shape, r: int, seed: int) -> tuple[Array, Array]:
+    return kaiming_rows(name, shape[1], r, seed), np.zeros((shape[0], r))
 
 
 def _placed(small: Decomposition, shape: Shape, rows: Indices, cols: Indices) -> Decomposition:
-    """The decomposition of a matrix that has `small` at `rows` and `cols` and zeros elsewhere."""
+    """Return the decomposition of a matrix that has `small` at `rows` and `cols` and zeros elsewhere."""
     U, Vt = np.zeros((shape[0], small.S.size)), np.zeros((small.S.size, shape[1]))
     U[rows], Vt[:, cols] = small.U, small.Vt
     return Decomposition(U, small.S, Vt, small.total)
 
 
 def _signed(U: Array, S: Array, Vt: Array) -> Decomposition:
-    """Signs such that the largest entry of every row of Vt is positive: an SVD leaves them open."""
+    """Fix the signs, which an SVD leaves open, so that the largest entry of every row of Vt is positive."""
     peak = np.abs(Vt).argmax(axis=1)
     sign = np.where(Vt[np.arange(Vt.shape[0]), peak] < 0, -1.0, 1.0)
     return Decomposition(U * sign, S, Vt * sign[:, None], float((S**2).sum()))
 
 
 def _inverse(weight: Array) -> Array:
-    # Below this the inverse overflows; such a weight counts as none.
+    # Below this limit the inverse overflows; such a weight counts as zero.
     return np.divide(1.0, weight, out=np.zeros_like(weight), where=weight > 1e-300)

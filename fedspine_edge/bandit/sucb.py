@@ -1,8 +1,9 @@
 """S-UCB: a discounted UCB over a partition tree of arms (u, r), one tree per device.
 
-The leaves of a tree partition [0, 1] × ranks. The leaf with the largest upper bound is played, the arm is drawn
-uniformly inside it, and a leaf that was played twice is cut in the middle. Source: FedSpine (arXiv 2501.02438),
-after E-UCB of FedMP; the midpoint cut and the inherited prior are ours. docs/algorithms.md, "S-UCB".
+The leaves of a tree partition [0, 1] × ranks. The leaf with the largest upper confidence bound is selected, the arm is
+drawn uniformly inside it, and a leaf that was pulled twice is split in the middle. Source: FedSpine (arXiv 2501.02438),
+after E-UCB of FedMP; the midpoint split and the inherited prior are original to this project. docs/algorithms.md,
+"S-UCB".
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 PRIOR_WEIGHT = 0.5
-"""Discounted count of a mean that was inherited and not observed."""
+"""Discounted count of a mean that was inherited instead of observed."""
 
 _EPS = 1e-6
 _LEAST_WEIGHT = 1e-12
-"""Keeps the bound finite where a discount has shrunk a count to nothing."""
+"""Lower limit of a discounted count, which keeps the bound finite."""
 
 
 class Arm(NamedTuple):
-    """One choice: `u` places the pruning ratio within the round's envelope, `r` is the LoRA rank."""
+    """One arm: `u` is the position in the pruning schedule of the round, `r` the LoRA rank."""
 
     u: float
     r: int
@@ -39,8 +40,8 @@ class _Pull(NamedTuple):
 class _Leaf:
     """A box of the arm space, u in [u_lo, u_hi) and rank cells first..last-1.
 
-    `weight` and `mean` are the discounted count and mean as of round `when`; the mean is the same at any later
-    round and the count shrinks by discount^(rounds passed), so nothing is touched until it is needed.
+    `weight` and `mean` are the discounted count and mean as of round `when`. In later rounds the mean is the same and
+    the count shrinks by discount^(rounds passed), so they are updated only when needed.
     """
 
     u_lo: float
@@ -53,7 +54,7 @@ class _Leaf:
     count: int = 0
     """Pulls in this box, undiscounted."""
     pulls: list[_Pull] = field(default_factory=list)
-    """What a cut would have to hand to the halves; empty once the box is too small to be cut."""
+    """Pulls to distribute when the box is split; empty once the box is too small to be split."""
 
     def holds(self, u: float, cell: int) -> bool:
         return self.first <= cell < self.last and (self.u_lo <= u < self.u_hi or u == self.u_hi == 1.0)
@@ -65,7 +66,7 @@ class _Tree:
     clock: int = 0
     """Round of the newest reward."""
     last: dict[str, Any] | None = None
-    """The newest decision and why, for `explain`."""
+    """The newest decision and its reason, for `explain`."""
 
     @property
     def count(self) -> int:
@@ -75,16 +76,16 @@ class _Tree:
 class SUCB:
     """The bandit of a whole fleet.
 
-    A decision is a function of the state and `now` alone: asked again it gives the same arm, in any order of
-    devices, and after `from_dict(to_dict())` in another process too.
+    A decision is a function of the state and `now` alone: repeating it gives the same arm, in any order of devices, and
+    also after `from_dict(to_dict())` in another process.
 
     Args:
         ranks: LoRA ranks to choose from, ascending.
         discount: λ in (0, 1]; weight of a reward that is one round older. 1 never forgets.
         exploration: s, the width of the confidence bound.
-        min_leaf_width: δ; a leaf is cut only while its longest normalised side exceeds it.
-        seed: Seed of ties and of the draw inside a leaf.
-        prior: `class` lets a device without rewards start from what its class has learned.
+        min_leaf_width: δ; a leaf is split only while its longest normalized side exceeds it.
+        seed: Seed for breaking ties and for the draw inside a leaf.
+        prior: With `class`, a device without rewards starts from what its class has learned.
     """
 
     def __init__(
@@ -123,14 +124,16 @@ class SUCB:
         feasible: Mapping[int, tuple[float, float]] | None = None,
         now: int | None = None,
     ) -> Arm:
-        """The arm to play.
+        """Return the selected arm.
 
         Args:
-            feasible: For each rank that fits the device, the interval of u that does; None allows everything.
-            now: The round; decides the random draw. Defaults to the round after the newest reward.
+            device_id: The device.
+            device_class: Its hardware class.
+            feasible: For each feasible rank the feasible interval of u; None allows everything.
+            now: The round, which seeds the random draw; by default the round after the newest reward.
 
         Raises:
-            ValueError: no arm is feasible.
+            ValueError: No arm is feasible.
         """
         self._class_of[device_id] = device_class
         tree = self._trees.get(device_id)
@@ -158,31 +161,33 @@ class SUCB:
         return arm
 
     def update(self, device_id: str, arm: Arm, reward: float, *, now: int | None = None) -> None:
-        """Learn that `arm` gave `reward`, and cut the leaf that holds it when it is due.
+        """Learn that `arm` gave `reward`, and split its leaf if it has been pulled twice.
 
         Args:
-            reward: In [0, 1].
-            now: The round of the reward; defaults to the one after the newest.
+            device_id: The device.
+            arm: The arm that was selected.
+            reward: Reward in [0, 1].
+            now: Round of the reward; by default the round after the newest.
 
         Raises:
-            ValueError: a reward outside [0, 1], an unknown rank, or a round before the newest.
+            ValueError: A reward outside [0, 1], an unknown rank, or a round before the newest.
         """
         if not 0.0 <= reward <= 1.0:
-            raise ValueError(f"reward of {device_id!r} is {reward}; it must lie within 0..1")
+            raise ValueError(f"reward of {device_id!r} is {reward}; it must be within 0..1")
         if arm.r not in self.ranks or not 0.0 <= arm.u <= 1.0:
             raise ValueError(f"{arm} is not in the arm space 0..1 × {list(self.ranks)}")
         tree = self._trees.setdefault(device_id, self._root())
         self._learn(tree, arm, reward, now)
         if self.prior == "class" and (name := self._class_of.get(device_id)):
             shared = self._class_trees.setdefault(name, self._root())
-            # Rewards of one class may come in any order of rounds when a device was late; the newest round rules.
+            # Rewards of one class may arrive out of order when a device was late; they count as of the newest round.
             self._learn(shared, arm, reward, None if now is None else max(now, shared.clock))
 
     def explain(self, device_id: str) -> dict[str, Any]:
-        """The device's leaves with raw and discounted counts, means and bounds, and why its last arm was played.
+        """Return the device's leaves with raw and discounted counts, means and bounds, and the newest decision.
 
-        A bound of None is infinite: the root was never pulled. `open` says whether the leaf might be played in the
-        round that is being decided, None between rounds.
+        A bound of None is infinite: the root was never pulled. `open` is whether the leaf is feasible in the round that
+        is being decided, or None between rounds.
         """
         tree = self._trees.get(device_id) or self._root()
         decided = tree.last if tree.last is not None and tree.last["now"] > tree.clock else None
@@ -201,12 +206,12 @@ class SUCB:
         return {"device_id": device_id, "pulls": tree.count, "leaves": leaves, "last": tree.last}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON data."""
+        """Return the whole state, as plain JSON data."""
         return {
             "ranks": list(self.ranks),
             "discount": self.discount,
             "exploration": self.exploration,
-            "min_side": self.min_leaf_width,  # the name that journals of earlier versions hold
+            "min_side": self.min_leaf_width,  # the name in journals of earlier versions
             "seed": self.seed,
             "prior": self.prior,
             "trees": {name: _tree_to_dict(tree) for name, tree in self._trees.items()},
@@ -216,7 +221,7 @@ class SUCB:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SUCB:
-        """Inverse of `to_dict`."""
+        """Return the inverse of `to_dict`."""
         settings = {name: data[name] for name in ("discount", "exploration", "seed", "prior")}
         bandit = cls(data["ranks"], min_leaf_width=data["min_side"], **settings)
         bandit._trees = {name: _tree_from_dict(tree) for name, tree in data["trees"].items()}
@@ -224,13 +229,13 @@ class SUCB:
         bandit._class_of = dict(data["class_of"])
         return bandit
 
-    # -- the tree ---------------------------------------------------------------------------------------------
+    # The tree
 
     def _root(self) -> _Tree:
         return _Tree([_Leaf(0.0, 1.0, 0, len(self.ranks))])
 
     def _new_tree(self, device_class: str) -> _Tree:
-        """The root, or the class's partition with its means as priors."""
+        """Return a root, or the partition of the class with its means as priors."""
         shared = self._class_trees.get(device_class) if self.prior == "class" else None
         if shared is None or shared.count == 0:
             return self._root()
@@ -249,11 +254,11 @@ class SUCB:
         return _Tree(leaves, clock=shared.clock)
 
     def _weight(self, leaf: _Leaf, clock: int) -> float:
-        """N_t(λ, leaf)."""
+        """Return N_t(λ, leaf)."""
         return leaf.weight * self.discount ** (clock - leaf.when)
 
     def _bounds(self, tree: _Tree) -> list[float]:
-        """U_t of every leaf; infinite only for a root that was never pulled."""
+        """Return U_t of every leaf; infinite only for a root that was never pulled."""
         weights = [self._weight(leaf, tree.clock) for leaf in tree.leaves]
         spread = 2.0 * math.log(max(math.fsum(weights), 1.0 + _EPS))
         return [
@@ -269,8 +274,8 @@ class SUCB:
             raise ValueError(f"a reward of round {now} came after one of round {tree.clock}")
         tree.clock = now
         cell = self.ranks.index(arm.r)
-        place = next(i for i, leaf in enumerate(tree.leaves) if leaf.holds(arm.u, cell))
-        leaf = tree.leaves[place]
+        position = next(i for i, leaf in enumerate(tree.leaves) if leaf.holds(arm.u, cell))
+        leaf = tree.leaves[position]
         old = self._weight(leaf, now)
         leaf.mean = (leaf.mean * old + reward) / (old + 1.0)
         leaf.weight, leaf.when, leaf.count = old + 1.0, now, leaf.count + 1
@@ -279,10 +284,10 @@ class SUCB:
             return
         leaf.pulls.append(_Pull(arm.u, cell, reward, now))
         if leaf.count >= 2:
-            tree.leaves[place : place + 1] = self._cut(leaf, along)
+            tree.leaves[position : position + 1] = self._split(leaf, along)
 
     def _longest_side(self, leaf: _Leaf) -> Literal["u", "rank"] | None:
-        """Where to cut, or None for a leaf that is small enough. A single rank cannot be cut."""
+        """Return the side to split, or None for a leaf that is small enough. A single rank cannot be split."""
         cells = leaf.last - leaf.first
         rank_side = cells / len(self.ranks) if cells > 1 else 0.0
         u_side = leaf.u_hi - leaf.u_lo
@@ -290,7 +295,7 @@ class SUCB:
             return None
         return "rank" if rank_side > u_side else "u"
 
-    def _cut(self, leaf: _Leaf, along: Literal["u", "rank"]) -> list[_Leaf]:
+    def _split(self, leaf: _Leaf, along: Literal["u", "rank"]) -> list[_Leaf]:
         if along == "u":
             middle = (leaf.u_lo + leaf.u_hi) / 2
             halves = [
@@ -320,23 +325,23 @@ class SUCB:
     def _feasible_part(
         self, leaf: _Leaf, feasible: Mapping[int, tuple[float, float]] | None
     ) -> list[tuple[int, float, float]]:
-        """(rank, u_lo, u_hi) of every stretch of the leaf that may be played."""
-        stretches = []
+        """Return (rank, u_lo, u_hi) of every feasible interval of the leaf."""
+        intervals = []
         for r in self.ranks[leaf.first : leaf.last]:
             allowed = (0.0, 1.0) if feasible is None else feasible.get(r, (1.0, 0.0))
             u_lo, u_hi = max(leaf.u_lo, allowed[0]), min(leaf.u_hi, allowed[1])
             if u_lo < u_hi:
-                stretches.append((r, u_lo, u_hi))
-        return stretches
+                intervals.append((r, u_lo, u_hi))
+        return intervals
 
-    def _draw(self, stretches: list[tuple[int, float, float]], rng: random.Random) -> Arm:
-        """Uniform over the feasible part of a leaf."""
-        left = rng.random() * math.fsum(u_hi - u_lo for _, u_lo, u_hi in stretches)
-        for r, u_lo, u_hi in stretches:
+    def _draw(self, intervals: list[tuple[int, float, float]], rng: random.Random) -> Arm:
+        """Draw an arm uniformly from the feasible part of a leaf."""
+        left = rng.random() * math.fsum(u_hi - u_lo for _, u_lo, u_hi in intervals)
+        for r, u_lo, u_hi in intervals:
             if left < u_hi - u_lo:
                 return Arm(min(u_lo + left, math.nextafter(u_hi, u_lo)), r)
             left -= u_hi - u_lo
-        r, u_lo, u_hi = stretches[-1]
+        r, u_lo, u_hi = intervals[-1]
         return Arm(math.nextafter(u_hi, u_lo), r)
 
     def _why(self, tree: _Tree, chosen: int, bound: float, *, ties: int, masked: int) -> str:
@@ -344,14 +349,14 @@ class SUCB:
         ranks = "/".join(str(r) for r in self.ranks[leaf.first : leaf.last])
         text = f"u in [{leaf.u_lo:g}, {leaf.u_hi:g}] with rank {ranks}: "
         if math.isinf(bound):
-            text += "nothing was ever played"
+            text += "no arm was pulled yet"
         else:
             source = f"{leaf.count} pulls" if leaf.count else "inherited, never pulled"
             text += f"largest bound {bound:.3f} = mean {leaf.mean:.3f} + {bound - leaf.mean:.3f} ({source})"
         if ties > 1:
-            text += f", drawn from {ties} equal ones"
+            text += f", drawn from {ties} equal leaves"
         if masked:
-            text += f", {masked} leaves were not open"
+            text += f", {masked} leaves were not feasible"
         return text
 
 

@@ -1,10 +1,11 @@
-"""What a round will take on a device, learned from what its rounds took. Source: ours; docs/algorithms.md, "Pace".
+"""The completion-time model: predicts the time of a device's round from the times of its earlier rounds.
 
-    log T = a_i + θ_i · (k, r / r_max)        k = share of the model that is there, averaged over the round's steps
+    log T = a_i + θ_i · (k, r / r_max)        k = share of the model that is present, averaged over the round's steps
 
-θ is a ridge regression within devices: a device's slopes lean on those of its class, a class's on the fleet's, the
-fleet's on a weak guess; all three levels are sums of the same few numbers. Nothing is known of models or links: the
-reported times alone say what a share or a rank costs.
+θ is estimated by ridge regression within devices. A device's slopes are shrunk toward those of its class, those of a
+class toward the fleet's, and those of the fleet toward a weak prior; all three levels use sums of the same numbers. The
+model knows nothing of hardware or links and learns from reported times only. Original to this project;
+docs/algorithms.md, "Pace".
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 PRIOR_SLOPES = (0.7, 0.3)
-"""Slopes of log T in k and r / r_max before anything is known."""
+"""Slopes of log T in k and r / r_max before any time is known."""
 
 RIDGE_STRENGTH = (0.02, 0.05, 0.1)
-"""Ridge of the fleet, a class and a device: pulls of spread 1 that the level above counts for."""
+"""Ridge strength of the fleet, a class and a device: the level above counts as this many observations of spread 1."""
 
 
 @dataclass
 class _Sums:
-    """Discounted sums over one device's rounds, as of round `when`; x is (k, r / r_max), y is log T."""
+    """Discounted sums over one device's rounds, as of round `when`, where x is (k, r / r_max) and y is log T."""
 
     n: float = 0.0
     x1: float = 0.0
@@ -45,7 +46,7 @@ class _Sums:
         self.when = max(now, self.when)
 
     def spread(self) -> tuple[float, float, float, float, float]:
-        """Sums of squares and products around the means: (xx11, xx12, xx22, xy1, xy2)."""
+        """Return the sums of squares and products around the means: (xx11, xx12, xx22, xy1, xy2)."""
         n = self.n
         return (
             self.x11 - self.x1 * self.x1 / n,
@@ -61,7 +62,7 @@ Slopes = tuple[float, float]
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """log T = level + slopes · (k, r / r_max), of one device."""
+    """log T = level + slopes · (k, r / r_max) of one device."""
 
     level: float
     slopes: Slopes
@@ -74,7 +75,7 @@ class CompletionTimeModel:
     """Completion times of a fleet's devices, by kept share and rank.
 
     Args:
-        r_max: The largest rank that is played.
+        r_max: Largest rank of the fleet.
         discount: Weight of a time that is one round older, in (0, 1].
     """
 
@@ -85,16 +86,16 @@ class CompletionTimeModel:
         self._class_of: dict[str, str] = {}
 
     def observe(self, device_id: str, device_class: str, *, kept: float, r: int, time_s: float, now: int) -> None:
-        """A round at mean kept share `kept` and rank `r` took `time_s`; a time that is not above 0 says nothing."""
+        """Learn that a round at mean kept share `kept` and rank `r` took `time_s`; ignored unless it is positive."""
         if time_s > 0.0 and math.isfinite(time_s):
             self._class_of[device_id] = device_class
             sums = self._sums.setdefault(device_id, _Sums(when=now))
             sums.add(kept, r / self.r_max, math.log(time_s), now, self.discount)
 
     def speeds(self, classes: Mapping[str, str]) -> dict[str, DeviceSpeed]:
-        """The speed of every device of `classes` (device id → class) of which, or of whose fleet, a time is known.
+        """Return the speed of every device in `classes` (device id → class); empty while no time is known.
 
-        A device without times of its own gets its class's mean level, or the fleet's.
+        A device without times of its own gets the mean level of its class, or that of the fleet.
         """
         if not self._sums:
             return {}
@@ -123,7 +124,7 @@ class CompletionTimeModel:
         return {device_id: found[device_id] for device_id in classes}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON data."""
+        """Return the whole state, as plain JSON data."""
         return {
             "discount": self.discount,
             "r_max": self.r_max,
@@ -133,7 +134,7 @@ class CompletionTimeModel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompletionTimeModel:
-        """Inverse of `to_dict`."""
+        """Return the inverse of `to_dict`."""
         model = cls(data["r_max"], data["discount"])
         model._sums = {device_id: _Sums(*values) for device_id, values in data["sums"].items()}
         model._class_of = dict(data["class_of"])
@@ -149,10 +150,10 @@ def _total(spreads: Any) -> tuple[float, float, float, float, float]:
     return a, b, c, d, e
 
 
-def _ridge(spread: tuple[float, float, float, float, float], toward: Slopes, lean: float) -> Slopes:
-    """argmin over θ of Σ (y - θ·x)² + lean |θ - toward|², not below 0: more work never takes less time."""
-    a, b, c = spread[0] + lean, spread[1], spread[2] + lean
-    p, q = spread[3] + lean * toward[0], spread[4] + lean * toward[1]
+def _ridge(spread: tuple[float, float, float, float, float], toward: Slopes, ridge: float) -> Slopes:
+    """Return argmin over θ ≥ 0 of Σ (y - θ·x)² + ridge |θ - toward|²: more work never takes less time."""
+    a, b, c = spread[0] + ridge, spread[1], spread[2] + ridge
+    p, q = spread[3] + ridge * toward[0], spread[4] + ridge * toward[1]
     determinant = a * c - b * b
     first, second = (p * c - q * b) / determinant, (q * a - p * b) / determinant
     if first < 0.0:
@@ -164,12 +165,12 @@ def _ridge(spread: tuple[float, float, float, float, float], toward: Slopes, lea
 
 @dataclass(frozen=True)
 class FeasibleArms:
-    """Where a device's next round can lie.
+    """The arms that are possible in a device's next round, with their predicted times.
 
     Args:
-        speed: Of the device.
+        speed: Speed of the device.
         limits: Least and largest pruning ratio of the round.
-        kept: Mean kept share of the round at either; it falls linearly between them.
+        kept: Mean kept share of the round at each of them; it decreases linearly between them.
         ranks: Ranks that fit the device, ascending.
         r_max: The largest rank of the fleet.
     """
@@ -181,28 +182,32 @@ class FeasibleArms:
     r_max: int
 
     def log_times(self, r: int) -> tuple[float, float]:
-        """(longest, shortest) log time at rank `r`: at the least and at the largest ratio."""
+        """Return (longest, shortest) log time at rank `r`: at the least and at the largest ratio."""
         share = r / self.r_max
         return self.speed.log_time(self.kept[0], share), self.speed.log_time(self.kept[1], share)
 
     @property
     def shortest(self) -> float:
-        """log of the shortest time of any arm."""
+        """Logarithm of the shortest time of any arm."""
         return self.log_times(self.ranks[0])[1]
 
-    def within(self, pace: float, slack: float) -> dict[int, tuple[float, float]]:
-        """By rank the interval of ratios whose predicted log time lies up to `slack` below `pace`.
+    def within(self, log_time: float, tolerance: float) -> dict[int, tuple[float, float]]:
+        """Return by rank the interval of ratios whose predicted log time is in [log_time - tolerance, log_time].
 
-        Where no arm lies there, those up to `slack` below the longest time under it: the device waits for the others
-        whatever it does. Nothing above `pace` is offered, since one slow device delays all. `pace` must not lie below
-        `shortest`.
+        If no arm is in that interval, the arms within `tolerance` of the longest time below it are returned: the device
+        will wait for the others in any case. Longer times are never returned, since one slow device delays all.
+
+        Args:
+            log_time: Logarithm of the expected time of the round; not below `shortest`.
+            tolerance: Width of the interval.
         """
         times = {r: self.log_times(r) for r in self.ranks}
-        aim = max((min(longest, pace) for longest, shortest in times.values() if shortest <= pace), default=pace)
+        reachable = [min(longest, log_time) for longest, shortest in times.values() if shortest <= log_time]
+        most = max(reachable, default=log_time)
         return {
-            r: self._ratios(longest, shortest, aim - slack, aim)
+            r: self._ratios(longest, shortest, most - tolerance, most)
             for r, (longest, shortest) in times.items()
-            if longest >= aim - slack and shortest <= aim
+            if longest >= most - tolerance and shortest <= most
         }
 
     def _ratios(self, longest: float, shortest: float, least: float, most: float) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def _follow(run_dir: Path, *, as_json: bool) -> int:
 def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus]:
     """The run's status now and whenever it changes, until it is finished or no server is at work any more."""
     from fedspine_edge.monitoring.status import read_status
-    from fedspine_edge.server.run_dir import changed_wall_s, server_at_work
+    from fedspine_edge.server.run_dir import changed_wall_s, is_server_running
 
     status = read_status(run_dir)
     folder = run_dir if run_dir.is_dir() else run_dir.parent
@@ -106,7 +106,7 @@ def _changes(run_dir: Path, *, every_tick: bool = False) -> Iterator[FleetStatus
             return
         time.sleep(POLL_S)
         try:
-            now = (server_at_work(folder), changed_wall_s(folder))
+            now = (is_server_running(folder), changed_wall_s(folder))
         except OSError:  # the folder is gone, which `read_status` says better
             now = None
         if now != (status.server_running, status.changed_wall_s) or time.monotonic() - read_at > REREAD_S:

@@ -151,11 +151,11 @@ def _strategy(config: FleetConfig) -> str:
 
 def _run_dir(path: Path) -> Check:
     from fedspine_edge.server.journal.reader import FILE
-    from fedspine_edge.server.run_dir import server_at_work
+    from fedspine_edge.server.run_dir import is_server_running
 
     found = _folder("run_dir", path)
     if found.state == "ok" and (path / FILE).exists():
-        at_work = "a server is at work on it" if server_at_work(path) else "the server continues it"
+        at_work = "a server is at work on it" if is_server_running(path) else "the server continues it"
         return Check("run_dir", "ok", f"{path} holds a run; {at_work}")
     return found
 

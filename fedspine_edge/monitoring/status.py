@@ -12,7 +12,7 @@ from fedspine_edge.config import required_devices
 from fedspine_edge.monitoring.run_view import RunView, build_run_view
 from fedspine_edge.server.journal.reader import JournalReader
 from fedspine_edge.server.journal.schema import DeviceView, RoundView
-from fedspine_edge.server.run_dir import changed_wall_s, server_at_work
+from fedspine_edge.server.run_dir import changed_wall_s, is_server_running
 
 State = Literal["waiting", "running", "finished", "stopped"]
 
@@ -162,10 +162,10 @@ def read_status(run_dir: Path) -> FleetStatus:
     with JournalReader.open_readonly(run_dir) as journal:
         folder = journal.path.parent
         # Read first: a server that ends in between has written its result by the time the journal is read.
-        running, changed = server_at_work(folder), changed_wall_s(folder)
+        running, changed = is_server_running(folder), changed_wall_s(folder)
         with journal.snapshot():
             summary, device_rounds, rounds = journal.summary(), journal.device_rounds(), journal.rounds()
-            state, known, last_seen = journal.state(), journal.devices(), journal.heard_wall_s()
+            state, known, last_seen = journal.state(), journal.devices(), journal.last_seen_wall_s()
             texts = {key: journal.meta(key) for key in ("config", "clock", "stopped")}
     settings = json.loads(texts["config"] or "{}")
     open_round = rounds[-1] if state.open else None

@@ -1,10 +1,10 @@
-"""What the rounds start from: the fleet's adapter, whole in the run's folder and in bands of ranks at the broker."""
+"""Stores the global adapter in the run folder and slices it by rank for the devices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
+import numpy as np
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
@@ -15,62 +15,59 @@ from fedspine_edge.protocol.chunks import BlobStore, ref_of
 from fedspine_edge.protocol.codec import Tensor, pack, unpack
 from fedspine_edge.protocol.messages import BlobRef, RoundPlan
 from fedspine_edge.protocol.rank_slices import slice_by_rank, slice_starts
-from fedspine_edge.server.aggregate_round import initial_tensors
-from fedspine_edge.server.journal.writer import Journal
-from fedspine_edge.server.publisher import ServerPublisher
+
+Blob = tuple[BlobRef, bytes]
 
 
 class AdapterStore:
-    """The adapters of one run, each by the JSON of the `BlobRef` of all of it; older ones are deleted.
+    """The global adapter, task head and order of a run, before and after each round.
 
     Args:
-        store: Of the run, which holds the round's updates too.
-        journal: Of the run.
-        post: Which publishes the bands.
-        config: The fleet's settings.
+        store: Blob store of the run, which also holds the round's updates.
+        config: Settings of the fleet.
     """
 
-    def __init__(self, store: BlobStore, journal: Journal, post: ServerPublisher, config: FleetConfig) -> None:
-        self._store, self._journal, self._post, self._config = store, journal, post, config
+    def __init__(self, store: BlobStore, config: FleetConfig) -> None:
+        self._store, self._config = store, config
+        self._newest: tuple[BlobRef, dict[str, Tensor]] | None = None
 
-    def first(self, spec: ModelSpec) -> str:
-        """Keep what round 1 starts from."""
-        return self.keep(initial_tensors(self._config, spec))
-
-    def keep(self, tensors: Mapping[str, Tensor]) -> str:
-        """Keep the next round's adapter, head and order, in full coordinates."""
+    def put(self, tensors: Mapping[str, Tensor]) -> BlobRef:
+        """Store adapter, head and order in full coordinates."""
         data = pack(tensors)
         self._store.put(data)
-        return msgspec.json.encode(ref_of(data)).decode()
+        ref = ref_of(data)
+        self._newest = ref, {name: np.asarray(value, order="C") for name, value in tensors.items()}
+        return ref
 
-    def load(self, kept: str) -> dict[str, Tensor]:
-        """What `keep` was given."""
-        return unpack(self._store.get(parse_ref(kept).sha256))
+    def load(self, ref: BlobRef) -> dict[str, Tensor]:
+        """Return what `put` stored; the disk is read only after a restart."""
+        if self._newest is None or self._newest[0] != ref:
+            self._newest = ref, unpack(self._store.get(ref.sha256))
+        return self._newest[1]
 
-    def slice_for_devices(self, kept: str, devices: Iterable[str], spec: ModelSpec) -> list[BlobRef]:
-        """Cut it into the bands that these devices need, lowest components first; all other blobs are deleted."""
-        self._store.prune([parse_ref(kept).sha256])
-        layouts = {device_id: layout for device_id, (layout, _) in self._journal.layouts(spec).items()}
-        bands = encode_slices(self.load(kept), devices, layouts, config=self._config, spec=spec)
-        for data in bands:
+    def slice_for_devices(
+        self, ref: BlobRef, devices: Iterable[str], layouts: Mapping[str, Layout], spec: ModelSpec
+    ) -> list[Blob]:
+        """Slice the adapter for the devices of a round, lowest components first, and store the slices.
+
+        All other blobs are deleted: the updates of earlier rounds are part of the adapter.
+
+        Args:
+            ref: The adapter.
+            devices: Ids of the devices that take part.
+            layouts: What each device keeps; a device that is absent keeps everything.
+            spec: Model of the fleet.
+        """
+        self._store.prune([ref.sha256])
+        slices = encode_slices(self.load(ref), devices, layouts, config=self._config, spec=spec)
+        for data in slices:
             self._store.put(data)
-        return [ref_of(data) for data in bands]
+        return [(ref_of(data), data) for data in slices]
 
-    def of_plans(self, plans: Iterable[RoundPlan]) -> list[tuple[BlobRef, bytes]]:
-        """The bands that any of `plans` names."""
+    def load_slices(self, plans: Iterable[RoundPlan]) -> list[Blob]:
+        """Return the slices that any of `plans` refers to."""
         refs = {ref.sha256: ref for plan in plans for ref in plan.adapter}
         return [(ref, self._store.get(ref.sha256)) for ref in refs.values()]
-
-    def clear(self) -> None:
-        """Remove the chunks of every round so far from the broker."""
-        for ref in self._journal.published():
-            if self._post.clear(ref):
-                self._journal.forget_published(ref.sha256)
-
-
-def parse_ref(kept: str) -> BlobRef:
-    """The name of an adapter as a whole."""
-    return msgspec.json.decode(kept, type=BlobRef)
 
 
 def encode_slices(
@@ -81,24 +78,24 @@ def encode_slices(
     config: FleetConfig,
     spec: ModelSpec,
 ) -> list[bytes]:
-    """The bands of a round as bytes.
+    """Return the encoded slices of a round, lowest components first.
 
     Args:
         tensors: What the round starts from, in full coordinates.
-        devices: Those that are asked to take part.
-        layouts: By device what it keeps; a device that is not in it keeps everything.
-        config: The fleet's settings.
-        spec: The fleet's model.
+        devices: Ids of the devices that take part.
+        layouts: What each device keeps; a device that is absent keeps everything.
+        config: Settings of the fleet.
+        spec: Model of the fleet.
     """
     order = order_from_tensors(spec, tensors) if config.layout == "consensus" else None
     held = [layouts.get(device_id) or Layout.full(spec) for device_id in sorted(devices)]
-    if order is not None:  # devices start from the common order, whatever they held before
+    if order is not None:  # devices start from the common order, whatever they kept before
         held = [Layout.prefix(spec, order, layout.counts) for layout in held]
-    return [pack(band) for band in slice_by_rank(tensors, config.ranks, union(held), config.download_dtype)]
+    return [pack(one) for one in slice_by_rank(tensors, config.ranks, union(held), config.download_dtype)]
 
 
 def slices_for_rank(refs: Sequence[BlobRef], config: FleetConfig, r: int) -> tuple[BlobRef, ...]:
-    """The bands that hold the first `r` components. Raises `ConfigError` for a rank that the adapter does not have."""
+    """Return the slices that hold the first `r` components. Raises `ConfigError` for a rank above the largest."""
     if r > max(config.ranks):
         raise ConfigError(f"the strategy assigned rank {r}; the largest of ranks is {max(config.ranks)}.")
     return tuple(

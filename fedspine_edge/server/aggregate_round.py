@@ -1,4 +1,4 @@
-"""From a round's checked updates to what the next round starts from: adapter, task head and order."""
+"""Aggregates the accepted updates of a round into the next global adapter, task head and order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedspine_edge.aggregation.consensus import average_scores, kept_by_all, update_order
+from fedspine_edge.aggregation.consensus import DeviceScores, average_scores, kept_by_all, update_order
 from fedspine_edge.aggregation.factored import initial_factors
 from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
 from fedspine_edge.config import FleetConfig
@@ -30,12 +30,12 @@ from fedspine_edge.protocol.blobs import adapter_tensors, order_to_tensors
 from fedspine_edge.protocol.codec import Tensor
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.pruning.selection import Scope
-from fedspine_edge.server.update_validation import Update
+from fedspine_edge.server.update_validation import AcceptedUpdate
 
 Tensors = dict[str, npt.NDArray[Any]]
 
 _COMPLETED = ("reconstruct", "trimmed_mean", "median")
-"""Rules that compare whole products; the others are published baselines and stay as they are."""
+"""Rules whose updates are completed to full rank; the others are published baselines and stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,25 @@ class AggregationResult:
     """The result of a round.
 
     Attributes:
-        tensors: The next round's blob: adapter in full coordinates at the largest rank, head, order.
-        aggregate: What the adapter was made of.
-        kept: By device what its update says it keeps now.
-        scores: Per kind and layer the averaged score of every group, NaN where nobody scored.
+        tensors: What the next round starts from: adapter in full coordinates at the largest rank, head, order.
+        aggregate: The aggregated adapter with its statistics.
+        layouts: By device what it keeps now.
+        scores: Per kind and layer the averaged score of every group, NaN where no device scored.
     """
 
     tensors: Tensors
     aggregate: Aggregate
-    kept: dict[str, Layout]
+    layouts: dict[str, Layout]
     scores: dict[str, tuple[npt.NDArray[np.float64], ...]]
 
 
 def initial_tensors(config: FleetConfig, spec: ModelSpec) -> Tensors:
-    """The first round's blob: A seeded, B zero, no head (devices draw it from the seed) and no order."""
+    """Return what the first round starts from: A seeded, B zero, no head (devices seed it) and no order."""
     return adapter_tensors(initial_factors(_shapes(spec), max(config.ranks), config.seed))
 
 
 def aggregate_updates(
-    devices: Sequence[tuple[Report, Callable[[], Update]]],
+    devices: Sequence[tuple[Report, Callable[[], AcceptedUpdate]]],
     *,
     rule: str,
     config: FleetConfig,
@@ -70,21 +70,24 @@ def aggregate_updates(
     layouts: Mapping[str, Layout],
     sent: Mapping[str, Tensor],
 ) -> AggregationResult:
-    """Combine the accepted updates, one at a time, in order of device id.
+    """Aggregate the accepted updates, one at a time, in order of device id.
 
     Args:
-        devices: Each device's report and how to load its update; an update is in memory only while it is folded in
-            (robust rules keep them all).
-        rule: The strategy's aggregation rule.
-        config: The fleet's settings.
-        spec: The fleet's model.
+        devices: Each device's report and a function that loads its update. An update is in memory only while it is
+            added (robust rules keep all of them).
+        rule: Aggregation rule of the strategy.
+        config: Settings of the fleet.
+        spec: Model of the fleet.
         order: The order sent with the round's plans.
-        layouts: What each device of the fleet kept before, those that did not take part included: what any of them
-            has removed keeps its place in the order.
-        sent: The blob that the round started from.
+        layouts: What each device kept before the round, including devices that did not take part: groups that any
+            device has removed keep their position in the order.
+        sent: What the round started from.
     """
     if rule not in get_args(Rule):
-        raise ConfigError(f"the strategy asks for aggregation rule {rule!r}, which is unknown.")
+        raise ConfigError(
+            f"the strategy asks for aggregation rule {rule!r}, which is unknown.",
+            remedy=f"One of: {', '.join(get_args(Rule))}.",
+        )
     devices = sorted(devices, key=lambda device: device[0].device_id)
     weights = _weights([report for report, _ in devices], config)
     aggregator = Aggregator(
@@ -96,7 +99,7 @@ def aggregate_updates(
         clip_norm=config.aggregation.clip_norm,
     )
     heads: list[tuple[float, Mapping[str, Tensor]]] = []
-    ballots: dict[str, list[Any]] = {kind: [] for kind in GROUP_KINDS}
+    scores: dict[str, list[DeviceScores]] = {kind: [] for kind in GROUP_KINDS}
     kept: dict[str, Layout] = {}
     for (report, load), weight in zip(devices, weights):
         update = load()
@@ -108,32 +111,32 @@ def aggregate_updates(
             factors = complete_low_rank_update(factors, sent, update.layout)
         aggregator.add(report.device_id, weight, factors, rows, cols)
         heads.append((float(report.num_examples), update.head))
-        for kind, ballot in update.ballots.items():
-            ballots[kind].append(ballot)
+        for kind, device_scores in update.scores.items():
+            scores[kind].append(device_scores)
     aggregate = aggregator.finish()
     tensors = adapter_tensors(aggregate.factors)
     tensors.update(average_tensors(heads) if heads[0][1] else {})
     sizes = _sizes(spec)
-    scores = {kind: average_scores(ballots[kind], sizes[kind]) for kind in GROUP_KINDS}
-    if config.layout == "consensus" and (order is not None or ballots["heads"]):
-        tensors.update(order_to_tensors(_next_order(order, scores, {**layouts, **kept}, spec)))
-    return AggregationResult(tensors, aggregate, kept, scores)
+    averaged = {kind: average_scores(scores[kind], sizes[kind]) for kind in GROUP_KINDS}
+    if config.layout == "consensus" and (order is not None or scores["heads"]):
+        tensors.update(order_to_tensors(_next_order(order, averaged, {**layouts, **kept}, spec)))
+    return AggregationResult(tensors, aggregate, kept, averaged)
 
 
 def complete_low_rank_update(factors: Factors, sent: Mapping[str, Tensor], layout: Layout) -> Factors:
-    """`factors` with the components of the sent adapter that a device of lower rank was not given.
+    """Return `factors` with the components of the sent adapter that a device of lower rank did not receive.
 
-    A device of rank r trains the first r components and knows nothing of the others. Averaged as it is, its update
-    would say that they are zero: a device that learned nothing would erase them. Source: docs/algorithms.md,
+    A device of rank r trains the first r components and does not have the others. Averaged as it is, its update would
+    claim that they are zero, so a device that learned nothing would erase them. Source: docs/algorithms.md,
     "Aggregation".
     """
-    found = {}
+    completed = {}
     for name, (A, B) in factors.items():
         r = A.shape[0]
         tail_A, tail_B = layout.gather(name, sent[f"{name}.lora_A"][r:], sent[f"{name}.lora_B"][:, r:])
         live = np.flatnonzero(tail_B.any(axis=0))  # a component whose B is zero adds nothing
-        found[name] = (np.concatenate([A, tail_A[live]]), np.concatenate([B, tail_B[:, live]], axis=1))
-    return found
+        completed[name] = (np.concatenate([A, tail_A[live]]), np.concatenate([B, tail_B[:, live]], axis=1))
+    return completed
 
 
 def coverage_layout(
@@ -145,11 +148,18 @@ def coverage_layout(
     round_to: int,
     scope: Scope = "layer",
 ) -> Layout:
-    """One layout for a fleet whose devices ranked alone, at `pruning_ratio`.
+    """Return one layout at `pruning_ratio` for a fleet whose devices ranked alone.
 
-    In each layer the groups held by most training examples stay, since those are the ones the global adapter was
-    trained on; among equals the better averaged score decides, then the index. With scope "global" a layer is as
-    wide as it is on the devices in the mean.
+    Each layer keeps the groups that the devices with most training examples kept, since the global adapter was trained
+    on those; ties are broken by the averaged score, then by index.
+
+    Args:
+        layouts: What each device keeps.
+        weights: Number of training examples of each device.
+        scores: Per kind and layer the averaged score of every group, NaN where no device scored.
+        pruning_ratio: Pruning ratio of the result.
+        round_to: Channel counts are multiples of this.
+        scope: With "global" the width of a layer is its mean width on the devices.
     """
     spec = next(iter(layouts.values())).spec
     sizes = _sizes(spec)
@@ -172,7 +182,7 @@ def coverage_layout(
 
 
 def _whole(width: float, unit: int, full: int) -> int:
-    """`width` to the nearest multiple of `unit`, at least one and at most `full`."""
+    """Round `width` to a multiple of `unit`, at least one and at most `full`."""
     return min(full, max(unit, round(width / unit) * unit))
 
 
@@ -195,7 +205,7 @@ def _weights(reports: Sequence[Report], config: FleetConfig) -> list[float]:
     if not config.aggregation.weight_by_importance:
         return examples
     weights = [n * max(0.0, report.lora_importance or 0.0) for n, report in zip(examples, reports)]
-    # Nobody measured an importance: then it cannot tell the devices apart.
+    # Without a measured importance on any device, only the examples count.
     return weights if any(weights) else examples
 
 

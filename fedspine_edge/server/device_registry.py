@@ -1,4 +1,4 @@
-"""Who is in the fleet: what devices said of themselves, who is online, and who may not take part."""
+"""Registry of the fleet's devices: their status, whether they are online, what they keep, and whether they may join."""
 
 from __future__ import annotations
 
@@ -9,28 +9,41 @@ import msgspec
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.messages import Status
+
+RATIO_TOLERANCE = 1e-6
+"""Pruning ratios that differ by less are equal."""
 
 
 @dataclass
 class RegisteredDevice:
-    """A device as it last described itself."""
+    """A device and its newest status.
+
+    Attributes:
+        status: The status.
+        online: Whether the device is connected.
+        rejection: Why it may not take part; empty if it may.
+        layout: What it keeps, as of its last accepted update; None for the full model.
+        reported_ratio: Pruning ratio that it reported with `layout`.
+    """
 
     status: Status
     online: bool
-    refused: str = ""
-    """Why it may not take part; empty if it may."""
+    rejection: str = ""
+    layout: Layout | None = None
+    reported_ratio: float = 0.0
 
 
 class DeviceRegistry:
-    """The roll of the fleet. The first device that matches `base_sha256` sets the model for all.
+    """All devices that the server knows. The first device that matches `base_sha256` sets the model of the fleet.
 
     Args:
-        base_sha256: Digest that the base model must have; empty takes the first device's.
-        task: What the fleet learns.
-        spec: The model of a run that is being resumed.
-        num_labels: Its number of classes.
+        base_sha256: Digest that the base model must have; empty accepts that of the first device.
+        task: Task of the fleet.
+        spec: Model of a run that is being resumed.
+        num_labels: Number of classes of a run that is being resumed.
     """
 
     def __init__(
@@ -42,89 +55,131 @@ class DeviceRegistry:
         num_labels: int = 0,
     ) -> None:
         self._base_sha256, self._task = base_sha256, task
-        self.spec = spec
+        self._spec = spec
         self.num_labels = num_labels
-        self._members: dict[str, RegisteredDevice] = {}
+        self._devices: dict[str, RegisteredDevice] = {}
 
     def __getitem__(self, device_id: str) -> RegisteredDevice:
-        return self._members[device_id]
+        return self._devices[device_id]
 
-    def see(self, status: Status) -> RegisteredDevice:
-        """Take note of a status; the first acceptable one sets the fleet's model."""
-        known = self._members.get(status.device_id)
+    @property
+    def spec(self) -> ModelSpec:
+        """The model of the fleet. May be used once a device is online or a run was resumed."""
+        assert self._spec is not None  # set by the first device that may take part
+        return self._spec
+
+    def update(self, status: Status) -> RegisteredDevice:
+        """Store a status; the first acceptable one sets the model of the fleet."""
+        known = self._devices.get(status.device_id)
         if status.state == "offline" and known is not None:
-            # A will is as old as its connection: only that it came matters.
+            # A last will carries the status of the moment of connecting, so only the disconnect is news.
             known.online = False
             return known
-        member = RegisteredDevice(status, status.state == "online", self._objection(status))
-        if not member.refused and self.spec is None and member.online:
-            self.spec, self.num_labels = status.model, status.num_labels
-        self._members[status.device_id] = member
-        return member
+        device = RegisteredDevice(status, status.state == "online", self._rejection_reason(status))
+        if known is not None:
+            device.layout, device.reported_ratio = known.layout, known.reported_ratio
+        if not device.rejection and self._spec is None and device.online:
+            self._spec, self.num_labels = status.model, status.num_labels
+        self._devices[status.device_id] = device
+        return device
 
-    def heard(self, device_id: str) -> None:
-        """A device that reports is online, whatever an old will said."""
-        if device_id in self._members:
-            self._members[device_id].online = True
+    def restore(self, status: Status, layout: tuple[Layout, float] | None = None) -> RegisteredDevice:
+        """Add a device from the journal; it is offline until it is seen again.
+
+        Args:
+            status: Its newest status.
+            layout: What it keeps and the pruning ratio it reported with it; None for the full model.
+        """
+        device = RegisteredDevice(status, False, self._rejection_reason(status))
+        self._devices[status.device_id] = device
+        if layout is not None:
+            self.set_layout(status.device_id, *layout)
+        return device
+
+    def mark_online(self, device_id: str) -> None:
+        """Note that a message came from the device, so it is online even if a last will was received later."""
+        if device_id in self._devices:
+            self._devices[device_id].online = True
 
     def is_online(self, device_id: str) -> bool:
-        """Whether the device is known and connected."""
-        return device_id in self._members and self._members[device_id].online
+        """Return whether the device is known and connected."""
+        return device_id in self._devices and self._devices[device_id].online
 
-    def recall(self, status: Status) -> None:
-        """A device of an earlier process of this server; it is offline until it is heard."""
-        self._members[status.device_id] = RegisteredDevice(status, False, self._objection(status))
+    def set_layout(self, device_id: str, layout: Layout, reported_ratio: float) -> None:
+        """Store what the device keeps after an accepted update."""
+        self._devices[device_id].layout, self._devices[device_id].reported_ratio = layout, reported_ratio
+
+    def drop_outdated_layout(self, status: Status) -> bool:
+        """Forget the device's layout if its status says that it has removed less; return whether it did.
+
+        This happens when a device has lost its state and starts from the full model again.
+        """
+        device = self._devices[status.device_id]
+        if device.layout is None or device.reported_ratio <= status.pruning_ratio + RATIO_TOLERANCE:
+            return False
+        device.layout, device.reported_ratio = None, 0.0
+        return True
+
+    def layout(self, device_id: str) -> Layout:
+        """Return what the device keeps."""
+        known = self._devices.get(device_id)
+        return Layout.full(self.spec) if known is None or known.layout is None else known.layout
+
+    def layouts(self) -> dict[str, Layout]:
+        """Return the layout of every device that has pruned."""
+        return {i: device.layout for i, device in sorted(self._devices.items()) if device.layout is not None}
 
     def online(self) -> list[str]:
-        """Devices that can be given a plan, by id."""
-        return sorted(i for i, m in self._members.items() if m.online and not m.refused)
+        """Return the ids of the devices that can be given a round, sorted."""
+        return sorted(i for i, device in self._devices.items() if device.online and not device.rejection)
 
     @property
     def num_online(self) -> int:
-        """How many devices can be given a plan."""
-        return sum(m.online and not m.refused for m in self._members.values())
+        """Number of devices that can be given a round."""
+        return sum(device.online and not device.rejection for device in self._devices.values())
 
     def offline(self) -> list[str]:
-        """Devices that could take part if they were there, by id."""
-        return sorted(i for i, m in self._members.items() if not m.online and not m.refused)
+        """Return the ids of the devices that could be given a round if they were connected, sorted."""
+        return sorted(i for i, device in self._devices.items() if not device.online and not device.rejection)
 
-    def everyone(self) -> list[str]:
-        """All devices ever seen, by id."""
-        return sorted(self._members)
+    def all_ids(self) -> list[str]:
+        """Return the ids of all known devices, sorted."""
+        return sorted(self._devices)
 
-    def too_few(self, needed: int, waited_s: float) -> ConfigError:
-        """The error of a join timeout: how many came, and why others were refused."""
+    def join_timeout_error(self, needed: int, waited_s: float) -> ConfigError:
+        """Return the error of a join timeout: how many devices came, and why others were rejected."""
         online = self.online()
-        refused = [f"{i}: {m.refused}" for i, m in sorted(self._members.items()) if m.refused]
+        rejected = [f"{i}: {device.rejection}" for i, device in sorted(self._devices.items()) if device.rejection]
         text = f"{len(online)} of {needed} devices were online after {waited_s:g} s{_listed(online)}"
-        if refused:
+        if rejected:
             return ConfigError(
-                f"{text}; {len(refused)} refused. {' '.join(refused[:3])}",
-                remedy="Give all devices one base model, task and num_labels; base_sha256 and task in the fleet's "
-                "settings say which are meant.",
+                f"{text}; {len(rejected)} refused. {' '.join(rejected[:3])}",
+                remedy="Give all devices the same base model, task and num_labels. The fleet's settings base_sha256 "
+                "and task select which ones are accepted.",
             )
         return ConfigError(
-            f"{text}.", remedy="Start more devices on the same fleet and broker, or lower min_devices and min_reports."
+            f"{text}.",
+            remedy="Start more devices on the same fleet and broker, or lower min_devices and min_reports.",
         )
 
-    def _objection(self, status: Status) -> str:
+    def _rejection_reason(self, status: Status) -> str:
         model, base = status.model, self._base_sha256
         if model is None:
-            return "it did not say which model it has."
+            return "its status does not describe its model."
         if base and model.base_sha256 != base:
             return f"its base model has digest {model.base_sha256}, this fleet trains {base} (base_sha256)."
         if status.task != self._task:
-            return f"it learns {status.task}, this fleet {self._task}: set task = {self._task!r} on the device."
-        if self.spec is None:
+            return f"its task is {status.task}, this fleet's is {self._task}: set task = {self._task!r} on the device."
+        if self._spec is None:
             return ""
-        if model.base_sha256 != self.spec.base_sha256:
-            return f"its base model has digest {model.base_sha256}, this fleet trains {self.spec.base_sha256}."
+        if model.base_sha256 != self._spec.base_sha256:
+            return f"its base model has digest {model.base_sha256}, this fleet trains {self._spec.base_sha256}."
         if status.num_labels != self.num_labels:
             return f"it has num_labels = {status.num_labels}, the fleet {self.num_labels}."
-        if model != self.spec:
-            mine, fleet = msgspec.structs.asdict(model), msgspec.structs.asdict(self.spec)
-            other = [f"{name} {mine[name]} instead of {fleet[name]}" for name in mine if mine[name] != fleet[name]]
-            return f"its model differs from the fleet's: {', '.join(other)}."
+        if model != self._spec:
+            found, wanted = msgspec.structs.asdict(model), msgspec.structs.asdict(self._spec)
+            differences = [f"{n} {found[n]} instead of {wanted[n]}" for n in found if found[n] != wanted[n]]
+            return f"its model differs from the fleet's: {', '.join(differences)}."
         return ""
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves in `run_dir/final`: the global adapter, the fleet's layout, a summary."""
+"""Writes `run_dir/final` at the end of a run: the global adapter, the layout of the model, and a summary."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class RunResult:
         num_rounds: Rounds that were aggregated.
         final_dir: Folder of `adapter.safetensors` (the global adapter in full coordinates, and the task head),
             `layout.json` and `run.json`.
-        adapter_sha256: Of `adapter.safetensors`; equal for equal inputs in virtual time.
-        pruning_ratio: Share of prunable parameters that the final layout lacks.
-        sparsity: Share of all parameters that it lacks.
-        num_devices: Devices accepted in the last round.
+        adapter_sha256: Digest of `adapter.safetensors`; equal for equal inputs in virtual time.
+        pruning_ratio: Share of prunable parameters that the final layout has removed.
+        sparsity: Share of all parameters that it has removed.
+        num_devices: Number of devices accepted in the last round.
     """
 
     run_id: str
@@ -45,78 +45,88 @@ class RunResult:
     num_devices: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return asdict(self)
 
 
-def write_final(
-    run_dir: Path,
-    *,
-    run_id: str,
-    config: FleetConfig,
-    tensors: Mapping[str, Tensor],
-    layout: Layout,
-    layouts: Mapping[str, tuple[Layout, float]],
-    rounds: list[RoundView],
-    num_labels: int,
-    trained: tuple[int, int],
-) -> RunResult:
-    """Write `run_dir/final`, all of it or nothing.
+@dataclass(frozen=True)
+class FinishedRun:
+    """Everything that the final files are made of.
 
-    Args:
-        tensors: The last aggregate: `layers.*` in full coordinates and `head.*`; anything else is left out.
-        layout: The fleet's layout.
-        layouts: By device accepted in the last round: what it keeps and the ratio it reported.
-        trained: The examples of these devices, and the steps of one through all rounds.
+    Attributes:
+        run_id: The run.
+        config: Settings of the fleet.
+        tensors: The last aggregate; its adapter in full coordinates and its task head are written.
+        layout: Layout of the finished model.
+        device_layouts: What each device that was accepted in the last round keeps.
+        rounds: Every attempt at every round.
+        num_labels: Number of classes.
+        trained_examples: Number of training examples of the devices of the last round.
+        trained_steps: Number of training steps over all rounds.
     """
-    adapter = pack(adapter_and_head(tensors))
+
+    run_id: str
+    config: FleetConfig
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    device_layouts: Mapping[str, Layout]
+    rounds: list[RoundView]
+    num_labels: int
+    trained_examples: int
+    trained_steps: int
+
+
+def write_final(run_dir: Path, run: FinishedRun) -> RunResult:
+    """Write `run_dir/final` atomically, and return the result."""
+    config, layout = run.config, run.layout
+    adapter = pack(adapter_and_head(run.tensors))
     final = run_dir / "final"
     result = RunResult(
-        run_id=run_id,
+        run_id=run.run_id,
         num_rounds=config.num_rounds,
         final_dir=str(final),
         adapter_sha256=digest(adapter),
         pruning_ratio=layout.pruning_ratio,
         sparsity=layout.sparsity,
-        num_devices=len(layouts),
+        num_devices=len(run.device_layouts),
     )
-    described = {
+    layout_json = {
         **layout.to_dict(),
         "spec": msgspec.to_builtins(layout.spec),
         "scaling": config.training.lora_scaling,
         "r": max(config.ranks),
         "seed": config.seed,
         "task": config.task,
-        "num_labels": num_labels,
-        "trained_examples": trained[0],
-        "trained_steps": trained[1],
+        "num_labels": run.num_labels,
+        "trained_examples": run.trained_examples,
+        "trained_steps": run.trained_steps,
         "adapter_sha256": result.adapter_sha256,
     }
     summary = {
         **result.to_dict(),
         "layout": config.layout,
         "strategy": config.strategy,
-        "rounds": [asdict(view) for view in rounds],
+        "rounds": [asdict(view) for view in run.rounds],
         "devices": {
             device_id: {
                 "pruning_ratio": kept.pruning_ratio,
                 "sparsity": kept.sparsity,
                 "widths": kept.counts,
-                # With one order for all, the widths say it: a prefix of the order.
+                # With layout `consensus` the widths suffice: the layout is a prefix of the order.
                 **({"layout": kept.to_dict()} if config.layout == "local" else {}),
             }
-            for device_id, (kept, _) in sorted(layouts.items())
+            for device_id, kept in sorted(run.device_layouts.items())
         },
     }
-    draft = run_dir / "final.writing"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    _write(draft / ADAPTER, adapter)
-    _write(draft / LAYOUT, json.dumps(described).encode())
-    _write(draft / RUN, json.dumps(summary, indent=2).encode())
-    # Left by a finish that was interrupted after the rename; the new one has the same content.
+    staging = run_dir / "final.writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    _write(staging / ADAPTER, adapter)
+    _write(staging / LAYOUT, json.dumps(layout_json).encode())
+    _write(staging / RUN, json.dumps(summary, indent=2).encode())
+    # A folder of that name is left by a server that was killed after the rename; the new one has the same content.
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(draft, final)
+    os.replace(staging, final)
     return result
 
 

@@ -1,11 +1,10 @@
-"""What a strategy is told of a device, and its assignment as a plan; and the plans that ask for nothing."""
+"""Conversions between device status, strategy assignments and plan messages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fedspine_edge.config import FleetConfig, OptimizerSettings
-from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import BlobRef, FinishedPlan, RoundPlan, Status, WaitPlan
 from fedspine_edge.server.adapter_store import slices_for_rank
 from fedspine_edge.server.journal.schema import RunState
@@ -13,18 +12,22 @@ from fedspine_edge.strategies import Assignment, DeviceInfo
 
 
 def device_info(status: Status, reported: bool, ranks: Sequence[int]) -> DeviceInfo:
-    """A device as its status describes it.
+    """Return what a strategy needs to know of a device.
 
-    Before its first report in this run (`reported`) it may still speak of an earlier run, so nothing counts as pruned.
+    Args:
+        status: The device's newest status.
+        reported: Whether the device has reported in this run. Until then its status may describe an earlier run, so
+            nothing counts as pruned.
+        ranks: Ranks of the fleet.
     """
-    needs = {r: status.memory_base_bytes + r * status.memory_per_rank_bytes for r in ranks}
+    memory_by_rank = {r: status.memory_base_bytes + r * status.memory_per_rank_bytes for r in ranks}
     return DeviceInfo(
         status.device_id,
         status.device_class,
         status.num_examples,
         status.memory_bytes,
         status.pruning_ratio if reported else 0.0,
-        memory_by_rank=needs if status.memory_base_bytes else None,
+        memory_by_rank=memory_by_rank if status.memory_base_bytes else None,
     )
 
 
@@ -34,16 +37,24 @@ def build_round_plan(
     state: RunState,
     device_id: str,
     assignment: Assignment,
-    bands: Sequence[BlobRef],
-) -> bytes:
-    """The encoded plan of one device for the round of `state`, whose adapter is in `bands`.
+    slices: Sequence[BlobRef],
+) -> RoundPlan:
+    """Return the plan of one device for the round of `state`.
 
-    The learning rate's cosine runs over all rounds as configured, so a round's place on it depends on its number
+    Args:
+        config: Settings of the fleet.
+        run_id: The run.
+        state: State of the run; its round and attempt are planned.
+        device_id: The device.
+        assignment: The strategy's decision.
+        slices: Slices of the round's adapter, lowest components first.
+
+    The cosine of the learning rate spans all rounds as configured, so the position of a round depends on its number
     alone. Raises `ConfigError` for a rank that the adapter does not have.
     """
     training = config.training
-    steps = training.tau + training.recovery_steps
-    plan = RoundPlan(
+    steps_per_round = training.tau + training.recovery_steps
+    return RoundPlan(
         run_id=run_id,
         device_id=device_id,
         server_round=state.server_round,
@@ -52,8 +63,8 @@ def build_round_plan(
         pruning_ratio=assignment.pruning_ratio,
         r=assignment.r,
         scaling=training.lora_scaling,
-        tau=assignment.tau,
-        recovery_steps=assignment.recovery_steps,
+        tau=training.tau if assignment.tau is None else assignment.tau,
+        recovery_steps=training.recovery_steps if assignment.recovery_steps is None else assignment.recovery_steps,
         layout=config.layout,
         criterion=config.criterion,
         importance_metric=config.importance_metric,
@@ -61,7 +72,7 @@ def build_round_plan(
         round_to=config.round_to,
         deadline_s=config.deadline_s,
         seed=config.seed,
-        adapter=slices_for_rank(bands, config, assignment.r),
+        adapter=slices_for_rank(slices, config, assignment.r),
         training=OptimizerSettings(
             learning_rate=training.learning_rate,
             batch_size=training.batch_size,
@@ -69,35 +80,33 @@ def build_round_plan(
             warmup_ratio=training.warmup_ratio,
             max_grad_norm=training.max_grad_norm,
             weight_decay=training.weight_decay,
-            first_step=(state.server_round - 1) * steps,
-            total_steps=config.num_rounds * steps,
+            first_step=(state.server_round - 1) * steps_per_round,
+            total_steps=config.num_rounds * steps_per_round,
             decay_from_step=_decay_from_step(config),
         ),
     )
-    return codec.encode(plan)
 
 
 def _decay_from_step(config: FleetConfig) -> int:
-    """Where the cosine begins: with `schedule="constant_then_cosine"` at the recovery from the last prune."""
+    """Return the first step of the cosine; with `constant_then_cosine` the recovery from the last pruning step."""
     training = config.training
     if training.schedule == "cosine" or config.num_rounds < 3:
         return 0
     return (config.num_rounds - 2) * (training.tau + training.recovery_steps) - training.recovery_steps
 
 
-def build_rejection_plan(run_id: str, device_id: str, reason: str) -> bytes:
-    """The encoded plan of a device that may not take part: it waits, and its operator reads why."""
-    return codec.encode(WaitPlan(run_id=run_id, device_id=device_id, reason=reason))
+def build_rejection_plan(run_id: str, device_id: str, reason: str) -> WaitPlan:
+    """Return the plan of a device that may not take part; the device logs the reason."""
+    return WaitPlan(run_id=run_id, device_id=device_id, reason=reason)
 
 
-def build_idle_plan(
-    config: FleetConfig, run_id: str, server_round: int, device_id: str, kind: type[WaitPlan | FinishedPlan]
-) -> bytes:
-    """The encoded plan of a device that has nothing to do now, or nothing any more."""
-    plan = kind(
-        run_id=run_id,
-        device_id=device_id,
-        server_round=min(server_round, config.num_rounds),
-        num_rounds=config.num_rounds,
-    )
-    return codec.encode(plan)
+def build_wait_plan(config: FleetConfig, run_id: str, server_round: int, device_id: str) -> WaitPlan:
+    """Return the plan of a device that has no part in `server_round`."""
+    server_round = min(server_round, config.num_rounds)
+    return WaitPlan(run_id=run_id, device_id=device_id, server_round=server_round, num_rounds=config.num_rounds)
+
+
+def build_finished_plan(config: FleetConfig, run_id: str, device_id: str) -> FinishedPlan:
+    """Return the plan of every device at the end of the run."""
+    last = config.num_rounds
+    return FinishedPlan(run_id=run_id, device_id=device_id, server_round=last, num_rounds=last)

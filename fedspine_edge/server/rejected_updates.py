@@ -1,4 +1,4 @@
-"""Refused updates, kept for inspection: the bytes as they came and the reason, the newest few only."""
+"""Rejected updates, kept for inspection: the bytes as received, and the reason. Only the newest few are kept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class RejectedUpdates:
     """The folder `run_dir/rejected`.
 
     Args:
-        folder: Created with the first refusal.
-        keep: How many updates stay; older ones are deleted.
+        folder: Folder to write to, created with the first rejected update.
+        keep: Number of updates to keep; older ones are deleted.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -23,7 +23,7 @@ class RejectedUpdates:
         self._keep = keep
 
     def put(self, report: Report, attempt: int, data: bytes, reason: str) -> Path | None:
-        """Keep an update; returns its file, or None when none are kept."""
+        """Store an update; return its file, or None when none are kept."""
         if self._keep == 0:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)

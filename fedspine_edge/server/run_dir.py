@@ -1,4 +1,4 @@
-"""The folder of a run: one server at a time, one configuration for its whole life."""
+"""The run folder: used by one server at a time, with one configuration for its whole life."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fedspine_edge.server.journal.writer import Journal
 
 LOCK = "lock"
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 5, 0.05
-"""`server_at_work` holds the lock for a moment, which must not keep a server out."""
+"""`is_server_running` holds the lock for a moment, which must not prevent a server from starting."""
 
-OURS = frozenset(
+KNOWN_ENTRIES = frozenset(
     {
         LOCK,
         FILE,
         f"{FILE}-wal",
         f"{FILE}-shm",
         f"{FILE}-journal",
-        "simulated.json",  # what a simulation notes of its devices
+        "simulated.json",  # written by simulations
         "blobs",
         "uploads",
         "rejected",
@@ -41,16 +41,16 @@ OPERATIONAL = (
     *("broker", "run_dir", "deadline_s", "join_timeout_s", "min_devices", "min_reports", "max_failed_rounds"),
     "validation.keep_rejected",
 )
-"""Settings that may change between two starts of a run: they do not enter its result."""
+"""Settings that may change between two starts of a run, because they do not affect its result."""
 
 
 class RunDir:
-    """Holds the folder's lock from construction to `close`.
+    """The folder of one run, locked from construction to `close`.
 
     Args:
-        config: Its `run_dir` is created if absent.
+        config: Settings of the fleet; `run_dir` is created if absent.
 
-    Raises `ConfigError` when another server uses the folder, when it holds something else than a run, or a run with
+    Raises `ConfigError` when another server uses the folder, when it contains anything but a run, or a run with
     other settings (naming them).
     """
 
@@ -58,10 +58,10 @@ class RunDir:
         self.path = Path(config.run_dir)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(set(os.listdir(self.path)) - OURS)
+            foreign = sorted(set(os.listdir(self.path)) - KNOWN_ENTRIES)
             if foreign and not (self.path / FILE).exists():
                 raise ConfigError(
-                    f"run_dir {self.path} is not empty and holds no run (there is {foreign[0]!r}).",
+                    f"run_dir {self.path} is not empty and contains no run (it contains {foreign[0]!r}).",
                     remedy="Use an empty or new folder as run_dir.",
                 )
             self._lock = self._acquire()
@@ -75,7 +75,7 @@ class RunDir:
             undo.pop_all()
 
     def close(self) -> None:
-        """Release journal and lock. Harmless when repeated."""
+        """Close the journal and release the lock. May be called repeatedly."""
         self.journal.close()
         self._lock.close()
 
@@ -100,13 +100,13 @@ class RunDir:
         if changed:
             listed = ", ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in changed[:3])
             raise ConfigError(
-                f"run_dir {self.path} holds a run with other settings: {listed}.",
+                f"run_dir {self.path} contains a run with other settings: {listed}.",
                 remedy="Restore them to continue that run, or use another run_dir for a new one.",
             )
 
 
-def server_at_work(run_dir: Path) -> bool | None:
-    """Whether a server holds the folder's lock at this moment; None where this user or file system cannot tell."""
+def is_server_running(run_dir: Path) -> bool | None:
+    """Return whether a server holds the folder's lock; None where the lock cannot be read or is not supported."""
     try:
         with (run_dir / LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -120,18 +120,18 @@ def server_at_work(run_dir: Path) -> bool | None:
 
 
 def changed_wall_s(run_dir: Path) -> float:
-    """Real time, in seconds since the epoch, at which something was last written to the folder's journal."""
+    """Return the real time, in seconds since the epoch, of the last write to the folder's journal."""
     newest = (run_dir / FILE).stat().st_mtime
-    with suppress(FileNotFoundError):  # it goes when a server ends
+    with suppress(FileNotFoundError):  # deleted when a server ends
         log = (run_dir / f"{FILE}-wal").stat()
-        if log.st_size:  # a reader makes an empty one
+        if log.st_size:  # a reader creates an empty one
             newest = max(newest, log.st_mtime)
     return newest
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Flat `section.key` → value of what a run's result depends on, without `OPERATIONAL`."""
-    plain, _ = with_current_names(json.loads(json.dumps(config)))  # a run of an earlier version
+    """Return the settings that a run's result depends on, all but `OPERATIONAL`, as flat `section.key` → value."""
+    plain, _ = with_current_names(json.loads(json.dumps(config)))  # the run may be of an earlier version
     flat = {
         f"{name}.{key}" if key else name: value
         for name, section in plain.items()

@@ -17,7 +17,7 @@ from fedspine_edge.config import DeviceConfig, FleetConfig
 from fedspine_edge.device.cost_meter import conditions
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.simulation.cost_model import round_cost_s
-from fedspine_edge.strategies.base import envelope
+from fedspine_edge.strategies.base import pruning_schedule
 
 _STEPS = 21
 """Number of pruning ratios within the schedule's limits that are considered for each rank."""
@@ -110,7 +110,7 @@ def oracle_plan(
 def _schedules(
     fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec, tokens: int
 ) -> dict[str, PruningSchedule]:
-    schedule = envelope(fleet, spread=True)
+    schedule = pruning_schedule(fleet, spread=True)
     if schedule.spread == 0.0:
         return {device.device_id: schedule for device in devices}
     r = fleet.ranks[(len(fleet.ranks) - 1) // 2]

@@ -6,7 +6,7 @@ from fedspine_edge.strategies.fixed import Fixed
 
 
 class FedAPT(Fixed):
-    """The envelope's upper edge, P (1 - (1 - x)³), which is APT's cubic schedule."""
+    """All devices follow the fast edge of the pruning schedule, P (1 - (1 - x)³), which is APT's cubic schedule."""
 
     name = "fedapt"
     u = 1.0

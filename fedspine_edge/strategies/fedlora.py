@@ -1,13 +1,13 @@
-"""FedLoRA: federated averaging of LoRA adapters of one rank; nothing is pruned."""
+"""FedLoRA: federated averaging of LoRA adapters of one rank, without pruning."""
 
 from __future__ import annotations
 
 from fedspine_edge.config import FleetConfig
-from fedspine_edge.strategies.base import BaseStrategy, Choice, DeviceInfo
+from fedspine_edge.strategies.base import Assignment, BaseStrategy, DeviceInfo
 
 
 class FedLoRA(BaseStrategy):
-    """The middle rank for everyone; A and B are averaged separately, as FedAvg does with any parameter."""
+    """All devices train the middle rank; A and B are averaged separately, as FedAvg does with any parameter."""
 
     name = "fedlora"
 
@@ -15,5 +15,5 @@ class FedLoRA(BaseStrategy):
         super().__init__(config)
         self.aggregation = "zero_pad"
 
-    def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Choice:
-        return Choice(previous, self.largest_fitting(self.middle_rank(), device, previous))
+    def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Assignment:
+        return Assignment(previous, self.largest_fitting(self.middle_rank(), device, previous))

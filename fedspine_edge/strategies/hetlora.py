@@ -1,4 +1,4 @@
-"""HetLoRA: a rank by device class, adapters zero-padded to the largest; nothing is pruned (arXiv 2401.06432)."""
+"""HetLoRA: one rank per device class, adapters zero-padded to the largest rank, no pruning (arXiv 2401.06432)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fedspine_edge.bandit.reward import RewardTerms
+from fedspine_edge.bandit.reward import RewardTerms, RoundOutcome
 from fedspine_edge.config import FleetConfig
-from fedspine_edge.strategies.base import BaseStrategy, Choice, DeviceInfo, RoundOutcome
+from fedspine_edge.strategies.base import Assignment, BaseStrategy, DeviceInfo
 
 
 class HetLoRA(BaseStrategy):
     """Faster classes get larger ranks.
 
-    Class names say nothing of speed, so a class's first finished round, at the middle rank, is its measurement.
-    Measured classes are spread over the ranks from slowest to fastest and keep their time from then on.
+    The speed of a class is measured in its first finished round, which uses the middle rank, and does not change
+    afterwards. Measured classes are distributed over the ranks from slowest to fastest.
     """
 
     name = "hetlora"
@@ -26,9 +26,9 @@ class HetLoRA(BaseStrategy):
         self._class_of: dict[str, str] = {}
         self._class_time_s: dict[str, float] = {}
 
-    def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Choice:
+    def choose(self, device: DeviceInfo, server_round: int, previous: float) -> Assignment:
         self._class_of[device.device_id] = device.device_class
-        return Choice(previous, self.largest_fitting(self._rank(device.device_class), device, previous))
+        return Assignment(previous, self.largest_fitting(self._rank(device.device_class), device, previous))
 
     def observe(self, outcomes: Sequence[RoundOutcome], server_round: int) -> dict[str, RewardTerms | None]:
         times: dict[str, list[float]] = {}
@@ -52,5 +52,5 @@ class HetLoRA(BaseStrategy):
         if device_class not in self._class_time_s or len(self._class_time_s) < 2:
             return self.middle_rank()
         slowest_first = sorted(self._class_time_s, key=lambda name: (-self._class_time_s[name], name))
-        place = slowest_first.index(device_class) / (len(slowest_first) - 1)
-        return self.config.ranks[int(place * (len(self.config.ranks) - 1) + 0.5)]
+        position = slowest_first.index(device_class) / (len(slowest_first) - 1)
+        return self.config.ranks[int(position * (len(self.config.ranks) - 1) + 0.5)]

@@ -1,4 +1,4 @@
-"""From the setting `strategy` to an object: built-in names, or 'module:attribute' of the user's own."""
+"""Creates the strategy that the setting `strategy` names: a built-in one, or 'module:attribute'."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ BUILT_IN = {
     "prune_then_tune": "fedspine_edge.strategies.prune_then_tune:PruneThenTune",
     "tune_then_prune": "fedspine_edge.strategies.tune_then_prune:TuneThenPrune",
 }
-"""Name → where it lives; imported when it is used."""
+"""Name → module and class, imported when used."""
 
 
 def create(config: FleetConfig) -> Strategy:
-    """The strategy that `config.strategy` names.
+    """Return the strategy that `config.strategy` names.
 
-    One of the user's own is anything that can be called with a `FleetConfig` and returns a `Strategy`.
+    'module:attribute' may be anything that can be called with a `FleetConfig` and returns a `Strategy`.
 
     Raises:
-        ConfigError: no such name, module or attribute; not a strategy; or one that cannot work with `config`.
+        ConfigError: The name, module or attribute is unknown, what it names is not a strategy, or the strategy does
+            not support `config`.
     """
     name = config.strategy
     if ":" not in name and name not in BUILT_IN:
@@ -44,30 +45,30 @@ def create(config: FleetConfig) -> Strategy:
         raise
     except Exception as error:
         raise ConfigError(
-            f"strategy {name!r} could not be made: {type(error).__name__}: {error}.",
+            f"strategy {name!r} could not be created: {type(error).__name__}: {error}.",
             remedy="It is called with one argument, the FleetConfig.",
         ) from error
     if missing := missing_methods(strategy):
         raise ConfigError(
-            f"strategy {name!r} made a {type(strategy).__name__}, which lacks: {', '.join(missing)}.",
-            remedy="fedspine_edge.strategies.base.Strategy says what a strategy has.",
+            f"strategy {name!r} is a {type(strategy).__name__}, which lacks: {', '.join(missing)}.",
+            remedy="fedspine_edge.strategies.Strategy documents the interface.",
         )
     return strategy  # type: ignore[no-any-return]
 
 
 def _load(path: str) -> Any:
-    """The callable at 'module:attribute'."""
+    """Import the callable at 'module:attribute'."""
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ConfigError(
-            f"strategy {path!r} is not of the form 'module:attribute'.", remedy="Such as 'mine:MyStrategy'."
+            f"strategy {path!r} is not of the form 'module:attribute'.", remedy="For example 'my_module:MyStrategy'."
         )
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
             f"strategy {path!r}: module {module_name!r} could not be imported: {type(error).__name__}: {error}.",
-            remedy="Its folder must be on PYTHONPATH, and it must import without errors.",
+            remedy="Its folder must be on PYTHONPATH, and importing it must not raise an error.",
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):

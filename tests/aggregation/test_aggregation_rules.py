@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedspine_edge.aggregation import factored
 from fedspine_edge.aggregation.factored import LowRankSum, decompose_dense, decompose_stack, initial_factors
 from fedspine_edge.aggregation.rules import Aggregator, average_tensors
-from fedspine_edge.errors import ConfigError, UpdateRejected
+from fedspine_edge.errors import ConfigError
 
 SHAPES = {"layers.0.q": (24, 16), "layers.0.o": (16, 24)}
 RULES = ["reconstruct", "zero_pad", "stack", "svd", "trimmed_mean", "median"]
@@ -105,10 +105,8 @@ def test_truncation_loses_exactly_what_energy_says():
         mean = weighted_mean(fleet, name)
         for r in range(1, 9):
             lost = np.linalg.norm(mean - product(result, name, r)) ** 2 / np.linalg.norm(mean) ** 2
-            assert result.energy[name][r - 1] == pytest.approx(1 - lost, abs=1e-5)
-        assert (np.diff(result.energy[name]) >= 0).all()
-        expected = 2.0 * np.linalg.svd(mean, compute_uv=False)[:8]
-        np.testing.assert_allclose(result.singular_values[name], expected, rtol=1e-9)
+            assert result.explained_variance[name][r - 1] == pytest.approx(1 - lost, abs=1e-5)
+        assert (np.diff(result.explained_variance[name]) >= 0).all()
 
 
 def test_one_device_gets_its_own_adapter_back_balanced():
@@ -118,17 +116,16 @@ def test_one_device_gets_its_own_adapter_back_balanced():
         assert_close(product(result, name), device.dense(name))
         A, B = result.factors[name]
         np.testing.assert_allclose(np.linalg.norm(A[:4], axis=1), np.linalg.norm(B[:, :4], axis=0), rtol=1e-5)
-        np.testing.assert_allclose(result.energy[name][3:], 1.0)
+        np.testing.assert_allclose(result.explained_variance[name][3:], 1.0)
         assert A.dtype == B.dtype == np.float32
 
 
 def test_scaling_cancels_out_of_the_factors():
-    """dW = scaling · B · A on the way in and on the way out, so only the reported spectrum knows it."""
+    """dW = scaling · B · A for inputs and result, so the scaling does not affect the factors' product."""
     fleet = random_fleet(1)
     one, four = aggregate(fleet, scaling=1.0), aggregate(fleet, scaling=4.0)
     for name in SHAPES:
         assert_close(product(one, name), product(four, name))
-        np.testing.assert_allclose(four.singular_values[name], 4 * one.singular_values[name])
 
 
 def test_padding_factors_is_biased_and_reconstructing_is_not():
@@ -174,7 +171,7 @@ def test_only_weight_zero_gives_fresh_factors(rule):
     for name, (A, B) in initial_factors(SHAPES, 8, 0).items():
         np.testing.assert_array_equal(result.factors[name][0], A)
         np.testing.assert_array_equal(result.factors[name][1], B)
-        np.testing.assert_array_equal(result.energy[name], 1.0)
+        np.testing.assert_array_equal(result.explained_variance[name], 1.0)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -314,10 +311,9 @@ def test_stack_turns_dense_at_the_smaller_side_and_memory_stops_growing():
         A, B = rng.normal(size=(3, 20)), rng.normal(size=(30, 3))
         total.add(2.0, A, B, np.arange(30), np.arange(20))
         want += B @ A / 12
-        assert total.is_dense == (k >= 6)
+        assert (total._dense is not None) == (k >= 6)
     parts = total.decompose()
     assert_close((parts.U * parts.S) @ parts.Vt, want, tolerance=1e-12)
-    assert total.discarded_share == 0
 
 
 def test_bounded_stack_keeps_the_leading_part_and_says_what_it_lost():
@@ -330,9 +326,8 @@ def test_bounded_stack_keeps_the_leading_part_and_says_what_it_lost():
         B = np.concatenate([shared_B, rng.normal(size=(60, 2))], axis=1)
         total.add(1.0, A, B, np.arange(60), np.arange(50))
         want += B @ A / 15
-    assert not total.is_dense
+    assert total._dense is None
     assert sum(x.shape[1] for x in total._left) < 20
-    assert 0 < total.discarded_share < 1e-3
     parts = total.decompose()
     got = (parts.U[:, :4] * parts.S[:4]) @ parts.Vt[:4]
     assert np.linalg.norm(got - best_rank(want, 4)) < 0.01 * np.linalg.norm(want)
@@ -353,10 +348,10 @@ def test_product_norm_and_prefix_energy():
     rng = np.random.default_rng(0)
     A, B = rng.normal(size=(5, 9)), rng.normal(size=(7, 5))
     assert factored.product_norm(A, B) == pytest.approx(np.linalg.norm(B @ A))
-    energy = factored.prefix_energy(A, B)
+    explained = factored.prefix_explained_variance(A, B)
     for r in range(1, 6):
         lost = np.linalg.norm(B @ A - B[:, :r] @ A[:r]) ** 2 / np.linalg.norm(B @ A) ** 2
-        assert energy[r - 1] == pytest.approx(1 - lost)
+        assert explained[r - 1] == pytest.approx(1 - lost)
 
 
 def test_float16_updates_are_summed_in_float64():
@@ -377,66 +372,6 @@ def test_module_that_a_device_lacks_counts_as_not_held():
         result = aggregate([whole, part], rule)
         share = 1 / 6 if rule == "stack" else 1.0
         assert_close(product(result, "layers.0.q"), share * whole.dense("layers.0.q"))
-
-
-def spoil(change):
-    device = Device(np.random.default_rng(0), "bad", kept=[1, 2, 3])
-    A, B = device.factors["layers.0.q"]
-    change(device, A, B)
-    return device
-
-
-def put(device, A=None, B=None, rows=None, cols=None):
-    old_A, old_B = device.factors["layers.0.q"]
-    device.factors["layers.0.q"] = (old_A if A is None else A, old_B if B is None else B)
-    device.rows["layers.0.q"] = device.rows["layers.0.q"] if rows is None else rows
-    device.cols["layers.0.q"] = device.cols["layers.0.q"] if cols is None else cols
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda d, A, B: setattr(d, "weight", -1.0), "weight"),
-        (lambda d, A, B: setattr(d, "weight", float("nan")), "weight"),
-        (lambda d, A, B: d.factors.update({"layers.9.q": (A, B)}), "no such module"),
-        (lambda d, A, B: d.rows.pop("layers.0.q"), "not given"),
-        (lambda d, A, B: put(d, A=A[:, :-1]), "must be"),
-        (lambda d, A, B: put(d, A=A[:-1]), "must be"),
-        (lambda d, A, B: put(d, B=B[:-1]), "must be"),
-        (lambda d, A, B: put(d, A=A[0]), "must be"),
-        (lambda d, A, B: put(d, A=A[:0], B=B[:, :0]), "must be"),
-        (lambda d, A, B: put(d, A=np.tile(A, (3, 1)), B=np.tile(B, (1, 3))), r"r in 1\.\.8"),
-        (lambda d, A, B: put(d, A=A * np.nan), "NaN"),
-        (lambda d, A, B: put(d, B=B * np.inf), "NaN"),
-        (lambda d, A, B: put(d, rows=np.array([1, 2, 24])), "ascend"),
-        (lambda d, A, B: put(d, rows=np.array([-1, 2, 3])), "ascend"),
-        (lambda d, A, B: put(d, rows=np.array([1, 1, 2])), "ascend"),
-        (lambda d, A, B: put(d, rows=np.array([3, 2, 1])), "ascend"),
-        (lambda d, A, B: put(d, rows=np.array([1.0, 2.0, 3.0])), "integers"),
-        (lambda d, A, B: put(d, rows=np.zeros(0, int)), "non-empty"),
-        (lambda d, A, B: put(d, A=A[:, :5], cols=np.arange(5)), "never both"),
-    ],
-)
-def test_bad_update_is_refused_and_leaves_no_trace(change, said):
-    good = Device(np.random.default_rng(1), "good")
-    aggregator = Aggregator("reconstruct", SHAPES, 8, 2.0, 0)
-    aggregator.add(*good.update())
-    with pytest.raises(UpdateRejected, match=said) as caught:
-        aggregator.add(*spoil(change).update())
-    assert "bad" in str(caught.value)
-    result, want = aggregator.finish(), aggregate([good])
-    for name in SHAPES:
-        np.testing.assert_array_equal(result.factors[name][1], want.factors[name][1])
-
-
-def test_one_module_is_pruned_along_one_axis_by_the_whole_fleet():
-    shapes = {"layers.0.q": (24, 16)}
-    by_rows = Device(np.random.default_rng(0), "rows", kept=[1, 2], shapes=shapes)
-    by_cols = Device(np.random.default_rng(0), "cols", shapes=shapes)
-    A, _ = by_cols.factors["layers.0.q"]
-    put(by_cols, A=A[:, :3], cols=np.arange(3))
-    with pytest.raises(UpdateRejected, match="never both"):
-        aggregate([by_rows, by_cols], shapes=shapes)
 
 
 def test_impossible_settings():
@@ -462,16 +397,6 @@ def test_head_is_averaged_by_examples():
     assert average_tensors(heads)["head.w"].dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    ("second", "error"),
-    [
-        ((1.0, {"head.b": np.zeros(2)}), UpdateRejected),
-        ((1.0, {"head.w": np.zeros(3)}), UpdateRejected),
-        ((1.0, {"head.w": np.full(2, np.inf)}), UpdateRejected),
-        ((-1.0, {"head.w": np.zeros(2)}), UpdateRejected),
-        ((0.0, {"head.w": np.zeros(2)}), ValueError),
-    ],
-)
-def test_heads_that_do_not_fit_together(second, error):
-    with pytest.raises(error):
-        average_tensors([(0.0, {"head.w": np.zeros(2)}), second])
+def test_head_without_any_weight_raises_value_error():
+    with pytest.raises(ValueError, match="weights sum to zero"):
+        average_tensors([(0.0, {"head.w": np.zeros(2)}), (0.0, {"head.w": np.zeros(2)})])

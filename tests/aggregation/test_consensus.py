@@ -1,4 +1,4 @@
-"""One order for the fleet, which never takes back what a device has removed."""
+"""The consensus order, in which groups that a device has removed keep their position."""
 
 from __future__ import annotations
 
@@ -10,53 +10,52 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspine_edge.aggregation.consensus import DeviceScores, average_scores, kept_by_all, update_order
-from fedspine_edge.errors import UpdateRejected
 
 
-def ballot(values, *, weight=1.0, index=None):
+def make_scores(values, *, weight=1.0, index=None):
     values = np.array(values, dtype=np.float32)
     return DeviceScores(weight, ((np.arange(values.size) if index is None else np.array(index), values),))
 
 
-def order_of(*ballots, previous=None, kept=(), size=4):
-    scores = average_scores(ballots, [size])
+def order_of(*scores, previous=None, kept=(), size=4):
+    scores = average_scores(scores, [size])
     return update_order(previous, scores, kept_by_all(kept, [size]))[0].tolist()
 
 
 def test_first_round_ranks_everything():
-    assert order_of(ballot([0.1, 0.9, 0.5, 0.2])) == [1, 2, 3, 0]
+    assert order_of(make_scores([0.1, 0.9, 0.5, 0.2])) == [1, 2, 3, 0]
 
 
 def test_ties_go_to_the_lower_index():
-    assert order_of(ballot([1, 2, 1, 2])) == [1, 3, 0, 2]
+    assert order_of(make_scores([1, 2, 1, 2])) == [1, 3, 0, 2]
 
 
 def test_weights_count_and_gradient_size_does_not():
-    loud, quiet = ballot([1000, 0, 0, 0], weight=1), ballot([0, 0.001, 0, 0], weight=3)
+    loud, quiet = make_scores([1000, 0, 0, 0], weight=1), make_scores([0, 0.001, 0, 0], weight=3)
     scores = average_scores([loud, quiet], [4])[0]
     np.testing.assert_allclose(scores, [0.5, 1.5, 0, 0])
 
 
 def test_device_with_few_groups_left_has_no_more_say_per_group():
-    full = ballot([1, 1, 1, 1])
-    half = ballot([1, 1], index=[0, 2])
+    full = make_scores([1, 1, 1, 1])
+    half = make_scores([1, 1], index=[0, 2])
     np.testing.assert_allclose(average_scores([full, half], [4])[0], [1, 1, 1, 1])
 
 
 def test_silent_devices_and_all_zero_scores_do_not_count():
-    ballots = [ballot([4, 3, 2, 1]), ballot([0, 0, 0, 0], weight=100), ballot([1, 2, 3, 4], weight=0)]
-    assert order_of(*ballots) == [0, 1, 2, 3]
-    assert np.isnan(average_scores([ballot([0, 0, 0, 0])], [4])[0]).all()
+    scores = [make_scores([4, 3, 2, 1]), make_scores([0, 0, 0, 0], weight=100), make_scores([1, 2, 3, 4], weight=0)]
+    assert order_of(*scores) == [0, 1, 2, 3]
+    assert np.isnan(average_scores([make_scores([0, 0, 0, 0])], [4])[0]).all()
 
 
 def test_groups_without_a_score_keep_their_sequence_behind_the_scored():
-    partly = ballot([1, 2], index=[0, 3])
+    partly = make_scores([1, 2], index=[0, 3])
     assert order_of(partly, previous=[np.array([2, 1, 0, 3])]) == [3, 0, 2, 1]
 
 
 def test_what_a_device_removed_keeps_its_place():
     previous = [np.array([3, 1, 0, 2])]
-    best_last = ballot([1, 2, 100, 0])
+    best_last = make_scores([1, 2, 100, 0])
     assert order_of(best_last, previous=previous, kept=[[np.array([1, 3])]]) == [1, 3, 0, 2]
     assert order_of(best_last, previous=previous, kept=[[np.arange(4)], [np.array([0, 1, 3])]]) == [1, 0, 3, 2]
 
@@ -77,11 +76,11 @@ def test_layouts_nest_over_rounds_whatever_the_scores(seed, devices, rounds):
     kept = [np.arange(size) for _ in range(devices)]
     order = None
     for _ in range(rounds):
-        ballots = [
+        scores = [
             DeviceScores(float(rng.integers(0, 5)), ((index, rng.random(index.size).astype(np.float32)),))
             for index in kept
         ]
-        order = update_order(order, average_scores(ballots, [size]), kept_by_all([[k] for k in kept], [size]))
+        order = update_order(order, average_scores(scores, [size]), kept_by_all([[k] for k in kept], [size]))
         assert sorted(order[0].tolist()) == list(range(size))
         for d in range(devices):
             count = rng.integers(1, kept[d].size + 1)
@@ -95,30 +94,12 @@ def test_layouts_nest_over_rounds_whatever_the_scores(seed, devices, rounds):
 @given(st.permutations(range(5)), st.integers(0, 10**6))
 def test_order_of_devices_matters_only_to_rounding(permutation, seed):
     rng = np.random.default_rng(seed)
-    ballots = [ballot(rng.random(6), weight=rng.integers(1, 9)) for _ in range(5)]
-    first = average_scores(ballots, [6])[0]
-    other = average_scores([ballots[i] for i in permutation], [6])[0]
+    scores = [make_scores(rng.random(6), weight=rng.integers(1, 9)) for _ in range(5)]
+    first = average_scores(scores, [6])[0]
+    other = average_scores([scores[i] for i in permutation], [6])[0]
     np.testing.assert_allclose(first, other, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("bad", "said"),
-    [
-        (ballot([1, 2], index=[0, 4]), "within"),
-        (ballot([1, 2], index=[-1, 0]), "within"),
-        (ballot([1, 2], index=[1, 1]), "unique"),
-        (ballot([1, np.nan]), "NaN"),
-        (ballot([1, np.inf]), "NaN"),
-        (ballot([1, 2], index=[0]), "scores for"),
-        (ballot([1, 2], weight=-1.0), "weight"),
-        (DeviceScores(1.0, ()), "layers"),
-    ],
-)
-def test_bad_scores_are_refused(bad, said):
-    with pytest.raises(UpdateRejected, match=said):
-        average_scores([bad], [4])
 
 
 def test_previous_order_must_be_whole():
     with pytest.raises(ValueError, match="permutation"):
-        order_of(ballot([1, 2, 3, 4]), previous=[np.array([0, 1, 1, 2])])
+        order_of(make_scores([1, 2, 3, 4]), previous=[np.array([0, 1, 1, 2])])

@@ -1,4 +1,4 @@
-"""From u to a pruning ratio."""
+"""The pruning schedule: from u to a pruning ratio."""
 
 from statistics import fmean
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedspine_edge.bandit.pruning_schedule import (
     MEAN_SPREAD,
-    NARROW,
+    MIN_INTERVAL,
     PruningSchedule,
     adjust_to_mean,
     rounds_needed,
@@ -26,49 +26,49 @@ schedules = st.builds(
 )
 
 
-@given(envelope=schedules, data=st.data())
-def test_every_path_is_monotone_within_steps_and_ends_at_the_target(envelope, data):
+@given(schedule=schedules, data=st.data())
+def test_every_path_is_monotone_within_steps_and_ends_at_the_target(schedule, data):
     previous = 0.0
-    for server_round in range(1, envelope.last_pruning_round + 3):
+    for server_round in range(1, schedule.last_pruning_round + 3):
         u = data.draw(st.floats(0, 1))
-        p = envelope.ratio(u, server_round=server_round, previous=previous)
-        assert previous <= p <= previous + envelope.max_step + 1e-12
-        if not envelope.prunes_in(server_round):
+        p = schedule.ratio(u, server_round=server_round, previous=previous)
+        assert previous <= p <= previous + schedule.max_step + 1e-12
+        if not schedule.prunes_in(server_round):
             assert p == previous
         previous = p
-    assert previous == pytest.approx(envelope.target, abs=1e-9)
+    assert previous == pytest.approx(schedule.target, abs=1e-9)
 
 
-@given(envelope=schedules, previous=st.floats(0, 0.9), u=st.floats(0, 1), v=st.floats(0, 1))
-def test_a_larger_u_never_prunes_less(envelope, previous, u, v):
-    for server_round in range(1, envelope.last_pruning_round + 1):
-        low, high = (envelope.ratio(x, server_round=server_round, previous=previous) for x in sorted((u, v)))
+@given(schedule=schedules, previous=st.floats(0, 0.9), u=st.floats(0, 1), v=st.floats(0, 1))
+def test_a_larger_u_never_prunes_less(schedule, previous, u, v):
+    for server_round in range(1, schedule.last_pruning_round + 1):
+        low, high = (schedule.ratio(x, server_round=server_round, previous=previous) for x in sorted((u, v)))
         assert previous <= low <= high
 
 
 def test_without_a_step_limit_it_is_the_formula():
-    envelope = PruningSchedule(0.5, 8, 1.0)
+    schedule = PruningSchedule(0.5, 8, 1.0)
     for t in range(1, 9):
         lo, hi = 0.5 * (t / 8) ** 3, 0.5 * (1 - (1 - t / 8) ** 3)
         # max_step 1 never binds, P - max_step (T - t) is only above lo in the last round, where both are P
-        assert envelope.bounds(t) == (pytest.approx(lo), pytest.approx(hi))
-        assert envelope.ratio(0.3, server_round=t, previous=0.0) == pytest.approx(lo + 0.3 * (hi - lo))
+        assert schedule.bounds(t) == (pytest.approx(lo), pytest.approx(hi))
+        assert schedule.ratio(0.3, server_round=t, previous=0.0) == pytest.approx(lo + 0.3 * (hi - lo))
 
 
 def test_a_slow_start_is_hurried_while_the_target_can_be_reached():
     """P = 0.5 in three pruning rounds: lo would be 0.02, 0.15, 0.5, whose last step is too large for 0.25."""
-    envelope = PruningSchedule(0.5, 4, 0.25, start=1)
+    schedule = PruningSchedule(0.5, 4, 0.25, start=1)
     previous, path = 0.0, []
     for t in range(1, 7):
-        previous = envelope.ratio(0.0, server_round=t, previous=previous)
+        previous = schedule.ratio(0.0, server_round=t, previous=previous)
         path.append(previous)
     assert path == [0.0, pytest.approx(0.5 / 27), 0.25, 0.5, 0.5, 0.5]
 
 
 def test_a_late_joiner_ends_where_its_steps_take_it():
-    envelope = PruningSchedule(0.5, 8, 0.25)
-    assert envelope.ratio(1.0, server_round=8, previous=0.0) == 0.25
-    assert envelope.ratio(1.0, server_round=9, previous=0.25) == 0.25
+    schedule = PruningSchedule(0.5, 8, 0.25)
+    assert schedule.ratio(1.0, server_round=8, previous=0.0) == 0.25
+    assert schedule.ratio(1.0, server_round=9, previous=0.25) == 0.25
 
 
 def test_a_target_out_of_reach_is_refused():
@@ -86,14 +86,14 @@ def test_rounds_needed(target, step, rounds):
     target=st.floats(0.05, 0.9),
 )
 def test_with_a_mean_target_ratios_differ_and_their_mean_is_met(us, target):
-    envelope = PruningSchedule(target, 6, 0.25, spread=MEAN_SPREAD)
+    schedule = PruningSchedule(target, 6, 0.25, spread=MEAN_SPREAD)
     previous = {f"d{i}": 0.0 for i in range(len(us))}
     for t in range(1, 7):
-        limits = {i: envelope.limits(server_round=t, previous=p) for i, p in previous.items()}
-        previous = {i: envelope.ratio(u[t - 1], server_round=t, previous=p) for (i, p), u in zip(previous.items(), us)}
-    settled = adjust_to_mean(previous, limits, target)
-    assert sum(settled.values()) / len(settled) == pytest.approx(target, abs=1e-6)
-    assert all(abs(p - target) <= MEAN_SPREAD + 1e-9 and 0 <= p < 1 for p in settled.values())
+        limits = {i: schedule.limits(server_round=t, previous=p) for i, p in previous.items()}
+        previous = {i: schedule.ratio(u[t - 1], server_round=t, previous=p) for (i, p), u in zip(previous.items(), us)}
+    adjusted = adjust_to_mean(previous, limits, target)
+    assert sum(adjusted.values()) / len(adjusted) == pytest.approx(target, abs=1e-6)
+    assert all(abs(p - target) <= MEAN_SPREAD + 1e-9 and 0 <= p < 1 for p in adjusted.values())
 
 
 @given(ratios=st.lists(st.floats(0, 0.9), min_size=2, max_size=8), mean=st.floats(0, 1))
@@ -102,9 +102,9 @@ def test_settling_does_not_depend_on_the_order(ratios, mean):
     named = {f"d{i}": p for i, p in enumerate(ratios)}
     limits = {name: (p / 2, (1 + p) / 2) for name, p in named.items()}
     reverse = dict(reversed(named.items()))
-    settled = adjust_to_mean(named, limits, mean)
-    assert settled == adjust_to_mean(reverse, limits, mean)
-    assert all(limits[name][0] <= p <= limits[name][1] for name, p in settled.items())
+    adjusted = adjust_to_mean(named, limits, mean)
+    assert adjusted == adjust_to_mean(reverse, limits, mean)
+    assert all(limits[name][0] <= p <= limits[name][1] for name, p in adjusted.items())
 
 
 @given(
@@ -120,21 +120,21 @@ def test_places_are_the_inverse_of_ratios(server_round, previous, part):
     begin, end = schedule.places(wanted, server_round=server_round, previous=previous)
     assert 0.0 <= begin < end <= 1.0
     got = [schedule.ratio(u, server_round=server_round, previous=previous) for u in (begin, end)]
-    if last - first > 1e-6:  # an interval of u is never narrower than NARROW
+    if last - first > 1e-6:  # an interval of u is never narrower than MIN_INTERVAL
         lo, hi = schedule.bounds(server_round)
-        assert got == pytest.approx(wanted, abs=NARROW * (hi - lo) + 1e-6)
+        assert got == pytest.approx(wanted, abs=MIN_INTERVAL * (hi - lo) + 1e-6)
 
 
 @given(
     speeds=st.lists(st.floats(0, 3), min_size=1, max_size=9),
     target=st.floats(0.1, 0.8),
-    fall=st.floats(0.0, 2.0),
+    slope=st.floats(0.0, 2.0),
 )
 @settings(max_examples=100, deadline=None)
-def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, fall):
+def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, slope):
     schedule = PruningSchedule(target=target, last_pruning_round=8, max_step=0.25, spread=0.15)
     full = {f"d{i}": speed for i, speed in enumerate(speeds)}
-    found = spread_by_speed(full, dict.fromkeys(full, fall), schedule)
+    found = spread_by_speed(full, dict.fromkeys(full, slope), schedule)
     assert fmean(found.values()) == pytest.approx(target, abs=1e-6)
     by_speed = [found[i] for i in sorted(full, key=lambda i: full[i])]
     assert by_speed == pytest.approx(sorted(by_speed), abs=1e-9)

@@ -236,10 +236,10 @@ def test_a_warm_start_is_a_prior_and_counts_no_pulls():
         arm = bandit.decide("a", device_class="NX", now=now)
         bandit.update("a", arm, 0.5, now=now)
     bandit.decide("b", device_class="NX", now=6)
-    told = bandit.explain("b")
-    assert told["pulls"] == 0
-    assert len(told["leaves"]) > 1
-    assert all(leaf["weight"] <= PRIOR_WEIGHT for leaf in told["leaves"])
+    explained = bandit.explain("b")
+    assert explained["pulls"] == 0
+    assert len(explained["leaves"]) > 1
+    assert all(leaf["weight"] <= PRIOR_WEIGHT for leaf in explained["leaves"])
 
 
 # -- repeatability -------------------------------------------------------------------------------------------------
@@ -289,13 +289,13 @@ def test_explain_says_why():
     bandit = SUCB(RANKS, seed=2)
     play(bandit, lambda arm: 0.9 if arm.r == 4 else 0.1, 20)
     arm = bandit.decide("d", feasible={4: (0.0, 1.0), 8: (0.0, 1.0)})
-    told = bandit.explain("d")
-    assert (told["last"]["u"], told["last"]["r"]) == arm
-    assert "largest bound" in told["last"]["why"]
-    assert "leaves were not open" in told["last"]["why"]
-    for leaf in told["leaves"]:
+    explained = bandit.explain("d")
+    assert (explained["last"]["u"], explained["last"]["r"]) == arm
+    assert "largest bound" in explained["last"]["why"]
+    assert "leaves were not feasible" in explained["last"]["why"]
+    for leaf in explained["leaves"]:
         assert leaf["open"] == bool({4, 8} & set(leaf["ranks"]))
-    json.dumps(told)
+    json.dumps(explained)
 
 
 def test_10_000_devices_are_decided_in_seconds():

@@ -1,4 +1,4 @@
-"""Completion times learned from reports, and the arms that a round's pace leaves open."""
+"""The completion-time model, and the arms that are feasible for an expected time."""
 
 import json
 import math
@@ -103,9 +103,9 @@ def test_no_other_slopes_of_that_sign_fit_better(rows):
     means = [math.fsum(column) / len(rows) for column in zip(*rows)]
 
     def cost(slopes):
-        lean = 0.1 * sum((s - g) ** 2 for s, g in zip(slopes, PRIOR_SLOPES))
+        ridge = 0.1 * sum((s - g) ** 2 for s, g in zip(slopes, PRIOR_SLOPES))
         around = [(x1 - means[0], x2 - means[1], y - means[2]) for x1, x2, y in rows]
-        return lean + math.fsum((y - slopes[0] * x1 - slopes[1] * x2) ** 2 for x1, x2, y in around)
+        return ridge + math.fsum((y - slopes[0] * x1 - slopes[1] * x2) ** 2 for x1, x2, y in around)
 
     found = cost(_ridge(sums.spread(), PRIOR_SLOPES, 0.1))
     assert all(found <= cost((i / 20, 0.0)) + 1e-9 and found <= cost((0.0, i / 20)) + 1e-9 for i in range(80))
@@ -125,10 +125,10 @@ def test_10_000_devices_are_predicted_in_a_second():
     assert len(json.dumps(model.to_dict())) < 250 * 10_000  # sums, whatever the number of rounds
 
 
-# -- the arms of a pace -----------------------------------------------------------------------------------------------
+# -- feasible arms ----------------------------------------------------------------------------------------------------
 
 
-def reach(level, *, limits=(0.2, 0.6), ranks=RANKS, slopes=(0.8, 0.4)):
+def make_arms(level, *, limits=(0.2, 0.6), ranks=RANKS, slopes=(0.8, 0.4)):
     return FeasibleArms(DeviceSpeed(level, slopes), limits, (1 - limits[0], 1 - limits[1]), ranks, 32)
 
 
@@ -139,40 +139,40 @@ def log_time(found, ratio, r):
 @given(
     level=st.floats(-1, 3),
     others=st.floats(-1, 3),
-    slack=st.floats(0.01, 0.2),
+    tolerance=st.floats(0.01, 0.2),
     limits=st.tuples(st.floats(0, 0.6), st.floats(0, 0.3)).map(lambda x: (x[0], x[0] + x[1])),
     ranks=st.sampled_from([(4,), (4, 8, 16, 32), (8, 32)]),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_open_arm_is_as_long_as_the_pace_or_as_near_below_it_as_the_device_gets(
-    level, others, slack, limits, ranks
+def test_every_open_arm_is_as_long_as_the_expected_or_as_near_below_it_as_the_device_gets(
+    level, others, tolerance, limits, ranks
 ):
-    mine = reach(level, limits=limits, ranks=ranks)
-    pace = max(mine.shortest, reach(others).shortest)
-    offered = mine.within(pace, slack)
-    assert offered
-    longest_below = max(min(pace, mine.log_times(r)[0]) for r in ranks if mine.log_times(r)[1] <= pace + 1e-12)
-    for r, (first, last) in offered.items():
+    arms = make_arms(level, limits=limits, ranks=ranks)
+    expected = max(arms.shortest, make_arms(others).shortest)
+    feasible = arms.within(expected, tolerance)
+    assert feasible
+    longest_below = max(min(expected, arms.log_times(r)[0]) for r in ranks if arms.log_times(r)[1] <= expected + 1e-12)
+    for r, (first, last) in feasible.items():
         assert limits[0] - 1e-9 <= first <= last <= limits[1] + 1e-9
         for ratio in (first, (first + last) / 2, last):
-            assert log_time(mine, ratio, r) <= pace + 1e-6
-            assert log_time(mine, ratio, r) >= longest_below - slack - 1e-6
+            assert log_time(arms, ratio, r) <= expected + 1e-6
+            assert log_time(arms, ratio, r) >= longest_below - tolerance - 1e-6
 
 
 def test_the_slowest_device_prunes_most_at_the_smallest_rank():
-    mine = reach(2.0)
-    offered = mine.within(mine.shortest, 0.04)
-    assert offered == {4: (pytest.approx(0.6), pytest.approx(0.6))}  # nothing that takes longer is offered
+    arms = make_arms(2.0)
+    feasible = arms.within(arms.shortest, 0.04)
+    assert feasible == {4: (pytest.approx(0.6), pytest.approx(0.6))}  # nothing that takes longer is feasible
 
 
 def test_a_much_faster_device_prunes_least_at_the_largest_rank():
-    offered = reach(0.0).within(2.0, 0.05)
-    assert set(offered) == {32}
-    assert offered[32][0] == pytest.approx(0.2)
+    feasible = make_arms(0.0).within(2.0, 0.05)
+    assert set(feasible) == {32}
+    assert feasible[32][0] == pytest.approx(0.2)
 
 
 def test_a_larger_rank_is_paid_for_with_a_larger_ratio():
-    offered = reach(1.0).within(1.0 + 0.8 * 0.6 + 0.4 * 0.3, 0.03)
-    assert len(offered) >= 2
-    least = [offered[r][0] for r in sorted(offered)]
+    feasible = make_arms(1.0).within(1.0 + 0.8 * 0.6 + 0.4 * 0.3, 0.03)
+    assert len(feasible) >= 2
+    least = [feasible[r][0] for r in sorted(feasible)]
     assert least == sorted(least)

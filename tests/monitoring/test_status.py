@@ -21,11 +21,11 @@ from fedspine_edge.cli.main import main
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.monitoring.status import FleetStatus, read_status
-from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import Report, RoundPlan, Status
-from fedspine_edge.server.journal.schema import OutcomeRow, PlanRow, ReportRow, RunState
+from fedspine_edge.server.journal.schema import ClosedRound, IssuedPlan, RecordedReport, RunState
 from fedspine_edge.server.journal.writer import Journal
 from fedspine_edge.server.run_dir import RunDir
+from fedspine_edge.strategies import RoundOutcome
 
 NAMES = ("nx-1", "nx-2", "nx-3")
 OOM = "4 GiB short. Lower data.batch_size."
@@ -52,8 +52,7 @@ class Run:
     def open_round(self, number: int, attempt: int = 1) -> None:
         plans = []
         for name in NAMES:
-            payload = codec.encode(RoundPlan(run_id="abc", device_id=name, server_round=number, r=4))
-            plans.append(PlanRow(name, payload, codec.digest(payload), 0.5))
+            plans.append(IssuedPlan.from_plan(RoundPlan(run_id="abc", device_id=name, server_round=number, r=4), u=0.5))
         state = RunState(number, attempt)
         self.journal.open_round(state, plans, published=[], wall_s=self.at_s)
 
@@ -70,25 +69,27 @@ class Run:
             bytes_up=1_000_000,
             bytes_down=2_000_000,
         )
-        row = ReportRow(device_id, msgspec.json.encode(report), status, reason)
-        self.journal.put_report(number, attempt, row, wall_s=self.at_s)
+        recorded = RecordedReport(report, status, reason)
+        self.journal.put_report(number, attempt, recorded, wall_s=self.at_s)
 
     def close_round(self, number: int, *, done: bool = True, attempt: int = 1) -> None:
         following = RunState(number + 1) if done else RunState(number, attempt + 1, 1)
         ended = {p.device_id: p for p in self.journal.device_rounds(number, attempt)}
-        outcomes = [OutcomeRow(i, p.status if p.status != "running" else "late", p.reason) for i, p in ended.items()]
-        self.journal.close_round(
-            following,
+        outcomes = [
+            (RoundOutcome(i, p.status if p.status != "running" else "late", reason=p.reason), None)
+            for i, p in ended.items()
+        ]
+        closed = ClosedRound(
             server_round=number,
             attempt=attempt,
             done=done,
             outcomes=outcomes,
-            layouts={},
-            energy={},
-            wall_s=self.at_s,
-            means=(0.25, 0.75),
-            traffic=(3_000_000, 6_000_000),
+            mean_loss=0.25,
+            mean_accuracy=0.75,
+            bytes_up=3_000_000,
+            bytes_down=6_000_000,
         )
+        self.journal.close_round(following, closed, wall_s=self.at_s)
 
     def whole_round(self, number: int, duration_s: float) -> None:
         self.open_round(number)

@@ -1,4 +1,4 @@
-"""What a round's updates become: low ranks erase nothing, whoever holds a row decides on it."""
+"""Aggregation of a round: updates of low rank erase nothing."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.server.aggregate_round import aggregate_updates, initial_tensors
-from fedspine_edge.server.update_validation import Update
+from fedspine_edge.server.update_validation import AcceptedUpdate
 
 SPEC = ModelSpec(
     family="bert",
@@ -28,7 +28,7 @@ R_MAX = 8
 
 
 def blob(seed: int = 0) -> dict[str, np.ndarray]:
-    """A sent adapter whose components are all alive."""
+    """Return an adapter in which no component is zero."""
     rng = np.random.default_rng(seed)
     tensors = initial_tensors(FleetConfig(ranks=(2, 4, R_MAX)), SPEC)
     return {name: rng.normal(size=value.shape).astype(np.float32) for name, value in tensors.items()}
@@ -38,16 +38,16 @@ def product(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
     return tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
 
 
-def update(sent: dict[str, np.ndarray], r: int, layout: Layout) -> Update:
-    """What a device of rank `r` returns that learned nothing."""
+def update(sent: dict[str, np.ndarray], r: int, layout: Layout) -> AcceptedUpdate:
+    """Return the update of a device of rank `r` that learned nothing."""
     factors = {
         name: (sent[f"{name}.lora_A"][:r, layout.cols(name)], sent[f"{name}.lora_B"][layout.rows(name), :r])
         for name in module_names(SPEC)
     }
-    return Update("d", 10, layout, factors, head={}, ballots={}, norm=1.0)
+    return AcceptedUpdate("d", 10, layout, factors, head={}, scores={})
 
 
-def folded(sent: dict[str, np.ndarray], ranks: list[int], **aggregation: object) -> dict[str, np.ndarray]:
+def aggregated(sent: dict[str, np.ndarray], ranks: list[int], **aggregation: object) -> dict[str, np.ndarray]:
     config = FleetConfig(ranks=(2, 4, R_MAX), aggregation=AggregationSettings(**aggregation))
     layout = Layout.full(SPEC)
     devices = [
@@ -71,14 +71,14 @@ def folded(sent: dict[str, np.ndarray], ranks: list[int], **aggregation: object)
 @pytest.mark.parametrize("ranks", [[2], [2, 4, 8], [8, 8], [4, 2]])
 def test_devices_that_learned_nothing_change_nothing_whatever_their_rank(ranks: list[int]) -> None:
     sent = blob()
-    result = folded(sent, ranks)
+    result = aggregated(sent, ranks)
     for name in module_names(SPEC):
         np.testing.assert_allclose(product(result, name), product(sent, name), rtol=1e-4, atol=1e-4)
 
 
 def test_without_completion_a_low_rank_erases_what_it_was_not_given() -> None:
     sent = blob()
-    result = folded(sent, [2], complete_ranks=False)
+    result = aggregated(sent, [2], complete_ranks=False)
     name = "layers.0.q"
     np.testing.assert_allclose(
         product(result, name), sent[f"{name}.lora_B"][:, :2] @ sent[f"{name}.lora_A"][:2], rtol=1e-4, atol=1e-4

@@ -1,62 +1,67 @@
-"""What the server answers between rounds, and before a server that starts again has taken its round up."""
+"""Acknowledgements between rounds, and before a restarted server has resumed its round."""
 
 from __future__ import annotations
 
-import msgspec
+from pathlib import Path
+
+from fleet_fakes import make_config
 from memory_transport import MemoryBroker, MemoryTransport
-from test_journal import close_first, open_first, report_row, status
+from test_journal import close_first, make_recorded, open_first, status
 from test_server_publisher import TOPICS, connected
 
 from fedspine_edge.protocol import codec
-from fedspine_edge.protocol.messages import Ack, Report
+from fedspine_edge.protocol.chunks import BlobStore
+from fedspine_edge.protocol.messages import Ack
 from fedspine_edge.server.device_registry import DeviceRegistry
 from fedspine_edge.server.dispatcher import MessageDispatcher
 from fedspine_edge.server.journal.writer import Journal
+from fedspine_edge.server.run_context import RunContext
 from fedspine_edge.transport.base import Incoming
 
 
-def hearing_on(broker: MemoryBroker, journal: Journal, *, wall_s: float = 1.0) -> MessageDispatcher:
-    options = {"run_id": "r", "retry_s": 0.1, "wall": lambda: wall_s, "tell": lambda name, data: None}
-    return MessageDispatcher(connected(broker), TOPICS, journal, DeviceRegistry(), **options)
+def make_dispatcher(broker: MemoryBroker, journal: Journal, folder: Path, *, wall_s: float = 1.0) -> MessageDispatcher:
+    run = RunContext(
+        "r", make_config(folder), folder, journal, BlobStore(folder / "blobs"), lambda: wall_s, lambda name, data: None
+    )
+    return MessageDispatcher(run, connected(broker), TOPICS, DeviceRegistry(), retry_s=0.1)
 
 
-def acks_after_a_report(journal: Journal) -> list[str]:
-    """The statuses that d0 hears when its report arrives while no round is being collected."""
+def acks_after_a_report(journal: Journal, folder: Path) -> list[str]:
+    """Return the acknowledgements that d0 receives when its report arrives while no round is being collected."""
     broker = MemoryBroker()
     device = MemoryTransport(broker, "d0")
     device.connect(timeout_s=1.0)
     device.subscribe(TOPICS.ack("d0"))
-    hearing = hearing_on(broker, journal)
-    report = msgspec.json.decode(report_row().report, type=Report)
-    device.publish(TOPICS.report("d0"), codec.encode(report))
-    hearing.wait(0.1)
+    dispatcher = make_dispatcher(broker, journal, folder)
+    device.publish(TOPICS.report("d0"), codec.encode(make_recorded().report))
+    dispatcher.process_next(0.1)
     events = iter(lambda: device.receive(timeout_s=0.05), None)
     return [codec.decode(event.payload, Ack).status for event in events if isinstance(event, Incoming)]
 
 
-def test_a_report_to_a_round_that_is_open_waits_until_it_is_taken_up_again(tmp_path):
+def test_report_on_open_round_is_not_answered_before_the_round_resumes(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
-        assert acks_after_a_report(journal) == []  # "late" would make the device give its work up
+        assert acks_after_a_report(journal, tmp_path) == []  # "late" would make the device discard its update
 
 
-def test_a_report_to_a_round_that_ended_is_late(tmp_path):
+def test_report_on_closed_round_is_late(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
         close_first(journal)
-        assert acks_after_a_report(journal) == ["late"]
+        assert acks_after_a_report(journal, tmp_path) == ["late"]
 
 
-def test_a_status_from_before_the_server_is_no_sign_of_life(tmp_path):
+def test_retained_status_does_not_count_as_last_seen(tmp_path):
     broker = MemoryBroker()
     device = MemoryTransport(broker, "d0")
     device.connect(timeout_s=1.0)
     device.publish(TOPICS.status("d0"), codec.encode(status()), retain=True)
     with Journal.open(tmp_path / "j") as journal:
-        hearing = hearing_on(broker, journal, wall_s=7.0)
-        hearing.wait(0.1)
-        assert journal.heard_wall_s() == {"d0": 0.0}
-        assert journal.devices()[0][1], "though it is online, or the broker would say that it is gone"
+        dispatcher = make_dispatcher(broker, journal, tmp_path, wall_s=7.0)
+        dispatcher.process_next(0.1)
+        assert journal.last_seen_wall_s() == {"d0": 0.0}
+        assert journal.devices()[0][1], "it is online: otherwise the broker would have sent its last will"
         device.publish(TOPICS.status("d0"), codec.encode(status()), retain=True)
-        hearing.wait(0.1)
-        assert journal.heard_wall_s() == {"d0": 7.0}
+        dispatcher.process_next(0.1)
+        assert journal.last_seen_wall_s() == {"d0": 7.0}

@@ -12,7 +12,7 @@ from fleet_fakes import make_config
 
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
-from fedspine_edge.server.run_dir import OPERATIONAL, RunDir, server_at_work, settings
+from fedspine_edge.server.run_dir import OPERATIONAL, RunDir, is_server_running, settings
 
 
 def begin(config: FleetConfig) -> None:
@@ -54,7 +54,7 @@ def test_every_other_setting_is_pinned():
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"not empty and holds no run .*'thesis.txt'"):
+    with pytest.raises(ConfigError, match=r"not empty and contains no run .*'thesis.txt'"):
         RunDir(make_config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -69,9 +69,9 @@ def test_a_second_server_is_kept_out(tmp_path):
 
 def test_who_asks_whether_a_server_is_at_work_keeps_none_out(tmp_path):
     run = RunDir(make_config(tmp_path))
-    assert server_at_work(tmp_path) is True
+    assert is_server_running(tmp_path) is True
     run.close()
-    assert server_at_work(tmp_path) is False
+    assert is_server_running(tmp_path) is False
     with (tmp_path / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         threading.Timer(0.07, fcntl.flock, (lock, fcntl.LOCK_UN)).start()

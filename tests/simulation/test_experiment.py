@@ -182,10 +182,10 @@ def test_oracle_beats_one_arm_for_all_devices(tmp_path: Path) -> None:
     fleet, devices = recorded_fleet(tmp_path, {"wide-tx2": 1, "wide-nx": 1, "paper-agx": 1}, pruning_ratio=0.5)
     best = oracle(fleet, devices, MINILM, 32)
     ratio, total, idle = 0.0, 0.0, 0.0
-    from fedspine_edge.strategies.base import envelope
+    from fedspine_edge.strategies.base import pruning_schedule
 
     for server_round in range(1, fleet.num_rounds + 1):
-        after = envelope(fleet).ratio(0.5, server_round=server_round, previous=ratio)
+        after = pruning_schedule(fleet).ratio(0.5, server_round=server_round, previous=ratio)
         times = [round_cost_s(d, fleet, MINILM, 32, before=ratio, after=after, r=8) for d in devices]
         total += max(times)
         idle += sum(1 - t / max(times) for t in times) / len(times)

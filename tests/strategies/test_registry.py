@@ -68,8 +68,8 @@ def test_a_module_that_is_not_there():
         ("1 / 0", "Mine", "ZeroDivisionError"),
         ("class Other: pass", "Mine", "has no attribute 'Mine'"),
         ("Mine = 3", "Mine", "is a int and cannot be called"),
-        ("class Mine:\n    def __init__(self): pass", "Mine", "could not be made: TypeError"),
-        ("def Mine(config): raise RuntimeError('no luck')", "Mine", "could not be made: RuntimeError: no luck"),
+        ("class Mine:\n    def __init__(self): pass", "Mine", "could not be created: TypeError"),
+        ("def Mine(config): raise RuntimeError('no luck')", "Mine", "could not be created: RuntimeError: no luck"),
         ("class Mine:\n    def __init__(self, config): self.aggregation = 'svd'", "Mine", "lacks: assign, observe"),
     ],
 )
@@ -82,7 +82,6 @@ def test_strategies_load_when_they_are_used_and_without_torch():
     code = (
         "import sys\nfrom fedspine_edge.strategies import create\n"
         "from fedspine_edge.config import FleetConfig\n"
-        ""
         "create(FleetConfig())\n"
         "assert 'fedspine_edge.strategies.hetlora' not in sys.modules\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"

@@ -15,7 +15,7 @@ from fedspine_edge.strategies import DeviceInfo, RoundOutcome, Strategy, create
 from fedspine_edge.strategies.registry import BUILT_IN
 
 CLASSES = {"agx": 1.0, "nx": 1.2, "tx2": 1.43}
-ENVELOPED = ("fedspine", "fixed", "fedapt")
+SCHEDULED = ("fedspine", "fixed", "fedapt")
 
 
 def config(strategy="fedspine", **values):
@@ -23,7 +23,7 @@ def config(strategy="fedspine", **values):
 
 
 class Fleet:
-    """Devices that do what they are told; their speed and gain depend on class and arm."""
+    """Devices that follow their assignments; their speed and gain depend on class and arm."""
 
     def __init__(self, size=6):
         names = list(CLASSES)
@@ -86,10 +86,10 @@ def test_a_restarted_server_continues_with_the_same_choices(name, stop_after):
         original.assign(fleet.devices, 4)
     restarted = create(settings)
     restarted.load_dict(json.loads(json.dumps(original.to_dict())))
-    twin = Fleet()
-    twin.devices = list(fleet.devices)
+    other = Fleet()
+    other.devices = list(fleet.devices)
     for server_round in range(4, 9):
-        assert fleet.round(original, server_round) == twin.round(restarted, server_round)
+        assert fleet.round(original, server_round) == other.round(restarted, server_round)
     assert original.to_dict() == restarted.to_dict()
 
 
@@ -108,7 +108,9 @@ def test_all_tune_equally_long(name):
     steps = 0
     for server_round in range(1, 7):
         assignment = fleet.round(strategy, server_round)[0]["d0"]
-        steps += assignment.tau + assignment.recovery_steps
+        training = strategy.config.training
+        steps += training.tau if assignment.tau is None else assignment.tau
+        steps += training.recovery_steps if assignment.recovery_steps is None else assignment.recovery_steps
     assert steps == 6 * 40
 
 
@@ -157,7 +159,7 @@ def test_fedspine_prunes_in_rounds_2_to_4_of_6():
     num_rounds=st.integers(4, 12),
     target=st.floats(0.0, 0.9),
     layout=st.sampled_from(["consensus", "local"]),
-    name=st.sampled_from(ENVELOPED),
+    name=st.sampled_from(SCHEDULED),
 )
 @settings(max_examples=40, deadline=None)
 def test_what_is_accepted_is_reached_within_steps(num_rounds, target, layout, name):
@@ -248,7 +250,7 @@ def test_a_late_device_is_punished_once():
     outcomes[1] = RoundOutcome("d1", "late")
     rewards = strategy.observe(outcomes, 1)
     assert rewards["d1"].reason == "no report before the deadline"
-    assert strategy.observe(outcomes, 1) == {"d0": None, "d1": None}  # told twice, learned once
+    assert strategy.observe(outcomes, 1) == {"d0": None, "d1": None}  # observed twice, learned once
     assert strategy.explain("d1")["pulls"] == 1
 
 
@@ -267,10 +269,10 @@ def test_fedspine_moves_to_the_ranks_that_are_rewarded():
     assert fmean(r == 32 for ranks in rounds[20:] for r in ranks) > 0.4  # uniform draws: 0.25
 
 
-# -- pace ----------------------------------------------------------------------------------------------------------
+# -- completion times ------------------------------------------------------------------------------------------------
 
 
-def played(arm_choice, num_rounds=16, **values):
+def run_fleet(arm_choice, num_rounds=16, **values):
     """Per round every device's completion time; and the fleet at the end."""
     settings = BanditSettings(arm_choice=arm_choice)
     strategy, fleet = create(config(num_rounds=num_rounds, bandit=settings, **values)), Fleet(9)
@@ -288,7 +290,7 @@ def idle(rounds):
 
 
 def test_paced_arms_wait_less_and_finish_sooner_than_uniform_ones():
-    paced, uniform = played("paced")[0], played("uniform")[0]
+    paced, uniform = run_fleet("paced")[0], run_fleet("uniform")[0]
     assert idle(paced) < 0.6 * idle(uniform)
     assert sum(max(times.values()) for times in paced) < 0.95 * sum(max(times.values()) for times in uniform)
 
@@ -298,28 +300,28 @@ def test_before_any_time_is_known_all_play_one_rank_so_that_times_can_be_compare
     assert {a.r for a in fleet.round(strategy, 1)[0].values()} == {strategy.middle_rank()}
     assert strategy.explain("d0")["pace"] is None
     strategy.assign(fleet.devices, 2)
-    told = [strategy.explain(d.device_id)["pace"] for d in fleet.devices]
-    slowest = [d.device_class for d, pace in zip(fleet.devices, told) if pace["sets_the_pace"]]
+    times = [strategy.explain(d.device_id)["pace"] for d in fleet.devices]
+    slowest = [d.device_class for d, time in zip(fleet.devices, times) if time["sets_the_pace"]]
     assert set(slowest) == {"tx2"}
-    assert all(pace["predicted_s"] <= pace["expected_s"] * 1.001 for pace in told)
+    assert all(time["predicted_s"] <= time["expected_s"] * 1.001 for time in times)
 
 
 def test_uniform_arms_are_s_ucb_and_nothing_else():
     strategy, fleet = create(config(bandit=BanditSettings(arm_choice="uniform"))), Fleet()
-    twin = SUCB((4, 8, 16, 32))
+    other = SUCB((4, 8, 16, 32))
     for server_round in range(1, 7):
         arms = {
-            d.device_id: twin.decide(d.device_id, device_class=d.device_class, now=server_round) for d in fleet.devices
+            d.device_id: other.decide(d.device_id, device_class=d.device_class, now=server_round) for d in fleet.devices
         }
         assignments, rewards = fleet.round(strategy, server_round)
         assert {i: (a.u, a.r) for i, a in assignments.items()} == arms
         for device_id, arm in arms.items():
-            twin.update(device_id, arm, rewards[device_id].total, now=server_round)
+            other.update(device_id, arm, rewards[device_id].total, now=server_round)
 
 
 def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
-    equal, _ = played("paced")
-    rounds, fleet = played("paced", target="fleet_mean")
+    equal, _ = run_fleet("paced")
+    rounds, fleet = run_fleet("paced", target="fleet_mean")
     final = {d.device_class: d.pruning_ratio for d in fleet.devices}
     assert final["tx2"] > final["nx"] > final["agx"]
     assert fmean(d.pruning_ratio for d in fleet.devices) == pytest.approx(0.5, abs=1e-6)
@@ -338,10 +340,10 @@ def test_a_late_device_is_taken_for_slow_and_nobody_is_planned_past_the_deadline
     for server_round in range(1, 5):
         fleet.round(strategy, server_round, {"d2": "late"})
     assigned = strategy.assign(fleet.devices, 5)
-    told = {d.device_id: strategy.explain(d.device_id)["pace"] for d in fleet.devices}
+    times = {d.device_id: strategy.explain(d.device_id)["pace"] for d in fleet.devices}
     assert assigned["d2"].r == 4  # its fastest arm
-    assert told["d2"]["sets_the_pace"]
-    assert all(told[i]["predicted_s"] <= 0.8 * 15.0 * 1.001 for i in ("d0", "d1"))
+    assert times["d2"]["sets_the_pace"]
+    assert all(times[i]["predicted_s"] <= 0.8 * 15.0 * 1.001 for i in ("d0", "d1"))
 
 
 def test_a_saved_run_without_times_goes_on_and_begins_to_learn_them():

@@ -1,6 +1,6 @@
-"""Reading a run's journal: what the server itself resumes from, and the figures for people.
+"""Read access to a run's journal: the state that a server resumes from, and figures for display.
 
-Readers never wait for the server, nor it for them. Everything is returned as plain data.
+Readers never block the server, nor does the server block them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from fedspine_edge.protocol.messages import BlobRef, Report, RoundPlan, Status
 from fedspine_edge.server.journal.schema import (
     VERSION,
     DeviceView,
-    PlanRow,
-    ReportRow,
+    IssuedPlan,
+    RecordedReport,
     RoundView,
     RunState,
 )
@@ -34,7 +35,7 @@ BUSY_TIMEOUT_MS = 10_000
 
 
 class JournalReader:
-    """A journal open for reading. Made by `open_readonly`; the server's own is a `Journal`."""
+    """A journal open for reading, created by `open_readonly`. The server itself uses the subclass `Journal`."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._db = connection
@@ -44,10 +45,10 @@ class JournalReader:
 
     @staticmethod
     def open_readonly(path: str | Path) -> JournalReader:
-        """Open for reading while a server may be writing; neither waits for the other.
+        """Open for reading while a server may be writing; neither blocks the other.
 
         Args:
-            path: The journal, or the run folder that holds it.
+            path: The journal, or the run folder that contains it.
 
         Raises `ConfigError` when there is none.
         """
@@ -55,14 +56,16 @@ class JournalReader:
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             below = sorted(path.parent.glob(f"*/{FILE}")) if path.name == FILE else []
-            meant = f"Did you mean {below[0].parent}?" if below else "Give the run_dir of a server that was started."
-            raise ConfigError(f"there is no journal at {path}.", remedy=meant)
+            remedy = f"Did you mean {below[0].parent}?" if below else "Give the run_dir of a server that was started."
+            raise ConfigError(f"there is no journal at {path}.", remedy=remedy)
         if not os.access(path, os.R_OK):
-            raise ConfigError(f"journal {path} may not be read by this user.", remedy="Ask as the server's user.")
+            raise ConfigError(
+                f"this user has no permission to read journal {path}.", remedy="Run the command as the server's user."
+            )
         try:
             uri = f"{path.absolute().as_uri()}?mode=ro"
             if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
-                uri += "&immutable=1"  # SQLite would make that file, which no server at work is without
+                uri += "&immutable=1"  # SQLite would create that file; a running server always has it
             with ExitStack() as undo:
                 connection = undo.enter_context(closing(sqlite3.connect(uri, uri=True, isolation_level=None)))
                 journal = JournalReader(connection, path)
@@ -73,7 +76,7 @@ class JournalReader:
         return journal
 
     def close(self) -> None:
-        """Release the file. Harmless when repeated."""
+        """Close the file. May be called repeatedly."""
         self._db.close()
 
     def __enter__(self) -> JournalReader:
@@ -84,7 +87,7 @@ class JournalReader:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Everything read within the block is of one moment, whatever a server writes meanwhile."""
+        """Read a consistent state within the block, whatever a server writes meanwhile."""
         self._db.execute("BEGIN")
         try:
             yield
@@ -92,12 +95,12 @@ class JournalReader:
             self._db.execute("COMMIT")
 
     def meta(self, key: str) -> str | None:
-        """A value of `set_meta`, or None."""
+        """Return a text stored by `set_meta`, or None."""
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row["value"])
 
     def meta_names(self, prefix: str) -> set[str]:
-        """What follows `prefix` in the names of the values that begin with it."""
+        """Return the names of stored texts that begin with `prefix`, without the prefix."""
         rows = self._db.execute(
             "SELECT substr(key, ?) AS name FROM meta WHERE substr(key, 1, ?) = ?",
             (len(prefix) + 1, len(prefix), prefix),
@@ -106,46 +109,55 @@ class JournalReader:
 
     @property
     def spec(self) -> ModelSpec | None:
-        """The fleet's model; None before the first round."""
+        """The model of the fleet; None before the first round."""
         text = self.meta("spec")
         return None if text is None else msgspec.json.decode(text, type=ModelSpec)
 
     def state(self) -> RunState:
-        """Where the run stands."""
+        """Return the state to continue from."""
         text = self.meta("state")
-        return RunState() if text is None else RunState(**json.loads(text))
+        return RunState() if text is None else _state_from_text(text)
 
     def devices(self) -> list[tuple[Status, bool, str]]:
-        """(status, online, reason it was refused or "") of every device ever seen, by id."""
+        """Return (status, online, reason for rejection or "") of every known device, by id."""
         rows = self._db.execute("SELECT status, online, refused FROM devices ORDER BY device_id").fetchall()
         return [(msgspec.json.decode(row["status"], type=Status), bool(row["online"]), row["refused"]) for row in rows]
 
-    def heard_wall_s(self) -> dict[str, float]:
-        """By device the wall time of the last status or report that came from it, or from the broker in its name; 0 if
-        the server only found a status that the broker had kept."""
+    def last_seen_wall_s(self) -> dict[str, float]:
+        """Return by device the wall time of its last status, last will or report.
+
+        It is 0 for a device of which the server found only a status that the broker had retained.
+        """
         rows = self._db.execute(
-            "SELECT device_id, max(updated_wall_s, coalesce(latest, 0)) AS heard FROM devices LEFT JOIN "
+            "SELECT device_id, max(updated_wall_s, coalesce(latest, 0)) AS seen FROM devices LEFT JOIN "
             "(SELECT device_id, max(received_wall_s) AS latest FROM reports GROUP BY device_id) USING (device_id)"
         ).fetchall()
-        return {row["device_id"]: float(row["heard"]) for row in rows}
+        return {row["device_id"]: float(row["seen"]) for row in rows}
 
     def layouts(self, spec: ModelSpec) -> dict[str, tuple[Layout, float]]:
-        """By device: the layout it last reported, and the pruning ratio it reported with it."""
-        rows = self._db.execute("SELECT * FROM devices WHERE layout IS NOT NULL ORDER BY device_id").fetchall()
-        return {
-            row["device_id"]: (Layout.from_dict(spec, json.loads(zlib.decompress(row["layout"]))), row["reported"])
-            for row in rows
-        }
+        """Return by device the layout it last reported and the pruning ratio it reported with it."""
+        rows = self._db.execute(
+            "SELECT device_id, layout, reported FROM devices WHERE layout IS NOT NULL ORDER BY device_id"
+        ).fetchall()
+        return {row["device_id"]: (_layout_from_blob(spec, row["layout"]), row["reported"]) for row in rows}
+
+    def final_layout(self, spec: ModelSpec) -> Layout | None:
+        """Return the layout of the finished model; None before the last round has ended."""
+        row = self._db.execute("SELECT layout FROM final_layout").fetchone()
+        if row is not None:
+            return _layout_from_blob(spec, row["layout"])
+        text = self.meta("layout")  # where earlier versions stored it
+        return None if text is None else Layout.from_dict(spec, json.loads(text))
 
     def started_wall_s(self, server_round: int, attempt: int) -> float:
-        """Wall time at which an open round began."""
+        """Return the wall time at which a round started."""
         row = self._db.execute(
             "SELECT started_wall_s FROM rounds WHERE number = ? AND attempt = ?", (server_round, attempt)
         ).fetchone()
         return float(row["started_wall_s"])
 
     def latest_wall_s(self) -> float:
-        """Wall time of the last thing that was written down; 0 before anything was."""
+        """Return the wall time of the last round or report that was journaled; 0 before the first."""
         columns = {"rounds": ("started_wall_s", "ended_wall_s"), "reports": ("received_wall_s",)}
         times = [
             self._db.execute(f"SELECT max({column}) FROM {table}").fetchone()[0]
@@ -154,16 +166,16 @@ class JournalReader:
         ]
         return max((float(time) for time in times if time is not None), default=0.0)
 
-    def plans(self, server_round: int, attempt: int, *, device_id: str | None = None) -> list[PlanRow]:
-        """Plans of a round, by device id, or that of one device."""
+    def plans(self, server_round: int, attempt: int, *, device_id: str | None = None) -> list[IssuedPlan]:
+        """Return the plans of a round by device id, or that of one device."""
         rows = self._db.execute(
             "SELECT * FROM plans WHERE number = ? AND attempt = ? AND device_id = coalesce(?, device_id) "
             "ORDER BY device_id",
             (server_round, attempt, device_id),
         ).fetchall()
         return [
-            PlanRow(
-                row["device_id"],
+            IssuedPlan(
+                msgspec.json.decode(row["plan"], type=RoundPlan),
                 row["plan"],
                 row["plan_sha256"],
                 row["u"],
@@ -174,7 +186,7 @@ class JournalReader:
         ]
 
     def has_plan(self, device_id: str, plan_sha256: str) -> bool:
-        """Whether this plan was ever given to the device."""
+        """Return whether this plan was ever issued to the device."""
         return (
             self._db.execute(
                 "SELECT 1 FROM plans WHERE device_id = ? AND plan_sha256 = ?", (device_id, plan_sha256)
@@ -183,7 +195,7 @@ class JournalReader:
         )
 
     def is_open(self, device_id: str, plan_sha256: str) -> bool:
-        """Whether the round of this plan has not ended."""
+        """Return whether the round of this plan is still open."""
         return (
             self._db.execute(
                 "SELECT 1 FROM plans JOIN rounds USING (number, attempt) "
@@ -193,15 +205,14 @@ class JournalReader:
             is not None
         )
 
-    def reports(self, server_round: int, attempt: int) -> list[ReportRow]:
-        """Answers of a round, by device id."""
+    def reports(self, server_round: int, attempt: int) -> list[RecordedReport]:
+        """Return the recorded reports of a round, by device id."""
         rows = self._db.execute(
             "SELECT * FROM reports WHERE number = ? AND attempt = ? ORDER BY device_id", (server_round, attempt)
         ).fetchall()
         return [
-            ReportRow(
-                row["device_id"],
-                row["report"].encode(),
+            RecordedReport(
+                msgspec.json.decode(row["report"], type=Report),
                 row["status"],
                 row["reason"],
                 _pairs(row["widths"]),
@@ -211,8 +222,8 @@ class JournalReader:
             for row in rows
         ]
 
-    def answer_to(self, device_id: str, plan_sha256: str) -> tuple[str, str] | None:
-        """(status, reason) of the report that answered this plan, if there was one."""
+    def recorded_status(self, device_id: str, plan_sha256: str) -> tuple[str, str] | None:
+        """Return (status, reason) of the recorded report on this plan, if there is one."""
         row = self._db.execute(
             "SELECT reports.status, reports.reason FROM plans JOIN reports USING (number, attempt, device_id) "
             "WHERE plans.device_id = ? AND plans.plan_sha256 = ?",
@@ -221,14 +232,14 @@ class JournalReader:
         return None if row is None else (row["status"], row["reason"])
 
     def published(self) -> list[BlobRef]:
-        """Blobs whose chunks may still be retained at the broker."""
+        """Return the blobs whose chunks may still be retained at the broker."""
         return [
             msgspec.json.decode(row["ref"], type=BlobRef)
             for row in self._db.execute("SELECT ref FROM published ORDER BY sha256").fetchall()
         ]
 
     def rounds(self) -> list[RoundView]:
-        """Every attempt at every round, in order; figures of a running one are those of the reports so far."""
+        """Return every attempt at every round, in order; figures of a running one cover the reports so far."""
         rows = self._db.execute(
             "SELECT rounds.*, (SELECT count(*) FROM plans WHERE plans.number = rounds.number "
             "AND plans.attempt = rounds.attempt) AS asked FROM rounds ORDER BY number, attempt"
@@ -260,14 +271,14 @@ class JournalReader:
     def device_rounds(
         self, server_round: int | None = None, attempt: int | None = None, *, device_id: str | None = None
     ) -> list[DeviceView]:
-        """Every device's part (or one device's) in every round (or in one), by round, attempt and device id."""
+        """Return every device's part (or one device's) in every round (or in one), by round, attempt and device id."""
         where = " AND ".join(
             f"plans.{column} = {int(value)}"
             for column, value in (("number", server_round), ("attempt", attempt))
             if value is not None
         )
         rows = self._db.execute(
-            "SELECT plans.*, devices.status AS hello, reports.report, reports.status AS answer, "
+            "SELECT plans.*, devices.status AS device_status, reports.report, reports.status AS answer, "
             "reports.reason AS answer_reason, reports.widths, reports.sparsity, reports.achieved, "
             "outcomes.status AS outcome, outcomes.reason AS outcome_reason, outcomes.reward, outcomes.terms FROM plans "
             "LEFT JOIN devices USING (device_id) LEFT JOIN reports USING (number, attempt, device_id) "
@@ -278,13 +289,8 @@ class JournalReader:
         ).fetchall()
         return [_device_view(row) for row in rows]
 
-    def energy(self, server_round: int) -> dict[str, list[float]]:
-        """Per module the share of the squared norm that each rank keeps, after `server_round`."""
-        rows = self._db.execute("SELECT module, kept FROM energy WHERE number = ? ORDER BY module", (server_round,))
-        return {row["module"]: json.loads(row["kept"]) for row in rows.fetchall()}
-
     def summary(self) -> dict[str, Any]:
-        """run_id, state (joining, running or finished), round, num_rounds, spec and the result, as plain data."""
+        """Return run_id, state (joining, running or finished), rounds, spec, devices and the result, as plain data."""
         config, spec, result = (self.meta(key) for key in ("config", "spec", "result"))
         state = self.state()
         started = self._db.execute("SELECT count(*) FROM rounds").fetchone()[0] > 0
@@ -308,27 +314,40 @@ class JournalReader:
         if version != VERSION:
             raise ConfigError(
                 f"journal {self.path} has schema version {version}; this version reads {VERSION}.",
-                remedy="Continue the run with the version that began it, or use another run_dir.",
+                remedy="Continue the run with the version that started it, or use another run_dir.",
             )
+
+
+_REPORTED_FIGURES = (
+    "num_examples",
+    "completion_time_s",
+    "time_kind",
+    "loss_before",
+    "loss_after",
+    "accuracy_before",
+    "accuracy_after",
+    "train_loss",
+    "lora_importance",
+    "peak_memory_bytes",
+    "bytes_up",
+    "bytes_down",
+)
+"""Fields that a `DeviceView` takes from the report."""
 
 
 def _device_view(row: sqlite3.Row) -> DeviceView:
     plan = msgspec.json.decode(row["plan"], type=RoundPlan)
-    hello = None if row["hello"] is None else msgspec.json.decode(row["hello"], type=Status)
+    status = None if row["device_status"] is None else msgspec.json.decode(row["device_status"], type=Status)
     answer = {"accepted": "ok", None: "running"}.get(row["answer"], row["answer"])
     figures: dict[str, Any] = {}
     if row["report"] is not None:
         report = msgspec.json.decode(row["report"], type=Report)
-        named = (
-            *("num_examples", "completion_time_s", "time_kind", "loss_before", "loss_after", "accuracy_before"),
-            *("accuracy_after", "train_loss", "lora_importance", "peak_memory_bytes", "bytes_up", "bytes_down"),
-        )
-        figures = {name: getattr(report, name) for name in named}
+        figures = {name: getattr(report, name) for name in _REPORTED_FIGURES}
     return DeviceView(
         server_round=row["number"],
         attempt=row["attempt"],
         device_id=row["device_id"],
-        device_class="unknown" if hello is None else hello.device_class,
+        device_class="unknown" if status is None else status.device_class,
         status=row["outcome"] or answer,
         reason=row["outcome_reason"] or row["answer_reason"] or "",
         u=row["u"],
@@ -348,7 +367,30 @@ def _pairs(text: str | None) -> list[tuple[int, int]] | None:
     return None if text is None else [(heads, channels) for heads, channels in json.loads(text)]
 
 
+def layout_to_blob(layout: Layout) -> bytes:
+    """Return the form in which the journal stores a layout."""
+    return zlib.compress(json.dumps(layout.to_dict()).encode())
+
+
+def _layout_from_blob(spec: ModelSpec, data: bytes) -> Layout:
+    return Layout.from_dict(spec, json.loads(zlib.decompress(data)))
+
+
+def state_to_text(state: RunState) -> str:
+    """Return the form in which the journal stores the run's state."""
+    # Not asdict, which copies the strategy's whole state.
+    plain = {name.name: getattr(state, name.name) for name in fields(state) if name.name != "adapter"}
+    return json.dumps({**plain, "blob": "" if state.adapter is None else msgspec.json.encode(state.adapter).decode()})
+
+
+def _state_from_text(text: str) -> RunState:
+    plain = json.loads(text)
+    ref = plain.pop("blob")
+    return RunState(**plain, adapter=msgspec.json.decode(ref, type=BlobRef) if ref else None)
+
+
 def damaged(path: Path, error: sqlite3.Error) -> ConfigError:
+    """Return the error for a journal that SQLite cannot read."""
     return ConfigError(
-        f"journal {path} cannot be used: {error}.", remedy="If it is a run's journal, move it away to start a new run."
+        f"journal {path} cannot be used: {error}.", remedy="To start a new run, move it away or use another run_dir."
     )

@@ -1,37 +1,37 @@
-"""The server's memory: one SQLite file that survives being killed at any moment, readable while it is written.
+"""The server's journal: one SQLite file that survives being killed at any moment and can be read while it is written.
 
 A round has two transactions that matter: `open_round` (plans and the strategy that made them) before anything is
-published, and `close_round` (outcomes, strategy, the next round's blob) after everything is computed. Between them
-every answer is journaled before it is acknowledged. Tensors lie beside it in content-addressed files.
+published, and `close_round` (outcomes, strategy, the next round's adapter) after everything is computed. Between them
+every report is journaled before it is acknowledged. Tensors are stored beside it in content-addressed files.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
 
-from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol.messages import BlobRef, Status
-from fedspine_edge.server.journal.reader import JournalReader, damaged
+from fedspine_edge.server.journal.reader import JournalReader, damaged, layout_to_blob, state_to_text
 from fedspine_edge.server.journal.schema import (
+    ADDED_TABLES,
     TABLES,
     VERSION,
-    OutcomeRow,
-    PlanRow,
-    ReportRow,
+    ClosedRound,
+    IssuedPlan,
+    RecordedReport,
     RunState,
 )
+from fedspine_edge.strategies import RewardTerms
 
 
 class Journal(JournalReader):
-    """A run's journal, open for writing. Made by `open`; `open_readonly` is for everybody else."""
+    """A run's journal, open for writing. Created by `open`; everything but the server uses `open_readonly`."""
 
     @classmethod
     def open(cls, path: str | Path) -> Journal:
@@ -42,26 +42,33 @@ class Journal(JournalReader):
                 connection = undo.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
                 journal = cls(connection, path)
                 connection.execute("PRAGMA journal_mode = WAL")
-                # FULL: what a device was told is journaled must outlive a power cut.
+                # FULL: whatever was acknowledged to a device must survive a power cut.
                 connection.execute("PRAGMA synchronous = FULL")
                 if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                     connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
                 journal._check_version()
+                connection.executescript(ADDED_TABLES)
                 undo.pop_all()
         except sqlite3.DatabaseError as error:
             raise damaged(path, error) from error
         return journal
 
     def set_meta(self, **values: str) -> None:
-        """Keep named texts: run_id, config, spec, result and the like."""
+        """Store named texts: run_id, config, spec, result and the like."""
         with self._transaction():
             self._set_meta(values)
 
     def put_device(self, status: Status, *, online: bool, refused: str, wall_s: float | None) -> None:
-        """Note what a device said of itself; `wall_s` is None if the broker kept it, and nobody knows since when.
+        """Store a device's status.
 
-        Not synced: a device says hello again, and a fleet has thousands.
+        Args:
+            status: The status.
+            online: Whether the device is connected.
+            refused: Why it may not take part; empty if it may.
+            wall_s: Wall time at which the status was received; None for one that the broker retained, whose age is
+                unknown.
         """
+        # Not synced: devices publish their status again, and a fleet may have thousands of them.
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
             "INSERT INTO devices (device_id, status, online, refused, updated_wall_s) "
@@ -72,16 +79,12 @@ class Journal(JournalReader):
         )
         self._db.execute("PRAGMA synchronous = FULL")
 
-    def forget_layout_above(self, device_id: str, ratio: float) -> bool:
-        """A device says it has removed only `ratio`: if it had reported more, it starts from the full model again."""
-        cursor = self._db.execute(
-            "UPDATE devices SET layout = NULL, reported = NULL WHERE device_id = ? AND reported > ?",
-            (device_id, ratio + 1e-6),
-        )
-        return cursor.rowcount > 0
+    def forget_layout(self, device_id: str) -> None:
+        """Remove the device's layout: it starts from the full model again."""
+        self._db.execute("UPDATE devices SET layout = NULL, reported = NULL WHERE device_id = ?", (device_id,))
 
     def note_disconnect(self, server_round: int, attempt: int, device_id: str) -> None:
-        """A participant of the round was cut off."""
+        """Count a disconnect of a participant of the round."""
         self._db.execute(
             "UPDATE plans SET disconnects = disconnects + 1 WHERE number = ? AND attempt = ? AND device_id = ?",
             (server_round, attempt, device_id),
@@ -90,107 +93,106 @@ class Journal(JournalReader):
     def open_round(
         self,
         state: RunState,
-        plans: Sequence[PlanRow],
+        plans: Sequence[IssuedPlan],
         *,
         published: Sequence[BlobRef],
         wall_s: float,
         **meta: str,
     ) -> None:
-        """Begin the round of `state`: its plans, the blobs that will be at the broker, and the strategy's state after
-        making them."""
+        """Begin the round of `state`.
+
+        Args:
+            state: The run's state, with the strategy's state after making the plans.
+            plans: The round's plans.
+            published: Blobs that will be retained at the broker.
+            wall_s: Wall time of the start.
+            meta: Named texts to store in the same transaction.
+        """
         key = (state.server_round, state.attempt)
         with self._transaction():
-            self._set_meta({"state": _state_text(replace(state, open=True)), **meta})
+            self._set_meta({"state": state_to_text(replace(state, open=True)), **meta})
             self._db.execute(
                 "INSERT INTO rounds (number, attempt, state, started_wall_s, blob) VALUES (?, ?, 'running', ?, ?)",
-                (*key, wall_s, state.blob),
+                (*key, wall_s, "" if state.adapter is None else _text(state.adapter)),
             )
             self._db.executemany(
                 "INSERT INTO plans (number, attempt, device_id, plan, plan_sha256, u, explain) VALUES (?,?,?,?,?,?,?)",
-                [(*key, p.device_id, p.payload, p.sha256, p.u, json.dumps(p.explain)) for p in plans],
+                [(*key, p.plan.device_id, p.payload, p.sha256, p.u, json.dumps(p.explain)) for p in plans],
             )
             self._db.executemany(
                 "INSERT OR IGNORE INTO published VALUES (?, ?)", [(ref.sha256, _text(ref)) for ref in published]
             )
 
-    def put_report(self, server_round: int, attempt: int, row: ReportRow, *, wall_s: float) -> None:
-        """Keep the final answer to a plan, before it is acknowledged. A second one for the same plan is ignored."""
+    def put_report(self, server_round: int, attempt: int, recorded: RecordedReport, *, wall_s: float) -> None:
+        """Store the final report on a plan, before it is acknowledged. A second one on the same plan is ignored."""
         self._db.execute(
             "INSERT OR IGNORE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 server_round,
                 attempt,
-                row.device_id,
-                row.report.decode(),
-                row.status,
-                row.reason,
-                None if row.widths is None else json.dumps(row.widths),
-                row.sparsity,
-                row.achieved,
+                recorded.report.device_id,
+                _text(recorded.report),
+                recorded.status,
+                recorded.reason,
+                None if recorded.widths is None else json.dumps(recorded.widths),
+                recorded.sparsity,
+                recorded.achieved_ratio,
                 wall_s,
             ),
         )
 
-    def refuse_report(self, server_round: int, attempt: int, device_id: str, reason: str) -> None:
-        """Take an acceptance back: only together could the reports be judged."""
+    def reject_report(self, server_round: int, attempt: int, device_id: str, reason: str) -> None:
+        """Revoke the acceptance of a report that could be judged only together with the others."""
         self._db.execute(
             "UPDATE reports SET status = 'refused', reason = ? WHERE number = ? AND attempt = ? AND device_id = ?",
             (reason, server_round, attempt, device_id),
         )
 
-    def close_round(
-        self,
-        next_state: RunState,
-        *,
-        server_round: int,
-        attempt: int,
-        done: bool,
-        outcomes: Sequence[OutcomeRow],
-        layouts: Mapping[str, tuple[Layout, float]],
-        energy: Mapping[str, Sequence[float]],
-        wall_s: float,
-        means: tuple[float | None, float | None] = (None, None),
-        traffic: tuple[int, int] = (0, 0),
-        **meta: str,
-    ) -> None:
-        """End a round, for good (`done`) or to be repeated, and say how the run goes on.
-
-        Args:
-            layouts: By accepted device what it keeps now and the ratio it reported.
-            energy: Per module the share of the squared norm kept at each rank.
-            means: Mean loss and accuracy of the accepted devices.
-            traffic: Bytes up and down.
-        """
-        key = (server_round, attempt)
-        accepted = sum(outcome.status == "ok" for outcome in outcomes)
+    def close_round(self, next_state: RunState, closed: ClosedRound, *, wall_s: float) -> None:
+        """End an attempt at a round and store the state that the run continues with, in one transaction."""
+        key = (closed.server_round, closed.attempt)
+        accepted = sum(outcome.status == "ok" for outcome, _ in closed.outcomes)
         with self._transaction():
-            self._set_meta({"state": _state_text(replace(next_state, open=False)), **meta})
+            self._set_meta({"state": state_to_text(replace(next_state, open=False))})
             self._db.executemany(
                 "INSERT INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (*key, o.device_id, o.status, o.reason, o.reward, None if o.terms is None else json.dumps(o.terms))
-                    for o in outcomes
+                    (*key, outcome.device_id, outcome.status, outcome.reason, *_reward_columns(terms))
+                    for outcome, terms in closed.outcomes
                 ],
             )
             self._db.executemany(
                 "UPDATE devices SET layout = ?, reported = ? WHERE device_id = ?",
-                [
-                    (zlib.compress(json.dumps(layout.to_dict()).encode()), reported, device_id)
-                    for device_id, (layout, reported) in layouts.items()
-                ],
+                [(layout_to_blob(layout), ratio, device_id) for device_id, (layout, ratio) in closed.layouts.items()],
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO energy VALUES (?, ?, ?)",
-                [(server_round, module, json.dumps([float(x) for x in kept])) for module, kept in energy.items()],
+                [
+                    (closed.server_round, module, json.dumps([float(share) for share in shares]))
+                    for module, shares in closed.explained_variance.items()
+                ],
             )
+            if closed.final_layout is not None:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO final_layout VALUES (1, ?)", (layout_to_blob(closed.final_layout),)
+                )
             self._db.execute(
                 "UPDATE rounds SET state = ?, ended_wall_s = ?, mean_loss = ?, mean_accuracy = ?, accepted = ?, "
                 "bytes_up = ?, bytes_down = ? WHERE number = ? AND attempt = ?",
-                ("done" if done else "failed", wall_s, *means, accepted, *traffic, *key),
+                (
+                    "done" if closed.done else "failed",
+                    wall_s,
+                    closed.mean_loss,
+                    closed.mean_accuracy,
+                    accepted,
+                    closed.bytes_up,
+                    closed.bytes_down,
+                    *key,
+                ),
             )
 
     def forget_published(self, sha256: str) -> None:
-        """The blob's chunks were cleared."""
+        """Note that the blob's chunks are no longer retained at the broker."""
         self._db.execute("DELETE FROM published WHERE sha256 = ?", (sha256,))
 
     @contextmanager
@@ -207,9 +209,11 @@ class Journal(JournalReader):
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(values.items()))
 
 
-def _state_text(state: RunState) -> str:
-    # not asdict, which copies the whole strategy's state
-    return json.dumps({field.name: getattr(state, field.name) for field in fields(state)})
+def _reward_columns(terms: RewardTerms | None) -> tuple[float | None, str | None]:
+    if terms is None:
+        return None, None
+    parts = {name: value for name, value in asdict(terms).items() if name not in ("total", "reason")}
+    return terms.total, json.dumps(parts)
 
 
 def _text(value: msgspec.Struct) -> str:
