@@ -3,7 +3,7 @@
 A device at any pruning ratio keeps a prefix of the order, so all layouts are nested and one model exists for every
 ratio. To stay nested over rounds, groups that any device has removed keep their position at the end of the order, and
 only groups that all devices still keep are ranked again. Heads and channels are handled alike, in separate calls.
-Source: docs/algorithms.md, "Groups".
+Source: docs/concepts/pruning.md, "Groups".
 """
 
 from __future__ import annotations

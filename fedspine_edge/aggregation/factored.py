@@ -1,7 +1,7 @@
 """Sums of low-rank products and their best rank-r factors, without building the products where that is cheaper.
 
 `A` is (r, in) and `B` is (out, r), as in LoRA; a device's adapter represents `dW = scaling · B · A`. Computations use
-float64 and results are float32. Source: docs/algorithms.md, "Aggregation".
+float64 and results are float32. Source: docs/concepts/aggregation.md.
 """
 
 from __future__ import annotations

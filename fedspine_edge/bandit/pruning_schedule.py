@@ -1,4 +1,4 @@
-"""The pruning schedule: maps an arm's u in [0, 1] to a pruning ratio. Source: docs/algorithms.md, "S-UCB".
+"""The pruning schedule: maps an arm's u in [0, 1] to a pruning ratio. Source: docs/concepts/s-ucb.md.
 
 The ratio may only grow, while the arm space must be the same in every round. Therefore u is not a ratio but a position
 between a slow and a fast schedule that start and end together:

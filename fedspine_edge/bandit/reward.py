@@ -1,4 +1,4 @@
-"""Outcome of a device's round and its reward between 0 and 1. Source: docs/algorithms.md, "Reward"."""
+"""Outcome of a device's round and its reward between 0 and 1. Source: docs/concepts/s-ucb.md, "Reward"."""
 
 from __future__ import annotations
 

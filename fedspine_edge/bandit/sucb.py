@@ -2,8 +2,7 @@
 
 The leaves of a tree partition [0, 1] × ranks. The leaf with the largest upper confidence bound is selected, the arm is
 drawn uniformly inside it, and a leaf that was pulled twice is split in the middle. Source: FedSpine (arXiv 2501.02438),
-after E-UCB of FedMP; the midpoint split and the inherited prior are original to this project. docs/algorithms.md,
-"S-UCB".
+after E-UCB of FedMP; the midpoint split and the inherited prior are original to this project. docs/concepts/s-ucb.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 θ is estimated by ridge regression within devices. A device's slopes are shrunk toward those of its class, those of a
 class toward the fleet's, and those of the fleet toward a weak prior; all three levels use sums of the same numbers. The
 model knows nothing of hardware or links and learns from reported times only. Original to this project;
-docs/algorithms.md, "Pace".
+docs/concepts/s-ucb.md, "Completion-time model".
 """
 
 from __future__ import annotations

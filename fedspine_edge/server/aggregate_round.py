@@ -127,8 +127,7 @@ def complete_low_rank_update(factors: Factors, sent: Mapping[str, Tensor], layou
     """Return `factors` with the components of the sent adapter that a device of lower rank did not receive.
 
     A device of rank r trains the first r components and does not have the others. Averaged as it is, its update would
-    claim that they are zero, so a device that learned nothing would erase them. Source: docs/algorithms.md,
-    "Aggregation".
+    claim that they are zero, so a device that learned nothing would erase them. Source: docs/concepts/aggregation.md.
     """
     completed = {}
     for name, (A, B) in factors.items():

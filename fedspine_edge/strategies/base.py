@@ -2,7 +2,7 @@
 
 A strategy does no I/O. Once a round, the server asks `assign` for the assignments and passes the outcomes to `observe`,
 and it journals `to_dict` after each. Both methods are functions of the state and their arguments: a server that was
-killed loads the newest state, asks again and gets the same result. Source: docs/algorithms.md, "Strategies".
+killed loads the newest state, asks again and gets the same result. Source: docs/concepts/strategies.md.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class BaseStrategy:
     def reward(self, outcomes: Sequence[RoundOutcome]) -> dict[str, RewardTerms | None]:
         """Return the reward of each device in [0, 1]; None for an outcome without information about the assignment.
 
-        By default docs/algorithms.md, "Reward", with the configured weights.
+        By default docs/concepts/s-ucb.md, "Reward", with the configured weights.
         """
         weights = {name: getattr(self.config.reward, name) for name in TERMS}
         return rewards(outcomes, weights, mode=self.config.reward.mode, expected_s=self.expected_s())

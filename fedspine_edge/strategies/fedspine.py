@@ -1,4 +1,4 @@
-"""FedSpine: S-UCB selects every device's pruning ratio and rank. Source: arXiv 2501.02438; docs/algorithms.md."""
+"""FedSpine: S-UCB selects every device's pruning ratio and rank. Source: arXiv 2501.02438; docs/concepts/s-ucb.md."""
 
 from __future__ import annotations
 
