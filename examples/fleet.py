@@ -52,7 +52,7 @@ def main(model: str, out: Path) -> None:
             processes.append(subprocess.Popen([*COMMAND, "device", "--config", str(config)]))
         if any(process.wait(timeout=300) for process in processes):
             sys.exit("a process failed; see its messages above")
-    subprocess.run([*COMMAND, "export", str(out / "run"), "--model", model, "--out", str(out / "model")], check=True)
+    subprocess.run([*COMMAND, "assemble", str(out / "run"), "--model", model, "--out", str(out / "model")], check=True)
     subprocess.run([*COMMAND, "compile", str(out / "model"), "--out", str(out / "bundle")], check=True)
     subprocess.run([*COMMAND, "run", str(out / "bundle"), "--text", "a lovely kettle"], check=True)
 

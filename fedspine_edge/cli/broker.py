@@ -1,4 +1,4 @@
-"""`fedspine-edge broker`."""
+"""Command `fedspine-edge broker`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ EXAMPLE = "fedspine-edge broker --port 1883"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: loopback only")
-    parser.add_argument("--port", type=int, default=1883, help="TCP port; default 1883")
+    parser.add_argument("--host", default="127.0.0.1", help="IP address to listen on")
+    parser.add_argument("--port", type=int, default=1883, help="TCP port to listen on")
 
 
 def run(arguments: argparse.Namespace) -> int:

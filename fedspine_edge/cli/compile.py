@@ -1,4 +1,4 @@
-"""`fedspine-edge compile`."""
+"""Command `fedspine-edge compile`."""
 
 from __future__ import annotations
 
@@ -8,58 +8,55 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedspine_edge.cli.column_options import add_columns, with_columns
+from fedspine_edge.cli.options import add_backend_option, add_column_options, add_json_option, data_settings
 
 if TYPE_CHECKING:
     from fedspine_edge.engine.tensorrt_builder import OnStep
     from fedspine_edge.export.export_bundle import ProgressCallback
 
 EXAMPLE = """fedspine-edge compile model/ --precision fp16
-  fedspine-edge compile model/ --precision int8 --calibrate train.csv   # accuracy before and after is printed
-  fedspine-edge compile model.bundle                                    # on the device: builds the engine there"""
+  fedspine-edge compile model/ --precision int8 --calibrate train.csv   # also prints the accuracy before and after
+  fedspine-edge compile model.bundle                                    # on the device: builds its engine"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="folder written by `tune` or `export`, or a bundle to build anew")
-    parser.add_argument("--out", type=Path, default=None, help="bundle folder, or a .zip file (default: MODEL.bundle)")
+    parser.add_argument("model", type=Path, help="model folder written by `tune` or `assemble`, or a bundle to rebuild")
+    parser.add_argument("--out", type=Path, default=None, help="bundle folder or .zip file (default: MODEL.bundle)")
     parser.add_argument(
         "--precision",
         choices=["fp32", "fp16", "bf16", "int8", "fp8", "int4"],
         default=None,
-        help="default fp32; int8, fp8 and int4 (weights alone) for the layers' linears with the rest in fp16",
+        help="precision (default: fp32); int8, fp8 and int4 (weights only) apply to the linears of the layers, fp16 to "
+        "everything else",
     )
     parser.add_argument(
         "--calibrate",
         metavar="DATA",
         default=None,
-        help="your examples (CSV, JSON lines or Parquet with text and label columns): int8 and fp8 are calibrated on "
-        "them, accuracy is measured before and after, and the engine is built for their lengths",
+        help="examples (CSV, JSON lines or Parquet) to calibrate int8 and fp8 on, to measure accuracy on before and "
+        "after, and to choose the sequence lengths of the engine from",
     )
-    add_columns(parser)
+    add_column_options(parser)
     parser.add_argument(
         "--lora",
         choices=["merge", "inputs"],
         default=None,
-        help="fold the adapter into the weights (default), or keep it exchangeable at run time",
+        help="merge the adapter into the weights, or keep it as inputs so that it can be exchanged at run time "
+        "(default: merge)",
     )
-    parser.add_argument(
-        "--backend",
-        choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"],
-        default="auto",
-        help="engine to build besides the ONNX model; default: what this machine has",
-    )
+    add_backend_option(parser, "engine to build in addition to the ONNX model; auto: what this machine has")
     parser.add_argument(
         "--sm",
         action="append",
         default=[],
-        help="build the engine for this SM (such as 86), may repeat; TensorRT-RTX only, which then needs no GPU",
+        help="compute capability (such as 86) to build for, without a GPU; TensorRT-RTX only; repeatable",
     )
-    parser.add_argument("--json", action="store_true", help="print the bundle's description as one JSON object")
+    add_json_option(parser, "print the bundle's description as one JSON object")
 
 
 @contextmanager
 def _progress() -> Iterator[tuple[ProgressCallback, OnStep]]:
-    """Lines on standard error, and on a terminal a bar under them while TensorRT builds."""
+    """Return callbacks that print lines to standard error, and show a progress bar on a terminal during a build."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -81,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.export.compile import compile_engine
 
-    data = None if arguments.calibrate is None else with_columns(arguments.calibrate, arguments)
+    data = None if arguments.calibrate is None else data_settings(arguments.calibrate, arguments)
     with _progress() as (report, step):
         bundle = compile_engine(
             arguments.model,

@@ -1,37 +1,40 @@
-"""`fedspine-edge demo`."""
+"""Command `fedspine-edge demo`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge demo --rounds 6 --devices 6 --pruning-ratio 0.5 --out fedspine-demo"
+from fedspine_edge.cli.options import accept_old_name, add_json_option
+
+EXAMPLE = "fedspine-edge demo --num-rounds 6 --num-devices 6 --pruning-ratio 0.5 --out fedspine-demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("fedspine-demo"), help="folder of the run; default fedspine-demo"
+    parser.add_argument("--out", type=Path, default=Path("fedspine-demo"), help="folder of the run")
+    rounds = parser.add_argument(
+        "--num-rounds", type=int, default=6, help="server rounds; at least 5 with the default pruning ratio"
     )
+    accept_old_name(parser, "--rounds", rounds)
+    devices = parser.add_argument("--num-devices", type=int, default=6, help="number of device processes")
+    accept_old_name(parser, "--devices", devices)
+    parser.add_argument("--pruning-ratio", type=float, default=0.5, help="share of the prunable parameters to remove")
     parser.add_argument(
-        "--rounds", type=int, default=6, help="server rounds, at least 5 with the default ratio; default 6"
+        "--layout", choices=["consensus", "local"], default="consensus", help="prune in one common order, or per device"
     )
-    parser.add_argument("--devices", type=int, default=6, help="device processes; default 6")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--model", type=Path, default=None, help="base model folder (default: all-MiniLM-L6-v2)")
     parser.add_argument(
-        "--pruning-ratio", type=float, default=0.5, help="share of prunable parameters to remove; default 0.5"
+        "--data",
+        type=Path,
+        default=None,
+        help="CSV, JSON lines or Parquet file with the columns text and label (default: sentences of four domains)",
     )
-    parser.add_argument("--layout", choices=["consensus", "local"], default="consensus", help="default consensus")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
-        "--model", type=Path, default=None, help="base model folder; default: all-MiniLM-L6-v2's package"
-    )
-    parser.add_argument(
-        "--data", type=Path, default=None, help="your CSV, JSON lines or Parquet file with text and label"
-    )
-    parser.add_argument("--num-labels", type=int, default=2, help="classes in --data; default 2")
+    parser.add_argument("--num-labels", type=int, default=2, help="number of classes in --data")
     parser.add_argument(
         "--no-reference", action="store_true", help="skip the unpruned fleet that is trained for comparison"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object with every measured figure")
+    add_json_option(parser, "print one JSON object with every measured figure")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = DemoSettings(
         out=arguments.out,
-        num_rounds=arguments.rounds,
-        num_devices=arguments.devices,
+        num_rounds=arguments.num_rounds,
+        num_devices=arguments.num_devices,
         pruning_ratio=arguments.pruning_ratio,
         layout=arguments.layout,
         seed=arguments.seed,

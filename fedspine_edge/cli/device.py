@@ -1,4 +1,4 @@
-"""`fedspine-edge device`."""
+"""Command `fedspine-edge device`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EXAMPLE = "fedspine-edge device --config examples/device.toml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="device settings (TOML)")
+    parser.add_argument("--config", type=Path, required=True, help="settings of the device (TOML)")
 
 
 def run(arguments: argparse.Namespace) -> int:

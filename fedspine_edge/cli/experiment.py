@@ -1,4 +1,4 @@
-"""`fedspine-edge experiment`."""
+"""Command `fedspine-edge experiment`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import argparse
 import sys
 from pathlib import Path
 
+from fedspine_edge.cli.options import accept_old_name, add_json_option
+
 EXAMPLE = """fedspine-edge experiment heterogeneity --quick
   fedspine-edge experiment mine.toml --workers 2"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", nargs="?", help="the experiment, or a .toml file with one of your own; without, all names are listed"
+        "name", nargs="?", help="name of a built-in experiment, or .toml file of your own; lists all names if omitted"
     )
-    parser.add_argument("--quick", action="store_true", help="the form that takes minutes; the other takes hours")
-    parser.add_argument("--out", type=Path, default=None, help="folder (default: runs/experiments/NAME-FORM)")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each kept on one core (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="run the short version (minutes instead of hours)")
     parser.add_argument(
-        "--engine",
+        "--out", type=Path, default=None, help="folder to write to (default: runs/experiments/NAME-FORM)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="number of processes, one core each")
+    executor = parser.add_argument(
+        "--executor",
         choices=["processes", "ray"],
         default="processes",
-        help="ray: on the cluster at RAY_ADDRESS, or a local one (extra: ray)",
+        help="where jobs run; ray: on the cluster at RAY_ADDRESS or a local one (extra: ray)",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    accept_old_name(parser, "--engine", executor)
+    add_json_option(parser, "print the summary as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,11 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.name, quick=arguments.quick)
     out = arguments.out or Path("runs/experiments") / f"{experiment.name}-{experiment.form}"
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     summary = run_experiment(
-        experiment, out.resolve(), workers=arguments.workers, engine=arguments.engine, on_progress=say
+        experiment, out.resolve(), workers=arguments.workers, engine=arguments.executor, on_progress=log
     )
     page = write_page(summary, out / "index.html")
     if arguments.json:

@@ -1,16 +1,18 @@
-"""`fedspine-edge inspect`."""
+"""Command `fedspine-edge inspect`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from fedspine_edge.cli.options import add_json_option
+
 EXAMPLE = "fedspine-edge inspect model.bundle/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="folder or .zip file written by `compile`")
-    parser.add_argument("--json", action="store_true", help="print all of bundle.json")
+    parser.add_argument("bundle", type=Path, help="bundle folder or .zip file written by `compile`")
+    add_json_option(parser, "print bundle.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,14 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json(read_sidecar(folder))
             return 0
-        bundle = load_bundle(folder, ignore=(PLAN, TIMINGS))  # what can be made anew does not hide the rest
+        bundle = load_bundle(folder, ignore=(PLAN, TIMINGS))  # files that can be rebuilt do not hide the rest
         manifest, engine = bundle.manifest, bundle.manifest.engine
         damaged = [
             f"{name} {problem}"
             for name in (PLAN, TIMINGS)
             if (entry := manifest.files.get(name)) and (problem := damage_of(folder / name, entry))
         ]
-    health = "; ".join(damaged) or "every hash right"
+    health = "; ".join(damaged) or "all hashes correct"
     profiles = engine.profiles if engine else tuple(filter(None, [manifest.default_profile]))
     checks = (manifest.verification, manifest.cache_verification, engine.verification if engine else None)
     rows = {

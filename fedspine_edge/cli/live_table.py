@@ -1,4 +1,4 @@
-"""A round as a table, and the demo's live view: the table on a terminal, plain lines elsewhere."""
+"""Tables of a round, and the live view of the demo: a table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class LiveTable:
-    """Shows the newest round: every device's arm, time, loss, reward and bytes.
+    """Live view of the latest round: arm, time, loss, reward and bytes of every device.
 
     Args:
-        quiet: Write nothing to standard output (progress lines go to standard error).
+        quiet: Whether to print to standard error instead of standard output.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -42,7 +42,7 @@ class LiveTable:
             self._live = None
 
     def update(self, progress: Progress) -> None:
-        """Show the state of the run."""
+        """Show the progress of the run."""
         if self._live:
             table = _table(progress.view) if progress.view else None
             self._live.update(Group(*([table] if table else []), Text(_headline(progress), style="bold")))
@@ -51,7 +51,7 @@ class LiveTable:
             self._console.print(line, highlight=False)
 
     def print_summary(self, summary: dict[str, Any]) -> None:
-        """Print the measured figures and where the report is."""
+        """Print the measured figures and the path of the report."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -78,15 +78,24 @@ def _headline(progress: Progress) -> str:
 
 
 COLUMNS = ("device", "class", "status", "ratio", "rank", "time, s", "loss", "accuracy", "reward", "up, kB", "down, kB")
-"""What `cells` fills."""
+"""Columns of the cells that `cells` returns."""
 
 
 def empty_table(*more: str, without: Collection[str] = (), title: str | None = None, **options: Any) -> Table:
-    """A table with `COLUMNS` but those `without`, and `more`; `options` are `rich.table.Table`'s."""
+    """Return a table without rows.
+
+    Args:
+        *more: Further columns after `COLUMNS`.
+        without: Columns to omit.
+        title: Title of the table.
+        **options: Options of `rich.table.Table`.
+    """
     table = Table(title=title, **options)
     for name in (*(name for name in COLUMNS if name not in without), *more):
         table.add_column(
-            name, no_wrap=name == "heard", justify="left" if name in ("device", "class", "status", *more) else "right"
+            name,
+            no_wrap=name == "last seen",
+            justify="left" if name in ("device", "class", "status", *more) else "right",
         )
     return table
 
@@ -104,13 +113,18 @@ def _table(view: RunView) -> Table | None:
 
 
 def cells(row: DeviceView, previous: DeviceView | None = None) -> list[str]:
-    """One device's part in a round, by `COLUMNS`; `previous` is its part in the round before."""
+    """Return the cells of one device, in the order of `COLUMNS`.
+
+    Args:
+        row: Part of the device in the round.
+        previous: Part of the device in the previous round.
+    """
 
     def show(value: float | int | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     answered = row.time_kind is not None
-    # rewards are known only when a round has ended, so a running round shows the last one's
+    # rewards are known after a round, so a running round shows those of the previous one
     reward = row.reward if row.reward is not None else (previous.reward if previous else None)
     return [
         row.device_id,
@@ -133,15 +147,15 @@ def _summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
     return [
         ("accuracy of the finished model", f"{percent('accuracy_final')} on {summary['test_examples']} held-out texts"),
-        ("accuracy unpruned, as many steps", percent("accuracy_unpruned")),
-        ("accuracy of a constant guess", percent("accuracy_majority")),
+        ("accuracy without pruning, same number of steps", percent("accuracy_unpruned")),
+        ("accuracy of the majority class", percent("accuracy_majority")),
         ("prunable parameters removed", percent("pruning_ratio")),
         ("all parameters removed", percent("sparsity")),
         ("parameters", f"{summary['params_before'] / 1e6:.2f} M → {summary['params_after'] / 1e6:.2f} M"),
         ("latency", f"{summary['latency_ms_before']:.2f} ms → {summary['latency_ms_after']:.2f} ms"),
-        ("latency measured in", summary["latency_runtime"]),
+        ("latency measured with", summary["latency_runtime"]),
         ("idle share (modelled time)", percent("idle_share")),
-        ("sent by / to devices", f"{summary['bytes_up'] / 1e6:.1f} MB / {summary['bytes_down'] / 1e6:.1f} MB"),
-        ("ONNX against torch, max abs", f"{summary['onnx_max_abs_diff']:.2e}"),
+        ("sent by devices / to devices", f"{summary['bytes_up'] / 1e6:.1f} MB / {summary['bytes_down'] / 1e6:.1f} MB"),
+        ("ONNX and torch, largest difference", f"{summary['onnx_max_abs_diff']:.2e}"),
         ("wall time", f"{summary['wall_s']:.0f} s"),
     ]

@@ -1,7 +1,7 @@
-"""The command line: thin, every command in its own module, loaded when it is used.
+"""Entry point of the command line. Each command is a module of its own with `EXAMPLE`, `add_arguments` and `run`.
 
-Exit codes: 0 success, 1 the work was done and the answer is no (doctor found something missing, verify
-disagreed), 2 a usage or input error with a remedy, 130 interrupted.
+Exit codes: 0 success; 1 the command worked and the answer is no (doctor found a problem, verify found a difference);
+2 a usage or input error, printed with a remedy; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,34 +15,41 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from fedspine_edge.cli.options import RENAMED_COMMANDS, HelpFormatter, warn
 from fedspine_edge.errors import FedspineError, MissingDependency
 from fedspine_edge.version import __version__
 
 log = logging.getLogger("fedspine_edge.cli")
 
-_COMMANDS = {
-    "demo": "run a whole fleet on this machine: broker, server, devices, pruning, export, report",
-    "server": "coordinate a fleet over MQTT",
-    "device": "take part in a fleet as one device",
-    "broker": "run the embedded MQTT broker: no accounts and no TLS, for a bench or a closed network",
-    "simulate": "run the same fleet in virtual time in one process, bit for bit repeatable",
-    "experiment": "repeat a named experiment and write its page: figures with seeds and intervals",
-    "tune": "fine-tune and prune a model on this machine's data, without a fleet",
-    "export": "build the finished model folder from a fleet run and the base model",
-    "compile": "turn a model folder into a verified engine bundle",
-    "run": "classify, label or continue texts with a compiled bundle",
-    "inspect": "say what is in a compiled bundle",
-    "verify": "check a bundle's files and, given its model, compare it with torch again",
-    "bench": "time bundles against each other and against torch",
-    "status": "say how a fleet's run stands, while it runs or after: rounds, devices, failures, time left",
-    "explain": "say why a device got its pruning ratio and rank, from the server's journal",
-    "report": "write the HTML report of a fleet run",
-    "doctor": "say what this machine has, what is missing and how to mend it",
+COMMAND_GROUPS = {
+    "one device": {
+        "tune": "fine-tune and prune a model on this machine's data, without a fleet",
+        "compile": "compile a model folder to a verified bundle with an engine",
+        "run": "classify, label or continue texts with a bundle",
+        "bench": "measure the latency of bundles and of torch",
+        "verify": "check a bundle's files and compare it with its model in torch",
+        "inspect": "show the contents of a bundle",
+    },
+    "a fleet": {
+        "broker": "run the embedded MQTT broker, without accounts and TLS, for tests and closed networks",
+        "server": "coordinate a fleet over MQTT",
+        "device": "take part in a fleet as one device",
+        "status": "show rounds, devices, failures and the remaining time of a run",
+        "report": "write the HTML report of a run",
+        "explain": "explain a device's pruning ratio and rank, from the server's journal",
+        "assemble": "build the finished model folder from a run and the base model",
+        "doctor": "check this machine, its packages and its connection to the fleet",
+    },
+    "experiments": {
+        "simulate": "run a fleet in virtual time in one process, reproducible bit for bit",
+        "experiment": "repeat an experiment and write its results with seeds and confidence intervals",
+        "demo": "run a whole fleet on this machine: broker, server, devices, export and report",
+    },
 }
+COMMANDS = {name: summary for group in COMMAND_GROUPS.values() for name, summary in group.items()}
 
-
-_CONTINUES = ("server", "device", "simulate", "experiment", "tune")
-"""Commands that keep what they had done when they are interrupted."""
+_RESUMABLE = ("server", "device", "simulate", "experiment", "tune")
+"""Commands that continue their work when they are started again after an interruption."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,40 +57,59 @@ class _Parser(argparse.ArgumentParser):
         raise FedspineError(f"{self.prog}: {message}", remedy=f"See: {self.prog} --help")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The argument parser with every command; each command's module adds its own arguments."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser with all commands."""
     top = _Parser(
         prog="fedspine-edge",
         description="Fine-tune, prune and deploy language models on fleets of NVIDIA Jetsons.",
-        epilog="Start with: fedspine-edge demo",
+        epilog=_command_list(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"fedspine-edge {__version__}")
-    top.add_argument("-v", "--verbose", action="store_true", help="log more to standard error")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in _COMMANDS.items():
-        module = importlib.import_module(f"fedspine_edge.cli.{name}")
-        one = commands.add_parser(
+    top.add_argument("-v", "--verbose", action="store_true", help="log debug messages to standard error")
+    commands = top.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help="one of the commands below; each has --help"
+    )
+    for name in [*COMMANDS, *RENAMED_COMMANDS]:
+        current = RENAMED_COMMANDS[name][0] if name in RENAMED_COMMANDS else name
+        module = importlib.import_module(f"fedspine_edge.cli.{current}")
+        summary = COMMANDS[current]
+        parser = commands.add_parser(
             name,
-            help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
-        module.add_arguments(one)
-        flags = {action.dest: max(action.option_strings, key=len) for action in one._actions if action.option_strings}
-        one.set_defaults(handler=module.run, names=flags)
+        module.add_arguments(parser)
+        options = {
+            action.dest: max(action.option_strings, key=len)
+            for action in parser._actions
+            if action.option_strings and action.help != argparse.SUPPRESS
+        }
+        parser.set_defaults(handler=module.run, names=options)
     return top
 
 
+def _command_list() -> str:
+    """Return all commands with their summaries, by group."""
+    lines = []
+    for group, commands in COMMAND_GROUPS.items():
+        lines += [f"{group}:", *(f"    {name:<10}  {summary}" for name, summary in commands.items()), ""]
+    return "\n".join([*lines, "Start with: fedspine-edge demo"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command line and return its exit code."""
     arguments = argparse.Namespace(command=None, names={})
     try:
-        arguments, unknown = parser().parse_known_args(argv)
+        arguments, unknown = make_parser().parse_known_args(argv)
+        if arguments.command in RENAMED_COMMANDS:
+            arguments.command, text = RENAMED_COMMANDS[arguments.command]
+            warn(text)
         if hasattr(arguments, "texts") and not any(word.startswith("-") for word in unknown):
-            arguments.texts += unknown  # what argparse leaves where texts stand after an option
+            arguments.texts += unknown  # argparse does not assign positional texts that follow an option
         elif unknown:
-            # argparse itself would point to the help of the whole program, which does not list a command's own
+            # argparse would refer to the help of the program, which does not list the options of a command
             raise FedspineError(
                 f"fedspine-edge {arguments.command}: unrecognized arguments: {' '.join(unknown)}",
                 remedy=f"See: fedspine-edge {arguments.command} --help",
@@ -100,22 +126,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FedspineError as error:
         print(f"error: {error.with_names(arguments.names)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who read the output has read enough: `fedspine-edge status RUN_DIR | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+    except BrokenPipeError:  # the reader of the output closed the pipe, such as `fedspine-edge status RUN_DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python fails to flush at exit
         return 1
-    except OSError as error:  # a place that nobody looked at before: a plot's folder, a log's
-        log.debug("where it happened:", exc_info=True)
-        print(f"error: {error}\n  Check the place, its space and permissions.", file=sys.stderr)
+    except OSError as error:  # a path that was not checked before, such as the folder of a plot
+        log.debug("traceback:", exc_info=True)
+        print(f"error: {error}\n  Check that the path exists, its free space and its permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        after = "continues where this one stopped" if arguments.command in _CONTINUES else "starts from the beginning"
+        after = "continues the work" if arguments.command in _RESUMABLE else "starts from the beginning"
         print(f"interrupted; the same command {after}", file=sys.stderr)
         return 130
     return int(code or 0)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Print one JSON object to standard output, for `--json`."""
+    """Print one JSON object to standard output."""
     print(json.dumps(data, indent=2, sort_keys=True))
 
 

@@ -1,4 +1,4 @@
-"""`fedspine-edge report`."""
+"""Command `fedspine-edge report`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ EXAMPLE = """fedspine-edge report runs/fleet --out report.html
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, help="the server's run folder")
-    parser.add_argument("--out", type=Path, default=None, help="HTML file (default: RUN_DIR/report.html)")
+    parser.add_argument("run_dir", type=Path, help="run folder of the server")
+    parser.add_argument("--out", type=Path, default=None, help="HTML file to write (default: RUN_DIR/report.html)")
     parser.add_argument(
-        "--csv", type=Path, default=None, help="write a row a device and round to this file, and no page unless --out"
+        "--csv",
+        type=Path,
+        default=None,
+        help="write one row per device and round to this CSV file; no HTML report without --out",
     )
 
 

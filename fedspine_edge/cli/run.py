@@ -1,4 +1,4 @@
-"""`fedspine-edge run`."""
+"""Command `fedspine-edge run`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedspine_edge.cli.options import add_backend_option, add_json_option
+
 if TYPE_CHECKING:
     from fedspine_edge.runtime.session import Session
 
@@ -14,29 +16,31 @@ EXAMPLE = "fedspine-edge run bundle/ 'what a lovely board'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="folder written by `compile`")
+    parser.add_argument("bundle", type=Path, help="bundle folder or .zip file written by `compile`")
     parser.add_argument(
         "texts",
         nargs="*",
         metavar="TEXT",
-        help="to classify, to label word by word (words are split at blanks) or to continue; "
-        "default: lines of standard input",
+        help="text to classify, to label word by word (words are separated by spaces) or to continue "
+        "(default: lines of standard input)",
     )
     parser.add_argument(
-        "--text", action="append", default=[], help="one more text; one that begins with a dash: --text=-3"
+        "--text", action="append", default=[], help="another text; --text=-3 for one that begins with a dash"
     )
+    add_backend_option(parser)
     parser.add_argument(
-        "--backend", choices=["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"], default="auto", help="default: auto"
+        "--adapter", type=Path, help="adapter folder to use; needs a bundle compiled with --lora inputs"
     )
-    parser.add_argument("--adapter", type=Path, help="folder of another adapter; needs a bundle with --lora inputs")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of a decoder; default 128")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; default 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest up to this; default 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
-    parser.add_argument("--stop", action="append", default=[], help="end the text before this string, may repeat")
-    parser.add_argument("--rebuild", action="store_true", help="build the engine anew where it does not fit")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of a decoder in tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0: the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens up to this probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
+    parser.add_argument("--stop", action="append", default=[], help="end the text before this string; repeatable")
+    parser.add_argument("--rebuild", action="store_true", help="rebuild an engine that does not fit this machine")
+    add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`fedspine-edge server`."""
+"""Command `fedspine-edge server`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import logging
 from pathlib import Path
 
+from fedspine_edge.cli.options import add_json_option
+
 logger = logging.getLogger(__name__)
 
 EXAMPLE = "fedspine-edge server --config examples/fleet.toml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="fleet settings (TOML)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--config", type=Path, required=True, help="settings of the fleet (TOML)")
+    add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,11 +26,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, FleetConfig)
     transport = MqttTransport(config.broker, client_id=f"fedspine-{config.fleet}-server")
-    logger.info("to watch it: fedspine-edge status %s --follow", config.run_dir)
+    logger.info("watch the run with: fedspine-edge status %s --follow", config.run_dir)
     result = FleetServer(config, transport).run()
     if arguments.json:
         print_json(result.to_dict())
     else:
         print(f"finished after {result.num_rounds} rounds: {result.final_dir}")
-        print(f"next: fedspine-edge export {config.run_dir} --model BASE --out model/")
+        print(f"next: fedspine-edge assemble {config.run_dir} --model BASE --out model/")
     return 0

@@ -1,4 +1,4 @@
-"""`fedspine-edge simulate`."""
+"""Command `fedspine-edge simulate`."""
 
 from __future__ import annotations
 
@@ -7,57 +7,75 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedspine_edge.cli.options import TASKS, accept_old_name, add_json_option
+
 if TYPE_CHECKING:
     from fedspine_edge.config import Task
 
 EXAMPLE = """fedspine-edge simulate --config fleet/fleet.toml fleet/devices/*.toml
   fedspine-edge simulate --num-devices 8 --mix tx2=30,nx=40,agx=10 --out runs/sim
   fedspine-edge simulate --mix nx=2 --task causal_lm --model llm/ --data chats.jsonl --text prompt --text-pair answer
-  fedspine-edge simulate --num-devices 10000 --mix tx2=3,nx=4,agx=1 --recorded --rounds 5 --out runs/many"""
+  fedspine-edge simulate --num-devices 10000 --mix tx2=3,nx=4,agx=1 --recorded --num-rounds 5 --out runs/many"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=None, help="fleet settings (TOML); the broker is not used")
-    parser.add_argument("devices", type=Path, nargs="*", help="device settings (TOML), one file a device")
-    mix = parser.add_argument_group("instead of device files: a fleet of device classes")
-    mix.add_argument("--mix", default=None, help="classes and their shares, such as tx2=30,nx=40,agx=10")
-    mix.add_argument("--num-devices", type=int, default=None, help="devices in all (default: the sum of --mix)")
-    mix.add_argument("--out", type=Path, default=Path("runs/simulated"), help="folder (default: runs/simulated)")
-    mix.add_argument(
-        "--device-classes",
-        "--profiles",
-        type=Path,
-        default=None,
-        help="file of device classes (default: the built-in one)",
+    parser.add_argument("--config", type=Path, default=None, help="settings of the fleet (TOML); the broker is unused")
+    parser.add_argument("devices", type=Path, nargs="*", help="settings of the devices (TOML), one file per device")
+    mix = parser.add_argument_group("a fleet of device classes, instead of device files")
+    mix.add_argument("--mix", default=None, help="device classes and their shares, such as tx2=30,nx=40,agx=10")
+    mix.add_argument("--num-devices", type=int, default=None, help="number of devices (default: the sum of --mix)")
+    mix.add_argument("--out", type=Path, default=Path("runs/simulated"), help="folder of the run")
+    classes = mix.add_argument(
+        "--device-classes", metavar="FILE", type=Path, default=None, help="device classes (default: the built-in ones)"
     )
+    accept_old_name(parser, "--profiles", classes)
     mix.add_argument("--model", type=Path, default=None, help="base model folder (default: all-MiniLM-L6-v2)")
     mix.add_argument(
         "--task",
-        choices=["classification", "token_classification", "causal_lm"],
+        choices=TASKS,
         default=None,
-        help="what is learned (default: classification); the others need --model and --data",
+        help="task to train for (default: classification); the other tasks need --model and --data",
     )
-    mix.add_argument("--data", type=Path, default=None, help="CSV of text,label (default: four-domain sentences)")
-    mix.add_argument("--text", default="text", help="column of the texts, words or prompts in --data (default: text)")
-    mix.add_argument("--text-pair", default="", help="column of second texts, or of the answers to the prompts")
-    mix.add_argument("--num-labels", type=int, default=2, help="classes in --data (default: 2)")
-    mix.add_argument("--dirichlet", type=float, default=None, metavar="ALPHA", help="non-IID by label, not by domain")
     mix.add_argument(
-        "--disconnect-probability",
-        "--drop-out",
+        "--data",
+        type=Path,
+        default=None,
+        help="CSV file with text and label (default: sentences of four domains)",
+    )
+    mix.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts, word lists or prompts")
+    mix.add_argument(
+        "--text-pair", metavar="COLUMN", default="", help="column of the second texts, or of the answers to the prompts"
+    )
+    mix.add_argument("--num-labels", type=int, default=2, help="number of classes in --data")
+    mix.add_argument(
+        "--dirichlet",
         type=float,
         default=None,
-        help="probability of a disconnect in a round",
+        metavar="ALPHA",
+        help="partition by label from Dirichlet(ALPHA), not by domain",
     )
+    disconnects = mix.add_argument(
+        "--disconnect-probability", type=float, default=None, help="probability of a disconnect during a round"
+    )
+    accept_old_name(parser, "--drop-out", disconnects)
     mix.add_argument(
-        "--recorded", action="store_true", help="replace training by recorded losses: for thousands of devices"
+        "--recorded", action="store_true", help="replay recorded losses instead of training, for thousands of devices"
     )
-    mix.add_argument("--wire", choices=["small", "minilm"], default="small", help="with --recorded: shapes that travel")
-    mix.add_argument("--rounds", type=int, default=None, help="server rounds; at least 5 with the default ratio")
-    mix.add_argument("--pruning-ratio", type=float, default=None, help="share of prunable parameters to remove")
-    mix.add_argument("--strategy", default=None, help="see docs/algorithms.md")
-    mix.add_argument("--seed", type=int, default=None, help="seed of everything")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    shape = mix.add_argument(
+        "--model-shape",
+        choices=["small", "minilm"],
+        default="small",
+        help="with --recorded: shape of the model",
+    )
+    accept_old_name(parser, "--wire", shape)
+    rounds = mix.add_argument(
+        "--num-rounds", type=int, default=None, help="server rounds; at least 5 with the default pruning ratio"
+    )
+    accept_old_name(parser, "--rounds", rounds)
+    mix.add_argument("--pruning-ratio", type=float, default=None, help="share of the prunable parameters to remove")
+    mix.add_argument("--strategy", default=None, help="strategy, see docs/algorithms.md (default: fedspine)")
+    mix.add_argument("--seed", type=int, default=None, help="random seed (default: 0)")
+    add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.mix:
         if arguments.devices:
-            raise ConfigError("device files and --mix exclude each other.", remedy="Give one of the two.")
+            raise ConfigError("device files and --mix cannot be combined.", remedy="Give one of them.")
         return _run_mix(arguments)
     if arguments.config is None or not arguments.devices:
         raise ConfigError("no fleet to simulate.", remedy="Give --config and device files, or --mix.")
@@ -102,7 +120,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
     if arguments.num_devices is not None:
         mix = classes.scale_mix(mix, arguments.num_devices)
     settings = {
-        "num_rounds": arguments.rounds,
+        "num_rounds": arguments.num_rounds,
         "pruning_ratio": arguments.pruning_ratio,
         "strategy": arguments.strategy,
         "task": arguments.task,
@@ -114,7 +132,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         fleet_settings = {**{k: v for k, v in base.items() if k not in ("run_dir", "min_devices")}, **fleet_settings}
     out = arguments.out.resolve()
     if arguments.recorded:
-        spec = find_spec(arguments.wire)
+        spec = find_spec(arguments.model_shape)
         context = ReplayContext(LossRecord.load(BUILT_IN), spec=spec)
         inputs = DeviceInputs(
             model="none",
@@ -140,7 +158,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
             )
             return simulated_fleet(out, mix, known, inputs, **fleet_settings)
 
-        if (out / "run" / NOTED).is_file():  # refused before the shares of the run that is there are overwritten
+        if (out / "run" / NOTED).is_file():  # fail before the data of the existing run is overwritten
             with tempfile.TemporaryDirectory() as folder:
                 require_same_inputs(out / "run", set_up(Path(folder))[1])
         fleet, devices = set_up(out / "data")
@@ -151,7 +169,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
         return 0
     print(f"finished after {result.num_rounds} rounds: {result.final_dir}")
     if arguments.recorded:
-        print("training was replaced by recorded losses: losses and accuracies say nothing about a model")
+        print("training was replaced by recorded losses; losses and accuracies do not describe a model")
     print(f"simulated time {figures['total_time_s']:.0f} s, idle share {100 * figures['idle_share']:.1f} %")
     return 0
 
@@ -159,7 +177,7 @@ def _run_mix(arguments: argparse.Namespace) -> int:
 def _shares(
     arguments: argparse.Namespace, folder: Path, num_devices: int, task: Task | None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Each device's file, and how its columns are called."""
+    """Return the data file of each device and the names of its columns."""
     from fedspine_edge.config import DataSettings
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.simulation.data_shares import partition_data, prepare_data
@@ -177,8 +195,8 @@ def _shares(
         return shares, {}
     if arguments.model is None or arguments.data is None or arguments.dirichlet is not None:
         raise ConfigError(
-            "there is no model, no data and no split by label for other tasks and columns than the demo's.",
-            remedy="Give --model and --data, and no --dirichlet.",
+            "other tasks and columns need a model and data, and cannot be partitioned by label.",
+            remedy="Give --model and --data, and omit --dirichlet.",
         )
     columns = {"text": arguments.text, "text_pair": arguments.text_pair}
     data = DataSettings(path=str(arguments.data), num_labels=arguments.num_labels, **columns)
@@ -186,5 +204,5 @@ def _shares(
 
 
 def _smallest(shares: list[Path]) -> int:
-    """Rows of the smallest share."""
+    """Return the number of rows of the smallest file."""
     return min(path.read_text(encoding="utf-8").count("\n") - 1 for path in shares)

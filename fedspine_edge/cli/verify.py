@@ -1,22 +1,22 @@
-"""`fedspine-edge verify`."""
+"""Command `fedspine-edge verify`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from fedspine_edge.cli.column_options import add_columns, with_columns
+from fedspine_edge.cli.options import add_column_options, add_json_option, data_settings
 
 EXAMPLE = """fedspine-edge verify model.bundle/ --model model/
-  fedspine-edge verify model.bundle/ --model model/ --data test.csv   # and accuracy, torch against the bundle"""
+  fedspine-edge verify model.bundle/ --model model/ --data test.csv   # also compares accuracy"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="folder or .zip file written by `compile`")
-    parser.add_argument("--model", type=Path, help="the model folder: compares ONNX Runtime with torch again")
-    parser.add_argument("--data", metavar="DATA", help="with --model: compare on these examples, and measure accuracy")
-    add_columns(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("bundle", type=Path, help="bundle folder or .zip file written by `compile`")
+    parser.add_argument("--model", type=Path, help="model folder; compare the bundle with it in torch")
+    parser.add_argument("--data", metavar="DATA", help="examples to compare and to measure accuracy on; needs --model")
+    add_column_options(parser)
+    add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.errors import ConfigError, ExportMismatch
 
     if arguments.data is not None and arguments.model is None:
-        raise ConfigError("--data needs --model, to compare with.", remedy="Add --model MODEL_FOLDER.")
-    data = None if arguments.data is None else with_columns(arguments.data, arguments)
+        raise ConfigError("--data needs --model.", remedy="Add --model MODEL_FOLDER to compare with.")
+    data = None if arguments.data is None else data_settings(arguments.data, arguments)
     with opened(arguments.bundle) as folder:
         bundle = load_bundle(folder)
         found, problem, accuracy = [], "", None
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         files = len(bundle.manifest.files)
         print_json({"files": files, "mismatch": problem, "compared": compared, "accuracy": measured})
         return int(bool(problem))
-    print(f"{len(bundle.manifest.files)} files, every size and hash is right")
+    print(f"{len(bundle.manifest.files)} files, all sizes and hashes are correct")
     for check in found:
         print(f"{check.subject} against {check.reference}: {check.summary}")
     if accuracy is not None:

@@ -129,7 +129,7 @@ def dirichlet(
     """
     if len(sentences) < at_least * num_devices:
         raise DataError(
-            f"{len(sentences)} sentences are too few for {num_devices} devices.", remedy="Use fewer --devices."
+            f"{len(sentences)} sentences are too few for {num_devices} devices.", remedy="Use fewer devices."
         )
     rng = np.random.default_rng([seed, 0xD1])
     shares: list[list[Sentence]] = [[] for _ in range(num_devices)]

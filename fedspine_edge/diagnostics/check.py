@@ -1,4 +1,4 @@
-"""One finding of `doctor`."""
+"""Result of a check of `doctor`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ State = Literal["ok", "warn", "missing", "failed"]
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """Result of one check.
 
     Args:
-        name: What was looked at.
-        state: ok; warn = works, with a drawback; missing = not there; failed = there, and does not work.
-        detail: What was found, one line.
-        remedy: The command that mends it; empty when there is nothing to mend.
+        name: Subject of the check.
+        state: ok; warn: works with a drawback; missing: not installed; failed: present but does not work.
+        detail: Finding in one line.
+        remedy: Command that fixes the problem; empty without a problem.
     """
 
     name: str
@@ -25,11 +25,11 @@ class Check:
     remedy: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """Plain strings, for `--json` and for the pipe."""
+        """Return the fields as plain strings, for `--json` and for the output of a probe."""
         return asdict(self)
 
 
-def line_of(error: BaseException) -> str:
-    """Kind and first line of a foreign error."""
+def first_line(error: BaseException) -> str:
+    """Return the type and the first line of an error from another library."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""What `doctor` finds out about a broker, and about what a fleet.toml or a device.toml names.
+"""Checks of a broker, and of everything that a fleet.toml or a device.toml refers to.
 
-A server or device that is at work is not disturbed: the client id is another, nothing is retained, and an empty
-message is ignored by whoever hears it.
+The checks do not disturb a running server or device: they use another client id, retain nothing, and publish an empty
+message only, which receivers ignore.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedspine_edge.config import BrokerSettings, DeviceConfig, FleetConfig, load_config
-from fedspine_edge.diagnostics.check import Check, line_of
+from fedspine_edge.diagnostics.check import Check, first_line
 from fedspine_edge.errors import BrokerUnreachable, FedspineError
 from fedspine_edge.files import TOKENIZER_VOCABULARIES
 from fedspine_edge.transport.credentials import explain_connect_error
 
 CONNECT_TIMEOUT_S = 5.0
 REFUSAL_TIMEOUT_S = 1.0
-"""How long a broker is given to refuse a message. One that agrees says so sooner, but the transport does not tell."""
+"""Time in which a broker must refuse a message. The transport does not report an acceptance."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def broker_check(address: str) -> Iterator[Check]:
-    """A real MQTT connection to HOST:PORT, and a plain TCP one to tell a dead host from a broker that refuses."""
+    """Connect to HOST:PORT with MQTT, and before with plain TCP to distinguish a dead host from a refusal."""
     host, _, port = address.rpartition(":")
-    remedy = f"fedspine-edge broker --host {host} --port {port}  # on the broker's machine, or start your own there"
+    remedy = f"fedspine-edge broker --host {host} --port {port}  # on the broker's machine, or start another one"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        yield Check("broker", "failed", f"{address} does not answer: {line_of(error)}", remedy)
+        yield Check("broker", "failed", f"{address} does not answer: {first_line(error)}", remedy)
         return
     try:
         _connect(BrokerSettings(host=host.strip("[]"), port=int(port)), f"fedspine-doctor-{os.getpid()}")
     except Exception as error:
-        detail = f"{address} accepts TCP but no anonymous MQTT 5 connection: {line_of(error)}"
+        detail = f"{address} accepts TCP but no anonymous MQTT 5 connection: {first_line(error)}"
         remedy = "check that MQTT listens there; with TLS or passwords: fedspine-edge doctor --config device.toml"
         yield Check("broker", "failed", detail, remedy)
     else:
@@ -46,7 +46,7 @@ def broker_check(address: str) -> Iterator[Check]:
 
 
 def device_checks(path: str) -> Iterator[Check]:
-    """What the settings of a device name."""
+    """Check the broker, the data, the model and the state folder of a device."""
     from fedspine_edge.protocol.topics import Topics
 
     config = load_config(path, DeviceConfig)
@@ -59,7 +59,7 @@ def device_checks(path: str) -> Iterator[Check]:
 
 
 def fleet_checks(path: str) -> Iterator[Check]:
-    """What the settings of a fleet name."""
+    """Check the broker, the strategy and the run folder of a fleet."""
     from fedspine_edge.protocol.topics import Topics
 
     config = load_config(path, FleetConfig)
@@ -71,10 +71,10 @@ def fleet_checks(path: str) -> Iterator[Check]:
 
 
 def _login(settings: BrokerSettings, client_id: str, filters: tuple[str, ...], topic: str) -> Check:
-    """Connect as these settings say, subscribe, and publish an empty message to `topic`."""
+    """Connect with these settings, subscribe, and publish an empty message to `topic`."""
 
     def log_in() -> str:
-        try:  # at once: the transport would try again and again
+        try:  # report at once; the transport would retry
             socket.create_connection((settings.host, settings.port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
             why = explain_connect_error(error, tls=bool(settings.ca_file))
@@ -86,7 +86,7 @@ def _login(settings: BrokerSettings, client_id: str, filters: tuple[str, ...], t
 
     found = _checked("broker", log_in)
     if found.state == "ok" and settings.password_file and not (settings.ca_file or _is_loopback(settings.host)):
-        return Check("broker", "warn", f"{found.detail}; the password travels in the clear", "set broker.ca_file")
+        return Check("broker", "warn", f"{found.detail}; the password is sent unencrypted", "set broker.ca_file")
     return found
 
 
@@ -120,23 +120,23 @@ def _data(config: DeviceConfig) -> str:
 
 
 def _model(name: str) -> Check:
-    """The files of a base model; whether its weights are sound is seen when a device reads them."""
+    """Check the files of a base model. A device checks the weights when it reads them."""
     folder = Path(name).expanduser()
     if (folder.suffix == ".gguf" and folder.is_file()) or any(folder.glob("*.gguf")):
         return Check("model", "ok", f"{folder}: GGUF")
     if not folder.exists():
         if _HUB_ID.fullmatch(name):
-            detail = f"{name} is no folder here; the device takes it for a hub id and fetches it when it starts"
-            return Check("model", "warn", detail, "correct model, or copy the folder here, if that is not meant")
+            detail = f"{name} is not a folder here; the device will fetch it from the Hugging Face hub when it starts"
+            return Check("model", "warn", detail, "correct model, or copy the folder here, if this is not intended")
         return Check("model", "failed", f"model folder {folder} does not exist", "correct model in the config file")
     wanted = {
         "config.json": ("config.json",),
         "*.safetensors": ("*.safetensors",),
-        "a tokenizer": TOKENIZER_VOCABULARIES,
+        "tokenizer": TOKENIZER_VOCABULARIES,
     }
-    lacking = [what for what, patterns in wanted.items() if not any(any(folder.glob(p)) for p in patterns)]
-    if lacking:
-        detail = f"{folder} lacks {', '.join(lacking)}"
+    missing = [what for what, patterns in wanted.items() if not any(any(folder.glob(p)) for p in patterns)]
+    if missing:
+        detail = f"{folder} has no {', no '.join(missing)}"
         return Check("model", "failed", detail, "copy the whole folder of the base model, as Hugging Face writes it")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Check("model", "ok", f"{folder}: {size / 1e6:,.0f} MB of weights")
@@ -155,25 +155,25 @@ def _run_dir(path: Path) -> Check:
 
     found = _folder("run_dir", path)
     if found.state == "ok" and (path / FILE).exists():
-        at_work = "a server is at work on it" if is_server_running(path) else "the server continues it"
-        return Check("run_dir", "ok", f"{path} holds a run; {at_work}")
+        state = "a server is running on it" if is_server_running(path) else "the server will continue it"
+        return Check("run_dir", "ok", f"{path} contains a run; {state}")
     return found
 
 
 def _folder(name: str, path: Path) -> Check:
-    """Whether this user can write to the folder, or make it."""
+    """Check whether this user can write to the folder or create it."""
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     remedy = f"give it to this user (chown), or set {name} to another folder"
     if not nearest.is_dir():
         return Check(name, "failed", f"{nearest} is not a folder", f"set {name} to another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         return Check(name, "failed", f"{nearest} cannot be written by this user", remedy)
-    return Check(name, "ok", f"{path}{'' if path.exists() else ' will be made'}")
+    return Check(name, "ok", f"{path}{'' if path.exists() else ' will be created'}")
 
 
-def _checked(name: str, look: Callable[[], str]) -> Check:
-    """What `look` found; its errors are findings."""
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    """Return the detail from `check` as ok, or its error as failed."""
     try:
-        return Check(name, "ok", look())
+        return Check(name, "ok", check())
     except FedspineError as error:
         return Check(name, "failed", error.message, error.remedy or "correct the config file")

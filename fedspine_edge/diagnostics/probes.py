@@ -1,8 +1,8 @@
-"""What `doctor` finds out in a process of its own, where an import may hang or crash without taking doctor along.
+"""Checks that `doctor` runs in a separate process, because an import may hang or crash.
 
-`python -m fedspine_edge.diagnostics.probes NAME [ARGUMENT]` prints one JSON object a line, each a finished check, so
-whatever was found before a crash is kept. A CUDA wheel made for another platform imports well and dies at its first
-kernel: therefore kernels are launched, not asked about.
+`python -m fedspine_edge.diagnostics.probes NAME [ARGUMENT]` prints one JSON object per line for each finished check,
+so that results before a crash are kept. A CUDA wheel for another platform can be imported and fails at its first
+kernel, so the probes launch kernels.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from types import ModuleType
 from typing import Any
 
 from fedspine_edge.diagnostics.check import Check
-from fedspine_edge.diagnostics.check import line_of as _line
+from fedspine_edge.diagnostics.check import first_line as _first_line
 from fedspine_edge.errors import MissingDependency
 
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 
 def on_jetson() -> bool:
-    """Whether this is a Jetson with its own Linux (L4T)."""
+    """Return whether this is a Jetson with NVIDIA's Linux (L4T)."""
     return TEGRA_RELEASE.exists()
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the kernel driver shows a GPU, whatever Python thinks of it."""
+    """Return whether the kernel driver exposes a GPU."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/nvhost-gpu").exists()
 
 
@@ -41,10 +41,10 @@ def _board_wheel() -> str:
 
 
 def _absent(name: str, error: ImportError, remedy: str) -> Check:
-    """`missing` when the package is not installed, `failed` when it is and does not load."""
+    """Return `missing` for a package that is not installed, and `failed` for one that does not load."""
     if isinstance(error, ModuleNotFoundError) and error.name == name:
         return Check(name, "missing", "not installed", remedy)
-    return Check(name, "failed", f"installed, but the import fails: {_line(error)}", remedy)
+    return Check(name, "failed", f"installed, but the import fails: {_first_line(error)}", remedy)
 
 
 def _version(module: ModuleType) -> str:
@@ -52,7 +52,7 @@ def _version(module: ModuleType) -> str:
 
 
 def torch_checks(_: str) -> Iterator[Check]:
-    """torch, CUDA through torch, and our own extension on the CPU and on CUDA."""
+    """Check torch, CUDA with torch, and the native extension on the CPU and on CUDA."""
     install = _board_wheel() if on_jetson() else "pip install 'fedspine-edge[device]'"
     try:
         torch = importlib.import_module("torch")
@@ -81,7 +81,7 @@ def _cuda(torch: Any) -> Check:
         torch.cuda.synchronize()
     except Exception as error:
         remedy = _board_wheel() if on_jetson() else "nvidia-smi  # then install the torch wheel for its CUDA version"
-        return Check("cuda", "failed", f"torch sees a GPU, but a kernel fails: {_line(error)}", remedy)
+        return Check("cuda", "failed", f"torch sees a GPU, but a kernel fails: {_first_line(error)}", remedy)
     if total != 1024 * 1023 / 2:
         return Check("cuda", "failed", f"a kernel ran and summed 0..1023 to {total:g}", "nvidia-smi -q | grep -i error")
     name = torch.cuda.get_device_name(0)
@@ -93,17 +93,17 @@ def _native(torch: Any, *, with_cuda: bool) -> Check:
     try:
         from fedspine_edge.kernels import native, reference
     except ImportError as error:
-        return Check("native", "failed", _line(error), build)
+        return Check("native", "failed", _first_line(error), build)
     info = native.build_info()
     if not info["available"]:
         remedy = "unset FEDSPINE_NATIVE" if os.environ.get("FEDSPINE_NATIVE") == "0" else build
-        return Check("native", "warn", f"not built ({info['reason']}); plain torch is used, slower", remedy)
+        return Check("native", "warn", f"not built ({info['reason']}); plain torch is used, which is slower", remedy)
     try:
         _run_native(torch, native, reference, "cpu")
         if with_cuda and native.cuda_available():
             _run_native(torch, native, reference, "cuda")
     except Exception as error:
-        return Check("native", "failed", f"an op fails: {_line(error)}", build)
+        return Check("native", "failed", f"an op fails: {_first_line(error)}", build)
     detail = f"{info['version']}, {info['cpu_isa']} ran"
     if with_cuda and not native.cuda_available():
         return Check("native", "warn", f"{detail}; built without CUDA", f"FEDSPINE_CUDA=ON: {build}")
@@ -113,7 +113,7 @@ def _native(torch: Any, *, with_cuda: bool) -> Check:
 
 
 def _run_native(torch: Any, native: Any, reference: Any, device: str) -> None:
-    """One importance op against its plain twin; raises when they differ or the kernel does not launch."""
+    """Compare an importance op with its reference implementation. Raises when they differ or a launch fails."""
     generator = torch.Generator().manual_seed(0)
     weight, a, b, grad_a, grad_b = (
         torch.randn(shape, generator=generator).to(device) for shape in ((8, 6), (2, 6), (8, 2), (2, 6), (8, 2))
@@ -122,18 +122,18 @@ def _run_native(torch: Any, native: Any, reference: Any, device: str) -> None:
         capability = torch.cuda.get_device_capability(0)
         raise RuntimeError(f"built for sm {sorted(native.build_info_architectures())}, the GPU is sm {capability}")
     group = torch.arange(8, dtype=torch.int32, device=device) // 2
-    ours = native.importance_accumulate(weight, a, b, grad_a, grad_b, 2.0, group, True, 4, "abs")
+    actual = native.importance_accumulate(weight, a, b, grad_a, grad_b, 2.0, group, True, 4, "abs")
     plain = reference.importance_accumulate(
         weight, a, b, grad_a, grad_b, 2.0, group_of_row=group, num_groups=4, metric="abs"
     )
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
 
 
 def transformers_check(_: str) -> Iterator[Check]:
-    """transformers, and whether this release works with the torch that is here."""
+    """Check transformers, and whether it works with the installed torch."""
     found = next(_installed("transformers", "pip install 'fedspine-edge[device]'"))
     if found.state == "ok":
-        with contextlib.suppress(ImportError):  # no torch, which has a line of its own
+        with contextlib.suppress(ImportError):  # torch is missing, which another check reports
             from fedspine_edge.model.loading import TRANSFORMERS_FOR_OLD_TORCH, require_transformers
 
             try:
@@ -151,7 +151,7 @@ def _installed(name: str, remedy: str) -> Iterator[Check]:
 
 
 def packages_check(_: str) -> Iterator[Check]:
-    """What every part needs."""
+    """Check the required packages."""
     remedy = "pip install --force-reinstall fedspine-edge"
     found = []
     for package in ("msgspec", "numpy", "paho.mqtt", "rich", "safetensors"):
@@ -160,18 +160,18 @@ def packages_check(_: str) -> Iterator[Check]:
             name = {"paho.mqtt": "paho-mqtt"}.get(package, package)
             found.append(f"{name} {importlib.metadata.version(name)}")
         except ImportError as error:
-            yield Check("packages", "failed", f"{package}: {_line(error)}", remedy)
+            yield Check("packages", "failed", f"{package}: {_first_line(error)}", remedy)
             return
     yield Check("packages", "ok", ", ".join(found))
 
 
 def embedded_broker_check(_: str) -> Iterator[Check]:
-    """The broker that the demo starts."""
+    """Check the embedded broker, which the demo uses."""
     yield from _renamed("embedded broker", _installed("iotcore", "pip install 'fedspine-edge[broker]'"))
 
 
 def tokenizers_check(_: str) -> Iterator[Check]:
-    """What `Session.classify` cuts texts with."""
+    """Check tokenizers, which `Session` uses."""
     try:
         yield Check("tokenizers", "ok", _version(importlib.import_module("tokenizers")))
     except ImportError as error:
@@ -179,7 +179,7 @@ def tokenizers_check(_: str) -> Iterator[Check]:
 
 
 def onnxruntime_check(_: str) -> Iterator[Check]:
-    """ONNX Runtime and the hardware it can use."""
+    """Check ONNX Runtime and list its execution providers."""
     try:
         runtime = importlib.import_module("onnxruntime")
         providers = [name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers()]
@@ -189,7 +189,7 @@ def onnxruntime_check(_: str) -> Iterator[Check]:
 
 
 def tensorrt_check(_: str) -> Iterator[Check]:
-    """TensorRT; on a board it is JetPack's, seen through --system-site-packages."""
+    """Check TensorRT. On a Jetson it comes with JetPack and is visible through --system-site-packages."""
     if on_jetson():
         remedy = "sudo apt install nvidia-jetpack  # and a venv made with --system-site-packages (jetson/install.sh)"
     else:
@@ -198,9 +198,9 @@ def tensorrt_check(_: str) -> Iterator[Check]:
 
 
 def tensorrt_rtx_check(_: str) -> Iterator[Check]:
-    """TensorRT for RTX, whose builder needs no GPU."""
+    """Check TensorRT for RTX, whose builder needs no GPU."""
     if platform.machine() != "x86_64":
-        yield Check("tensorrt_rtx", "missing", f"not made for {platform.machine()}", "use TensorRT")
+        yield Check("tensorrt_rtx", "missing", f"not available for {platform.machine()}", "use TensorRT")
         return
     yield _engine("tensorrt_rtx", "pip install tensorrt-rtx-cu13")
 
@@ -212,13 +212,13 @@ def _engine(package: str, remedy: str) -> Check:
     except ImportError as error:
         return _absent(package, error, remedy)
     except Exception as error:
-        builder, reason = None, _line(error)
+        builder, reason = None, _first_line(error)
     else:
         reason = "" if builder else "no builder was returned"
     if builder:
-        return Check(package, "ok", f"{_version(module)}, a builder was made")
+        return Check(package, "ok", f"{_version(module)}, a builder was created")
     if not has_nvidia_gpu():
-        return Check(package, "warn", f"{_version(module)} is installed; without a GPU it builds nothing", "nvidia-smi")
+        return Check(package, "warn", f"{_version(module)}; without a GPU it cannot build", "nvidia-smi")
     return Check(package, "failed", f"{_version(module)}: {reason}", remedy)
 
 
@@ -228,7 +228,7 @@ def _renamed(name: str, checks: Iterator[Check]) -> Iterator[Check]:
 
 
 def _fleet_check(name: str) -> Callable[[str], Iterator[Check]]:
-    """A function of `fleet_checks`, imported when it is called: it needs packages that may be what is missing."""
+    """Return a function of `diagnostics.fleet`, imported on call because its packages may be missing."""
 
     def check(argument: str) -> Iterator[Check]:
         yield from getattr(importlib.import_module("fedspine_edge.diagnostics.fleet"), name)(argument)
@@ -249,11 +249,11 @@ PROBES: dict[str, tuple[Callable[[str], Iterator[Check]], tuple[str, ...]]] = {
     "device_file": (_fleet_check("device_checks"), ("broker", "data", "model", "state_dir")),
     "fleet_file": (_fleet_check("fleet_checks"), ("broker", "strategy", "run_dir")),
 }
-"""Function and the names of the checks it yields, in order, by probe."""
+"""Function of each probe, and the names of the checks that it yields in order."""
 
 
 def main(argv: list[str]) -> int:
-    """Run one probe and print its checks as they finish."""
+    """Run one probe and print each check when it finishes."""
     function, _ = PROBES[argv[0]]
     for check in function(argv[1] if len(argv) > 1 else ""):
         print(json.dumps(check.to_dict()), flush=True)

@@ -1,4 +1,4 @@
-"""What `doctor` reads of the machine itself: Jetson model and power mode, disk, memory, clock, Python."""
+"""Checks of the machine: Python, Jetson model and power mode, disk, memory, clock."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedspine_edge.diagnostics.probes import TEGRA_RELEASE
 MIB = 1024**2
 COMMAND_TIMEOUT_S = 5.0
 EARLIEST_S = 1735689600.0
-"""2025-01-01: a clock before this was never set (a Jetson without a battery wakes up in 1970 or 2000)."""
+"""2025-01-01. A clock before this was never set: a Jetson without a battery starts in 1970 or 2000."""
 
 
 def python_check() -> Check:
-    """The interpreter; JetPack 6 has 3.10, JetPack 7 has 3.12."""
+    """Check the interpreter. JetPack 6 has Python 3.10, JetPack 7 has 3.12."""
     detail = f"{platform.python_version()}, {sys.prefix}"
     if sys.prefix == sys.base_prefix:
         return Check("python", "warn", f"{detail}, not a virtual environment", "python3 -m venv .venv")
@@ -28,7 +28,7 @@ def python_check() -> Check:
 
 
 def l4t_version(release: str) -> tuple[int, int] | None:
-    """(major, minor) from the text of /etc/nv_tegra_release, such as `# R36 (release), REVISION: 4.3, ...`."""
+    """Parse (major, minor) from /etc/nv_tegra_release, such as `# R36 (release), REVISION: 4.3, ...`."""
     found = re.search(r"R(\d+)\s*\(release\),\s*REVISION:\s*(\d+)", release)
     return (int(found.group(1)), int(found.group(2))) if found else None
 
@@ -36,7 +36,7 @@ def l4t_version(release: str) -> tuple[int, int] | None:
 def jetson_check(
     release_file: Path = TEGRA_RELEASE, model_file: Path = Path("/proc/device-tree/model"), nvpmodel: str = "nvpmodel"
 ) -> Check:
-    """Board, L4T and power mode. The mode is told by name, since ids differ from board to board."""
+    """Check the board, L4T and the power mode. The mode is given by name, because ids differ between boards."""
     release = _read(release_file)
     if not release:
         return Check("jetson", "ok", f"not a Jetson ({platform.machine()})")
@@ -53,28 +53,28 @@ def jetson_check(
 
 
 def power_mode(nvpmodel: str = "nvpmodel") -> str:
-    """The name of the power mode in use, such as MAXN; empty when it cannot be read."""
+    """Return the name of the current power mode, such as MAXN, or an empty string if it cannot be read."""
     found = re.search(r"NV Power Mode:\s*(\S+)", _output([nvpmodel, "-q"]))
     return found.group(1) if found else ""
 
 
 def disk_check(folder: Path) -> Check:
-    """Room for a model, its checkpoints and an engine where the runs are kept."""
+    """Check the free disk space for a model, its checkpoints and an engine."""
     try:
         free = shutil.disk_usage(folder).free // MIB
     except OSError as error:
         return Check("disk", "failed", f"{folder}: {error.strerror}", f"mkdir -p {folder}")
     detail, remedy = f"{free:,} MiB free in {folder}", f"du -xsh {folder}/* | sort -h  # then remove what is not needed"
     if free < 512:
-        return Check("disk", "failed", f"{detail}; 512 are the least", remedy)
+        return Check("disk", "failed", f"{detail}; at least 512 are needed", remedy)
     return Check("disk", "warn" if free < 4096 else "ok", detail, remedy if free < 4096 else "")
 
 
 def memory_check(meminfo: Path = Path("/proc/meminfo"), limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
-    """Memory that can be had now; on a Jetson the GPU takes it from the same place."""
+    """Check the available memory, which the GPU of a Jetson shares."""
     found = re.search(r"MemAvailable:\s*(\d+) kB", _read(meminfo))
     if not found:
-        return Check("memory", "warn", f"{meminfo} does not tell MemAvailable", "free -m")
+        return Check("memory", "warn", f"{meminfo} has no MemAvailable", "free -m")
     available = int(found.group(1)) // 1024
     limit = _read(limit_file).strip()
     if limit.isdecimal():
@@ -82,16 +82,16 @@ def memory_check(meminfo: Path = Path("/proc/meminfo"), limit_file: Path = Path(
         available = min(available, max(0, int(limit) - (int(used) if used.isdecimal() else 0)) // MIB)
     detail, remedy = f"{available:,} MiB available", "ps aux --sort=-rss | head  # then stop what is not needed"
     if available < 512:
-        return Check("memory", "failed", f"{detail}; training a small model takes about 1,000", remedy)
+        return Check("memory", "failed", f"{detail}; training a small model needs about 1,000", remedy)
     return Check("memory", "warn" if available < 1536 else "ok", detail, remedy if available < 1536 else "")
 
 
 def clock_check(now_s: float | None = None, timedatectl: str = "timedatectl") -> Check:
-    """A wrong clock makes TLS certificates invalid and logs useless."""
+    """Check the clock. A wrong clock makes TLS certificates invalid."""
     now = time.time() if now_s is None else now_s
     shown = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     remedy = "sudo timedatectl set-ntp true"
-    # Files cannot be older than their installation: a day's grace for time zones of archives.
+    # The clock cannot be earlier than the installed files, with a day's tolerance for time zones in archives.
     installed = Path(__file__).stat().st_mtime - 86400
     if now < max(EARLIEST_S, installed):
         return Check("clock", "failed", f"{shown} is in the past", remedy)
@@ -109,7 +109,7 @@ def _read(path: Path) -> str:
 
 
 def _output(command: list[str]) -> str:
-    """Standard output of a command, empty if it is absent, fails or takes too long."""
+    """Return the standard output of a command, or an empty string if it is missing, fails or times out."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True, stdin=subprocess.DEVNULL

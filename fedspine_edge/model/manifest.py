@@ -70,12 +70,12 @@ def read_manifest(folder: Path) -> ModelManifest:
     """Read layout.json of a saved model. Raises `CheckpointError`."""
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}.", remedy="Pass a folder that `tune` or `export` wrote.")
+        raise CheckpointError(f"{folder} {what}.", remedy="Pass a folder that `tune` or `assemble` wrote.")
     path = folder / LAYOUT
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no {LAYOUT}: it was not saved by this package.",
-            remedy="Pass a folder that `tune` or `export` wrote; load_base(folder) reads a plain Hugging Face folder.",
+            remedy="Pass a folder that `tune` or `assemble` wrote; load_base(folder) reads a plain one.",
         )
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=ModelManifest)

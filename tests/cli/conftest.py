@@ -1,4 +1,4 @@
-"""Fixtures of the command line's tests: a tiny model folder, tiny data, a tuned model, files to compare."""
+"""Fixtures for the command line: a tiny model folder, tiny data, a tuned model and its bundle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_rows(path: Path, rows: list[tuple[str, object]]) -> Path:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 2 layers with random weights and a tokenizer of ten words."""
+    """Return the folder of a BERT with 2 layers, random weights and a tokenizer of ten words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ def train_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, train_csv: Path) -> Path:
-    """What `fedspine-edge tune` wrote: copy it before changing it."""
+    """Return a folder written by `fedspine-edge tune`. Copy it before changing it."""
     from fedspine_edge.cli.main import main
 
     out = tmp_path_factory.mktemp("tuned") / "model"
@@ -59,7 +59,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, train_csv
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory, tuned: Path) -> Path:
-    """What `fedspine-edge compile` made of it: copy it before changing it."""
+    """Return the bundle compiled from it. Copy it before changing it."""
     from fedspine_edge.cli.main import main
 
     out = tmp_path_factory.mktemp("compiled") / "bundle"
@@ -69,7 +69,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, tuned: Path) -> Path:
 
 @pytest.fixture
 def fingerprint() -> Callable[[Path], dict[str, str]]:
-    """Name → hash of every file below a folder."""
+    """Return a function that hashes every file in a folder."""
 
     def take(folder: Path) -> dict[str, str]:
         return {
@@ -83,7 +83,7 @@ def fingerprint() -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture
 def dead_port() -> Iterator[int]:
-    """A port that refuses: bound, and nobody listens."""
+    """Yield a port that refuses connections: bound without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]

@@ -1,4 +1,4 @@
-"""inspect, verify and run on real bundles of tiny models, as a user types them."""
+"""The commands inspect, verify and run on real bundles of tiny models."""
 
 from __future__ import annotations
 
@@ -23,31 +23,37 @@ def decoder(tmp_path_factory):
     return folder
 
 
-def test_inspect_says_what_is_inside(decoder, capsys):
+def test_inspect_shows_the_contents(decoder, capsys):
     assert main(["inspect", f"{decoder}.zip"]) == 0
     text = capsys.readouterr().out
-    for words in ("llama, causal_lm, fp32", "input, rank up to 64", "4 tensors", "token by token", "every hash right"):
+    for words in (
+        "llama, causal_lm, fp32",
+        "input, rank up to 64",
+        "4 tensors",
+        "token by token",
+        "all hashes correct",
+    ):
         assert words in text
     assert main(["inspect", f"{decoder}.zip", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["task"] == "causal_lm"
 
 
-def test_inspect_names_a_damaged_plan_and_still_says_what_is_inside(compiled, tmp_path, capsys):
+def test_inspect_names_a_damaged_plan_and_shows_the_rest(compiled, tmp_path, capsys):
     bundle = tmp_path / "bundle"
     shutil.copytree(compiled, bundle)
     (bundle / "engine.plan").write_bytes(b"plan")
     seal(bundle, load_bundle(bundle).manifest)
     assert main(["inspect", str(bundle)]) == 0
-    assert "every hash right" in capsys.readouterr().out
+    assert "all hashes correct" in capsys.readouterr().out
     (bundle / "engine.plan").write_bytes(b"p")
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out
     assert "engine.plan has 1 bytes instead of 4" in text
-    assert "every hash right" not in text
+    assert "all hashes correct" not in text
     assert "bert, classification" in text
 
 
-def test_verify_compares_again_and_answers_no_to_another_model(decoder, tmp_path, capsys):
+def test_verify_exits_1_for_another_model(decoder, tmp_path, capsys):
     assert main(["verify", f"{decoder}.zip", "--model", str(decoder)]) == 0
     assert "token by token" in capsys.readouterr().out
     save_model(tiny_model("llama", "causal_lm", seed=9), tmp_path / "other")
@@ -55,7 +61,7 @@ def test_verify_compares_again_and_answers_no_to_another_model(decoder, tmp_path
     assert "disagrees" in json.loads(capsys.readouterr().out)["mismatch"]
 
 
-def test_run_continues_a_text(decoder, capsys):
+def test_run_generates_text(decoder, capsys):
     command = ["run", f"{decoder}.zip", "--backend", "onnxruntime", "--text", "hello", "--max-new-tokens", "6"]
     assert main([*command, "--adapter", str(decoder)]) == 0
     streamed = capsys.readouterr().out
@@ -68,14 +74,14 @@ def test_run_continues_a_text(decoder, capsys):
     for top_k in ("0", "1"):
         assert main([*drawn, "--top-k", top_k]) == 0
         texts[top_k] = json.loads(capsys.readouterr().out)["results"][0]["text"]
-    assert texts["1"] == result["text"] != texts["0"]  # among one there is nothing to draw
+    assert texts["1"] == result["text"] != texts["0"]  # with one candidate, sampling has no effect
     assert main([*command, "--max-new-tokens", "0"]) == 2
     assert "--max-new-tokens is 0.\n  Give at least 1." in capsys.readouterr().err
     assert main([*command, "--temperature", "1", "--seed", "-1"]) == 2
     assert "--seed is -1.\n  Give at least 0." in capsys.readouterr().err
 
 
-def test_run_takes_texts_before_and_after_its_options(compiled, capsys):
+def test_run_accepts_texts_before_and_after_options(compiled, capsys):
     command = ["run", str(compiled), "the film", "--json", "bad", "--text=-good-"]
     assert main(command) == 0
     assert len(json.loads(capsys.readouterr().out)["results"]) == 3
@@ -84,27 +90,27 @@ def test_run_takes_texts_before_and_after_its_options(compiled, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["compile", "FILE"], "FILE is a file, not a model folder.\n  "),
         (["inspect", "FILE"], "FILE is not a bundle: it has no bundle.json.\n  "),
         (
             ["bench", "nowhere", "--plot", "no/folder.png"],
-            "no/folder.png is in no folder.\n  Make the folder of --plot",
+            "the folder of no/folder.png does not exist.\n  Create it, or change --plot",
         ),
         (["bench", "nowhere"], "error: nowhere does not exist.\n  "),
         (["bench", "nowhere", "--batch", "0"], "error: --batch is 0.\n  Give at least 1."),
         (["bench", "nowhere", "--threads", "0"], "error: --threads is 0.\n  Give at least 1."),
     ],
 )
-def test_what_is_not_a_model_a_bundle_or_a_number_is_told_once(arguments, told, tmp_path, capsys):
+def test_invalid_path_or_number_is_one_error(arguments, expected, tmp_path, capsys):
     file = tmp_path / "train.csv"
     file.write_text("text,label\n")
     assert main([word.replace("FILE", str(file)) for word in arguments]) == 2
-    assert told.replace("FILE", str(file)) in capsys.readouterr().err
+    assert expected.replace("FILE", str(file)) in capsys.readouterr().err
 
 
-def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
+def test_int8_is_calibrated_inspected_and_verified(tmp_path, capsys):
     save_model(tiny_model("bert"), tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     rows = [f"{'good very ' * (i % 6)}film,{i % 3}" for i in range(64)]
@@ -115,9 +121,9 @@ def test_int8_is_calibrated_measured_inspected_and_verified(tmp_path, capsys):
     assert main([*compile_it, "--calibrate", str(data)]) == 2
     assert "Name your columns with --text" in capsys.readouterr().err
     assert main([*compile_it, "--calibrate", str(data), *columns]) == 0
-    said = capsys.readouterr().err
-    assert "calibrating on 32 examples" in said
-    assert "answered alike" in said
+    log = capsys.readouterr().err
+    assert "calibrating on 32 examples" in log
+    assert "answered alike" in log
     bundle = str(tmp_path / "model.bundle")
     assert main(["inspect", bundle]) == 0
     text = capsys.readouterr().out

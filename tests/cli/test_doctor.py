@@ -1,4 +1,4 @@
-"""doctor: what is there, what is missing, and the command that mends it."""
+"""The command doctor: checks, their states, and the remedies."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from transport_support import Mosquitto, needs_mosquitto
 
-from fedspine_edge.cli import doctor
 from fedspine_edge.cli.main import main
-from fedspine_edge.diagnostics import probes, system
+from fedspine_edge.diagnostics import doctor, probes, system
 from fedspine_edge.diagnostics.check import Check, State
 from fedspine_edge.transport.broker import EmbeddedBroker
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def block(folder: Path, *packages: str) -> dict[str, str]:
-    """An environment in which importing `packages` fails as if they were not installed."""
+    """Return an environment in which importing `packages` fails as if they were not installed."""
     for package in packages:
         raising = f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n"
         (folder / f"{package}.py").write_text(raising)
@@ -32,7 +31,7 @@ def block(folder: Path, *packages: str) -> dict[str, str]:
 
 
 def beside(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module`, which finds the modules in `folder` before the installed ones."""
+    """Run `python -m module` with the modules in `folder` before the installed ones."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
@@ -46,24 +45,24 @@ def executable(path: Path, script: str) -> str:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
-    """doctor with findings in place of probes; the list may be changed."""
+    """Replace the probes by a list of checks, which may be changed, and return it."""
     always = [names for key, (_, names) in probes.PROBES.items() if key not in ("broker", "device_file", "fleet_file")]
-    found = [Check(name, "ok", "there") for names in always for name in names]
+    found = [Check(name, "ok", "present") for names in always for name in names]
 
-    def probe(name: str, argument: str = "", **_: object) -> list[Check]:
+    def run_probe(name: str, argument: str = "", **_: object) -> list[Check]:
         return [check for check in found if check.name in probes.PROBES[name][1]]
 
-    monkeypatch.setattr(doctor, "probe", probe)
-    monkeypatch.setattr(system, "disk_check", lambda _: Check("disk", "ok", "room"))
-    monkeypatch.setattr(system, "memory_check", lambda: Check("memory", "ok", "room"))
+    monkeypatch.setattr(doctor, "run_probe", run_probe)
+    monkeypatch.setattr(system, "disk_check", lambda _: Check("disk", "ok", "enough"))
+    monkeypatch.setattr(system, "memory_check", lambda: Check("memory", "ok", "enough"))
     return found
 
 
 def replace(found: list[Check], name: str, state: State) -> None:
-    found[:] = [Check(name, state, "changed", "mend it") if check.name == name else check for check in found]
+    found[:] = [Check(name, state, "changed", "fix it") if check.name == name else check for check in found]
 
 
-def test_the_whole_report_is_one_json_object_that_names_every_check() -> None:
+def test_json_report_contains_every_check() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedspine_edge", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT
     )
@@ -78,8 +77,8 @@ def test_the_whole_report_is_one_json_object_that_names_every_check() -> None:
         assert check["state"] == "ok" or check["remedy"], check
 
 
-def test_a_server_without_torch_is_usable_and_told_how_to_become_a_device(tmp_path: Path) -> None:
-    """The interpreter of a server-only installation: nothing that trains, exports or runs models can be imported."""
+def test_server_without_torch_is_usable(tmp_path: Path) -> None:
+    """In a server installation, packages that train, export or run models are missing."""
     environment = block(tmp_path, "torch", "transformers", "onnxruntime", "tokenizers", "tensorrt", "tensorrt_rtx")
     command = [sys.executable, "-m", "fedspine_edge", "doctor", "--json"]
     # From another folder: `-m` puts the current one before PYTHONPATH.
@@ -95,15 +94,15 @@ def test_a_server_without_torch_is_usable_and_told_how_to_become_a_device(tmp_pa
     assert "Traceback" not in done.stderr
 
 
-def test_a_package_that_is_there_but_does_not_load_is_failed_not_missing(tmp_path: Path) -> None:
+def test_package_that_does_not_load_is_failed_not_missing(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnxruntime.so.1: cannot open')\n")
     found = json.loads(beside(tmp_path, "fedspine_edge.diagnostics.probes", "onnxruntime").stdout)
     assert found["state"] == "failed"
     assert "cannot open" in found["detail"]
 
 
-def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_take(tmp_path: Path) -> None:
-    """As on a board whose torch is old: transformers then imports, and has no models."""
+def test_transformers_too_new_for_torch_is_failed_with_remedy(tmp_path: Path) -> None:
+    """With an old torch, as on some boards, transformers can be imported but has no models."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata as metadata\n"
         "real = metadata.version\n"
@@ -120,7 +119,7 @@ def test_transformers_that_wants_a_newer_torch_is_failed_and_told_which_one_to_t
     assert "pip install 'transformers>=5.15,<5.16'" in done.stderr, done.stderr
 
 
-def test_each_role_has_its_own_needs(quick: list[Check], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_role_has_its_requirements(quick: list[Check], capsys: pytest.CaptureFixture[str]) -> None:
     replace(quick, "transformers", "missing")
     assert main(["doctor", "--role", "server"]) == 0
     assert main(["doctor", "--role", "device"]) == 1
@@ -129,11 +128,11 @@ def test_each_role_has_its_own_needs(quick: list[Check], capsys: pytest.CaptureF
         replace(quick, engine, "missing")
     assert main(["doctor", "--role", "run"]) == 1
     shown = capsys.readouterr().out
-    assert "mend it" in shown
+    assert "fix it" in shown
     assert "not as: device, run" in shown
 
 
-def test_anything_broken_makes_the_answer_no_unless_the_role_does_without(quick: list[Check]) -> None:
+def test_failed_check_counts_unless_the_role_does_not_need_it(quick: list[Check]) -> None:
     assert main(["doctor"]) == 0
     replace(quick, "tensorrt", "failed")
     assert main(["doctor"]) == 1
@@ -141,34 +140,34 @@ def test_anything_broken_makes_the_answer_no_unless_the_role_does_without(quick:
 
 
 @pytest.mark.parametrize("address", ["broker", "host:", ":1883", "host:0", "host:70000", "host:mqtt"])
-def test_an_address_that_is_none_is_a_usage_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_broker_address_is_a_usage_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--broker", address]) == 2
     assert "HOST:PORT" in capsys.readouterr().err
 
 
-def test_a_broker_that_is_not_there_is_failed_with_the_command_that_starts_one() -> None:
+def test_missing_broker_is_failed_with_a_command_to_start_one() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, never listening: refused at once
         port = taken.getsockname()[1]
-        (found,) = doctor.probe("broker", f"127.0.0.1:{port}")
+        (found,) = doctor.run_probe("broker", f"127.0.0.1:{port}")
     assert found.state == "failed"
     assert "does not answer" in found.detail
     assert f"fedspine-edge broker --host 127.0.0.1 --port {port}" in found.remedy
 
 
-def test_something_that_listens_but_speaks_no_mqtt_is_told_apart() -> None:
+def test_listener_without_mqtt_is_reported_as_such() -> None:
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        (found,) = doctor.probe("broker", f"127.0.0.1:{mute.getsockname()[1]}")
+        (found,) = doctor.run_probe("broker", f"127.0.0.1:{mute.getsockname()[1]}")
     assert found.state == "failed"
     assert "accepts TCP" in found.detail
 
 
 @pytest.mark.broker
-def test_a_broker_that_answers_is_ok() -> None:
+def test_running_broker_is_ok() -> None:
     with EmbeddedBroker() as broker:
-        (found,) = doctor.probe("broker", f"127.0.0.1:{broker.port}")
+        (found,) = doctor.run_probe("broker", f"127.0.0.1:{broker.port}")
     assert (found.state, found.remedy) == ("ok", "")
 
 
@@ -185,7 +184,7 @@ holdout = 2
 
 @pytest.fixture
 def device_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a device: its settings, without a broker, and all that they name."""
+    """Return the folder of a device with its settings, without a broker, and everything that they refer to."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -195,48 +194,48 @@ def device_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def examined(file: str, more: str = "") -> dict[str, Check]:
-    """What doctor finds with the settings in `file` and `more`."""
+def checks_of(file: str, more: str = "") -> dict[str, Check]:
+    """Append `more` to a settings file and return its checks by name."""
     Path(file).write_text(Path(file).read_text() + more)
-    settings, (config,) = doctor._settings(Path(file))
-    found = doctor.probe(settings[0], file) if settings else []
+    config_file, config = doctor.check_config(Path(file))
+    found = doctor.run_probe(config_file.probe, file) if config_file else []
     return {check.name: check for check in (config, *found)}
 
 
 @pytest.mark.broker
-def test_the_settings_of_a_device_are_followed_to_broker_data_and_model(device_folder: Path) -> None:
+def test_device_config_checks_broker_data_and_model(device_folder: Path) -> None:
     with EmbeddedBroker() as broker:
-        found = examined("device.toml", f"[broker]\nport = {broker.port}\n")
+        found = checks_of("device.toml", f"[broker]\nport = {broker.port}\n")
     assert {name: check.state for name, check in found.items()} == dict.fromkeys(
         ("config", "broker", "data", "model", "state_dir"), "ok"
     )
     assert "4 examples to train on, 2 held out" in found["data"].detail
 
 
-def test_each_thing_that_a_device_lacks_is_named_with_its_remedy(device_folder: Path, dead_port: int) -> None:
+def test_device_config_names_each_problem_with_remedy(device_folder: Path, dead_port: int) -> None:
     (device_folder / "train.csv").write_text("text,label\ngood,1\nsecret,7\n")
     (device_folder / "base" / "tokenizer.json").unlink()
     (device_folder / "state").write_text("a file")
-    found = examined("device.toml", f"[broker]\nport = {dead_port}\n")
+    found = checks_of("device.toml", f"[broker]\nport = {dead_port}\n")
     assert {name for name, check in found.items() if check.state == "failed"} == found.keys() - {"config"}
     assert all(check.remedy for name, check in found.items() if name != "config")
     assert "connection refused" in found["broker"].detail
     assert "train.csv, line 3: label 7" in found["data"].detail
     assert "secret" not in found["data"].detail
-    assert "lacks a tokenizer" in found["model"].detail
+    assert "has no tokenizer" in found["model"].detail
     shutil.rmtree(device_folder / "base")
-    assert examined("device.toml")["model"].state == "warn"  # "base" may be a hub's
+    assert checks_of("device.toml")["model"].state == "warn"  # "base" may be a hub id
 
 
-def test_the_settings_of_a_fleet_are_followed_too(device_folder: Path, dead_port: int) -> None:
+def test_fleet_config_checks_broker_strategy_and_run_dir(device_folder: Path, dead_port: int) -> None:
     (device_folder / "fleet.toml").write_text(f"num_rounds = 3\n[broker]\nport = {dead_port}\n")
-    found = examined("fleet.toml")
+    found = checks_of("fleet.toml")
     assert found["strategy"].state == found["broker"].state == "failed"
-    assert found["run_dir"] == Check("run_dir", "ok", "runs/fleet will be made")
+    assert found["run_dir"] == Check("run_dir", "ok", "runs/fleet will be created")
     assert not (device_folder / "runs").exists()
 
 
-def test_a_file_with_a_wrong_key_is_a_finding_and_the_answer_is_no(
+def test_config_with_unknown_key_is_failed(
     quick: list[Check], device_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--config", "device.toml", "--role", "server"]) == 0
@@ -249,7 +248,7 @@ def test_a_file_with_a_wrong_key_is_a_finding_and_the_answer_is_no(
 
 @pytest.mark.broker
 @needs_mosquitto
-def test_doctor_logs_in_and_hears_what_the_access_list_forbids(device_folder: Path) -> None:
+def test_doctor_logs_in_and_reports_access_list_refusals(device_folder: Path) -> None:
     subprocess.run(["mosquitto_passwd", "-b", "-c", "users", "nx-1", "s3cret"], check=True, capture_output=True)
     Path("acl").write_text("pattern write fedspine/v1/farm/device/%u/report\n")
     Path("secret").write_text("s3cret\n")
@@ -257,40 +256,40 @@ def test_doctor_logs_in_and_hears_what_the_access_list_forbids(device_folder: Pa
     broker = Mosquitto(device_folder, f"allow_anonymous false\n{rules}").start()
     try:
         login = f'[broker]\nport = {broker.port}\nusername = "nx-1"\npassword_file = "secret"\n'
-        found = examined("device.toml", login)["broker"]
+        found = checks_of("device.toml", login)["broker"]
         assert (found.state, "user nx-1" in found.detail) == ("ok", True), found
         Path("device.toml").write_text(DEVICE.replace('"farm"', '"fram"') + login)
-        found = examined("device.toml")["broker"]
+        found = checks_of("device.toml")["broker"]
         assert (found.state, "Not authorized" in found.detail) == ("failed", True)
         assert "access list" in found.remedy
         Path("secret").write_text("wrong\n")
-        assert "password_file" in examined("device.toml")["broker"].remedy
+        assert "password_file" in checks_of("device.toml")["broker"].remedy
     finally:
         broker.stop()
 
 
-def test_a_probe_that_hangs_or_crashes_is_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hanging_or_crashing_probe_is_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = executable(tmp_path / "python", "echo 'noise from a library'; exec sleep 60")
     monkeypatch.setattr(sys, "executable", script)
     begun = time.monotonic()
-    found = doctor.probe("torch", timeout_s=0.5)
+    found = doctor.run_probe("torch", timeout_s=0.5)
     assert time.monotonic() - begun < 10
     assert [(check.name, check.state) for check in found] == [(n, "failed") for n in ("torch", "cuda", "native")]
     assert "within 0.5 s" in found[0].detail
 
     first = json.dumps(Check("torch", "ok", "2.9").to_dict())
     executable(tmp_path / "python", f"echo '{first}'; kill -SEGV $$")
-    torch, cuda, _ = doctor.probe("torch")
+    torch, cuda, _ = doctor.run_probe("torch")
     assert torch.state == "ok"  # what was found before the crash is kept
     assert (cuda.state, cuda.detail) == ("failed", "crashed with SIGSEGV")
 
 
-def test_a_check_that_raises_is_a_finding(quick: list[Check], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_that_raises_is_failed(quick: list[Check], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Check:
         raise RuntimeError("no such sensor")
 
     monkeypatch.setattr(system, "clock_check", broken)
-    clock = next(check for check in doctor.examine() if check.name == "clock")
+    clock = next(check for check in doctor.run_checks() if check.name == "clock")
     assert clock.state == "failed"
     assert "no such sensor" in clock.detail
 
@@ -304,11 +303,11 @@ def test_a_check_that_raises_is_a_finding(quick: list[Check], monkeypatch: pytes
         ("something else", None),
     ],
 )
-def test_l4t_is_read_from_the_release_file(release: str, version: tuple[int, int] | None) -> None:
+def test_l4t_version_parses_the_release_file(release: str, version: tuple[int, int] | None) -> None:
     assert system.l4t_version(release) == version
 
 
-def test_the_remedy_for_a_missing_tensorrt_brings_it_on_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorrt_remedy_works_on_every_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr(probes, "on_jetson", lambda: False)
     (check,) = probes.tensorrt_check("")
@@ -317,7 +316,7 @@ def test_the_remedy_for_a_missing_tensorrt_brings_it_on_every_architecture(monke
     assert "tensorrt" in check.remedy.removeprefix("pip install ").split()
 
 
-def test_a_board_is_described_with_its_power_mode_by_name(tmp_path: Path) -> None:
+def test_jetson_check_names_board_and_power_mode(tmp_path: Path) -> None:
     (tmp_path / "release").write_text("# R36 (release), REVISION: 5.0, GCID: 1")
     (tmp_path / "model").write_text("NVIDIA Jetson Orin NX\0")
     nvpmodel = executable(tmp_path / "nvpmodel", "printf 'NV Power Mode: MAXN_SUPER\\n2\\n'")
@@ -331,7 +330,7 @@ def test_a_board_is_described_with_its_power_mode_by_name(tmp_path: Path) -> Non
     assert "JetPack 6 or 7" in old.remedy
 
 
-def test_memory_is_what_can_be_had_within_the_container(tmp_path: Path) -> None:
+def test_memory_check_respects_the_container_limit(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 4096000 kB\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert system.memory_check(tmp_path / "meminfo", tmp_path / "memory.max") == Check(
@@ -344,7 +343,7 @@ def test_memory_is_what_can_be_had_within_the_container(tmp_path: Path) -> None:
     assert limited.detail.startswith("300 MiB")
 
 
-def test_a_folder_that_is_not_there_and_a_clock_that_was_never_set(tmp_path: Path) -> None:
+def test_missing_folder_and_unset_clock_are_failed(tmp_path: Path) -> None:
     assert system.disk_check(tmp_path / "absent").remedy == f"mkdir -p {tmp_path / 'absent'}"
     unset = system.clock_check(now_s=86400.0 * 30)
     assert (unset.state, unset.remedy) == ("failed", "sudo timedatectl set-ntp true")

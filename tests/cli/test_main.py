@@ -1,4 +1,4 @@
-"""The command line: help with an example everywhere, and for every bad input one clear error and exit code 2."""
+"""The command line: help with an example for every command, and one error with exit code 2 for every bad input."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedspine_edge.cli.main import main
 from fedspine_edge.errors import DataError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = list(cli._COMMANDS)
+COMMANDS = list(cli.COMMANDS)
 Fingerprint = Callable[[Path], dict[str, str]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
@@ -33,26 +33,28 @@ def test_help_of_every_command_has_an_example_that_parses(command: str, capsys: 
     assert "example:\n" in shown
     example = shown.split("example:\n")[1].strip().splitlines()[0]
     assert shlex.split(example)[:2] == ["fedspine-edge", command]
-    parsed = cli.parser().parse_args(shlex.split(example, comments=True)[1:])
+    parsed = cli.make_parser().parse_args(shlex.split(example, comments=True)[1:])
     assert parsed.command == command
 
 
-def test_the_top_names_every_command_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_by_group(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n    {command} " in shown for command in COMMANDS)
+    assert all(f"\n    {command:<10}  {summary}\n" in shown for command, summary in cli.COMMANDS.items())
+    assert [group for group in cli.COMMAND_GROUPS if f"\n{group}:\n" in shown] == list(cli.COMMAND_GROUPS)
+    assert "    export" not in shown  # a renamed command is hidden
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"fedspine-edge {__version__}\n"
 
 
-def test_help_needs_neither_torch_nor_transformers() -> None:
-    """Every command's module is loaded for the help; none may load the heavy libraries for it."""
+def test_help_imports_no_heavy_library() -> None:
+    """The help imports the module of every command, none of which may import a heavy library."""
     code = (
-        "import sys; from fedspine_edge.cli.main import parser; parser().format_help(); "
+        "import sys; from fedspine_edge.cli.main import make_parser; make_parser().format_help(); "
         "print([name for name in ('torch', 'transformers', 'onnxruntime', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -60,7 +62,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["prune"], "'prune'"),
         ([], "COMMAND"),
@@ -70,11 +72,13 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         (["compile", "m", "--precision", "int3"], "int3"),
     ],
 )
-def test_a_wrong_command_line_is_one_error(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, arguments, told, "--help")
+def test_invalid_command_line_is_one_error(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, arguments, expected, "--help")
 
 
-def test_an_argument_too_many_names_the_command_whose_help_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unrecognized_argument_names_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["verify", "model.bundle", "model"], "verify: unrecognized arguments: model", "verify --help")
 
 
@@ -82,11 +86,11 @@ def test_an_argument_too_many_names_the_command_whose_help_to_read(capsys: pytes
     ("command", "after"),
     [
         (["compile", "m"], "starts from the beginning"),
-        (["tune", "--model", "m", "--data", "d", "--out", "o"], "continues where this one stopped"),
-        (["server", "--config", "fleet.toml"], "continues where this one stopped"),
+        (["tune", "--model", "m", "--data", "d", "--out", "o"], "continues the work"),
+        (["server", "--config", "fleet.toml"], "continues the work"),
     ],
 )
-def test_an_interruption_says_whether_the_work_is_kept(
+def test_interruption_reports_whether_work_is_kept(
     command: list[str], after: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: object) -> int:
@@ -97,9 +101,7 @@ def test_an_interruption_says_whether_the_work_is_kept(
     assert after in capsys.readouterr().err
 
 
-def test_what_the_system_refuses_unforeseen_is_one_error_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_os_error_is_one_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: object) -> int:
         return len(Path("/nowhere/at/all").read_text())
 
@@ -107,8 +109,8 @@ def test_what_the_system_refuses_unforeseen_is_one_error_too(
     refused(capsys, ["inspect", "bundle"], "/nowhere/at/all", "permissions")
 
 
-def test_a_reader_that_has_read_enough_is_no_error() -> None:
-    """As in `fedspine-edge status RUN_DIR --json | head`: the pipe is closed while there is more to write."""
+def test_closed_output_pipe_is_not_an_error() -> None:
+    """As in `fedspine-edge status RUN_DIR --json | head`, which closes the pipe early."""
     program = (
         "import sys; from fedspine_edge.cli import inspect, main;"
         "inspect.run = lambda _: print('x' * 1_000_000);"
@@ -119,11 +121,11 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
-        told = process.stderr.read()
-    assert (process.returncode, told) == (1, "")
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (1, "")
 
 
-def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_path: Path) -> None:
+def test_program_exits_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedspine_edge", "server", "--config", str(tmp_path / "absent.toml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
@@ -134,12 +136,12 @@ def test_the_program_prints_no_traceback_and_gives_the_code_to_the_shell(tmp_pat
 
 
 @pytest.mark.parametrize("command", ["server", "device"])
-def test_a_config_file_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_config_file_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, [command, "--config", str(tmp_path / "absent.toml")], "absent.toml", "does not exist")
 
 
 @pytest.mark.parametrize(
-    ("command", "text", "told"),
+    ("command", "text", "expected"),
     [
         ("server", "num_round = 5", ["num_round", "Did you mean 'num_rounds'?"]),
         ("server", "[training]\ntua = 5", ["tua", "Did you mean 'tau'?"]),
@@ -152,25 +154,25 @@ def test_a_config_file_that_is_not_there(command: str, tmp_path: Path, capsys: p
         ("device", "device_id = 'a b'\nmodel = 'm'\n[data]\npath = 'd.csv'", ["device_id"]),
     ],
 )
-def test_an_impossible_setting_names_file_key_and_remedy(
+def test_invalid_setting_names_file_key_and_remedy(
     command: str,
     text: str,
-    told: list[str],
+    expected: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "it.toml").write_text(text)
-    message = refused(capsys, [command, "--config", "it.toml"], *told)
+    message = refused(capsys, [command, "--config", "it.toml"], *expected)
     assert "it.toml" in message or "strategy" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.toml"]  # nothing was begun
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.toml"]  # nothing was created
 
 
 # The broker
 
 
-def test_a_server_without_a_broker_ends_within_seconds(
+def test_server_without_broker_exits_within_seconds(
     tmp_path: Path, dead_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "fleet.toml"
@@ -180,7 +182,7 @@ def test_a_server_without_a_broker_ends_within_seconds(
     assert time.monotonic() - begun < 20
 
 
-def test_a_device_without_a_broker_ends_within_seconds(
+def test_device_without_broker_exits_within_seconds(
     tmp_path: Path, dead_port: int, base_folder: Path, train_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_device(tmp_path, model=base_folder, data=train_csv, port=dead_port)
@@ -203,25 +205,25 @@ def write_device(folder: Path, *, model: Path, data: Path, port: int = 1) -> Pat
 
 @pytest.fixture
 def earlier(tmp_path: Path, tuned: Path, fingerprint: Fingerprint) -> Iterator[Path]:
-    """A result at the place where the command would write; it must be the same afterwards."""
+    """Return the folder of an earlier result at the output path, which must not change."""
     out = tmp_path / "model"
     shutil.copytree(tuned, out)
     before = fingerprint(out)
     yield out
     assert fingerprint(out) == before
-    assert not list(tmp_path.glob(".model*"))  # no half-written folder beside it either
+    assert not list(tmp_path.glob(".model*"))  # and no partly written folder beside it
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("--pruning-ratio", "1.2"), ("--pruning-ratio", "-0.1"), ("--rank", "0"), ("--steps", "0")]
 )
-def test_impossible_numbers(
+def test_out_of_range_number_is_refused(
     option: str, value: str, earlier: Path, base_folder: Path, train_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, [*tune(base_folder, train_csv, earlier), option, value], value)
 
 
-def test_a_model_folder_that_is_not_there(
+def test_missing_model_folder_is_refused(
     tmp_path: Path, earlier: Path, train_csv: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, tune(tmp_path / "absent-model", train_csv, earlier), "absent-model")
@@ -230,7 +232,7 @@ def test_a_model_folder_that_is_not_there(
     refused(capsys, ["compile", str(tmp_path / "absent-model")], "absent-model")
 
 
-def test_a_family_that_is_not_supported(
+def test_unsupported_family_is_refused(
     tmp_path: Path, earlier: Path, train_csv: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "t5"
@@ -244,7 +246,7 @@ def test_a_family_that_is_not_supported(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", ["empty"]),
         ("text,label\n", ["no"]),
@@ -255,8 +257,8 @@ def test_a_family_that_is_not_supported(
     ],
     ids=["empty", "header only", "label too large", "label negative", "label no number", "column missing"],
 )
-def test_data_that_cannot_be_used(
-    text: str, told: list[str], tmp_path: Path, earlier: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_unusable_data_is_refused_without_quoting_it(
+    text: str, expected: list[str], tmp_path: Path, earlier: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "bad.csv"
     data.write_text(text)
@@ -264,21 +266,21 @@ def test_data_that_cannot_be_used(
         tune(base_folder, data, earlier),
         ["device", "--config", str(write_device(tmp_path, model=base_folder, data=data))],
     ):
-        message = refused(capsys, arguments, "bad.csv", *told)
+        message = refused(capsys, arguments, "bad.csv", *expected)
         assert "secret" not in message
         assert "the film" not in message
 
 
-def test_a_data_file_that_is_not_there(
+def test_missing_data_file_is_refused(
     tmp_path: Path, earlier: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(capsys, tune(base_folder, tmp_path / "absent.csv", earlier), "absent.csv", "does not exist")
 
 
-def test_an_error_speaks_in_the_words_of_the_face_that_was_used(
+def test_error_names_options_settings_or_arguments(
     tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same errors name flags, settings of device.toml, or arguments of Python."""
+    """The same error names options, keys of device.toml, or arguments of Python."""
     no_column, no_class = tmp_path / "no-column.csv", tmp_path / "no-class.csv"
     no_column.write_text("sentence,label\nthe film,0\n")
     no_class.write_text("text,label\nthe film,7\n")
@@ -289,18 +291,18 @@ def test_an_error_speaks_in_the_words_of_the_face_that_was_used(
     refused(
         capsys, [*tune(base_folder, no_class, tmp_path / "model"), "--rank", "0", "--num-labels", "8"], "--rank is 0"
     )
-    for data, told in (
+    for data, expected in (
         (no_column, "data.text and data.text_pair and data.label"),
         (no_class, "(data.num_labels is 2)"),
     ):
-        refused(capsys, ["device", "--config", str(write_device(tmp_path, model=base_folder, data=data))], told)
+        refused(capsys, ["device", "--config", str(write_device(tmp_path, model=base_folder, data=data))], expected)
     tuner = EdgeTuner.from_pretrained(base_folder, r=2)
     with pytest.raises(DataError, match="`text` and `text_pair` and `label`"):
         tuner.fit(no_column)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "removed", "tampered"])
-def test_a_corrupt_checkpoint(
+def test_corrupt_checkpoint_is_refused(
     damage: str,
     tmp_path: Path,
     tuned: Path,
@@ -326,15 +328,67 @@ def test_a_corrupt_checkpoint(
 
 
 @pytest.mark.parametrize("command", ["run", "bench"])
-def test_a_bundle_that_is_not_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_bundle_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--text", "the film"] if command == "run" else []
     refused(capsys, [command, str(tmp_path / "absent-bundle"), *more], "absent-bundle")
 
 
-@pytest.mark.parametrize(("command", "told"), [("export", "absent-run does not exist"), ("report", "absent-run")])
-def test_a_run_that_is_not_there(
-    command: str, told: str, tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("command", "expected"), [("assemble", "absent-run does not exist"), ("report", "absent-run")])
+def test_missing_run_folder_is_refused(
+    command: str, expected: str, tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--model", str(base_folder), "--out", str(tmp_path / "model")] if command == "export" else []
-    refused(capsys, [command, str(tmp_path / "absent-run"), *more], told)
+    more = ["--model", str(base_folder), "--out", str(tmp_path / "model")] if command == "assemble" else []
+    refused(capsys, [command, str(tmp_path / "absent-run"), *more], expected)
     assert not list(tmp_path.iterdir())
+
+
+# Renamed options and commands
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new", "value"),
+    [
+        (["demo"], "--rounds", "--num-rounds", "7"),
+        (["demo"], "--devices", "--num-devices", "3"),
+        (["simulate"], "--rounds", "--num-rounds", "7"),
+        (["simulate"], "--profiles", "--device-classes", "boards.toml"),
+        (["simulate"], "--drop-out", "--disconnect-probability", "0.1"),
+        (["simulate"], "--wire", "--model-shape", "minilm"),
+        (["experiment"], "--engine", "--executor", "ray"),
+        (["tune", "--model", "m", "--data", "d", "--out", "o"], "--r", "--rank", "4"),
+    ],
+)
+def test_old_option_works_with_a_warning(
+    command: list[str], old: str, new: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = cli.make_parser()
+    current = vars(parser.parse_args([*command, new, value]))
+    assert capsys.readouterr().err == ""
+    assert vars(parser.parse_args([*command, old, value])) == current
+    assert capsys.readouterr().err == (
+        f"warning: {old} is now called {new}. The old name will stop working in the next release.\n"
+    )
+    with pytest.raises(SystemExit):
+        main([command[0], "--help"])
+    assert f"{old} " not in capsys.readouterr().out
+
+
+def test_old_command_export_runs_assemble_with_a_warning(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(tmp_path / "absent-run"), "--model", str(base_folder), "--out", str(tmp_path / "model")]
+    assert main(command) == 2
+    warning, error = capsys.readouterr().err.splitlines()[:2]
+    assert warning.startswith("warning: `fedspine-edge export` is now called `fedspine-edge assemble`.")
+    assert "ONNX or GGUF" in warning
+    assert "absent-run does not exist" in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_each_default_once_in_one_form(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("default:") == shown.count("(default: ")
+    assert "; default" not in shown
+    assert "None" not in shown

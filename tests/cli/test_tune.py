@@ -1,4 +1,4 @@
-"""`fedspine-edge tune`: wrong input is told before it trains, and nothing that was trained is lost."""
+"""The command tune: invalid input is reported before training, and no training is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedspine_edge.training.checkpoint import FitCheckpoint
 Fingerprint = Callable[[Path], dict[str, str]]
 
 
-def test_a_model_of_the_hub_is_taken_from_its_cache_or_its_absence_told(
+def test_hub_id_is_read_from_the_cache_or_refused(
     base_folder: Path,
     train_csv: Path,
     tmp_path: Path,
@@ -39,7 +39,7 @@ def test_a_model_of_the_hub_is_taken_from_its_cache_or_its_absence_told(
 
 
 @pytest.mark.parametrize("out", ["model", "bundle", "bundle.zip"])
-def test_a_disk_that_is_full_at_the_end_is_told_and_leaves_what_was_there(
+def test_full_disk_is_one_error_and_keeps_earlier_results(
     out: str,
     tmp_path: Path,
     base_folder: Path,
@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_leaves_what_was_there(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The system refuses files above a limit as it refuses those for which there is no room."""
+    """A limit on the file size fails in the same way as a full disk."""
     shutil.copytree(tuned if out == "model" else compiled, tmp_path / out.partition(".")[0])
     monkeypatch.setattr(FitCheckpoint, "stepped", lambda *_: None)
     command = ["compile", str(tuned), "--out", str(tmp_path / out), "--backend", "onnxruntime"]
@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_leaves_what_was_there(
 
 
 @pytest.mark.parametrize("wrong", ["test", "out"])
-def test_tune_says_what_is_wrong_before_it_trains(
+def test_tune_checks_test_file_and_output_before_training(
     wrong: str,
     base_folder: Path,
     train_csv: Path,
@@ -76,9 +76,9 @@ def test_tune_says_what_is_wrong_before_it_trains(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("training started first"))
     taken = tmp_path / "taken"
-    taken.write_text("another's file")
+    taken.write_text("an existing file")
     test = tmp_path / "absent.csv" if wrong == "test" else train_csv
     out = taken if wrong == "out" else tmp_path / "model"
     refused(
@@ -87,7 +87,7 @@ def test_tune_says_what_is_wrong_before_it_trains(
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "told"),
+    ("flag", "value", "expected"),
     [
         ("--learning-rate", "0", "--learning-rate is 0.0; it must be above 0"),
         ("--batch-size", "0", "--batch-size is 0; it must be at least 1"),
@@ -98,50 +98,50 @@ def test_tune_says_what_is_wrong_before_it_trains(
         ("--seed", "-1", "--seed is -1; it must be at least 0"),
     ],
 )
-def test_a_number_beyond_its_limit_is_told_by_its_flag_before_a_model_is_loaded(
+def test_out_of_range_number_names_its_option_before_loading(
     flag: str,
     value: str,
-    told: str,
+    expected: str,
     base_folder: Path,
     train_csv: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedspine_edge.tuner.open_model", lambda *_, **__: pytest.fail("it loaded a model first"))
-    refused(capsys, tune(base_folder, train_csv, tmp_path / "model", flag, value), f"error: {told}")
+    monkeypatch.setattr("fedspine_edge.tuner.open_model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    refused(capsys, tune(base_folder, train_csv, tmp_path / "model", flag, value), f"error: {expected}")
 
 
-def test_a_model_that_is_pruned_further_already_is_refused_before_it_trains(
+def test_model_already_pruned_further_is_refused_before_training(
     tuned: Path,
     train_csv: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("training started first"))
     command = tune(tuned, train_csv, tmp_path / "model", "--rank", "2", "--pruning-ratio", "0.1")
     refused(capsys, command, "already pruned to 0.5", "base model")
 
 
-def test_pruning_takes_as_many_steps_as_it_is_told(
+def test_pruning_takes_the_given_stages_and_steps(
     base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = tune(base_folder, train_csv, tmp_path / "model", "--pruning-ratio", "0.5")
     assert main([*command, "--pruning-stages", "2", "--pruning-steps", "3"]) == 0
-    told = capsys.readouterr().err
-    assert "in 2 parts, with 3 training steps between two" in told
-    assert "prune: 3 of 3" in told
+    expected = capsys.readouterr().err
+    assert "in 2 stages, with 3 training steps in between" in expected
+    assert "prune: 3 of 3" in expected
 
 
-def test_a_place_that_cannot_be_written_is_an_error_without_a_traceback(
+def test_unwritable_output_is_one_error(
     base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     refused(capsys, tune(base_folder, train_csv, tmp_path / "file" / "model"), "cannot be written", "permissions")
 
 
-def test_tune_says_in_a_log_what_it_does_and_what_is_next(
+def test_tune_logs_its_stages_and_prints_the_next_command(
     base_folder: Path, train_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*tune(base_folder, train_csv, tmp_path / "model"), "--test", str(train_csv), "--pruning-ratio", "0.5"]
@@ -164,7 +164,7 @@ def test_tune_says_in_a_log_what_it_does_and_what_is_next(
     assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "model")
 
 
-def test_tune_goes_on_where_it_was_interrupted(
+def test_tune_continues_after_an_interruption(
     base_folder: Path,
     train_csv: Path,
     tmp_path: Path,
@@ -176,23 +176,23 @@ def test_tune_goes_on_where_it_was_interrupted(
         return [*tune(base_folder, train_csv, tmp_path / out), "--steps", "12", "--pruning-ratio", "0.5", "--rank", "2"]
 
     def full(*_: object, **__: object) -> None:
-        raise CheckpointError("no space", remedy="Make room.")
+        raise CheckpointError("no space", remedy="Free some space.")
 
     assert main(command("straight")) == 0
     monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.save", full)
-    refused(capsys, command("model"), "no space", "Make room", "the same command goes on")
+    refused(capsys, command("model"), "no space", "Free some space", "run the same command to continue")
     monkeypatch.undo()
     refused(capsys, [*command("model"), "--seed", "1"], "model.unfinished", "another fit", "delete")
     assert main(command("model")) == 0
-    said = capsys.readouterr().err
-    assert "goes on" in said
-    assert "fit:" not in said  # both trainings were found done
+    log = capsys.readouterr().err
+    assert "continuing from" in log
+    assert "fit:" not in log  # both trainings were already complete
     prints = [fingerprint(tmp_path / out) for out in ("straight", "model")]
     assert prints[0]["adapter_model.safetensors"] == prints[1]["adapter_model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "straight"]
 
 
-def test_tune_needs_room_before_it_trains(
+def test_tune_checks_free_space_before_training(
     base_folder: Path,
     train_csv: Path,
     tmp_path: Path,
@@ -202,21 +202,21 @@ def test_tune_needs_room_before_it_trains(
     (tmp_path / "file").touch()
     logged = [*tune(base_folder, train_csv, tmp_path / "model"), "--log-dir", str(tmp_path / "file")]
     refused(capsys, logged, "--log-dir", "cannot be used")
-    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("it trained first"))
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.fit", lambda *_, **__: pytest.fail("training started first"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "cannot be written", "free", "space")
     monkeypatch.undo()
-    monkeypatch.setattr("os.access", lambda *_: False)  # as on a read-only file system, for root too
+    monkeypatch.setattr("os.access", lambda *_: False)  # as on a read-only file system, even for root
     refused(capsys, tune(base_folder, train_csv, tmp_path / "model"), "is not writable", "permissions")
 
 
-def test_tune_takes_labels_from_the_column_that_is_named(base_folder: Path, tmp_path: Path) -> None:
+def test_tune_reads_labels_from_the_given_column(base_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "train.csv"
     data.write_text("text,stars\n" + "the film was good,1\nthe film was bad,0\n" * 8)
     assert main(tune(base_folder, data, tmp_path / "model", "--label", "stars")) == 0
 
 
-def test_tune_teaches_a_language_model_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_trains_a_language_model_on_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_lm.write_folder(tmp_path / "base")
     train = tiny_lm.write_instructions(tmp_path / "train.jsonl", tiny_lm.instructions(60))
     options = ["--task", "causal_lm", "--text", "prompt", "--text-pair", "answer", "--test", str(train), "--json"]

@@ -27,7 +27,7 @@ FIGURES = {
 
 
 def command(tiny_model: Path, tiny_csv: Path, out: Path) -> list[str]:
-    options = {"--model": tiny_model, "--data": tiny_csv, "--out": out, "--rounds": 5, "--devices": 2}
+    options = {"--model": tiny_model, "--data": tiny_csv, "--out": out, "--num-rounds": 5, "--num-devices": 2}
     return [
         sys.executable,
         "-m",

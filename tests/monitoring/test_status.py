@@ -124,8 +124,8 @@ def test_status_waiting_shows_missing_devices(tmp_path: Path, capsys: pytest.Cap
     made.hello("nx-9", refused="its base model has digest 00, this fleet trains 11.")
     text = shown(tmp_path / "run", capsys)
     assert "run abc · waiting for devices before round 1 of 5: 1 of 2 online" in text
-    assert "a server is at work" in text
-    assert "on one that does not appear here: fedspine-edge doctor --config device.toml" in text
+    assert "the server is running" in text
+    assert "if one is missing here, run on it: fedspine-edge doctor --config device.toml" in text
     assert "nx-9: refused: its base model has digest 00" in text
     made.hello("nx-2")
     assert made.read().state == "running"
@@ -138,7 +138,7 @@ def test_status_running_shows_each_device(run: Run, capsys: pytest.CaptureFixtur
     run.report(1, "nx-2", "out_of_memory", OOM)
     run.hello("nx-3", online=False)
     text = shown(run.config.run_dir, capsys)
-    assert "round 1 of 5 runs: 2 of 3 devices have answered" in text
+    assert "round 1 of 5 is running: 2 of 3 devices have answered" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("nx-")}
     assert rows["nx-1"][:9] == ["nx-1", "orin-nx", "ok", "0.000", "4", "12.5", "0.2500", "0.750", "1000"]
     assert rows["nx-3"][2:4] == ["running,", "offline"]
@@ -200,14 +200,14 @@ def test_status_distinguishes_stopped_from_running(run: Run, capsys: pytest.Capt
     assert run.read().server_running is True
     run.dir.close()  # as SIGKILL leaves it: nothing said
     text = shown(run.config.run_dir, capsys)
-    assert "stopped, not finished; when it stopped: round 1 of 5 runs: 0 of 3" in text
-    assert "3 online when the server last heard" in text
+    assert "stopped before it was finished; last state: round 1 of 5 is running: 0 of 3" in text
+    assert "3 online when the server stopped" in text
     assert "it was killed, or its machine stopped" in text
-    assert "it continues with: fedspine-edge server" in text
+    assert "to continue: fedspine-edge server" in text
     run.dir = RunDir(run.config)
     run.journal.set_meta(stopped="no broker.\n  Start it.")
     run.dir.close()
-    assert "why it stopped: no broker.\n  Start it." in shown(run.config.run_dir, capsys)
+    assert "reason: no broker.\n  Start it." in shown(run.config.run_dir, capsys)
 
 
 def test_status_simulation_shows_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,12 +246,12 @@ def test_follow_without_server_exits(
 ) -> None:
     run.dir.close()
     monkeypatch.setattr(command, "POLL_S", 0.05)
-    monkeypatch.setattr(command, "GONE_S", 0.2)
+    monkeypatch.setattr(command, "SERVER_TIMEOUT_S", 0.2)
     assert main(["status", run.config.run_dir, "--follow", "--json"]) == 1
     out, err = capsys.readouterr()
     (line,) = out.splitlines()
     assert json.loads(line)["state"] == "stopped"
-    assert "no server has been at work" in err
+    assert "no server has been running" in err
 
 
 def test_follow_removed_folder_raises(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

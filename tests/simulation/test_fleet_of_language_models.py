@@ -80,7 +80,7 @@ def test_language_fleet_learns_instructions_over_broker(tmp_path: Path) -> None:
     assert all(last.loss_after < 0.3 * first.loss_before for first, last in zip(rounds[1], rounds[6]))
 
     for step in (
-        ["export", str(tmp_path / "run"), "--model", str(model), "--out", str(tmp_path / "model")],
+        ["assemble", str(tmp_path / "run"), "--model", str(model), "--out", str(tmp_path / "model")],
         ["compile", str(tmp_path / "model"), "--out", str(tmp_path / "bundle")],
     ):
         subprocess.run([*COMMAND, *step], check=True, capture_output=True)

@@ -156,7 +156,7 @@ def test_simulate_command_trains_mix_on_task(
 ) -> None:
     data = write(tmp_path / "all.jsonl", task, 61, 1)
     columns = ["--text", "prompt", "--text-pair", "answer"] if task == "causal_lm" else ["--num-labels", "3"]
-    options = ["--mix", "tx2=1,nx=1", "--task", task, "--rounds", "3", "--pruning-ratio", "0", *columns]
+    options = ["--mix", "tx2=1,nx=1", "--task", task, "--num-rounds", "3", "--pruning-ratio", "0", *columns]
     command = ["simulate", *options, "--data", str(data), "--out", str(tmp_path / "sim"), "--json"]
     assert main(command) == 2
     assert "Give --model and --data" in capsys.readouterr().err

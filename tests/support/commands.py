@@ -1,4 +1,4 @@
-"""Commands as a user types them, and what a refusal must look like."""
+"""Commands as a user types them, and the form of an error."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import pytest
 from fedspine_edge.cli.main import main
 
 
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *told: str) -> str:
-    """Runs the command, which must end with code 2 and one error that says all of `told`."""
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *expected: str) -> str:
+    """Run a command that must exit with code 2 and one error that contains all of `expected`. Returns the error."""
     capsys.readouterr()
     assert main(arguments) == 2
-    return one_error(capsys.readouterr().err, *told)
+    return one_error(capsys.readouterr().err, *expected)
 
 
-def one_error(stderr: str, *told: str) -> str:
+def one_error(stderr: str, *expected: str) -> str:
+    """Check that there is one error with a remedy that contains all of `expected`, and return it."""
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, stderr
     assert "Traceback" not in stderr
     message = stderr[stderr.index("error: ") :]
-    for part in told:
+    for part in expected:
         assert part in message, message
     remedy = message.splitlines()[1:]
     assert remedy, f"no remedy: {message}"

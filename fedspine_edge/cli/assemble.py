@@ -1,18 +1,20 @@
-"""`fedspine-edge export`."""
+"""Command `fedspine-edge assemble`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-EXAMPLE = "fedspine-edge export runs/fleet --model path/to/base --out model/"
+from fedspine_edge.cli.options import add_json_option
+
+EXAMPLE = "fedspine-edge assemble runs/fleet --model path/to/base --out model/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, help="the server's run folder")
+    parser.add_argument("run_dir", type=Path, help="run folder of the server")
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model that the fleet trained")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the finished model to")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
