@@ -13,7 +13,7 @@ import fedspine_edge
 from fedspine_edge.errors import MissingDependency
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLIC_MODULES = {"fedspine_edge", "fedspine_edge.errors", "fedspine_edge.strategies"}
+PUBLIC_MODULES = {"fedspine_edge", "fedspine_edge.data", "fedspine_edge.errors", "fedspine_edge.strategies"}
 """Modules that docs and examples may import from."""
 
 
