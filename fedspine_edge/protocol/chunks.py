@@ -1,6 +1,6 @@
-"""Blobs in chunks: cutting, collecting across restarts, and keeping by content.
+"""Blobs in chunks: splitting them, collecting them across restarts, and storing them by content.
 
-A chunk is trusted only as far as its place and length; the whole is trusted once its SHA-256 is the one announced.
+A chunk is checked only for its index and length. The blob is trusted once its SHA-256 is the announced one.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def split(data: bytes, *, chunk_bytes: int = CHUNK_BYTES) -> tuple[BlobRef, list[bytes]]:
-    """`data` as a reference and its chunks, in order; all but the last have `chunk_bytes` bytes."""
+    """Return the reference of `data` and its chunks in order; all but the last have `chunk_bytes` bytes."""
     ref = ref_of(data, chunk_bytes=chunk_bytes)
     return ref, [chunk(ref, data, index) for index in range(ref.num_chunks)]
 
 
 def ref_of(data: bytes, *, chunk_bytes: int = CHUNK_BYTES) -> BlobRef:
-    """The name under which `data` travels. Raises `BlobError` when it is too large for the wire."""
+    """Return the reference of `data`. Raises `BlobError` when it is too large to be sent."""
     if len(data) > MAX_BLOB_BYTES:
-        raise BlobError(f"blob has {len(data):,} bytes; at most {MAX_BLOB_BYTES:,} travel.")
+        raise BlobError(f"blob has {len(data):,} bytes; at most {MAX_BLOB_BYTES:,} can be sent.")
     return BlobRef(sha256=digest(data), size_bytes=len(data), chunk_bytes=chunk_bytes)
 
 
 def chunk(ref: BlobRef, data: bytes, index: int) -> bytes:
-    """Chunk `index` of `data`, for sending single ones again. Raises `BlobError` when there is no such chunk."""
+    """Return chunk `index` of `data`. Raises `BlobError` when there is no such chunk."""
     _check_index(ref, index)
     return data[index * ref.chunk_bytes : (index + 1) * ref.chunk_bytes]
 
@@ -41,10 +41,10 @@ class Download:
     """Collects the chunks of one blob, in any order and with repetitions.
 
     Args:
-        ref: The blob as announced. Nothing is allocated for it in advance.
-        directory: Where chunks are kept until `discard`, so that a restarted process goes on where it stopped;
+        ref: The announced blob. Nothing is allocated for it in advance.
+        directory: Folder in which chunks are kept until `discard`, so that a restarted process continues with them;
             None keeps them in memory.
-        max_bytes: Largest blob accepted; a larger announcement raises `BlobError`.
+        max_bytes: Size of the largest accepted blob; the announcement of a larger one raises `BlobError`.
     """
 
     def __init__(self, ref: BlobRef, directory: str | Path | None = None, *, max_bytes: int = MAX_BLOB_BYTES) -> None:
@@ -63,15 +63,16 @@ class Download:
 
     @property
     def complete(self) -> bool:
+        """Whether all chunks were received."""
         return len(self._have) == self.ref.num_chunks
 
     @property
     def received(self) -> int:
-        """How many chunks are here."""
+        """Number of chunks received."""
         return len(self._have)
 
     def missing(self, limit: int = 16) -> list[int]:
-        """The lowest indices not yet here, at most `limit`."""
+        """Return the lowest missing indices, at most `limit`."""
         while self._lowest in self._have:
             self._lowest += 1
         found: list[int] = []
@@ -83,9 +84,9 @@ class Download:
         return found
 
     def feed(self, index: int, data: bytes) -> bool:
-        """Take one chunk; False when it was already here.
+        """Add one chunk; return False when it was received before.
 
-        Raises `BlobError` when there is no such chunk or its length is wrong; what was collected stays.
+        Raises `BlobError` when there is no such chunk or its length is wrong; the other chunks are kept.
         """
         _check_index(self.ref, index)
         expected = self._length(index)
@@ -97,36 +98,36 @@ class Download:
             self._chunks[index] = bytes(data)
         else:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Not synced: after a power cut a torn chunk fails the check of its length or of the whole.
+            # Not synced: after a power cut, an incomplete chunk fails the check of its length or of the blob's hash.
             write_atomically(self._folder / str(index), data, sync=False)
         self._have.add(index)
         return True
 
     def data(self) -> bytes:
-        """The whole blob.
+        """Return the blob.
 
-        Raises `BlobError` when chunks are missing, or when the whole is not what was announced; then all
-        chunks are discarded, and the transfer can start again.
+        Raises `BlobError` when chunks are missing, or when the blob does not have the announced hash. In the latter
+        case all chunks are discarded, and the transfer can start again.
         """
         if not self.complete:
             raise BlobError(
                 f"blob {self.ref.sha256[:12]} is incomplete: {self.received} of {self.ref.num_chunks} chunks."
             )
         try:
-            whole = b"".join(self._read(index) for index in range(self.ref.num_chunks))
+            blob = b"".join(self._read(index) for index in range(self.ref.num_chunks))
         except OSError as error:
             self.discard()
             raise BlobError(f"chunks of {self.ref.sha256[:12]} cannot be read: {error}.") from error
-        if len(whole) != self.ref.size_bytes or digest(whole) != self.ref.sha256:
+        if len(blob) != self.ref.size_bytes or digest(blob) != self.ref.sha256:
             self.discard()
             raise BlobError(
-                f"blob {self.ref.sha256[:12]} is corrupt: its {len(whole):,} bytes have another SHA-256.",
+                f"blob {self.ref.sha256[:12]} is corrupt: its {len(blob):,} bytes have another SHA-256.",
                 remedy="Its chunks were discarded; it will be transferred again.",
             )
-        return whole
+        return blob
 
     def discard(self) -> None:
-        """Forget all chunks, in memory and on disk."""
+        """Delete all chunks, in memory and on disk."""
         self._chunks.clear()
         self._have.clear()
         self._lowest = 0
@@ -150,24 +151,24 @@ class Download:
 
 
 class BlobStore:
-    """A folder of blobs, each in a file named by its SHA-256; safe against power loss and silent corruption."""
+    """A folder of blobs, each in a file named by its SHA-256. It detects corruption and survives power loss."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
-        """The hashes held, sorted."""
+        """Iterate over the stored hashes, sorted."""
         return iter(sorted(path.name for path in self.directory.iterdir() if _SHA256.fullmatch(path.name)))
 
     def path(self, sha256: str) -> Path:
-        """The file of a blob, whether it exists or not. Raises `BlobError` unless `sha256` is one."""
+        """Return the file of a blob, which need not exist. Raises `BlobError` unless `sha256` is a SHA-256."""
         if not _SHA256.fullmatch(sha256):
             raise BlobError(f"{sha256[:80]!r} is not a SHA-256.")
         return self.directory / sha256
 
     def put(self, data: bytes) -> str:
-        """Keep `data`; returns its SHA-256. On return it is on the disk."""
+        """Store `data` and return its SHA-256. On return it is synced to the disk."""
         sha256 = digest(data)
         path = self.path(sha256)
         if not (path.is_file() and path.read_bytes() == data):
@@ -175,7 +176,7 @@ class BlobStore:
         return sha256
 
     def get(self, sha256: str) -> bytes:
-        """The blob. Raises `BlobError` when it is not here or not intact; a damaged file is removed."""
+        """Return a blob. Raises `BlobError` when it is absent or damaged; a damaged file is removed."""
         path = self.path(sha256)
         try:
             data = path.read_bytes()
@@ -188,17 +189,13 @@ class BlobStore:
             raise BlobError(f"blob {path} was damaged on disk and has been removed.", remedy="It must be sent again.")
         return data
 
-    def has(self, sha256: str) -> bool:
-        """Whether a file of that name is here; `get` says whether it is intact."""
-        return self.path(sha256).is_file()
-
     def prune(self, keep: Iterable[str]) -> int:
-        """Remove every blob that is not in `keep`, and leftovers of interrupted writes; returns how many files."""
+        """Remove blobs that are not in `keep` and files of interrupted writes; return the number of removed files."""
         kept = set(keep)
-        doomed = [path for path in self.directory.iterdir() if path.is_file() and path.name not in kept]
-        for path in doomed:
+        removed = [path for path in self.directory.iterdir() if path.is_file() and path.name not in kept]
+        for path in removed:
             path.unlink(missing_ok=True)
-        return len(doomed)
+        return len(removed)
 
 
 def _check_index(ref: BlobRef, index: int) -> None:

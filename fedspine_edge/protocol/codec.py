@@ -1,7 +1,7 @@
-"""Messages and tensors to bytes and back, with every length checked before anything is allocated.
+"""Encodes messages and tensors as bytes and decodes them, checking every length before anything is allocated.
 
-Messages are JSON (readable with `mosquitto_sub`), tensors are safetensors. Whatever the bytes are, only a
-`ProtocolError` is raised. `check_names` and `check_tensors` hold the allow-list of what leaves a device.
+Messages are JSON (readable with `mosquitto_sub`), tensors are safetensors. Malformed bytes raise a `ProtocolError` and
+no other error. `check_names` and `check_tensors` enforce the allow-list of `protocol.blobs`.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def _decode(payload: bytes, kind: Any, name: str) -> Any:
 
 
 def digest(data: bytes | memoryview) -> str:
-    """SHA-256 as 64 lower-case hex digits."""
+    """Return the SHA-256 of `data` as 64 lower-case hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """safetensors bytes of `tensors`; the same tensors always give the same bytes.
+    """Return `tensors` as safetensors bytes; the same tensors always give the same bytes.
 
     Raises `BlobError` for more than `MAX_TENSORS`, a dtype outside `DTYPES` or too many bytes.
     """
@@ -118,7 +118,7 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack(data: bytes, *, max_bytes: int = MAX_BLOB_BYTES) -> dict[str, Tensor]:
-    """The tensors of safetensors bytes, by name.
+    """Return the tensors in safetensors bytes, by name.
 
     Raises `BlobError` for anything truncated, tampered with, over a limit, or outside `DTYPES`.
     """
@@ -132,17 +132,17 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BLOB_BYTES) -> dict[str, Tensor]
 
 
 def check_names(names: Iterable[str], kind: BlobKind) -> None:
-    """Raises `BlobError` naming the first tensor that a round or update blob may not contain."""
+    """Raise `BlobError` with the first name that a round or update blob may not contain."""
     for name in names:
         if allowed_dtypes(name, kind) is None:
             raise BlobError(
                 f"tensor {name[:80]!r} is not on the allow-list of {kind} blobs.",
-                remedy="docs/reference/protocol.md lists every tensor name that may travel.",
+                remedy="docs/reference/protocol.md lists the allowed tensor names.",
             )
 
 
 def check_tensors(tensors: Mapping[str, Tensor], kind: BlobKind) -> None:
-    """Like `check_names`, and every tensor must have the dtype that goes with its name."""
+    """Raise `BlobError` as `check_names` does, or for a tensor whose element type its name does not allow."""
     check_names(tensors, kind)
     for name, tensor in tensors.items():
         dtypes = allowed_dtypes(name, kind)
@@ -151,9 +151,9 @@ def check_tensors(tensors: Mapping[str, Tensor], kind: BlobKind) -> None:
 
 
 def _check_header(data: bytes) -> None:
-    """Limits on what the safetensors header announces, before the parser allocates for it.
+    """Check the limits of a safetensors header before the parser allocates anything for it.
 
-    Free-form `__metadata__` is refused: it would be a way for text to leave a device.
+    Free-form `__metadata__` is rejected, since text could leave a device in it.
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
@@ -161,7 +161,7 @@ def _check_header(data: bytes) -> None:
     if length > MAX_HEADER_BYTES:
         raise BlobError(f"safetensors header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are accepted.")
     try:
-        # json, unlike msgspec, shows repeated names, of which a parser keeps only one.
+        # json, unlike msgspec, reports repeated names, of which a parser keeps only one.
         pairs = json.loads(data[8 : 8 + length], object_pairs_hook=_Pairs)
         if not isinstance(pairs, _Pairs):
             raise BlobError("not valid safetensors: the header is not an object.")
@@ -181,7 +181,7 @@ def _check_header(data: bytes) -> None:
 
 
 class _Pairs:
-    """A JSON object with its repeated names, if any."""
+    """A JSON object as a list, including repeated names."""
 
     def __init__(self, items: list[tuple[str, Any]]) -> None:
         self.items = items
@@ -193,7 +193,7 @@ def _plain(entry: Any) -> Any:
 
 def _is_tensor(name: str) -> bool:
     if name == "__metadata__":
-        raise BlobError("blob carries free-form metadata; only tensors may travel.")
+        raise BlobError("blob contains free-form metadata; only tensors are allowed.")
     return True
 
 

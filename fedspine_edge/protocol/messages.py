@@ -1,7 +1,7 @@
-"""What server and devices say to each other: msgspec structs with a schema version, no torch, no MQTT.
+"""Messages between server and devices: msgspec structs with a schema version, without torch or MQTT.
 
-Messages are idempotent. A plan is desired state (retained), a report answers exactly one plan, an ack
-answers a report. Tensors never travel inside a message: a `BlobRef` names a content-addressed blob.
+Messages are idempotent. A plan is the desired state (retained), a report answers exactly one plan, an ack answers a
+report. Messages contain no tensors; a `BlobRef` refers to a content-addressed blob.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK_BYTES = 96 * 1024
 """Small enough for the default limits of Mosquitto, EMQX, AWS IoT and the embedded broker."""
 
 MAX_BLOB_BYTES = 2 * 1024**3
-"""Sanity cap checked before anything is allocated for an announced blob."""
+"""Largest blob, checked before anything is allocated for an announced one."""
 
 MAX_RETRY_S = 15.0
 """Longest retry interval; also used while no plan with a deadline is known."""
@@ -30,13 +30,13 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all messages; `schema` is checked by the codec."""
+    """Base of all messages; the codec checks `schema`."""
 
     schema: int = SCHEMA
 
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The name of a content-addressed blob: its hash, its size and how it is cut into chunks."""
+    """Reference to a content-addressed blob: its hash, its size and the size of its chunks."""
 
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
@@ -44,11 +44,12 @@ class BlobRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def num_chunks(self) -> int:
+        """Number of chunks of the blob."""
         return -(-self.size_bytes // self.chunk_bytes)
 
 
 class Status(Message, frozen=True, kw_only=True):
-    """Device → server, retained, with an `offline` twin as last will."""
+    """Device → server, retained; the same with state `offline` is the last will."""
 
     device_id: DeviceId
     state: Literal["online", "offline"]
@@ -59,13 +60,13 @@ class Status(Message, frozen=True, kw_only=True):
     num_labels: Count = 0
     """Classes of the task; 0 for causal_lm."""
     memory_bytes: Count = 0
-    """Memory the device is willing to train in; 0 means not stated."""
+    """Memory that the device is willing to train in; 0 means not stated."""
     memory_base_bytes: Count = 0
     """Estimated peak of a round at rank 0, one example at a time; 0 means no estimate."""
     memory_per_rank_bytes: Count = 0
-    """What every rank adds to it."""
+    """Memory that each rank adds."""
     pruning_ratio: Ratio = 0.0
-    """What the device has already removed (a device that comes back, or a late joiner)."""
+    """Share of prunable parameters that the device has already removed."""
     version: str = ""
 
 
@@ -129,7 +130,7 @@ def retry_interval_s(deadline_s: float) -> float:
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """Device → server: the outcome of one plan. Numbers only; nothing of the data itself."""
+    """Device → server: the outcome of one plan. It contains numbers only, and nothing of the data itself."""
 
     run_id: str
     device_id: DeviceId
@@ -160,7 +161,7 @@ class Report(Message, frozen=True, kw_only=True):
 
 
 class Ack(Message, frozen=True, kw_only=True):
-    """Server → device: what became of a report."""
+    """Server → device: the result of a report."""
 
     run_id: str
     device_id: DeviceId

@@ -1,4 +1,4 @@
-"""The names under which messages and chunks travel: `fedspine/v1/{fleet}/...`, built and parsed here only.
+"""MQTT topics of messages and chunks, `fedspine/v1/{fleet}/...`. Only this module builds and parses them.
 
     fedspine/v1/{fleet}/device/{id}/status                 device → server, retained, last will
     fedspine/v1/{fleet}/device/{id}/plan                   server → device, retained
@@ -7,7 +7,7 @@
     fedspine/v1/{fleet}/device/{id}/blob/{sha256}/{index}  device → server
     fedspine/v1/{fleet}/blob/{sha256}/{index}              server → fleet, retained
 
-What a device writes lies under its own `device/{id}/`, so a broker's access list can hold it there.
+A device writes only below its own `device/{id}/`, so a broker's access list can restrict it to that.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Topics:
     """The topics of one fleet.
 
     Args:
-        fleet: Its name, 1 to 64 of A-Z a-z 0-9 _ -. Raises `ConfigError` otherwise, as do all methods for a
+        fleet: Name of the fleet, 1 to 64 of A-Z a-z 0-9 _ -. Raises `ConfigError` otherwise, as do all methods for a
             device id, hash or chunk index that cannot be part of a topic.
     """
 
@@ -87,16 +87,16 @@ class Topics:
 
     @property
     def server_filters(self) -> tuple[str, ...]:
-        """What a server subscribes to: every device's status, reports and uploads."""
+        """Subscriptions of a server: status, reports and uploads of all devices."""
         device = f"{self.prefix}/device/+"
         return f"{device}/status", f"{device}/report", f"{device}/blob/+/+"
 
     def device_filters(self, device_id: str) -> tuple[str, ...]:
-        """What a device subscribes to all the time: its plan and its acks. Chunks are asked for one by one."""
+        """Return the permanent subscriptions of a device: its plan and its acks. It subscribes to chunks one by one."""
         return self.plan(device_id), self.ack(device_id)
 
     def parse(self, topic: str) -> Topic:
-        """What `topic` is about. Raises `MessageError` for a topic that is not one of this fleet's."""
+        """Parse `topic`. Raises `MessageError` for a topic that is not one of this fleet's."""
         start, _, rest = topic.partition(f"{self.prefix}/")
         pieces = rest.split("/") if not start else []
         if len(pieces) == 3 and pieces[0] == "blob":

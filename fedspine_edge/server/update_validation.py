@@ -1,8 +1,8 @@
 """Validates the updates that devices send: pure checks without I/O, every rejection with its reason.
 
 An update is validated once, when its upload is complete. What passes is an `AcceptedUpdate`, which is aggregated
-without further checks; a rejected update changes nothing. Sources: docs/concepts/pruning.md, "Groups" (what a plan's ratio
-leaves) and docs/reference/protocol.md (the allow-list).
+without further checks; a rejected update changes nothing. Sources: docs/concepts/pruning.md, "Groups" (the ratio that
+a plan leaves) and docs/reference/protocol.md (the allow-list).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def assert_close(got, want, *, tolerance=1e-5):
 
 @settings(max_examples=25)
 @given(st.integers(0, 10**6))
-def test_reconstruct_is_the_best_approximation_of_the_holders_mean(seed):
+def test_reconstruct_is_the_best_approximation_of_the_mean(seed):
     fleet = random_fleet(seed)
     full = aggregate(fleet, r_max=16)
     for name in SHAPES:
@@ -98,7 +98,7 @@ def test_reconstruct_is_the_best_approximation_of_the_holders_mean(seed):
             assert_close(product(full, name, r), best_rank(mean, r))
 
 
-def test_truncation_loses_exactly_what_energy_says():
+def test_truncation_error_matches_the_explained_variance():
     fleet = random_fleet(3)
     result = aggregate(fleet, r_max=8)
     for name in SHAPES:
@@ -109,7 +109,7 @@ def test_truncation_loses_exactly_what_energy_says():
         assert (np.diff(result.explained_variance[name]) >= 0).all()
 
 
-def test_one_device_gets_its_own_adapter_back_balanced():
+def test_aggregate_of_one_device_is_its_adapter_balanced():
     device = Device(np.random.default_rng(0), "only", r=4, weight=7)
     result = aggregate([device])
     for name in SHAPES:
@@ -120,7 +120,7 @@ def test_one_device_gets_its_own_adapter_back_balanced():
         assert A.dtype == B.dtype == np.float32
 
 
-def test_scaling_cancels_out_of_the_factors():
+def test_scaling_does_not_change_the_factors():
     """dW = scaling · B · A for inputs and result, so the scaling does not affect the factors' product."""
     fleet = random_fleet(1)
     one, four = aggregate(fleet, scaling=1.0), aggregate(fleet, scaling=4.0)
@@ -128,7 +128,7 @@ def test_scaling_cancels_out_of_the_factors():
         assert_close(product(one, name), product(four, name))
 
 
-def test_padding_factors_is_biased_and_reconstructing_is_not():
+def test_zero_pad_is_biased_and_reconstruct_is_not():
     rng = np.random.default_rng(5)
     low, high = Device(rng, "low", r=1), Device(rng, "high", r=8)
     mean = weighted_mean([low, high], "layers.0.q")
@@ -137,7 +137,7 @@ def test_padding_factors_is_biased_and_reconstructing_is_not():
     assert exact < 1e-4 < 0.1 * padded
 
 
-def test_rows_nobody_holds_are_dropped_and_disjoint_sets_do_not_mix():
+def test_rows_without_holders_are_zero_and_others_do_not_mix():
     rng = np.random.default_rng(2)
     a = Device(rng, "a", kept=[0, 1, 2], weight=1)
     b = Device(rng, "b", kept=[10, 11], weight=1000)
@@ -166,7 +166,7 @@ def test_device_of_weight_zero_changes_nothing(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_only_weight_zero_gives_fresh_factors(rule):
+def test_devices_of_weight_zero_alone_give_initial_factors(rule):
     result = aggregate([Device(np.random.default_rng(0), "z", weight=0.0)], rule)
     for name, (A, B) in initial_factors(SHAPES, 8, 0).items():
         np.testing.assert_array_equal(result.factors[name][0], A)
@@ -175,7 +175,7 @@ def test_only_weight_zero_gives_fresh_factors(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_same_order_same_bits_other_order_same_values(rule):
+def test_aggregate_is_bit_identical_in_the_same_order(rule):
     fleet = random_fleet(8, devices=6)
     first, again, other = aggregate(fleet, rule), aggregate(fleet, rule), aggregate(fleet[::-1], rule)
     for name in SHAPES:
@@ -184,7 +184,7 @@ def test_same_order_same_bits_other_order_same_values(rule):
         assert_close(product(other, name), product(first, name))
 
 
-def test_stack_divides_by_everyone_and_svd_weighs_equally():
+def test_stack_divides_by_all_devices_and_svd_weighs_equally():
     fleet = random_fleet(6)
     total = sum(d.weight for d in fleet)
     stacked, equal = aggregate(fleet, "stack", r_max=16), aggregate(fleet, "svd", r_max=16)
@@ -196,7 +196,7 @@ def test_stack_divides_by_everyone_and_svd_weighs_equally():
         assert_close(product(equal, name), weighted_mean(fleet, name))
 
 
-def test_zero_pad_averages_a_and_b_apart():
+def test_zero_pad_averages_a_and_b_separately():
     rng = np.random.default_rng(7)
     a, b = Device(rng, "a", r=2, weight=1), Device(rng, "b", r=4, weight=3)
     A, B = aggregate([a, b], "zero_pad").factors["layers.0.q"]
@@ -226,7 +226,7 @@ def trimmed(values):
 @pytest.mark.parametrize(
     ("rule", "middle"), [("median", lambda v: np.median(v) if v else 0.0), ("trimmed_mean", trimmed)]
 )
-def test_robust_rules_per_element_over_holders(rule, middle, block, monkeypatch):
+def test_robust_rules_match_the_reference_per_element(rule, middle, block, monkeypatch):
     monkeypatch.setattr("fedspine_edge.aggregation.rules.BLOCK_ELEMENTS", block)
     fleet = random_fleet(9, devices=7)
     result = aggregate(fleet, rule, r_max=16)
@@ -235,7 +235,7 @@ def test_robust_rules_per_element_over_holders(rule, middle, block, monkeypatch)
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
-def test_robust_rules_withstand_one_liar(rule):
+def test_robust_rules_withstand_one_false_update(rule):
     rng = np.random.default_rng(1)
     honest = Device(rng, "a")
     fleet = [honest]
@@ -249,7 +249,7 @@ def test_robust_rules_withstand_one_liar(rule):
         assert_close(product(aggregate([*fleet, liar], rule), name), honest.dense(name))
 
 
-def test_clip_norm_scales_the_loud_down_to_a_multiple_of_the_median():
+def test_clip_norm_limits_updates_to_a_multiple_of_the_median():
     rng = np.random.default_rng(3)
     fleet = [Device(rng, f"d{k}") for k in range(4)]
     loud = Device(rng, "loud")
@@ -269,7 +269,7 @@ def test_clip_norm_scales_the_loud_down_to_a_multiple_of_the_median():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_components_that_carry_nothing_can_learn(rule):
+def test_empty_components_can_learn(rule):
     """Every component has a nonzero row of A or column of B, so at least one of its gradients is not zero."""
     device = Device(np.random.default_rng(0), "d", r=2)
     result = aggregate([device], rule)
@@ -294,7 +294,7 @@ def test_initial_factors_are_seeded_per_module():
     assert 0.2 < np.abs(A).max() <= 0.25
 
 
-def test_mixed_ranks_up_to_64_go_dense_and_stay_exact():
+def test_mixed_ranks_up_to_64_are_exact():
     shapes = {"layers.0.q": (80, 72)}
     rng = np.random.default_rng(0)
     fleet = [Device(rng, f"d{r}", r=r, weight=r, shapes=shapes, kept=np.arange(0, 80, 2)) for r in (1, 4, 64, 16, 64)]
@@ -303,7 +303,7 @@ def test_mixed_ranks_up_to_64_go_dense_and_stay_exact():
     assert_close(product(result, "layers.0.q"), best_rank(mean, 64))
 
 
-def test_stack_turns_dense_at_the_smaller_side_and_memory_stops_growing():
+def test_stack_becomes_dense_at_the_smaller_side():
     rng = np.random.default_rng(0)
     total = LowRankSum((30, 20))
     want = np.zeros((30, 20))
@@ -316,7 +316,7 @@ def test_stack_turns_dense_at_the_smaller_side_and_memory_stops_growing():
     assert_close((parts.U * parts.S) @ parts.Vt, want, tolerance=1e-12)
 
 
-def test_bounded_stack_keeps_the_leading_part_and_says_what_it_lost():
+def test_bounded_stack_keeps_the_leading_components():
     rng = np.random.default_rng(0)
     total = LowRankSum((60, 50), max_stack_rank=20)
     shared_A, shared_B = rng.normal(size=(4, 50)), rng.normal(size=(60, 4))
@@ -333,7 +333,7 @@ def test_bounded_stack_keeps_the_leading_part_and_says_what_it_lost():
     assert np.linalg.norm(got - best_rank(want, 4)) < 0.01 * np.linalg.norm(want)
 
 
-def test_both_decompositions_agree_signs_included():
+def test_both_decompositions_agree_including_signs():
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(30, 5)), rng.normal(size=(5, 20))
     stack, dense = decompose_stack(left, right), decompose_dense(left @ right)
@@ -344,7 +344,7 @@ def test_both_decompositions_agree_signs_included():
     assert stack.total == pytest.approx(dense.total)
 
 
-def test_product_norm_and_prefix_energy():
+def test_product_norm_and_prefix_explained_variance():
     rng = np.random.default_rng(0)
     A, B = rng.normal(size=(5, 9)), rng.normal(size=(7, 5))
     assert factored.product_norm(A, B) == pytest.approx(np.linalg.norm(B @ A))
@@ -364,7 +364,7 @@ def test_float16_updates_are_summed_in_float64():
         assert_close(product(result, "layers.0.q"), want, tolerance=1e-6)
 
 
-def test_module_that_a_device_lacks_counts_as_not_held():
+def test_absent_module_counts_as_not_kept():
     rng = np.random.default_rng(0)
     whole, part = Device(rng, "a"), Device(rng, "b", weight=5)
     del part.factors["layers.0.q"]
@@ -374,7 +374,7 @@ def test_module_that_a_device_lacks_counts_as_not_held():
         assert_close(product(result, "layers.0.q"), share * whole.dense("layers.0.q"))
 
 
-def test_impossible_settings():
+def test_aggregator_rejects_impossible_settings():
     for rule, r_max, scaling, options in (
         ("mean", 8, 2.0, {}),
         ("svd", 0, 2.0, {}),
@@ -386,7 +386,7 @@ def test_impossible_settings():
             Aggregator(rule, SHAPES, r_max, scaling, 0, **options)
 
 
-def test_nothing_added():
+def test_aggregator_without_updates_raises_value_error():
     with pytest.raises(ValueError, match="nothing"):
         Aggregator("reconstruct", SHAPES, 8, 2.0, 0).finish()
 

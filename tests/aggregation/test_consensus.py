@@ -30,30 +30,30 @@ def test_ties_go_to_the_lower_index():
     assert order_of(make_scores([1, 2, 1, 2])) == [1, 3, 0, 2]
 
 
-def test_weights_count_and_gradient_size_does_not():
+def test_scores_are_weighted_and_independent_of_gradient_size():
     loud, quiet = make_scores([1000, 0, 0, 0], weight=1), make_scores([0, 0.001, 0, 0], weight=3)
     scores = average_scores([loud, quiet], [4])[0]
     np.testing.assert_allclose(scores, [0.5, 1.5, 0, 0])
 
 
-def test_device_with_few_groups_left_has_no_more_say_per_group():
+def test_device_with_few_groups_has_no_more_influence():
     full = make_scores([1, 1, 1, 1])
     half = make_scores([1, 1], index=[0, 2])
     np.testing.assert_allclose(average_scores([full, half], [4])[0], [1, 1, 1, 1])
 
 
-def test_silent_devices_and_all_zero_scores_do_not_count():
+def test_weightless_and_all_zero_scores_do_not_count():
     scores = [make_scores([4, 3, 2, 1]), make_scores([0, 0, 0, 0], weight=100), make_scores([1, 2, 3, 4], weight=0)]
     assert order_of(*scores) == [0, 1, 2, 3]
     assert np.isnan(average_scores([make_scores([0, 0, 0, 0])], [4])[0]).all()
 
 
-def test_groups_without_a_score_keep_their_sequence_behind_the_scored():
+def test_groups_without_a_score_follow_in_their_order():
     partly = make_scores([1, 2], index=[0, 3])
     assert order_of(partly, previous=[np.array([2, 1, 0, 3])]) == [3, 0, 2, 1]
 
 
-def test_what_a_device_removed_keeps_its_place():
+def test_groups_removed_by_a_device_keep_their_position():
     previous = [np.array([3, 1, 0, 2])]
     best_last = make_scores([1, 2, 100, 0])
     assert order_of(best_last, previous=previous, kept=[[np.array([1, 3])]]) == [1, 3, 0, 2]
@@ -69,7 +69,7 @@ def test_layers_are_independent():
 
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4))
-def test_layouts_nest_over_rounds_whatever_the_scores(seed, devices, rounds):
+def test_layouts_nest_over_rounds_for_any_scores(seed, devices, rounds):
     """Devices keep ever shorter prefixes of a changing order; each new layout lies within the last one."""
     rng = np.random.default_rng(seed)
     size = 12
@@ -92,7 +92,7 @@ def test_layouts_nest_over_rounds_whatever_the_scores(seed, devices, rounds):
 
 
 @given(st.permutations(range(5)), st.integers(0, 10**6))
-def test_order_of_devices_matters_only_to_rounding(permutation, seed):
+def test_order_of_devices_changes_scores_only_by_rounding(permutation, seed):
     rng = np.random.default_rng(seed)
     scores = [make_scores(rng.random(6), weight=rng.integers(1, 9)) for _ in range(5)]
     first = average_scores(scores, [6])[0]
@@ -100,6 +100,6 @@ def test_order_of_devices_matters_only_to_rounding(permutation, seed):
     np.testing.assert_allclose(first, other, rtol=1e-12)
 
 
-def test_previous_order_must_be_whole():
+def test_incomplete_previous_order_raises_value_error():
     with pytest.raises(ValueError, match="permutation"):
         order_of(make_scores([1, 2, 3, 4]), previous=[np.array([0, 1, 1, 2])])

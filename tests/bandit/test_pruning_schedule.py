@@ -27,7 +27,7 @@ schedules = st.builds(
 
 
 @given(schedule=schedules, data=st.data())
-def test_every_path_is_monotone_within_steps_and_ends_at_the_target(schedule, data):
+def test_schedule_is_monotone_and_ends_at_the_target(schedule, data):
     previous = 0.0
     for server_round in range(1, schedule.last_pruning_round + 3):
         u = data.draw(st.floats(0, 1))
@@ -40,13 +40,13 @@ def test_every_path_is_monotone_within_steps_and_ends_at_the_target(schedule, da
 
 
 @given(schedule=schedules, previous=st.floats(0, 0.9), u=st.floats(0, 1), v=st.floats(0, 1))
-def test_a_larger_u_never_prunes_less(schedule, previous, u, v):
+def test_larger_u_never_prunes_less(schedule, previous, u, v):
     for server_round in range(1, schedule.last_pruning_round + 1):
         low, high = (schedule.ratio(x, server_round=server_round, previous=previous) for x in sorted((u, v)))
         assert previous <= low <= high
 
 
-def test_without_a_step_limit_it_is_the_formula():
+def test_schedule_without_step_limit_follows_the_formula():
     schedule = PruningSchedule(0.5, 8, 1.0)
     for t in range(1, 9):
         lo, hi = 0.5 * (t / 8) ** 3, 0.5 * (1 - (1 - t / 8) ** 3)
@@ -55,7 +55,7 @@ def test_without_a_step_limit_it_is_the_formula():
         assert schedule.ratio(0.3, server_round=t, previous=0.0) == pytest.approx(lo + 0.3 * (hi - lo))
 
 
-def test_a_slow_start_is_hurried_while_the_target_can_be_reached():
+def test_slow_start_is_raised_to_reach_the_target():
     """P = 0.5 in three pruning rounds: lo would be 0.02, 0.15, 0.5, whose last step is too large for 0.25."""
     schedule = PruningSchedule(0.5, 4, 0.25, start=1)
     previous, path = 0.0, []
@@ -65,13 +65,13 @@ def test_a_slow_start_is_hurried_while_the_target_can_be_reached():
     assert path == [0.0, pytest.approx(0.5 / 27), 0.25, 0.5, 0.5, 0.5]
 
 
-def test_a_late_joiner_ends_where_its_steps_take_it():
+def test_late_joiner_is_limited_by_its_steps():
     schedule = PruningSchedule(0.5, 8, 0.25)
     assert schedule.ratio(1.0, server_round=8, previous=0.0) == 0.25
     assert schedule.ratio(1.0, server_round=9, previous=0.25) == 0.25
 
 
-def test_a_target_out_of_reach_is_refused():
+def test_unreachable_target_raises_value_error():
     with pytest.raises(ValueError, match=r"0.8 in steps of 0.25 needs 4 pruning rounds, not 3"):
         PruningSchedule(0.8, 4, 0.25, start=1)
 
@@ -85,7 +85,7 @@ def test_rounds_needed(target, step, rounds):
     us=st.lists(st.lists(st.floats(0, 1), min_size=6, max_size=6), min_size=1, max_size=8),
     target=st.floats(0.05, 0.9),
 )
-def test_with_a_mean_target_ratios_differ_and_their_mean_is_met(us, target):
+def test_mean_target_is_met_while_ratios_differ(us, target):
     schedule = PruningSchedule(target, 6, 0.25, spread=MEAN_SPREAD)
     previous = {f"d{i}": 0.0 for i in range(len(us))}
     for t in range(1, 7):
@@ -97,7 +97,7 @@ def test_with_a_mean_target_ratios_differ_and_their_mean_is_met(us, target):
 
 
 @given(ratios=st.lists(st.floats(0, 0.9), min_size=2, max_size=8), mean=st.floats(0, 1))
-def test_settling_does_not_depend_on_the_order(ratios, mean):
+def test_adjust_to_mean_does_not_depend_on_the_order(ratios, mean):
     assume(len(set(ratios)) > 1)
     named = {f"d{i}": p for i, p in enumerate(ratios)}
     limits = {name: (p / 2, (1 + p) / 2) for name, p in named.items()}
@@ -113,7 +113,7 @@ def test_settling_does_not_depend_on_the_order(ratios, mean):
     part=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
 )
 @settings(max_examples=150, deadline=None)
-def test_places_are_the_inverse_of_ratios(server_round, previous, part):
+def test_places_invert_ratios(server_round, previous, part):
     schedule = PruningSchedule(target=0.6, last_pruning_round=8, max_step=0.25, start=1)
     first, last = schedule.limits(server_round=server_round, previous=previous)
     wanted = tuple(first + share * (last - first) for share in part)
@@ -131,7 +131,7 @@ def test_places_are_the_inverse_of_ratios(server_round, previous, part):
     slope=st.floats(0.0, 2.0),
 )
 @settings(max_examples=100, deadline=None)
-def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, slope):
+def test_spread_by_speed_prunes_slow_devices_more(speeds, target, slope):
     schedule = PruningSchedule(target=target, last_pruning_round=8, max_step=0.25, spread=0.15)
     full = {f"d{i}": speed for i, speed in enumerate(speeds)}
     found = spread_by_speed(full, dict.fromkeys(full, slope), schedule)
@@ -141,7 +141,7 @@ def test_slow_devices_end_smaller_and_the_mean_is_kept(speeds, target, slope):
     assert all(abs(p - target) <= schedule.spread + 1e-9 for p in found.values())
 
 
-def test_equal_devices_all_end_at_the_target_and_different_ones_use_the_whole_spread():
+def test_spread_by_speed_of_equal_devices_is_the_target():
     schedule = PruningSchedule(target=0.5, last_pruning_round=8, max_step=0.25, spread=0.15)
     assert spread_by_speed({"a": 1.0, "b": 1.0}, {"a": 0.7, "b": 0.7}, schedule) == pytest.approx({"a": 0.5, "b": 0.5})
     found = spread_by_speed({"a": 1.0, "b": 2.0}, {"a": 0.7, "b": 0.7}, schedule)

@@ -33,7 +33,7 @@ weights = st.lists(st.floats(0.01, 1), min_size=4, max_size=4).map(lambda w: {n:
 
 
 @given(outcomes=outcomes, weights=weights, mode=st.sampled_from(["sum", "product"]))
-def test_every_term_and_the_total_lie_between_0_and_1(outcomes, weights, mode):
+def test_reward_terms_are_between_0_and_1(outcomes, weights, mode):
     result = rewards(outcomes, weights, mode=mode)
     assert set(result) == {o.device_id for o in outcomes}
     for terms in result.values():
@@ -42,7 +42,7 @@ def test_every_term_and_the_total_lie_between_0_and_1(outcomes, weights, mode):
 
 
 @given(outcomes=outcomes)
-def test_the_order_of_the_reports_does_not_matter(outcomes):
+def test_rewards_do_not_depend_on_the_order(outcomes):
     forward, backward = rewards(outcomes), rewards(outcomes[::-1])
     for device_id, terms in forward.items():
         if terms is None:
@@ -52,39 +52,39 @@ def test_the_order_of_the_reports_does_not_matter(outcomes):
 
 
 @given(outcomes=outcomes, weights=weights)
-def test_the_total_is_the_weighted_sum(outcomes, weights):
+def test_total_reward_is_the_weighted_sum(outcomes, weights):
     for terms in rewards(outcomes, weights).values():
         if terms is not None and not terms.reason:
             assert terms.total == pytest.approx(sum(weights[name] * getattr(terms, name) for name in TERMS))
 
 
-def test_the_default_weights_sum_to_1():
+def test_default_weights_sum_to_1():
     assert sum(DEFAULT_WEIGHTS.values()) == pytest.approx(1.0)
 
 
-def test_the_loss_term_is_relative_to_the_best_of_the_round():
+def test_loss_term_is_relative_to_the_best_device():
     result = rewards([ok("a", loss_after=0.6), ok("b", loss_after=0.8), ok("c", loss_after=1.5)])
     assert [result[i].loss for i in "abc"] == [pytest.approx(1.0), pytest.approx(0.5), 0.0]
 
 
-def test_tiny_changes_of_the_loss_are_not_stretched():
+def test_loss_term_does_not_amplify_tiny_changes():
     result = rewards([ok("a", loss_after=0.99), ok("b", loss_after=0.995)])
     assert [result[i].loss for i in "ab"] == [pytest.approx(0.2), pytest.approx(0.1)]
 
 
-def test_the_time_term_is_closeness_to_the_mean_of_those_that_finished():
+def test_time_term_is_closeness_to_the_mean_time():
     late = RoundOutcome("late", status="late", completion_time_s=600.0)
     result = rewards([ok("a", completion_time_s=10.0), ok("b", completion_time_s=30.0), late])
     assert result["a"].time == pytest.approx(1 - 10 / 20)
     assert result["b"].time == pytest.approx(1 - 10 / 30)
 
 
-def test_the_lora_term_is_relative_to_the_largest():
+def test_lora_term_is_relative_to_the_largest():
     result = rewards([ok("a", lora_importance=2.0), ok("b", lora_importance=0.5), ok("c")])
     assert [result[i].lora for i in "abc"] == [1.0, 0.25, 0.0]
 
 
-def test_the_prune_term_is_progress_toward_the_target():
+def test_prune_term_is_progress_toward_the_target():
     result = rewards(
         [
             ok("half", previous_ratio=0.1, pruning_ratio=0.3, target=0.5),
@@ -104,17 +104,17 @@ def test_the_prune_term_is_progress_toward_the_target():
         ("refused", "", "the update was refused"),
     ],
 )
-def test_a_failure_is_worth_nothing_and_says_why(status, said, reason):
+def test_failed_device_gets_0_with_the_reason(status, said, reason):
     result = rewards([ok("a"), RoundOutcome("b", status=status, reason=said, loss_before=1.0, loss_after=0.1)])
     assert (result["b"].total, result["b"].reason) == (0.0, reason)
     assert result["a"].loss == 1.0  # what failed devices claim does not enter the round's maxima
 
 
-def test_a_lost_connection_says_nothing():
+def test_lost_device_gets_no_reward():
     assert rewards([RoundOutcome("a", status="lost")]) == {"a": None}
 
 
-def test_the_product_is_bounded_where_the_papers_is_not():
+def test_product_reward_is_bounded():
     alone = rewards([ok("a", lora_importance=1.0)], mode="product")
     assert alone["a"].total == 1.0  # |T - Tbar| is 0 here
     pair = rewards([ok("a", lora_importance=1.0), ok("b", lora_importance=1.0, completion_time_s=30.0)], mode="product")

@@ -38,7 +38,7 @@ def boxes(bandit, device_id="d"):
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_leaves_always_partition_the_arms(rewards, ranks, min_leaf_width, seed):
+def test_leaves_partition_the_arms(rewards, ranks, min_leaf_width, seed):
     bandit = SUCB(ranks, min_leaf_width=min_leaf_width, seed=seed)
     for reward in rewards:
         arm = bandit.decide("d")
@@ -52,7 +52,7 @@ def test_leaves_always_partition_the_arms(rewards, ranks, min_leaf_width, seed):
     assert bandit.explain("d")["pulls"] == len(rewards)
 
 
-def test_the_first_cut_comes_with_the_second_pull_and_is_in_the_middle():
+def test_second_pull_splits_the_leaf_in_the_middle():
     bandit = SUCB(RANKS)
     bandit.update("d", Arm(0.1, 4), 0.4)
     assert boxes(bandit) == [([0.0, 1.0], [4, 8, 16, 32])]
@@ -60,7 +60,7 @@ def test_the_first_cut_comes_with_the_second_pull_and_is_in_the_middle():
     assert boxes(bandit) == [([0.0, 0.5], [4, 8, 16, 32]), ([0.5, 1.0], [4, 8, 16, 32])]
 
 
-def test_cuts_follow_the_longest_normalised_side_and_lie_between_ranks():
+def test_splits_follow_the_longest_normalized_side():
     bandit = SUCB(RANKS)
     for u in (0.1, 0.2, 0.3):
         bandit.update("d", Arm(u, 4), 0.5)
@@ -68,14 +68,14 @@ def test_cuts_follow_the_longest_normalised_side_and_lie_between_ranks():
     assert boxes(bandit) == [([0.0, 0.5], [4, 8]), ([0.0, 0.5], [16, 32]), ([0.5, 1.0], [4, 8, 16, 32])]
 
 
-def test_a_single_rank_is_cut_along_u_only_and_down_to_the_least_side():
+def test_single_rank_is_split_along_u_only():
     bandit = SUCB((8,), min_leaf_width=0.25)
     for i in range(40):
         bandit.update("d", Arm((i % 20) / 20, 8), 0.5)
     assert [u for u, _ in boxes(bandit)] == [[0.0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1.0]]
 
 
-def test_a_half_without_pulls_inherits_the_mean_at_half_weight():
+def test_half_without_pulls_inherits_the_mean():
     bandit = SUCB(RANKS, discount=0.5)
     bandit.update("d", Arm(0.1, 4), 1.0)
     bandit.update("d", Arm(0.2, 4), 0.1)
@@ -86,7 +86,7 @@ def test_a_half_without_pulls_inherits_the_mean_at_half_weight():
     assert (empty["pulls"], empty["weight"], empty["mean"]) == (0, PRIOR_WEIGHT, pytest.approx(mean))
 
 
-def test_lazy_discounting_equals_the_sums_written_out():
+def test_lazy_discounting_equals_explicit_sums():
     discount, exploration = 0.9, 0.3
     bandit = SUCB(RANKS, discount=discount, exploration=exploration, min_leaf_width=0.5)
     rng = random.Random(0)
@@ -111,7 +111,7 @@ def test_lazy_discounting_equals_the_sums_written_out():
         assert leaf["bound"] == pytest.approx(bound)
 
 
-def test_only_a_root_that_was_never_pulled_has_no_bound():
+def test_only_an_unpulled_root_has_no_bound():
     bandit = SUCB(RANKS, discount=0.01)
     assert bandit.explain("d")["leaves"][0]["bound"] is None
     bandit.update("d", Arm(0.1, 4), 0.5, now=1)
@@ -142,7 +142,7 @@ def test_state_stays_bounded():
     seed=st.integers(0, 100),
 )
 @settings(max_examples=60, deadline=None)
-def test_infeasible_arms_are_never_played(allowed, seed):
+def test_infeasible_arms_are_never_selected(allowed, seed):
     bandit = SUCB(RANKS, seed=seed)
     for _ in range(15):
         arm = bandit.decide("d", feasible=allowed)
@@ -151,12 +151,12 @@ def test_infeasible_arms_are_never_played(allowed, seed):
         bandit.update("d", arm, 0.5)
 
 
-def test_nothing_feasible_is_an_error_and_not_a_guess():
+def test_no_feasible_arm_raises_value_error():
     with pytest.raises(ValueError, match="no arm is feasible for 'd'"):
         SUCB(RANKS).decide("d", feasible={})
 
 
-def test_draws_cover_the_leaf_evenly():
+def test_draws_are_uniform_in_the_leaf():
     bandit = SUCB(RANKS)
     arms = [bandit.decide(f"d{i}") for i in range(2000)]
     assert {r: pytest.approx(500, abs=100) for r in RANKS} == {r: sum(a.r == r for a in arms) for r in RANKS}
@@ -177,7 +177,7 @@ def noisy_peak(seed):
     return lambda arm: min(1.0, max(0.0, mean(arm) + rng.gauss(0, 0.05))), mean
 
 
-def test_a_constant_best_arm_is_found():
+def test_constant_best_arm_is_found():
     bandit = SUCB(RANKS, seed=1)
     arms = play(bandit, lambda arm: 0.9 if arm.u >= 0.5 and arm.r >= 16 else 0.2, 80)
     hits = [arm.u >= 0.5 and arm.r >= 16 for arm in arms[40:]]
@@ -188,7 +188,7 @@ def test_a_constant_best_arm_is_found():
     assert min(best["ranks"]) >= 16
 
 
-def test_regret_after_40_pulls_is_well_below_uniform_play():
+def test_regret_after_40_pulls_is_below_uniform_selection():
     mine, uniform = [], []
     for seed in range(20):
         reward, mean = noisy_peak(seed)
@@ -198,7 +198,7 @@ def test_regret_after_40_pulls_is_well_below_uniform_play():
     assert fmean(mine) < 0.8 * fmean(uniform)
 
 
-def test_a_discounted_tree_follows_drift_where_an_undiscounted_one_does_not():
+def test_discounted_tree_follows_drift():
     def share_right_after_the_turn(discount):
         shares = []
         for seed in range(8):
@@ -212,7 +212,7 @@ def test_a_discounted_tree_follows_drift_where_an_undiscounted_one_does_not():
     assert share_right_after_the_turn(1.0) < 0.35
 
 
-def test_a_new_device_starts_from_what_its_class_has_learned():
+def test_new_device_starts_from_its_class():
     def hits(prior):
         count = 0
         for seed in range(20):
@@ -230,7 +230,7 @@ def test_a_new_device_starts_from_what_its_class_has_learned():
     assert hits("none") < 18
 
 
-def test_a_warm_start_is_a_prior_and_counts_no_pulls():
+def test_class_prior_counts_no_pulls():
     bandit = SUCB(RANKS, prior="class")
     for now in range(1, 6):
         arm = bandit.decide("a", device_class="NX", now=now)
@@ -247,7 +247,7 @@ def test_a_warm_start_is_a_prior_and_counts_no_pulls():
 
 @given(before=st.integers(0, 25), seed=st.integers(0, 99), prior=st.sampled_from(["none", "class"]))
 @settings(max_examples=40, deadline=None)
-def test_a_restored_bandit_makes_the_same_choices(before, seed, prior):
+def test_restored_bandit_makes_the_same_decisions(before, seed, prior):
     def step(bandit, now):
         arms = [bandit.decide(name, device_class="c", now=now) for name in ("a", "b")]
         for name, arm in zip(("a", "b"), arms):
@@ -263,7 +263,7 @@ def test_a_restored_bandit_makes_the_same_choices(before, seed, prior):
         assert step(restored, now) == step(original, now)
 
 
-def test_the_order_of_the_devices_does_not_matter():
+def test_decisions_do_not_depend_on_the_order_of_devices():
     ids = [f"d{i}" for i in range(10)]
 
     def run(order):
@@ -278,14 +278,14 @@ def test_the_order_of_the_devices_does_not_matter():
     assert run(ids) == run(ids[::-1])
 
 
-def test_asking_twice_gives_the_same_arm_and_another_round_another_draw():
+def test_repeated_decision_gives_the_same_arm():
     bandit = SUCB(RANKS)
     assert bandit.decide("d", now=3) == bandit.decide("d", now=3)
     assert bandit.decide("d", now=3) != bandit.decide("d", now=4)
     assert SUCB(RANKS, seed=1).decide("d", now=3) != bandit.decide("d", now=3)
 
 
-def test_explain_says_why():
+def test_explain_gives_the_reason_of_the_decision():
     bandit = SUCB(RANKS, seed=2)
     play(bandit, lambda arm: 0.9 if arm.r == 4 else 0.1, 20)
     arm = bandit.decide("d", feasible={4: (0.0, 1.0), 8: (0.0, 1.0)})
@@ -298,7 +298,7 @@ def test_explain_says_why():
     json.dumps(explained)
 
 
-def test_10_000_devices_are_decided_in_seconds():
+def test_decisions_for_10_000_devices_take_seconds():
     bandit = SUCB(RANKS, seed=1)
     tree = SUCB(RANKS, seed=1)
     play(tree, lambda arm: arm.u, 60)
@@ -324,13 +324,13 @@ def test_10_000_devices_are_decided_in_seconds():
         ({"ranks": [4], "min_leaf_width": 0.0}, "min_leaf_width 0.0"),
     ],
 )
-def test_settings_that_make_no_sense(arguments, message):
+def test_invalid_settings_raise_value_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         SUCB(**arguments)
 
 
 @pytest.mark.parametrize("reward", [-0.1, 1.1, math.nan, math.inf])
-def test_a_reward_outside_0_to_1_changes_nothing(reward):
+def test_reward_outside_0_to_1_changes_nothing(reward):
     bandit = SUCB(RANKS)
     bandit.update("d", Arm(0.5, 8), 0.5)
     before = bandit.to_dict()
@@ -339,7 +339,7 @@ def test_a_reward_outside_0_to_1_changes_nothing(reward):
     assert bandit.to_dict() == before
 
 
-def test_an_unknown_arm_or_an_old_round_is_refused():
+def test_unknown_arm_or_old_round_raises_value_error():
     bandit = SUCB(RANKS)
     bandit.update("d", Arm(0.5, 8), 0.5, now=4)
     with pytest.raises(ValueError, match="not in the arm space"):

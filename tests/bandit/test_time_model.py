@@ -37,7 +37,7 @@ def predict(model, device_id, kept, r):
 # -- times -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_s_next_time_is_predicted_from_its_own():
+def test_time_of_a_known_device_is_predicted():
     speeds = {"a1": 1.0, "a2": 1.3, "b1": 4.0}
     model = learned(speeds)
     for device_id, speed in speeds.items():
@@ -45,32 +45,32 @@ def test_a_device_s_next_time_is_predicted_from_its_own():
             assert predict(model, device_id, 0.45, r) == pytest.approx(truth(speed, 0.45, r), rel=0.06)
 
 
-def test_noise_averages_out():
+def test_prediction_averages_noise_out():
     model = learned({"a1": 1.0, "a2": 1.0, "a3": 1.0}, rounds=14, jitter=0.1, seed=3)
     assert predict(model, "a1", 0.3, 8) == pytest.approx(truth(1.0, 0.3, 8), rel=0.12)
 
 
-def test_a_device_that_becomes_slower_is_followed():
+def test_prediction_follows_a_device_that_becomes_slower():
     model = learned({"a1": 1.0})
     for now in range(11, 31):
         model.observe("a1", "a", kept=0.5, r=8, time_s=2 * truth(1.0, 0.5, 8), now=now)
     assert predict(model, "a1", 0.5, 8) == pytest.approx(2 * truth(1.0, 0.5, 8), rel=0.1)
 
 
-def test_a_newcomer_is_taken_for_one_of_its_class_and_a_stranger_for_one_of_the_fleet():
+def test_new_device_is_predicted_from_its_class_or_fleet():
     model = learned({"a1": 1.0, "a2": 1.0, "b1": 4.0})
     assert predict(model, "a9", 0.5, 8) == pytest.approx(predict(model, "a1", 0.5, 8), rel=0.02)
     assert predict(model, "a1", 0.5, 8) < predict(model, "z1", 0.5, 8) < predict(model, "b1", 0.5, 8)
 
 
-def test_one_round_is_extrapolated_by_the_guess_alone():
+def test_single_round_is_extrapolated_by_the_prior():
     model = CompletionTimeModel(32)
     model.observe("a1", "a", kept=1.0, r=8, time_s=10.0, now=1)
     assert model.speeds({"a1": "a"})["a1"].slopes == pytest.approx(PRIOR_SLOPES)
     assert predict(model, "a1", 1.0, 8) == pytest.approx(10.0)
 
 
-def test_without_a_time_nothing_is_predicted():
+def test_model_without_times_predicts_nothing():
     model = CompletionTimeModel(32)
     model.observe("a1", "a", kept=1.0, r=8, time_s=0.0, now=1)
     assert model.speeds({"a1": "a"}) == {}
@@ -82,7 +82,7 @@ def test_without_a_time_nothing_is_predicted():
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_more_work_is_never_predicted_to_take_less_time_and_state_survives(rows):
+def test_more_work_is_never_predicted_to_be_faster(rows):
     model = CompletionTimeModel(32)
     for now, (device_id, kept, r, time_s) in enumerate(rows, start=1):
         model.observe(device_id, "one", kept=kept, r=r, time_s=time_s, now=now)
@@ -96,7 +96,7 @@ def test_more_work_is_never_predicted_to_take_less_time_and_state_survives(rows)
 
 @given(rows=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(-2, 2)), min_size=2, max_size=12))
 @settings(max_examples=150, deadline=None)
-def test_no_other_slopes_of_that_sign_fit_better(rows):
+def test_slopes_are_the_best_non_negative_fit(rows):
     sums = _Sums()
     for x1, x2, y in rows:
         sums.add(x1, x2, y, 1, 1.0)
@@ -111,7 +111,7 @@ def test_no_other_slopes_of_that_sign_fit_better(rows):
     assert all(found <= cost((i / 20, 0.0)) + 1e-9 and found <= cost((0.0, i / 20)) + 1e-9 for i in range(80))
 
 
-def test_10_000_devices_are_predicted_in_a_second():
+def test_predictions_for_10_000_devices_take_a_second():
     model = CompletionTimeModel(32)
     for i in range(10_000):
         for now in (1, 2):
@@ -144,9 +144,7 @@ def log_time(found, ratio, r):
     ranks=st.sampled_from([(4,), (4, 8, 16, 32), (8, 32)]),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_open_arm_is_as_long_as_the_expected_or_as_near_below_it_as_the_device_gets(
-    level, others, tolerance, limits, ranks
-):
+def test_feasible_arms_take_close_to_the_expected_time(level, others, tolerance, limits, ranks):
     arms = make_arms(level, limits=limits, ranks=ranks)
     expected = max(arms.shortest, make_arms(others).shortest)
     feasible = arms.within(expected, tolerance)
@@ -159,19 +157,19 @@ def test_every_open_arm_is_as_long_as_the_expected_or_as_near_below_it_as_the_de
             assert log_time(arms, ratio, r) >= longest_below - tolerance - 1e-6
 
 
-def test_the_slowest_device_prunes_most_at_the_smallest_rank():
+def test_slowest_device_prunes_most_at_the_smallest_rank():
     arms = make_arms(2.0)
     feasible = arms.within(arms.shortest, 0.04)
     assert feasible == {4: (pytest.approx(0.6), pytest.approx(0.6))}  # nothing that takes longer is feasible
 
 
-def test_a_much_faster_device_prunes_least_at_the_largest_rank():
+def test_fast_device_prunes_least_at_the_largest_rank():
     feasible = make_arms(0.0).within(2.0, 0.05)
     assert set(feasible) == {32}
     assert feasible[32][0] == pytest.approx(0.2)
 
 
-def test_a_larger_rank_is_paid_for_with_a_larger_ratio():
+def test_larger_rank_needs_a_larger_ratio():
     feasible = make_arms(1.0).within(1.0 + 0.8 * 0.6 + 0.4 * 0.3, 0.03)
     assert len(feasible) >= 2
     least = [feasible[r][0] for r in sorted(feasible)]

@@ -90,7 +90,7 @@ def test_order_that_is_no_permutation_is_rejected(change):
         order_from_tensors(SPEC, tensors)
 
 
-def test_gathered_adapter_has_the_kept_rows_and_columns_of_the_first_components():
+def test_gathered_adapter_has_kept_rows_columns_and_components():
     factors = make_factors()
     gathered = gather_adapter(adapter_tensors(factors), KEPT, 2)
     assert len(gathered) == 2 * len(factors)
@@ -110,7 +110,7 @@ def test_scatter_inverts_gather_and_leaves_zeros_elsewhere():
         assert np.array_equal(full_B, np.where(kept_B[:, None], B, 0.0))
 
 
-def test_conversions_make_only_names_on_the_allow_list():
+def test_conversions_use_only_allowed_names():
     factors = {name: (A.astype("float16"), B.astype("float16")) for name, (A, B) in make_factors().items()}
     head = {"head.out.weight": np.zeros((2, 12), np.float32)}
     scores = [[np.ones(index.size) for index in kept] for kept in (KEPT.heads, KEPT.channels)]

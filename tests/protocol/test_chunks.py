@@ -20,7 +20,7 @@ def directory(request, tmp_path):
 
 
 @given(st.binary(max_size=5000), st.integers(1024, 2000), st.randoms(use_true_random=False))
-def test_chunks_in_any_order_and_repeated_make_the_blob(data, size, random):
+def test_download_accepts_any_order_and_repetitions(data, size, random):
     ref, chunks = split(data, chunk_bytes=size)
     assert ref.num_chunks == len(chunks)
     assert [chunk(ref, data, i) for i in range(len(chunks))] == chunks
@@ -33,13 +33,13 @@ def test_chunks_in_any_order_and_repeated_make_the_blob(data, size, random):
     assert download.data() == data
 
 
-def test_default_chunks_are_small_enough_for_every_broker():
+def test_default_chunk_fits_every_broker():
     ref, chunks = split(bytes(CHUNK_BYTES * 2 + 1))
     assert [len(c) for c in chunks] == [CHUNK_BYTES, CHUNK_BYTES, 1]
     assert ref.sha256 == codec.digest(bytes(CHUNK_BYTES * 2 + 1))
 
 
-def test_empty_blob_is_complete_at_once(directory):
+def test_download_of_an_empty_blob_is_complete(directory):
     ref, chunks = split(b"")
     download = Download(ref, directory)
     assert chunks == []
@@ -48,7 +48,7 @@ def test_empty_blob_is_complete_at_once(directory):
     assert download.data() == b""
 
 
-def test_missing_is_a_window_of_the_lowest(directory):
+def test_download_missing_returns_the_lowest_indices(directory):
     ref, chunks = split(DATA, chunk_bytes=1024)
     download = Download(ref, directory)
     assert download.missing(3) == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_missing_is_a_window_of_the_lowest(directory):
     assert download.received == 2
 
 
-def test_announcing_a_huge_blob_allocates_nothing():
+def test_download_of_a_huge_blob_allocates_nothing():
     ref = BlobRef(sha256="0" * 64, size_bytes=2 * 1024**3, chunk_bytes=1024)
     download = Download(ref)
     assert download.missing(4) == [0, 1, 2, 3]
@@ -68,7 +68,7 @@ def test_announcing_a_huge_blob_allocates_nothing():
 
 
 @pytest.mark.parametrize("index", [-1, 5, 10**9])
-def test_chunk_that_does_not_exist(directory, index):
+def test_chunk_index_outside_the_blob_raises_blob_error(directory, index):
     ref, _ = split(DATA, chunk_bytes=1024)
     with pytest.raises(BlobError, match="5 chunks"):
         Download(ref, directory).feed(index, bytes(1024))
@@ -86,7 +86,7 @@ def test_chunk_of_wrong_length_changes_nothing(directory, data):
     assert download.missing() == [1, 2, 3, 4]
 
 
-def test_incomplete_blob_has_no_data(directory):
+def test_incomplete_download_has_no_data(directory):
     ref, chunks = split(DATA, chunk_bytes=1024)
     download = Download(ref, directory)
     download.feed(3, chunks[3])
@@ -95,7 +95,7 @@ def test_incomplete_blob_has_no_data(directory):
     assert download.received == 1
 
 
-def test_corrupt_whole_is_discarded_and_can_start_again(directory):
+def test_corrupt_download_is_discarded_and_can_restart(directory):
     ref, chunks = split(DATA, chunk_bytes=1024)
     download = Download(ref, directory)
     for index, data in enumerate(chunks):
@@ -108,7 +108,7 @@ def test_corrupt_whole_is_discarded_and_can_start_again(directory):
     assert download.data() == DATA
 
 
-def test_restarted_process_goes_on_where_it_stopped(tmp_path):
+def test_download_continues_after_a_restart(tmp_path):
     ref, chunks = split(DATA, chunk_bytes=1024)
     first = Download(ref, tmp_path)
     first.feed(0, chunks[0])
@@ -123,7 +123,7 @@ def test_restarted_process_goes_on_where_it_stopped(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torn_and_foreign_files_are_not_taken_for_chunks(tmp_path):
+def test_download_ignores_incomplete_and_foreign_files(tmp_path):
     ref, chunks = split(DATA, chunk_bytes=1024)
     first = Download(ref, tmp_path)
     for index in (0, 1):
@@ -136,13 +136,13 @@ def test_torn_and_foreign_files_are_not_taken_for_chunks(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["0"]
 
 
-def test_other_chunk_size_does_not_reuse_chunks(tmp_path):
+def test_download_with_another_chunk_size_reuses_nothing(tmp_path):
     ref, chunks = split(DATA, chunk_bytes=1024)
     Download(ref, tmp_path).feed(0, chunks[0])
     assert Download(ref_of(DATA, chunk_bytes=2048), tmp_path).received == 0
 
 
-def test_chunk_lost_from_disk_under_us(tmp_path):
+def test_chunk_deleted_from_disk_raises_blob_error(tmp_path):
     ref, chunks = split(DATA, chunk_bytes=1024)
     download = Download(ref, tmp_path)
     for index, data in enumerate(chunks):
@@ -154,7 +154,7 @@ def test_chunk_lost_from_disk_under_us(tmp_path):
     assert download.missing() == [0, 1, 2, 3, 4]
 
 
-def test_reference_with_a_hash_that_is_a_path(tmp_path):
+def test_reference_with_a_path_as_hash_is_rejected(tmp_path):
     with pytest.raises(BlobError, match="not a SHA-256"):
         Download(BlobRef(sha256="../../x", size_bytes=1), tmp_path)
 
@@ -164,44 +164,44 @@ def test_reference_with_a_hash_that_is_a_path(tmp_path):
 
 @settings(max_examples=20)
 @given(st.binary(max_size=200))
-def test_store_round_trip(tmp_path_factory, data):
+def test_blob_store_round_trips(tmp_path_factory, data):
     store = BlobStore(tmp_path_factory.mktemp("blobs"))
     sha256 = store.put(data)
     assert store.put(data) == sha256 == codec.digest(data)
-    assert store.has(sha256)
+    assert store.path(sha256).is_file()
     assert store.get(sha256) == data
     assert list(store) == [sha256]
 
 
-def test_store_notices_damage_and_heals(tmp_path):
+def test_blob_store_removes_a_damaged_blob(tmp_path):
     store = BlobStore(tmp_path)
     sha256 = store.put(b"good")
     store.path(sha256).write_bytes(b"evil")
     with pytest.raises(BlobError, match="damaged"):
         store.get(sha256)
-    assert not store.has(sha256)
+    assert not store.path(sha256).is_file()
     store.put(b"good")
     store.path(sha256).write_bytes(b"evil")
     store.put(b"good")
     assert store.get(sha256) == b"good"
 
 
-def test_store_misses_and_bad_names(tmp_path):
+def test_blob_store_rejects_unknown_and_invalid_hashes(tmp_path):
     store = BlobStore(tmp_path / "deep" / "blobs")
     with pytest.raises(BlobError, match="is not in"):
         store.get("0" * 64)
     for bad in ("", "../x", "A" * 64, "0" * 63):
         with pytest.raises(BlobError, match="not a SHA-256"):
-            store.has(bad)
+            store.path(bad).is_file()
 
 
-def test_store_prune_keeps_only_what_is_named(tmp_path):
+def test_blob_store_prune_keeps_only_the_given_blobs(tmp_path):
     store = BlobStore(tmp_path)
     kept, gone = store.put(b"kept"), store.put(b"gone")
     (tmp_path / ".writing-leftover").write_bytes(b"half")
     assert store.prune([kept, "f" * 64]) == 2
     assert list(store) == [kept]
-    assert not store.has(gone)
+    assert not store.path(gone).is_file()
     assert list(tmp_path.iterdir()) == [store.path(kept)]
 
 

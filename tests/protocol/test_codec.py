@@ -61,7 +61,7 @@ KINDS = [Status, RoundPlan, WaitPlan, FinishedPlan, Report, Ack]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
-def test_message_round_trip(message):
+def test_message_round_trips(message):
     assert codec.decode(codec.encode(message), type(message)) == message
 
 
@@ -110,7 +110,7 @@ def test_retry_interval_is_a_fortieth_of_the_deadline_within_limits(deadline_s, 
     assert retry_interval_s(deadline_s) == interval_s
 
 
-def test_non_finite_optional_number_travels_as_absent():
+def test_non_finite_optional_number_is_sent_as_null():
     report = Report(
         run_id="r", device_id="d", server_round=1, plan_sha256=SHA, status="failed", loss_after=float("nan")
     )
@@ -159,17 +159,17 @@ def test_malformed_plan_names_kind_and_field(change, said):
     ],
     ids=repr,
 )
-def test_bytes_that_are_no_message(payload):
+def test_malformed_bytes_raise_message_error(payload):
     with pytest.raises(MessageError):
         codec.decode(payload, Status)
 
 
-def test_oversized_message_is_refused_before_it_is_parsed():
+def test_oversized_message_is_rejected_before_parsing():
     with pytest.raises(MessageError, match="65,536"):
         codec.decode_plan(b" " * (codec.MAX_MESSAGE_BYTES + 1))
 
 
-def test_what_would_be_refused_is_not_sent():
+def test_encoding_an_invalid_message_raises_message_error():
     with pytest.raises(MessageError, match=r"\$\.device_id"):
         codec.encode(WaitPlan(run_id="r", device_id="no/slash"))
     with pytest.raises(MessageError, match=r"\$\.scaling"):
@@ -180,7 +180,7 @@ def test_what_would_be_refused_is_not_sent():
 
 @settings(max_examples=300)
 @given(st.binary(max_size=400), st.sampled_from(KINDS))
-def test_random_bytes_raise_wire_errors_only(data, kind):
+def test_random_bytes_raise_only_protocol_errors(data, kind):
     for read in (lambda: codec.decode(data, kind), lambda: codec.unpack(data)):
         with pytest.raises(ProtocolError):
             read()
@@ -188,7 +188,7 @@ def test_random_bytes_raise_wire_errors_only(data, kind):
 
 @settings(max_examples=300)
 @given(st.data())
-def test_random_damage_raises_wire_errors_only(data):
+def test_randomly_damaged_bytes_raise_only_protocol_errors(data):
     message = data.draw(st.sampled_from(MESSAGES))
     for whole, read in (
         (codec.encode(message), lambda b: codec.decode(b, type(message))),
@@ -219,7 +219,7 @@ arrays = st.sampled_from(["<f4", "<f2", "<i4"]).flatmap(
 
 
 @given(st.dictionaries(st.text(st.characters(codec="ascii"), min_size=1, max_size=20), arrays, max_size=5))
-def test_tensors_round_trip_and_bytes_do_not_depend_on_insertion_order(tensors):
+def test_packed_tensors_do_not_depend_on_insertion_order(tensors):
     tensors.pop("__metadata__", None)
     data = codec.pack(tensors)
     assert data == codec.pack(dict(reversed(tensors.items())))
@@ -231,7 +231,7 @@ def test_tensors_round_trip_and_bytes_do_not_depend_on_insertion_order(tensors):
         assert back[name].tobytes() == tensor.tobytes()
 
 
-def test_non_contiguous_and_big_endian_tensors_keep_their_values():
+def test_pack_keeps_values_of_non_contiguous_tensors():
     base = np.arange(12, dtype=np.float32).reshape(3, 4)
     back = codec.unpack(codec.pack({"t": base.T, "s": base[:, ::2], "e": base.astype(">f4")}))
     np.testing.assert_array_equal(back["t"], base.T)
@@ -240,7 +240,7 @@ def test_non_contiguous_and_big_endian_tensors_keep_their_values():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "bool", "complex64", "O", "U3"])
-def test_other_dtypes_are_not_packed(dtype):
+def test_pack_rejects_other_dtypes(dtype):
     with pytest.raises(BlobError, match="'t'"):
         codec.pack({"t": np.zeros(2, dtype=dtype)})
 
@@ -284,24 +284,24 @@ def test_other_dtypes_are_not_packed(dtype):
         ),
     ],
 )
-def test_malformed_blobs(data, said):
+def test_unpack_rejects_malformed_blobs(data, said):
     with pytest.raises(BlobError, match=said):
         codec.unpack(data)
 
 
-def test_blob_over_the_callers_limit():
+def test_unpack_rejects_blobs_over_the_limit():
     data = codec.pack({"a": np.zeros(100, np.float32)})
     with pytest.raises(BlobError, match="at most 100"):
         codec.unpack(data, max_bytes=100)
 
 
-def test_too_many_tensors_to_pack():
+def test_pack_rejects_too_many_tensors():
     with pytest.raises(BlobError, match="8193"):
         codec.pack({str(i): np.zeros(0, np.float32) for i in range(codec.MAX_TENSORS + 1)})
 
 
 @pytest.mark.parametrize("kind", ["round", "update"])
-def test_allow_list_accepts_what_the_protocol_names(kind):
+def test_allow_list_accepts_documented_names(kind):
     shared = ["layers.0.q.lora_A", "layers.31.gate.lora_B", "head.classifier.weight", "head.bias"]
     own = {"round": ["order.0.heads", "order.11.channels"], "update": ["keep.0.heads", "scores.3.channels"]}
     own["update"].append("scored.3.channels")
@@ -332,13 +332,13 @@ def test_allow_list_accepts_what_the_protocol_names(kind):
         "text",
     ],
 )
-def test_allow_list_refuses_everything_else(name):
+def test_allow_list_rejects_other_names(name):
     for kind in ("round", "update"):
         with pytest.raises(BlobError, match="allow-list"):
             codec.check_names([name], kind)
 
 
-def test_dtype_goes_with_the_name():
+def test_allow_list_rejects_a_dtype_that_the_name_does_not_allow():
     codec.check_tensors({"layers.0.q.lora_A": np.zeros(1, np.float16), "keep.0.heads": np.zeros(1, np.int32)}, "update")
     with pytest.raises(BlobError, match="expected int32"):
         codec.check_tensors({"keep.0.heads": np.zeros(1, np.float32)}, "update")
@@ -350,7 +350,7 @@ def test_digest_is_sha256():
     assert codec.digest(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_every_message_fits_the_cap_at_its_largest():
+def test_largest_messages_fit_the_size_limit():
     """64 missing indices and a full model description stay far below the cap."""
     ack = Ack(run_id="r" * 100, device_id="d" * 64, server_round=9, status="incomplete", missing=tuple(range(64)))
     assert len(codec.encode(ack)) < 4096

@@ -29,7 +29,7 @@ SHA = "ab" * 32
     [Status, ModelSpec, RoundPlan, WaitPlan, FinishedPlan, OptimizerSettings, BlobRef, Report, Ack],
     ids=lambda k: k.__name__,
 )
-def test_every_field_is_documented_and_no_other(kind):
+def test_protocol_page_documents_exactly_the_fields(kind):
     section = DOC.split(f"\n### {kind.__name__}\n")[1].split("\n#")[0]
     names = {name for row in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
     config = kind.__struct_config__
@@ -37,7 +37,7 @@ def test_every_field_is_documented_and_no_other(kind):
 
 
 @pytest.mark.parametrize("kind", [OptimizerSettings, BlobRef], ids=lambda k: k.__name__)
-def test_documented_defaults_are_the_real_ones(kind):
+def test_protocol_page_has_the_actual_defaults(kind):
     section = DOC.split(f"\n### {kind.__name__}\n")[1].split("\n#")[0]
     for field in msgspec.structs.fields(kind):
         if field.default is not msgspec.NODEFAULT:
@@ -46,7 +46,7 @@ def test_documented_defaults_are_the_real_ones(kind):
             assert float(row.group(1).replace(",", "")) == field.default
 
 
-def test_documented_limits_are_the_real_ones():
+def test_protocol_page_has_the_actual_limits():
     assert f"{codec.MAX_TENSORS:,} tensors" in DOC
     assert codec.MAX_MESSAGE_BYTES == 64 * 1024
     assert codec.MAX_HEADER_BYTES == 2 * 1024**2
@@ -130,7 +130,7 @@ def mosquitto(tmp_path):
 
 
 @pytest.mark.broker
-def test_documented_access_list_confines_a_device_to_its_own_topics(mosquitto):
+def test_documented_acl_restricts_a_device_to_its_topics(mosquitto):
     topics = Topics("farm")
     server, agx, nx = (Client(mosquitto, name) for name in ("fedspine-server", "agx-0", "nx-1"))
     try:

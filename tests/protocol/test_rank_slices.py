@@ -53,7 +53,7 @@ layouts = st.builds(
 
 
 @given(st.sets(st.integers(1, 9), min_size=1), layouts, st.data())
-def test_a_device_gets_its_components_and_rows_whatever_the_ranks_and_layouts(ranks, held, data):
+def test_merged_slices_equal_the_adapter_of_the_device(ranks, held, data):
     ranks = sorted(ranks)
     r = data.draw(st.sampled_from(ranks))
     tensors = whole(max(ranks))
@@ -76,7 +76,7 @@ def test_a_device_gets_its_components_and_rows_whatever_the_ranks_and_layouts(ra
             np.testing.assert_array_equal(joined[name], tensors[name])
 
 
-def test_half_precision_halves_the_bytes_and_never_gives_an_infinity():
+def test_half_precision_slices_stay_finite():
     tensors = whole(8)
     tensors["layers.1.up.lora_B"][3, 5] = 1e6
     full = Layout.full(SPEC)
@@ -90,7 +90,7 @@ def test_half_precision_halves_the_bytes_and_never_gives_an_infinity():
 
 
 @pytest.mark.parametrize("damage", ["a module is missing", "other widths", "an index outside", "no layout"])
-def test_bands_of_something_else_are_an_error(damage):
+def test_slices_of_another_adapter_raise_blob_error(damage):
     bands = slice_by_rank(whole(4), [2, 4], Layout.full(SPEC))
     if damage == "a module is missing":
         del bands[1]["layers.1.gate.lora_A"]

@@ -16,7 +16,7 @@ names = st.from_regex(r"\A[A-Za-z0-9_-]{1,64}\Z")
 indices = st.integers(0, 9_999_999)
 
 
-def test_exact_names():
+def test_topics_have_the_documented_names():
     assert TOPICS.plan("a") == "fedspine/v1/farm-1/device/a/plan"
     assert TOPICS.blob(SHA, 7) == f"fedspine/v1/farm-1/blob/{SHA}/7"
     assert TOPICS.upload("a", SHA, 0) == f"fedspine/v1/farm-1/device/a/blob/{SHA}/0"
@@ -29,7 +29,7 @@ def test_exact_names():
 
 
 @given(names, names, indices)
-def test_parse_is_the_inverse(fleet, device, index):
+def test_parse_inverts_topic_construction(fleet, device, index):
     topics = Topics(fleet)
     for kind in ("status", "plan", "report", "ack"):
         assert topics.parse(getattr(topics, kind)(device)) == DeviceTopic(device, kind)
@@ -62,19 +62,19 @@ def test_parse_is_the_inverse(fleet, device, index):
         f"fedspine/v1/farm-1/device/a/blob/{SHA}/x",
     ],
 )
-def test_foreign_topics_are_refused(topic):
+def test_foreign_topics_are_rejected(topic):
     with pytest.raises(MessageError):
         TOPICS.parse(topic)
 
 
 @given(st.text(max_size=80))
-def test_any_text_is_refused_with_a_message_error(text):
+def test_arbitrary_topic_raises_message_error(text):
     for topic in (text, "fedspine/v1/farm-1/" + text):
         with pytest.raises(MessageError):
             TOPICS.parse(topic)
 
 
-def test_wildcards_and_slashes_cannot_be_built_into_a_topic():
+def test_topic_with_wildcards_or_slashes_is_rejected():
     for bad in ("", "a/b", "+", "#", "a b", "x" * 65, "ä"):
         with pytest.raises(ConfigError, match="device_id"):
             TOPICS.plan(bad)

@@ -69,14 +69,14 @@ def aggregated(sent: dict[str, np.ndarray], ranks: list[int], **aggregation: obj
 
 
 @pytest.mark.parametrize("ranks", [[2], [2, 4, 8], [8, 8], [4, 2]])
-def test_devices_that_learned_nothing_change_nothing_whatever_their_rank(ranks: list[int]) -> None:
+def test_aggregate_of_unchanged_updates_is_unchanged_at_any_rank(ranks: list[int]) -> None:
     sent = blob()
     result = aggregated(sent, ranks)
     for name in module_names(SPEC):
         np.testing.assert_allclose(product(result, name), product(sent, name), rtol=1e-4, atol=1e-4)
 
 
-def test_without_completion_a_low_rank_erases_what_it_was_not_given() -> None:
+def test_low_rank_update_without_completion_erases_higher_components() -> None:
     sent = blob()
     result = aggregated(sent, [2], complete_ranks=False)
     name = "layers.0.q"

@@ -68,7 +68,7 @@ def close_first(journal, **changes):
     journal.close_round(RunState(2, strategy={"x": 2}, adapter=NEXT), ClosedRound(**options), wall_s=9.0)
 
 
-def test_state_of_an_open_round_survives_reopening(tmp_path):
+def test_journal_reopened_has_the_open_round(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
         journal.put_report(1, 1, make_recorded(), wall_s=6.0)
@@ -81,7 +81,7 @@ def test_state_of_an_open_round_survives_reopening(tmp_path):
         assert journal.devices() == [(status(), True, "")]
 
 
-def test_a_status_that_the_broker_kept_says_nothing_of_when(tmp_path):
+def test_retained_status_leaves_last_seen_unchanged(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
         journal.put_device(status(), online=False, refused="", wall_s=None)
@@ -92,7 +92,7 @@ def test_a_status_that_the_broker_kept_says_nothing_of_when(tmp_path):
         assert journal.last_seen_wall_s()["d0"] == 6.0
 
 
-def test_the_first_answer_to_a_plan_stays(tmp_path):
+def test_second_report_on_a_plan_is_ignored(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
         journal.put_report(1, 1, make_recorded(), wall_s=6.0)
@@ -103,7 +103,7 @@ def test_the_first_answer_to_a_plan_stays(tmp_path):
         assert not journal.has_plan("d0", "0" * 64)
 
 
-def test_rows_for_people_before_and_after_the_end_of_a_round(tmp_path):
+def test_views_show_a_round_before_and_after_its_end(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
         (row,) = journal.device_rounds()
@@ -124,7 +124,7 @@ def test_rows_for_people_before_and_after_the_end_of_a_round(tmp_path):
         assert journal.device_rounds(2) == []
 
 
-def test_a_transaction_that_fails_leaves_nothing(tmp_path):
+def test_failed_transaction_changes_nothing(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
         with pytest.raises(TypeError):
@@ -133,7 +133,7 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path):
         assert journal.device_rounds()[0].status == "running"
 
 
-def test_reading_while_writing_neither_waits_nor_sees_half_a_round(tmp_path):
+def test_reader_never_sees_half_a_round(tmp_path):
     with Journal.open(tmp_path / "j") as journal:
         open_first(journal)
     stop, seen, errors = threading.Event(), set(), []
@@ -162,19 +162,19 @@ def test_reading_while_writing_neither_waits_nor_sees_half_a_round(tmp_path):
     assert {status for _, status in seen} <= {"running", "ok"}
 
 
-def test_a_reader_cannot_write(tmp_path):
+def test_readonly_journal_rejects_writes(tmp_path):
     Journal.open(tmp_path / "j").close()
     with Journal.open_readonly(tmp_path / "j") as reader, pytest.raises(sqlite3.OperationalError, match="readonly"):
         reader._db.execute("INSERT INTO meta VALUES ('a', 'b')")
 
 
-def test_a_missing_journal_is_not_created_by_reading(tmp_path):
+def test_reading_a_missing_journal_creates_nothing(tmp_path):
     with pytest.raises(ConfigError, match="there is no journal at"):
         Journal.open_readonly(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_schema_version_is_refused(tmp_path):
+def test_journal_of_another_schema_version_is_rejected(tmp_path):
     Journal.open(tmp_path / "j").close()
     with sqlite3.connect(tmp_path / "j") as connection:
         connection.execute("PRAGMA user_version = 99")

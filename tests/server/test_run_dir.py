@@ -21,7 +21,7 @@ def begin(config: FleetConfig) -> None:
     run.close()
 
 
-def test_a_changed_setting_is_named(tmp_path):
+def test_run_dir_with_a_changed_setting_names_it(tmp_path):
     begin(make_config(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"training.tau was 4, is 9") as caught:
         RunDir(make_config(tmp_path / "run", training={"tau": 9, "recovery_steps": 2}))
@@ -37,12 +37,12 @@ def test_a_changed_setting_is_named(tmp_path):
         {"gate": {"keep_rejected": 1}},
     ],
 )
-def test_operational_settings_may_change(tmp_path, changes):
+def test_run_dir_accepts_changed_operational_settings(tmp_path, changes):
     begin(make_config(tmp_path / "run"))
     RunDir(make_config(tmp_path / "run", **changes)).close()
 
 
-def test_every_other_setting_is_pinned():
+def test_settings_contain_all_but_operational_ones():
     flat = settings(msgspec.to_builtins(FleetConfig()))
     names = set(FleetConfig.__struct_fields__) - {"training", "bandit", "reward", "aggregation", "validation"}
     pinned = {name for name in flat if "." not in name}
@@ -52,14 +52,14 @@ def test_every_other_setting_is_pinned():
     assert json.dumps(flat)
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+def test_run_dir_with_foreign_files_is_rejected(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"not empty and contains no run .*'thesis.txt'"):
         RunDir(make_config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_second_server_is_kept_out(tmp_path):
+def test_run_dir_in_use_is_rejected(tmp_path):
     first = RunDir(make_config(tmp_path / "run"))
     with pytest.raises(ConfigError, match="another server is using run_dir"):
         RunDir(make_config(tmp_path / "run"))
@@ -67,7 +67,7 @@ def test_a_second_server_is_kept_out(tmp_path):
     RunDir(make_config(tmp_path / "run")).close()
 
 
-def test_who_asks_whether_a_server_is_at_work_keeps_none_out(tmp_path):
+def test_is_server_running_does_not_block_a_server(tmp_path):
     run = RunDir(make_config(tmp_path))
     assert is_server_running(tmp_path) is True
     run.close()
@@ -78,14 +78,14 @@ def test_who_asks_whether_a_server_is_at_work_keeps_none_out(tmp_path):
         RunDir(make_config(tmp_path)).close()
 
 
-def test_a_damaged_journal_is_a_clear_error(tmp_path):
+def test_run_dir_with_a_damaged_journal_raises_config_error(tmp_path):
     begin(make_config(tmp_path))
     (tmp_path / "journal.sqlite").write_bytes(b"not a database, certainly" * 100)
     with pytest.raises(ConfigError, match=r"journal .* cannot be used"):
         RunDir(make_config(tmp_path))
 
 
-def test_a_run_dir_that_is_a_file_is_a_clear_error(tmp_path):
+def test_run_dir_that_is_a_file_raises_config_error(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         RunDir(make_config(tmp_path / "run"))

@@ -49,7 +49,7 @@ def uninterrupted(tmp_path_factory):
         ("before:set_meta", 5),
     ],
 )
-def test_killed_once_and_restarted(tmp_path, uninterrupted, point, count):
+def test_server_killed_once_ends_with_the_same_adapter(tmp_path, uninterrupted, point, count):
     killed = child(tmp_path, point, count)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert killed.stdout == ""
@@ -64,7 +64,7 @@ def test_killed_once_and_restarted(tmp_path, uninterrupted, point, count):
         ]
 
 
-def test_killed_again_and_again(tmp_path, uninterrupted):
+def test_server_killed_repeatedly_ends_with_the_same_adapter(tmp_path, uninterrupted):
     kills = 0
     for _ in range(20):
         done = child(tmp_path, "after:put_report", 2)
@@ -76,7 +76,7 @@ def test_killed_again_and_again(tmp_path, uninterrupted):
     assert json.loads(done.stdout)["adapter_sha256"] == uninterrupted["adapter_sha256"]
 
 
-def test_a_restarted_server_publishes_the_same_plans_again(tmp_path):
+def test_restarted_server_publishes_the_same_plans(tmp_path):
     folder = tmp_path / "devices"
     folder.mkdir()
     config = make_config(tmp_path / "run")
@@ -103,7 +103,7 @@ def test_a_restarted_server_publishes_the_same_plans_again(tmp_path):
     assert [ack.status for ack in second.devices["d0"].acks if ack.server_round == 1] == ["accepted"]
 
 
-def test_a_server_back_after_the_deadline_waits_for_devices_that_pause(tmp_path):
+def test_server_restarted_after_the_deadline_waits_for_devices(tmp_path):
     """A broker that went down with the server and lost everything: devices look for it again after their pause."""
     folder = tmp_path / "devices"
     folder.mkdir()
@@ -131,7 +131,7 @@ def test_a_server_back_after_the_deadline_waits_for_devices_that_pause(tmp_path)
         assert journal.rounds()[0].accepted == 3
 
 
-def test_the_deadline_goes_on_while_the_server_is_down(tmp_path):
+def test_deadline_continues_while_the_server_is_down(tmp_path):
     folder = tmp_path / "devices"
     folder.mkdir()
     config = make_config(tmp_path / "run", min_reports=1)

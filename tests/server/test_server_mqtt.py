@@ -96,7 +96,7 @@ def accepted_in(run_dir, number):
         return 0
 
 
-def test_server_killed_and_broker_restarted(tmp_path, broker, fleet):
+def test_server_kill_and_broker_restart_keep_the_result(tmp_path, broker, fleet):
     folder = tmp_path / "mqtt-devices"
     folder.mkdir()
     run_dir = tmp_path / "mqtt"

@@ -19,7 +19,7 @@ def connected(broker):
     return publisher
 
 
-def test_an_announcement_outlives_the_brokers_memory():
+def test_publisher_republishes_after_the_broker_lost_its_messages():
     broker = MemoryBroker()
     publisher = connected(broker)
     ref, _ = split(bytes(5000), chunk_bytes=2048)
@@ -33,7 +33,7 @@ def test_an_announcement_outlives_the_brokers_memory():
     assert broker.retained_topics() == published
 
 
-def test_what_could_not_be_published_is_published_when_the_broker_is_back():
+def test_publisher_sends_unsent_plans_after_reconnect():
     broker = MemoryBroker()
     publisher = connected(broker)
     broker.stop()
@@ -45,7 +45,7 @@ def test_what_could_not_be_published_is_published_when_the_broker_is_back():
     assert broker.retained_topics() == [TOPICS.plan("d0")]
 
 
-def test_a_cleared_blob_is_not_restated():
+def test_publisher_does_not_republish_a_cleared_blob():
     broker = MemoryBroker()
     publisher = connected(broker)
     ref, _ = split(b"x" * 100)
@@ -58,7 +58,7 @@ def test_a_cleared_blob_is_not_restated():
     assert broker.retained_topics() == []
 
 
-def test_closing_twice_is_harmless():
+def test_publisher_close_twice_is_harmless():
     publisher = connected(MemoryBroker())
     publisher.close()
     publisher.close()

@@ -27,7 +27,7 @@ def statuses(config, number):
     return {view.device_id: view.status for view in views(config, number)}
 
 
-def test_a_run_ends_with_nested_layouts_and_a_complete_final_folder(fleet, tmp_path):
+def test_run_ends_with_nested_layouts_and_final_folder(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     result = fleet.serve(config)
@@ -59,7 +59,7 @@ def test_a_run_ends_with_nested_layouts_and_a_complete_final_folder(fleet, tmp_p
     assert not tensors["layers.0.up.lora_B"][gone].any()
 
 
-def test_devices_that_rank_alone_end_with_the_layout_most_examples_speak_for(fleet, tmp_path):
+def test_local_layouts_end_with_the_most_trained_groups(fleet, tmp_path):
     config = make_config(tmp_path / "run", layout="local")
     fleet.add_three()
     result = fleet.serve(config)
@@ -76,7 +76,7 @@ def test_devices_that_rank_alone_end_with_the_layout_most_examples_speak_for(fle
     assert abs(result.pruning_ratio - 0.5) < 0.1
 
 
-def test_the_same_run_twice_gives_the_same_adapter(tmp_path):
+def test_run_repeated_gives_the_same_adapter(tmp_path):
     results = []
     for name in ("one", "two"):
         folder = tmp_path / name
@@ -92,7 +92,7 @@ def test_the_same_run_twice_gives_the_same_adapter(tmp_path):
     assert fleet.serve(make_config(tmp_path / "run", seed=1)).adapter_sha256 != results[0].adapter_sha256
 
 
-def test_a_silent_device_is_late_and_one_cut_off_is_lost(fleet, tmp_path):
+def test_silent_device_is_late_and_disconnected_one_is_lost(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=1)
     fleet.add_three()
     fleet.devices["d1"].silent = lambda plan: plan.server_round == 2
@@ -116,7 +116,7 @@ def test_a_silent_device_is_late_and_one_cut_off_is_lost(fleet, tmp_path):
     assert statuses(config, 3) == {"d0": "ok", "d1": "ok"}
 
 
-def test_a_device_that_was_cut_off_and_returns_in_time_is_counted(fleet, tmp_path):
+def test_device_that_reconnects_in_time_is_accepted(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
 
@@ -132,7 +132,7 @@ def test_a_device_that_was_cut_off_and_returns_in_time_is_counted(fleet, tmp_pat
     assert statuses(config, 3)["d1"] == "ok"
 
 
-def test_a_device_that_joins_late_takes_part_from_the_next_round(fleet, tmp_path):
+def test_device_that_joins_late_takes_part_in_the_next_round(fleet, tmp_path):
     config = make_config(tmp_path / "run", num_rounds=6, bandit={"max_step": 0.5})
     fleet.add_three()
     late = fleet.add("late", start=False)
@@ -148,7 +148,7 @@ def test_a_device_that_joins_late_takes_part_from_the_next_round(fleet, tmp_path
     assert result.num_devices == 4
 
 
-def test_a_device_away_at_the_start_of_a_round_is_told_to_wait(fleet, tmp_path):
+def test_device_offline_at_round_start_gets_a_wait_plan(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     away = fleet.devices["d2"]
@@ -164,7 +164,7 @@ def test_a_device_away_at_the_start_of_a_round_is_told_to_wait(fleet, tmp_path):
     assert (3, RoundPlan) not in plans
 
 
-def test_devices_of_an_earlier_run_are_told_to_wait_before_the_first_round(fleet, tmp_path):
+def test_devices_of_an_earlier_run_get_wait_plans(fleet, tmp_path):
     """Else the end of that run, which the broker keeps for them, sends them home again whenever they start."""
     for name in ("d0", "d1", "d2"):
         device = fleet.add(name, start=False)
@@ -183,7 +183,7 @@ def test_devices_of_an_earlier_run_are_told_to_wait_before_the_first_round(fleet
     assert {type(device.plans[0]) for device in fleet.devices.values()} == {WaitPlan}
 
 
-def test_replayed_duplicate_and_foreign_reports_are_answered_and_ignored(fleet, tmp_path):
+def test_repeated_and_foreign_reports_change_nothing(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     old: dict[int, Report] = {}
@@ -213,7 +213,7 @@ def test_replayed_duplicate_and_foreign_reports_are_answered_and_ignored(fleet, 
     assert not [ack for ack in fleet.devices["d1"].acks if ack.status == "refused"]
 
 
-def test_a_report_after_its_round_is_late(fleet, tmp_path):
+def test_report_after_its_round_is_late(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=1)
     fleet.add_three()
     slow = fleet.devices["d2"]
@@ -225,7 +225,7 @@ def test_a_report_after_its_round_is_late(fleet, tmp_path):
     assert [ack.status for ack in slow.acks if ack.server_round == 2] == ["late"]
 
 
-def test_a_corrupt_upload_is_asked_for_again_and_refused_when_it_stays_corrupt(fleet, tmp_path):
+def test_corrupt_upload_is_requested_again_then_refused(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=1)
     fleet.add_three()
     fleet.devices["d0"].corrupt_chunks = 1
@@ -237,7 +237,7 @@ def test_a_corrupt_upload_is_asked_for_again_and_refused_when_it_stays_corrupt(f
     assert "corrupt 3 times" in reason
 
 
-def test_lost_chunks_are_asked_for_when_the_report_is_repeated(fleet, tmp_path):
+def test_lost_chunks_are_requested_on_the_repeated_report(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     device = fleet.devices["d0"]
@@ -256,7 +256,7 @@ def test_lost_chunks_are_asked_for_when_the_report_is_repeated(fleet, tmp_path):
     assert [ack.status for ack in device.acks[:2]] == ["incomplete", "accepted"]
 
 
-def test_a_refused_update_is_kept_with_its_reason_and_changes_nothing(tmp_path):
+def test_rejected_update_is_stored_and_changes_nothing(tmp_path):
     def run(folder, poison):
         (folder / "devices").mkdir(parents=True)
         fleet = Fleet(folder / "devices")
@@ -283,7 +283,7 @@ def test_a_refused_update_is_kept_with_its_reason_and_changes_nothing(tmp_path):
     assert "NaN" in fleet.devices["d1"].acks[0].reason
 
 
-def test_the_odd_head_of_the_first_round_is_refused_whoever_comes_first(fleet, tmp_path):
+def test_unusual_head_in_the_first_round_is_refused(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     fleet.devices["d0"].duration_s = 1.0
@@ -297,7 +297,7 @@ def test_the_odd_head_of_the_first_round_is_refused_whoever_comes_first(fleet, t
     assert "(3, 8)" in next(view.reason for view in views(config, 2) if view.device_id == "d0")
 
 
-def test_too_few_reports_repeat_the_round_with_new_plans(fleet, tmp_path):
+def test_too_few_reports_repeat_the_round(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=2)
     fleet.add_three()
     for name in ("d1", "d2"):
@@ -308,7 +308,7 @@ def test_too_few_reports_repeat_the_round_with_new_plans(fleet, tmp_path):
     assert rounds[:4] == [(1, 1, "done", 3), (2, 1, "failed", 1), (2, 2, "done", 3), (3, 1, "done", 3)]
 
 
-def test_rounds_that_keep_failing_stop_the_run_and_a_restart_continues_it(fleet, tmp_path):
+def test_failed_rounds_stop_the_run_and_a_restart_continues(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=2, max_failed_rounds=2)
     fleet.add_three()
     out = msgspec.structs.replace
@@ -335,7 +335,7 @@ def stopped(config):
         return journal.meta("stopped")
 
 
-def test_too_few_devices_is_an_error_at_the_join_timeout(fleet, tmp_path, caplog):
+def test_too_few_devices_raise_config_error_at_join_timeout(fleet, tmp_path, caplog):
     caplog.set_level("INFO")
     fleet.add("only")
     with pytest.raises(ConfigError, match=r"1 of 3 devices were online after 50 s \(only\)"):
@@ -344,7 +344,7 @@ def test_too_few_devices_is_an_error_at_the_join_timeout(fleet, tmp_path, caplog
     assert caplog.text.count("waiting for devices: 1 of 3 online") == 1  # logged on a change, not at every event
 
 
-def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):
+def test_devices_with_another_base_are_rejected_and_named(fleet, tmp_path):
     fleet.add("d0", spec=make_spec("b" * 64))
     fleet.add("d1", spec=make_spec("b" * 64))
     with pytest.raises(ConfigError) as caught:
@@ -365,7 +365,7 @@ def test_devices_with_another_base_are_refused_and_named(fleet, tmp_path):
         ({"task": "causal_lm", "num_labels": 0}, "its task is causal_lm, this fleet's is classification: set task = "),
     ],
 )
-def test_a_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, options, reason):
+def test_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, options, reason):
     config = make_config(tmp_path / "run", min_devices=2)
     fleet.add("d0")
     fleet.add("d1")
@@ -380,7 +380,7 @@ def test_a_device_that_does_not_fit_the_fleet_is_left_out(fleet, tmp_path, optio
     assert not any(isinstance(plan, WaitPlan) for plan in fleet.devices["d0"].plans)
 
 
-def test_the_fleets_task_counts_not_that_of_whoever_comes_first(fleet, tmp_path):
+def test_first_device_with_another_task_is_left_out(fleet, tmp_path):
     config = make_config(tmp_path / "run", task="token_classification", min_devices=2)
     fleet.add("d0")
     fleet.add("d1", task="token_classification")
@@ -391,7 +391,7 @@ def test_the_fleets_task_counts_not_that_of_whoever_comes_first(fleet, tmp_path)
     assert (layout_json["task"], layout_json["num_labels"]) == ("token_classification", 2)
 
 
-def test_no_head_enters_a_fleet_of_language_models(fleet, tmp_path):
+def test_update_with_a_head_is_refused_in_causal_lm(fleet, tmp_path):
     config = make_config(tmp_path / "run", task="causal_lm", min_devices=3, num_rounds=3, pruning_ratio=0.0)
     for name in ("d0", "d1", "headed"):
         fleet.add(name, task="causal_lm", num_labels=0)
@@ -409,7 +409,7 @@ def test_no_head_enters_a_fleet_of_language_models(fleet, tmp_path):
     assert (layout_json["task"], layout_json["num_labels"]) == ("causal_lm", 0)
 
 
-def test_a_device_short_of_memory_is_given_only_ranks_that_it_can_train(fleet, tmp_path):
+def test_device_short_of_memory_gets_only_fitting_ranks(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_devices=2, strategy="fedlora", ranks=[2, 4, 8])
     fleet.add("roomy", memory=(1000, 100, 10))
     fleet.add("tight", memory=(130, 100, 10))  # rank 2 takes 120, rank 4 140
@@ -420,7 +420,7 @@ def test_a_device_short_of_memory_is_given_only_ranks_that_it_can_train(fleet, t
     assert ranks == {"roomy": {4}, "tight": {2}}
 
 
-def test_the_brokers_retained_chunks_are_cleared(fleet, tmp_path):
+def test_finished_run_clears_retained_chunks(fleet, tmp_path):
     fleet.add_three()
     fleet.serve(make_config(tmp_path / "run"))
     while fleet.network.run_next(fleet.clock.now() + 10.0) is not None:
@@ -429,7 +429,7 @@ def test_the_brokers_retained_chunks_are_cleared(fleet, tmp_path):
     assert all(device.finished for device in fleet.devices.values())
 
 
-def test_a_finished_run_started_again_returns_its_result(fleet, tmp_path):
+def test_finished_run_started_again_returns_its_result(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     result = fleet.serve(config)
@@ -438,7 +438,7 @@ def test_a_finished_run_started_again_returns_its_result(fleet, tmp_path):
     assert fleet.clock.now() == before
 
 
-def test_a_device_that_lost_its_disk_may_start_again_from_the_full_model(fleet, tmp_path):
+def test_device_that_lost_its_disk_starts_from_the_full_model(fleet, tmp_path):
     config = make_config(tmp_path / "run", num_rounds=6)
     fleet.add_three()
     device = fleet.devices["d1"]
@@ -457,7 +457,7 @@ def test_a_device_that_lost_its_disk_may_start_again_from_the_full_model(fleet, 
     assert rows[3].achieved_ratio == pytest.approx(rows[3].pruning_ratio, abs=0.1)
 
 
-def test_the_adapter_shrinks_with_the_fleet_and_comes_in_bands(fleet, tmp_path):
+def test_adapter_download_shrinks_with_rank_and_pruning(fleet, tmp_path):
     """Fewer bytes for a smaller rank, and for everybody once nobody holds the rows any more."""
     config = make_config(tmp_path / "run", num_rounds=7, pruning_ratio=0.6)
     fleet.add_three()
@@ -475,7 +475,7 @@ def test_the_adapter_shrinks_with_the_fleet_and_comes_in_bands(fleet, tmp_path):
     assert of_four[-1] < of_four[1], "though names and order weigh more than numbers in so small a model"
 
 
-def test_what_an_earlier_run_pruned_does_not_count(fleet, tmp_path):
+def test_pruning_of_an_earlier_run_does_not_count(fleet, tmp_path):
     config = make_config(tmp_path / "run", strategy="fixed")
     fleet.add_three()
     device = fleet.devices["d0"]

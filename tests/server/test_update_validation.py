@@ -49,7 +49,7 @@ def check(tensors, *, plan=None, report=None, previous=FULL, order=ORDER, head_s
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_an_honest_update_passes(dtype):
+def test_valid_update_is_accepted(dtype):
     tensors = honest(dtype)
     update = check(tensors)
     assert update.layout.to_dict() == KEPT.to_dict()
@@ -59,7 +59,7 @@ def test_an_honest_update_passes(dtype):
     assert update.head_shapes == HEAD
 
 
-def test_scores_and_a_first_head_are_optional():
+def test_update_without_scores_or_known_head_is_accepted():
     tensors = {name: value for name, value in honest().items() if not name.startswith("score")}
     assert check(tensors, head_shapes=None).scores == {}
 
@@ -147,7 +147,7 @@ HEADS, CHANNELS = "keep.0.heads", "keep.1.channels"
         pytest.param(change("scored.0.heads", lambda t: t + 9), "were removed earlier", id="scored out of range"),
     ],
 )  # fmt: skip
-def test_a_bad_tensor_is_refused(spoil, reason):
+def test_malformed_tensor_is_rejected(spoil, reason):
     tensors = honest()
     spoil(tensors)
     with pytest.raises(UpdateRejected, match=reason):
@@ -158,19 +158,19 @@ def layout_tensors(layout):
     return make_tensors(layout, FULL, 4, None, "gate")
 
 
-def test_groups_removed_earlier_cannot_come_back():
+def test_layout_with_removed_groups_is_rejected():
     earlier = Layout.prefix(SPEC, ORDER, [(1, 8)] * 2)
     with pytest.raises(UpdateRejected, match="had removed earlier"):
         check(honest(), previous=earlier)
 
 
 @pytest.mark.parametrize("counts", [(4, 32), (3, 28), (1, 4)])
-def test_a_layout_far_from_the_plans_ratio_is_refused(counts):
+def test_layout_far_from_the_planned_ratio_is_rejected(counts):
     with pytest.raises(UpdateRejected, match=r"the plan leaves 0\.\d+ \(tolerance"):
         check(layout_tensors(Layout.prefix(SPEC, ORDER, [counts] * 2)))
 
 
-def test_one_group_more_or_less_is_within_tolerance():
+def test_layout_one_group_from_the_planned_ratio_is_accepted():
     heads, channels = KEPT.counts[0]
     for counts in ((heads, channels + 4), (heads, channels - 4), (heads + 1, channels), (heads - 1, channels)):
         check(layout_tensors(Layout.prefix(SPEC, ORDER, [counts] * 2)))
@@ -179,32 +179,32 @@ def test_one_group_more_or_less_is_within_tolerance():
     assert ratio_tolerance(SPEC, 4) == pytest.approx(share)
 
 
-def test_with_one_order_for_all_only_its_prefix_passes():
+def test_consensus_layout_that_is_no_prefix_is_rejected():
     other = Order(ORDER.heads, tuple(np.roll(c, 1) for c in ORDER.channels))
     with pytest.raises(UpdateRejected, match="layer 0 channels: not a prefix of the fleet's order"):
         check(layout_tensors(Layout.prefix(SPEC, other, KEPT.counts)))
 
 
-def test_devices_that_rank_alone_may_keep_what_they_like_at_the_ratio():
+def test_local_layout_with_any_groups_is_accepted():
     other = Order(ORDER.heads, tuple(np.roll(c, 1) for c in ORDER.channels))
     tensors = layout_tensors(Layout.prefix(SPEC, other, KEPT.counts))
     assert check(tensors, plan=make_plan(layout="local"), order=None).layout.counts == KEPT.counts
 
 
-def test_nothing_is_pruned_before_there_is_an_order():
+def test_pruned_layout_before_the_first_order_is_rejected():
     check(layout_tensors(FULL), order=None)
     with pytest.raises(UpdateRejected, match=r"the plan leaves 0\.0000"):
         check(honest(), order=None)
 
 
-def test_the_report_must_answer_the_plan():
+def test_report_that_contradicts_its_plan_is_rejected():
     with pytest.raises(UpdateRejected, match="rank is 2 instead of the plan's 4"):
         check(honest(), report=make_report(r=2))
     with pytest.raises(UpdateRejected, match="no examples"):
         check(honest(), report=make_report(num_examples=0))
 
 
-def test_the_size_limit_lets_the_largest_honest_update_through():
+def test_size_limit_admits_the_largest_valid_update():
     full = pack(make_tensors(FULL, FULL, 4, None, "gate"))
     assert len(full) < max_update_bytes(SPEC, make_plan(), 2) < len(full) + 2 * 1024 * 1024
     larger = msgspec.structs.replace(SPEC, intermediate_size=64)

@@ -22,7 +22,7 @@ def rounds_of(folder: Path, **settings: Any) -> dict[int, list[DeviceView]]:
     return by_round(read_run(folder / "run").rows)
 
 
-def test_the_example_strategy_runs_a_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_strategy_runs_a_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     rounds = rounds_of(tmp_path, strategy="my_strategy:RankByClass")
     for rows in rounds.values():
@@ -32,14 +32,14 @@ def test_the_example_strategy_runs_a_fleet(tmp_path: Path, monkeypatch: pytest.M
     assert ratios[-1] == pytest.approx(0.5)
 
 
-def test_one_shot_baselines_prune_once_and_all_reach_the_same_ratio(tmp_path: Path) -> None:
+def test_one_shot_baselines_prune_once_to_the_same_ratio(tmp_path: Path) -> None:
     early = rounds_of(tmp_path / "a", strategy="prune_then_tune")
     late = rounds_of(tmp_path / "b", strategy="tune_then_prune")
     assert [{row.pruning_ratio for row in rows} for rows in early.values()] == [{0.0}] + [{0.5}] * 6
     assert [{row.pruning_ratio for row in rows} for rows in late.values()] == [{0.0}] * 6 + [{0.5}]
 
 
-def test_hetlora_gives_measured_slow_classes_small_ranks(tmp_path: Path) -> None:
+def test_hetlora_gives_slow_classes_small_ranks(tmp_path: Path) -> None:
     rounds = rounds_of(tmp_path, strategy="hetlora")
     assert {row.r for row in rounds[1]} == {8}
     by_class = {row.device_class: row.r for row in rounds[7]}
@@ -47,7 +47,7 @@ def test_hetlora_gives_measured_slow_classes_small_ranks(tmp_path: Path) -> None
     assert all(row.pruning_ratio == 0.0 for row in rounds[7])
 
 
-def test_pruning_early_makes_fedapt_faster_than_pruning_late(tmp_path: Path) -> None:
+def test_fedapt_is_faster_than_pruning_late(tmp_path: Path) -> None:
     def total(rounds: dict[int, list[DeviceView]]) -> float:
         return sum(max(row.completion_time_s or 0.0 for row in rows) for rows in rounds.values())
 

@@ -28,7 +28,7 @@ def user_module(tmp_path, monkeypatch):
     return write
 
 
-def test_a_strategy_of_the_users_own(user_module):
+def test_create_loads_a_custom_strategy(user_module):
     module = user_module(
         "from fedspine_edge.strategies.fedlora import FedLoRA\nclass Mine(FedLoRA):\n    name = 'mine'\n"
     )
@@ -37,25 +37,25 @@ def test_a_strategy_of_the_users_own(user_module):
     assert strategy.to_dict()["strategy"] == "mine"
 
 
-def test_an_unknown_name_suggests_the_closest():
+def test_unknown_name_suggests_the_closest():
     with pytest.raises(ConfigError, match="'fedspin' is not known") as error:
         make("fedspin")
     assert error.value.remedy == "Did you mean 'fedspine'?"
 
 
-def test_a_name_like_none_lists_all():
+def test_unknown_name_without_a_close_match_lists_all():
     with pytest.raises(ConfigError) as error:
         make("zzz")
     assert "tune_then_prune" in error.value.remedy
 
 
 @pytest.mark.parametrize("path", [":", "mod:", ":Attr"])
-def test_half_a_path(path):
+def test_incomplete_path_raises_config_error(path):
     with pytest.raises(ConfigError, match="not of the form 'module:attribute'"):
         make(path)
 
 
-def test_a_module_that_is_not_there():
+def test_missing_module_raises_config_error():
     with pytest.raises(ConfigError, match="module 'no_such_module' could not be imported") as error:
         make("no_such_module:Mine")
     assert "PYTHONPATH" in error.value.remedy
@@ -73,12 +73,12 @@ def test_a_module_that_is_not_there():
         ("class Mine:\n    def __init__(self, config): self.aggregation = 'svd'", "Mine", "lacks: assign, observe"),
     ],
 )
-def test_what_is_wrong_with_a_users_strategy_is_named(user_module, source, attribute, message):
+def test_invalid_custom_strategy_is_described(user_module, source, attribute, message):
     with pytest.raises(ConfigError, match=message):
         make(f"{user_module(source)}:{attribute}")
 
 
-def test_strategies_load_when_they_are_used_and_without_torch():
+def test_strategies_are_imported_lazily_without_torch():
     code = (
         "import sys\nfrom fedspine_edge.strategies import create\n"
         "from fedspine_edge.config import FleetConfig\n"

@@ -77,7 +77,7 @@ def test_every_strategy_runs_to_the_end(name, layout):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("stop_after", ["assign", "observe"])
-def test_a_restarted_server_continues_with_the_same_choices(name, stop_after):
+def test_restored_strategy_makes_the_same_assignments(name, stop_after):
     settings = config(name, num_rounds=8)
     original, fleet = create(settings), Fleet()
     for server_round in range(1, 4):
@@ -94,7 +94,7 @@ def test_a_restarted_server_continues_with_the_same_choices(name, stop_after):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_asking_again_gives_the_same_answer_in_any_order(name):
+def test_assign_repeated_gives_the_same_assignments(name):
     strategy, fleet = create(config(name)), Fleet()
     fleet.round(strategy, 1)
     first = strategy.assign(fleet.devices, 2)
@@ -103,7 +103,7 @@ def test_asking_again_gives_the_same_answer_in_any_order(name):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_all_tune_equally_long(name):
+def test_all_strategies_tune_equally_long(name):
     strategy, fleet = create(config(name)), Fleet(1)
     steps = 0
     for server_round in range(1, 7):
@@ -115,7 +115,7 @@ def test_all_tune_equally_long(name):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_memory_is_respected(name):
+def test_assigned_ranks_fit_the_memory(name):
     strategy = create(config(name))
     needs = {4: 400, 8: 800, 16: 1600, 32: 3200}
     small = DeviceInfo("small", memory_bytes=900, memory_by_rank=needs)
@@ -129,7 +129,7 @@ def test_memory_is_respected(name):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_rank_that_ran_out_of_memory_is_not_tried_again_at_that_size(name):
+def test_rank_that_ran_out_of_memory_is_not_assigned_again(name):
     strategy = create(config(name))
     device = DeviceInfo("d")
     r = strategy.assign([device], 1)["d"].r
@@ -139,7 +139,7 @@ def test_a_rank_that_ran_out_of_memory_is_not_tried_again_at_that_size(name):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_state_of_another_strategy_is_refused(name):
+def test_state_of_another_strategy_is_rejected(name):
     other = "fixed" if name == "fedspine" else "fedspine"
     with pytest.raises(ConfigError, match=f"saved run used strategy '{other}'"):
         create(config(name)).load_dict(create(config(other)).to_dict())
@@ -162,7 +162,7 @@ def test_fedspine_prunes_in_rounds_2_to_4_of_6():
     name=st.sampled_from(SCHEDULED),
 )
 @settings(max_examples=40, deadline=None)
-def test_what_is_accepted_is_reached_within_steps(num_rounds, target, layout, name):
+def test_accepted_target_is_reached_within_steps(num_rounds, target, layout, name):
     chosen = config(name, num_rounds=num_rounds, pruning_ratio=target, layout=layout)
     try:
         strategy = create(chosen)
@@ -179,7 +179,7 @@ def test_what_is_accepted_is_reached_within_steps(num_rounds, target, layout, na
             assert all(d.pruning_ratio == pytest.approx(target, abs=1e-9) for d in fleet.devices)
 
 
-def test_too_few_rounds_are_an_error_that_says_how_many():
+def test_too_few_rounds_raise_an_error_with_the_number():
     with pytest.raises(ConfigError, match=r"pruning_ratio 0\.8 cannot be reached in num_rounds = 6") as error:
         create(config(pruning_ratio=0.8))
     assert error.value.remedy == "Use num_rounds >= 7, bandit.max_step >= 0.27 or pruning_ratio <= 0.75."
@@ -194,7 +194,7 @@ def test_too_few_rounds_are_an_error_that_says_how_many():
     create(config(num_rounds=3, pruning_ratio=0.0))
 
 
-def test_with_a_mean_target_final_ratios_differ_and_their_mean_is_met():
+def test_fleet_mean_target_is_met_while_ratios_differ():
     strategy, fleet = create(config(target="fleet_mean", num_rounds=8)), Fleet()
     for server_round in range(1, 9):
         fleet.round(strategy, server_round)
@@ -204,7 +204,7 @@ def test_with_a_mean_target_final_ratios_differ_and_their_mean_is_met():
     assert all(0.35 <= p <= 0.65 for p in final)
 
 
-def test_rounding_to_whole_groups_does_not_cost_the_target():
+def test_rounding_to_whole_groups_keeps_the_target():
     """Devices that achieve a little less than asked still end where the step limit allows it only just."""
     strategy = create(config(num_rounds=5))  # two pruning rounds of 0.25
     ratio = 0.0
@@ -215,7 +215,7 @@ def test_rounding_to_whole_groups_does_not_cost_the_target():
     assert asked == 0.5
 
 
-def test_a_device_that_lost_its_disk_starts_from_what_it_has():
+def test_device_that_lost_its_disk_starts_from_its_ratio():
     strategy, fleet = create(config(num_rounds=9)), Fleet(1)
     for server_round in range(1, 6):
         fleet.round(strategy, server_round)
@@ -224,7 +224,7 @@ def test_a_device_that_lost_its_disk_starts_from_what_it_has():
     assert strategy.assign([reset], 6)["d0"].pruning_ratio <= 0.25
 
 
-def test_a_late_joiner_ends_at_its_own_ratio():
+def test_late_joiner_ends_at_its_own_ratio():
     strategy = create(config())
     ratio = 0.0
     for server_round in range(4, 7):
@@ -233,7 +233,7 @@ def test_a_late_joiner_ends_at_its_own_ratio():
     assert ratio == 0.25
 
 
-def test_fedspine_learns_from_rewards_and_lost_devices_teach_nothing():
+def test_fedspine_learns_nothing_from_lost_devices():
     strategy, fleet = create(config()), Fleet(2)
     _, rewards = fleet.round(strategy, 1, {"d1": "lost"})
     assert rewards["d1"] is None
@@ -243,7 +243,7 @@ def test_fedspine_learns_from_rewards_and_lost_devices_teach_nothing():
     json.dumps(strategy.explain("d0"))
 
 
-def test_a_late_device_is_punished_once():
+def test_late_device_gets_a_zero_reward_once():
     strategy, fleet = create(config()), Fleet(2)
     assignments = strategy.assign(fleet.devices, 1)
     outcomes = [fleet.outcome(d, assignments[d.device_id]) for d in fleet.devices]
@@ -254,13 +254,13 @@ def test_a_late_device_is_punished_once():
     assert strategy.explain("d1")["pulls"] == 1
 
 
-def test_a_report_of_another_round_or_device_is_ignored():
+def test_outcome_of_another_round_or_device_is_ignored():
     strategy, fleet = create(config()), Fleet(1)
     strategy.assign(fleet.devices, 2)
     assert strategy.observe([RoundOutcome("d0"), RoundOutcome("unknown")], 1) == {"d0": None, "unknown": None}
 
 
-def test_fedspine_moves_to_the_ranks_that_are_rewarded():
+def test_fedspine_moves_to_rewarded_ranks():
     """With I(B_total) as the only reward, and here proportional to the rank, the largest rank pays best."""
     only_lora = RewardSettings(loss=0.0, time=0.0, lora=1.0)
     strategy, fleet = create(config(pruning_ratio=0.0, num_rounds=40, reward=only_lora)), Fleet()
@@ -289,13 +289,13 @@ def idle(rounds):
     return fmean(1 - t / max(times.values()) for times in rounds for t in times.values())
 
 
-def test_paced_arms_wait_less_and_finish_sooner_than_uniform_ones():
+def test_paced_arms_finish_sooner_than_uniform_ones():
     paced, uniform = run_fleet("paced")[0], run_fleet("uniform")[0]
     assert idle(paced) < 0.6 * idle(uniform)
     assert sum(max(times.values()) for times in paced) < 0.95 * sum(max(times.values()) for times in uniform)
 
 
-def test_before_any_time_is_known_all_play_one_rank_so_that_times_can_be_compared():
+def test_first_round_uses_one_rank_for_all_devices():
     strategy, fleet = create(config()), Fleet()
     assert {a.r for a in fleet.round(strategy, 1)[0].values()} == {strategy.middle_rank()}
     assert strategy.explain("d0")["pace"] is None
@@ -306,7 +306,7 @@ def test_before_any_time_is_known_all_play_one_rank_so_that_times_can_be_compare
     assert all(time["predicted_s"] <= time["expected_s"] * 1.001 for time in times)
 
 
-def test_uniform_arms_are_s_ucb_and_nothing_else():
+def test_uniform_arms_are_plain_s_ucb():
     strategy, fleet = create(config(bandit=BanditSettings(arm_choice="uniform"))), Fleet()
     other = SUCB((4, 8, 16, 32))
     for server_round in range(1, 7):
@@ -319,7 +319,7 @@ def test_uniform_arms_are_s_ucb_and_nothing_else():
             other.update(device_id, arm, rewards[device_id].total, now=server_round)
 
 
-def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
+def test_fleet_mean_target_shortens_the_rounds():
     equal, _ = run_fleet("paced")
     rounds, fleet = run_fleet("paced", target="fleet_mean")
     final = {d.device_class: d.pruning_ratio for d in fleet.devices}
@@ -328,14 +328,14 @@ def test_with_a_mean_target_slow_devices_end_smaller_and_rounds_are_shorter():
     assert sum(max(times.values()) for times in rounds) < sum(max(times.values()) for times in equal)
 
 
-def test_with_a_mean_target_progress_is_measured_to_the_devices_own_target():
+def test_fleet_mean_progress_uses_the_target_of_the_device():
     strategy, fleet = create(config(target="fleet_mean", num_rounds=6)), Fleet(3)
     terms = [fleet.round(strategy, t)[1] for t in range(1, 5)]
     assert {d.pruning_ratio for d in fleet.devices} != {0.5}
     assert {reward.prune for reward in terms[-1].values()} == {1.0}  # each has arrived where it was to end
 
 
-def test_a_late_device_is_taken_for_slow_and_nobody_is_planned_past_the_deadline():
+def test_no_device_is_planned_past_the_deadline():
     strategy, fleet = create(config(num_rounds=12, deadline_s=15.0)), Fleet(3)
     for server_round in range(1, 5):
         fleet.round(strategy, server_round, {"d2": "late"})
@@ -346,7 +346,7 @@ def test_a_late_device_is_taken_for_slow_and_nobody_is_planned_past_the_deadline
     assert all(times[i]["predicted_s"] <= 0.8 * 15.0 * 1.001 for i in ("d0", "d1"))
 
 
-def test_a_saved_run_without_times_goes_on_and_begins_to_learn_them():
+def test_state_without_times_is_restored():
     strategy, fleet = create(config()), Fleet()
     fleet.round(strategy, 1)
     older = {k: v for k, v in strategy.to_dict().items() if k not in ("times", "targets", "class_of", "pace")}
@@ -367,13 +367,13 @@ def test_fedapt_follows_the_cubic_schedule_with_one_rank():
     assert ratios(strategy, 6) == [{round(p, 6)} for p in expected]
 
 
-def test_fixed_plays_the_middle_arm():
+def test_fixed_assigns_the_middle_arm():
     fleet, strategy = Fleet(), create(config("fixed"))
     assignments, _ = fleet.round(strategy, 1)
     assert {(a.u, a.r) for a in assignments.values()} == {(0.5, 8)}
 
 
-def test_hetlora_gives_faster_classes_larger_ranks_once_measured():
+def test_hetlora_gives_measured_fast_classes_large_ranks():
     strategy, fleet = create(config("hetlora")), Fleet()
     first, _ = fleet.round(strategy, 1)
     assert {a.r for a in first.values()} == {8}
@@ -384,12 +384,12 @@ def test_hetlora_gives_faster_classes_larger_ranks_once_measured():
     assert {i: a.r for i, a in fleet.round(strategy, 3)[0].items()} == {i: a.r for i, a in second.items()}
 
 
-def test_prune_then_tune_removes_everything_as_soon_as_an_order_exists():
+def test_prune_then_tune_prunes_in_the_first_possible_round():
     assert ratios(create(config("prune_then_tune")), 6) == [{0.0}] + [{0.5}] * 5
     assert ratios(create(config("prune_then_tune", layout="local")), 6) == [{0.5}] * 6
 
 
-def test_prune_then_tune_tunes_little_before_it_prunes():
+def test_prune_then_tune_moves_tuning_behind_the_pruning():
     training = TrainingSettings(tau=20, recovery_steps=30)
     strategy, fleet = create(config("prune_then_tune", training=training)), Fleet(1)
     first, second = (fleet.round(strategy, t)[0]["d0"] for t in (1, 2))
@@ -404,7 +404,7 @@ def test_tune_then_prune_prunes_in_the_last_step():
     assert (rounds[5].tau, rounds[5].recovery_steps) == (40, 0)
 
 
-def test_baselines_that_average_the_factors_ask_for_zero_padding():
+def test_strategies_name_their_aggregation_rule():
     assert {name: create(config(name)).aggregation for name in BUILT_IN} == {
         "fedspine": "reconstruct",
         "fixed": "reconstruct",
