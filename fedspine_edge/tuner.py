@@ -1,4 +1,4 @@
-"""Fine-tune and prune a language model on one device, no fleet needed.
+"""Fine-tuning and pruning of a language model on one device, without a fleet.
 
 tuner = EdgeTuner.from_pretrained("base-model", task="classification", num_labels=2, r=8)
 tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("out/")
@@ -7,12 +7,13 @@ tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("ou
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -26,39 +27,72 @@ from fedspine_edge.model.layout import Layout, check_ratio
 from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.model.precision import BaseDtype
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.pruning.importance import Criterion, Metric
+from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.latency import ModelLatency, measure_latency
-from fedspine_edge.pruning.preview import PruningPlan
-from fedspine_edge.pruning.selection import Scope
-from fedspine_edge.pruning.settings import PruningSettings
+from fedspine_edge.pruning.preview import PruningPreview
+from fedspine_edge.pruning.selection import PruningSettings
 from fedspine_edge.training.base_model import choose_torch_device, open_model
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.checkpoint import key_of, open_checkpoint
-from fedspine_edge.training.gradual_pruning import prune_in_stages
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import MemoryEstimate, estimate
-from fedspine_edge.training.progress import bar, tensorboard
+from fedspine_edge.training.progress import progress_bar, tensorboard_writer
 from fedspine_edge.training.tokenization import TextEncoder
-from fedspine_edge.training.trainer import Trainer
-from fedspine_edge.training.training_loop import run_fit
+from fedspine_edge.training.trainer import BatchSettings, Trainer
+from fedspine_edge.training.training_loop import prune_in_stages, run_fit
 
 log = logging.getLogger("fedspine_edge.tuner")
+Struct = TypeVar("Struct", "ColumnNames", PruningSettings, "MemorySettings")
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """Columns of data files.
+
+    Args:
+        text: Column of the texts.
+        text_pair: Column of the second texts; empty for none.
+        label: Column of the integer labels.
+    """
+
+    text: str = "text"
+    text_pair: str = ""
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Means to train in less memory; docs/memory.md compares them.
+
+    Args:
+        base_dtype: Data type of the frozen weights: "float32", "bfloat16", "float16", "int8" or "int4" (default:
+            float32, or that of a saved model). Adapters, head and optimizer state are always float32.
+        gradient_checkpointing: Whether to keep only the inputs of the layers for the backward pass and recompute the
+            rest: much less memory and the same results, in about a third more time.
+        pack: Whether several examples of a causal_lm step share a row instead of being padded: the same loss with less
+            work.
+    """
+
+    base_dtype: BaseDtype | None = None
+    gradient_checkpointing: bool = False
+    pack: bool = True
 
 
 class EdgeTuner:
-    """Adapters on one model, trained and pruned step by step. Make one with `from_pretrained`.
+    """Adapters on one model, which is trained and pruned step by step. Create it with `from_pretrained`.
 
-    Data is, wherever it is asked for: a CSV, JSON lines or Parquet file; 'module:function'; a list of (text, label)
-    or (text, text_pair, label); or a callable that returns such a list. For causal_lm texts alone, or (prompt, answer)
-    of which only the answer is learned; for token_classification (list of words, list of labels).
+    Data can be a CSV, JSON lines or Parquet file; 'module:function'; a list of (text, label) or (text, text_pair,
+    label); or a callable that returns such a list. For causal_lm it consists of texts, or of (prompt, answer) pairs of
+    which only the answer is learned. For token_classification it consists of (list of words, list of labels).
 
     Args:
-        model: With or without adapters.
-        tokenizer: The model's transformers tokenizer.
-        settings: Learning rate, batch size, length, clipping.
-        columns: Names of the columns of files.
-        ranking: What ranks heads and channels, and how many stay.
-        pack, seed: As in `from_pretrained`.
+        model: Model with adapters.
+        tokenizer: Tokenizer of transformers.
+        training: Learning rate, batch size, maximum length and clipping.
+        columns: Columns of data files.
+        pruning: Criterion and widths.
+        pack: As in `MemorySettings`.
+        seed: Seed of adapters and data order.
     """
 
     def __init__(
@@ -66,9 +100,9 @@ class EdgeTuner:
         model: PrunableModel,
         tokenizer: Any,
         *,
-        settings: TrainingSettings,
-        columns: DataSettings,
-        ranking: PruningSettings,
+        training: TrainingSettings,
+        columns: ColumnNames,
+        pruning: PruningSettings,
         pack: bool = True,
         seed: int = 0,
     ) -> None:
@@ -76,14 +110,17 @@ class EdgeTuner:
         self.tokenizer = tokenizer
         self.train_loss: float | None = None
         """Mean loss of the steps of the last `fit`."""
-        self._texts = TextEncoder.of(model, tokenizer)
-        self._settings = settings
-        self._columns = columns
-        self._ranking = ranking
+        self._texts = TextEncoder.from_model(model, tokenizer)
+        self._training = training
+        self._data_settings = DataSettings(path="", num_labels=max(2, model.num_labels), **asdict(columns))
+        self._pruning = pruning
         self._pack = pack
         self._seed = seed
-        self._tracker = ranking.tracker(model, seed)
-        self._last: list[Encoded] | None = None
+        pruning.check_minimums(model.spec)
+        self._tracker = ImportanceTracker(
+            model, pruning.criterion, pruning.importance_metric, seed=seed, scope=pruning.scope
+        )
+        self._last_examples: list[Encoded] | None = None
         self._steps_taken = 0
         self._metrics: dict[str, float] = {}
         self._latency: ModelLatency | None = None
@@ -100,46 +137,34 @@ class EdgeTuner:
         learning_rate: float = 1e-3,
         batch_size: int = 8,
         max_length_tokens: int | None = None,
-        text: str = "text",
-        text_pair: str = "",
-        label: str = "label",
-        criterion: Criterion = "lora",
-        metric: Metric = "auto",
-        scope: Scope = "layer",
-        round_to: int = 8,
-        min_heads: int = 1,
-        min_channels: int = 1,
-        base_dtype: BaseDtype | None = None,
-        gradient_checkpointing: bool = False,
-        pack: bool = True,
-        torch_device: str = "auto",
-        gguf_file: str | None = None,
+        torch_device: Literal["auto", "cpu", "cuda"] = "auto",
         seed: int = 0,
+        columns: ColumnNames | None = None,
+        pruning: PruningSettings | None = None,
+        memory: MemorySettings | None = None,
+        **settings: Any,
     ) -> EdgeTuner:
         """Load a base model, or a model that `save` wrote, with its adapter and its pruned widths.
 
         Args:
-            path: Hugging Face folder, GGUF folder or hub id; or a saved folder.
+            path: Hugging Face folder, GGUF file or hub id; or a saved folder.
             task: "classification", "token_classification" or "causal_lm".
-            num_labels: Classes; default 2, or what a saved model has.
+            num_labels: Number of classes (default: 2, or that of a saved model).
             r: LoRA rank; a saved adapter keeps its own.
-            lora_alpha: scaling = lora_alpha / r; default 2·r.
-            learning_rate: Peak of each `fit`'s schedule.
+            lora_alpha: Numerator of scaling = lora_alpha / r (default: 2·r).
+            learning_rate: Peak learning rate of each `fit`.
             batch_size: Examples per step.
-            max_length_tokens: Longer texts are cut; default 128, or what the model's table of positions allows.
-            text, text_pair, label: Columns of a file's texts, second texts (empty for none) and integer labels.
-            criterion, metric, scope, round_to, min_heads, min_channels: As in `fedspine_edge.pruning.settings.Ranking`.
-            base_dtype: How the frozen weights are kept: "float32", "bfloat16", "float16", "int8" or "int4"; adapters,
-                head and optimizer are float32 always. Default float32, or what a saved model has. docs/memory.md.
-            gradient_checkpointing: Keep only the layers' inputs for the backward pass and compute the rest again:
-                much less memory, about a third more time, the same results.
-            pack: For causal_lm put several examples of a step into one row instead of padding them: the same loss
-                with less work.
+            max_length_tokens: Length to which texts are truncated (default: 128, or the number of positions of the
+                model
+                if that is lower).
             torch_device: "auto", "cpu" or "cuda".
-            gguf_file: The file within a GGUF folder, if there are several.
-            seed: Of head, adapters and data order.
+            seed: Seed of head, adapters and data order.
+            columns: Columns of data files.
+            pruning: Criterion and widths.
+            memory: Data type of the base, gradient checkpointing and packing.
+            settings: Single fields of `columns`, `pruning` and `memory`, and `metric` and `gguf_file`. Deprecated.
 
-        Raises `ModelError` for a folder that cannot be used, `ConfigError` for impossible settings.
+        Raises `ModelError` for a folder that cannot be used and `ConfigError` for impossible settings.
         """
         if not 1 <= r <= MAX_RANK:
             raise ConfigError(
@@ -149,29 +174,34 @@ class EdgeTuner:
             raise ConfigError(f"`seed` is {seed}; it must be at least 0.", remedy="Leave it out for the default, 0.")
         if torch_device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"torch_device {torch_device!r} is unknown.", remedy="Use 'auto', 'cpu' or 'cuda'.")
-        training: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
+        gguf_file = settings.pop("gguf_file", None)
+        if gguf_file is not None:
+            _warn_deprecated("from_pretrained(folder, gguf_file=name)", "from_pretrained(folder / name)")
+        columns = _with_single_fields(columns or ColumnNames(), "columns", settings)
+        pruning = _with_single_fields(pruning or PruningSettings(), "pruning", settings)
+        memory = _with_single_fields(memory or MemorySettings(), "memory", settings)
+        if settings:
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument {next(iter(settings))!r}")
+        fields_given: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
         if max_length_tokens is not None:
-            training["max_length_tokens"] = max_length_tokens
-        settings = convert(training, TrainingSettings)  # before the model, which takes long to load
+            fields_given["max_length_tokens"] = max_length_tokens
+        training = convert(fields_given, TrainingSettings)  # validated before the model is loaded, which takes long
         model = open_model(
-            path, task=task, num_labels=num_labels, gguf_file=gguf_file, base_dtype=base_dtype, seed=seed
+            path, task=task, num_labels=num_labels, gguf_file=gguf_file, base_dtype=memory.base_dtype, seed=seed
         )
         folder = model.folder if model.folder is not None else path
         tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
-        model.module.to(choose_torch_device(torch_device))  # type: ignore[arg-type]
-        model.set_gradient_checkpointing(gradient_checkpointing)
+        model.module.to(choose_torch_device(torch_device))
+        model.set_gradient_checkpointing(memory.gradient_checkpointing)
         if model.r is None:
             model.attach_lora(r, 2.0 if lora_alpha is None else lora_alpha / r, seed)
-        longest = TextEncoder.of(model, tokenizer).length(max_length_tokens)
-        settings = msgspec.structs.replace(settings, max_length_tokens=longest)
-        classes = max(2, model.num_labels)
-        columns = DataSettings(path="", text=text, text_pair=text_pair, label=label, num_labels=classes)
-        ranking = PruningSettings(criterion, metric, scope, round_to, min_heads, min_channels)
-        return cls(model, tokenizer, settings=settings, columns=columns, ranking=ranking, pack=pack, seed=seed)
+        max_length = TextEncoder.from_model(model, tokenizer).max_length_tokens(max_length_tokens)
+        training = msgspec.structs.replace(training, max_length_tokens=max_length)
+        return cls(model, tokenizer, training=training, columns=columns, pruning=pruning, pack=memory.pack, seed=seed)
 
     @property
     def layout(self) -> Layout:
-        """Which heads and channels are left; `layout.pruning_ratio` and `layout.sparsity` say how much is gone."""
+        """Heads and channels that are left; see `layout.pruning_ratio` and `layout.sparsity`."""
         return self.model.layout
 
     def fit(
@@ -185,205 +215,243 @@ class EdgeTuner:
         log_dir: str | Path | None = None,
         on_step: Callable[[int, float | None], None] | None = None,
     ) -> EdgeTuner:
-        """Train adapters and head: AdamW, warm-up and cosine over this call's steps.
+        """Train adapters and head with AdamW, a warm-up and a cosine schedule over the steps of this call.
 
         Args:
-            data: See the class.
-            epochs: Passes over the data, default 1.
+            data: Training data; see the class.
+            epochs: Passes over the data (default: 1).
             steps: Training steps, instead of epochs.
-            progress: Show how far it is: a bar on a terminal, lines elsewhere; default the bar only.
-            checkpoint: Folder, one for each `fit`, from which the same call goes on after the process was killed, and
-                ends with the same bits. When the call has finished, repeating it restores its result at once.
-            log_dir: Folder for TensorBoard's event files (extra `tensorboard`): loss, norm of the gradient, learning
-                rate, steps not taken.
-            on_step: Called after each step with its number, from 1, and the last loss; what it raises ends the fit.
+            progress: Whether to show a bar on a terminal, or lines elsewhere (default: the bar only).
+            checkpoint: Folder from which the same call continues after the process was killed, with the same bits as
+                without the interruption. Use a separate folder for every `fit`. A call that has finished restores its
+                result when it is repeated.
+            log_dir: Folder for TensorBoard event files (extra `tensorboard`): loss, gradient norm, learning rate,
+                skipped steps.
+            on_step: Called after each step with its number, from 1, and the last loss. An exception ends the fit.
 
-        Returns the tuner itself, so calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`, and
+        Returns the tuner, so that calls can be chained. Raises `DataError`, `ConfigError`, `OutOfMemory`, and
         `CheckpointError` for a damaged checkpoint.
         """
         if epochs is not None and steps is not None:
             raise ConfigError("fit takes epochs or steps, not both.")
         train = self._encoded(data)
-        per_epoch = max(1, len(train) // self._settings.batch_size)
+        per_epoch = max(1, len(train) // self._training.batch_size)
         total = steps if steps is not None else round((1.0 if epochs is None else epochs) * per_epoch)
         if total < 1:
-            raise ConfigError(f"{total} training steps are too few.", remedy="Give `steps` of at least 1.")
-        longest = self._settings.max_length_tokens
-        if full := sum(len(example.input_ids) == longest for example in train):
-            log.info("%d of %d texts reach max_length_tokens, %d; longer ones are cut", full, len(train), longest)
-        self._last, self._metrics = train, {}
+            raise ConfigError(f"{total} training steps are too few.", remedy="Set `steps` to at least 1.")
+        limit = self._training.max_length_tokens
+        if at_limit := sum(len(example.input_ids) == limit for example in train):
+            log.info("%d of %d texts have max_length_tokens, %d; longer ones are cut", at_limit, len(train), limit)
+        self._last_examples, self._metrics = train, {}
         trainer = self._trainer(train, total)
         with ExitStack() as stack:
-            saver = None
+            saved = curves = None
             if checkpoint is not None:
-                saver = stack.enter_context(open_checkpoint(checkpoint, self._fit_key(train, total), total))
-            curves = None if log_dir is None else stack.enter_context(tensorboard(log_dir, self._steps_taken))
-            run_fit(trainer, total, saver=saver, curves=curves, progress=progress, on_step=on_step)
-        self._done(trainer, train)
+                saved = stack.enter_context(open_checkpoint(checkpoint, self._fit_key(train, total), total))
+            if log_dir is not None:
+                curves = stack.enter_context(tensorboard_writer(log_dir, self._steps_taken))
+            run_fit(trainer, total, checkpoint=saved, write_curves=curves, progress=progress, on_step=on_step)
+        self._finish(trainer, train)
         return self
 
     def estimate(
         self, data: Data | None = None, *, batch_size: int | None = None, max_length_tokens: int | None = None
     ) -> MemoryEstimate:
-        """Peak memory of `fit` and `prune` in bytes, before they begin; `print` shows what it consists of.
+        """Estimate the peak memory of `fit` and `prune` in bytes; `print` shows its parts.
 
-        Takes about a second, trains nothing and allocates next to nothing. Measured to be within 15 %: docs/memory.md.
+        This takes about a second, trains nothing and allocates almost nothing. docs/memory.md compares estimates with
+        measured peaks, which differ by less than 15 %.
 
         Args:
-            data: What will be trained on, for the length of its longest text; default `max_length_tokens` of it.
-            batch_size: Examples at a time, if others than the tuner's.
-            max_length_tokens: Likewise for the length.
+            data: Training data, for the length of its longest text (default: `max_length_tokens`).
+            batch_size: Examples per forward pass (default: that of the tuner).
+            max_length_tokens: Maximum length in tokens (default: that of the tuner).
 
         Raises `DataError`.
         """
-        settings = self._settings
-        tokens = settings.max_length_tokens if max_length_tokens is None else max_length_tokens
+        training = self._training
+        tokens = training.max_length_tokens if max_length_tokens is None else max_length_tokens
         if data is not None:
             tokens = min(tokens, max(len(example.input_ids) for example in self._encoded(data)))
-        rows = settings.batch_size if batch_size is None else batch_size
+        rows = training.batch_size if batch_size is None else batch_size
         packs = self._pack and can_pack(self.model, tokens)
         return estimate(self.model, micro_batch=rows, tokens=tokens, pack_rows=packs)
 
     def evaluate(self, data: Data, *, progress: bool | None = None) -> dict[str, float]:
-        """`loss`, `accuracy` and `num_examples` on `data` (causal_lm: per predicted token, `num_examples` tokens)."""
+        """Return `loss`, `accuracy` and `num_examples` on `data`; for causal_lm per predicted token."""
         examples = self._encoded(data)
-        with bar("evaluate", len(examples), progress) as advance:
+        with progress_bar("evaluate", len(examples), progress) as advance:
             self._metrics = asdict(self._trainer(examples, 1).evaluate(examples, on_batch=advance))
         return dict(self._metrics)
 
+    def preview(self, pruning_ratio: float) -> PruningPreview:
+        """Return what `prune` would remove at once to reach `pruning_ratio`, with scores and savings.
+
+        Nothing is changed. Raises `ConfigError` for a ratio outside [0, 1) and `DataError` before any step was scored.
+        """
+        check_ratio(pruning_ratio)
+        if not self._tracker.ready:
+            raise DataError(
+                "a preview needs scores, and importance is computed from training steps.",
+                remedy="Call fit(data) first.",
+            )
+        after = self._layout_at(pruning_ratio)
+        length = self._training.max_length_tokens
+        now, then = (pass_flops(layout, 0, 1, length, backward=False) for layout in (self.layout, after))
+        return PruningPreview(
+            self.layout, after, self._tracker.scores(), now, then, asked=pruning_ratio, latency=self._latency
+        )
+
     def prune(
         self,
-        pruning_ratio: float,
+        pruning_ratio: float | PruningPreview,
         data: Data | None = None,
         *,
         stages: int = 3,
         steps: int = 20,
         progress: bool | None = None,
     ) -> EdgeTuner:
-        """Physically remove the least important heads and channels, a part at a time with training in between.
+        """Physically remove the least important heads and channels. Call `fit` afterwards to recover accuracy.
 
-        The importance comes from the last steps of `fit`; if there were none, `steps` scoring steps are taken first.
-        Call `fit` afterwards to let the smaller model recover.
+        To reach a ratio, groups are removed in stages with training in between. Their importance comes from the last
+        steps of `fit`; if there were none, `steps` scored steps are taken first. A preview is pruned to at once.
 
         Args:
-            pruning_ratio: Share of prunable parameters gone afterwards, counted from the unpruned model.
-            data: To train on in between; default the last `fit`'s.
-            stages: Parts in which to remove; most goes in the first.
-            steps: Training steps, all scored, between two parts.
+            pruning_ratio: Share of the prunable parameters of the unpruned model that is removed afterwards, or a
+                preview.
+            data: Training data (default: that of the last `fit`). Not used for a preview.
+            stages: Number of stages, of which the first removes most. Not used for a preview.
+            steps: Scored training steps between two stages. Not used for a preview.
             progress: As in `fit`.
 
-        Returns the tuner itself. Raises `ConfigError` for a ratio outside [0, 1) or below the present one, and
-        `DataError` when there is no data to score with.
+        Returns the tuner. Raises `ConfigError` for a ratio outside [0, 1) or below the present one, `DataError` if
+        there is no data to score with, and `LayoutError` for a preview of a model that was pruned otherwise since.
         """
+        if isinstance(pruning_ratio, PruningPreview):
+            self.model.compact(pruning_ratio.after, importance=self._tracker)
+            self._metrics, self._latency = {}, None
+            return self
         check_ratio(pruning_ratio, self.layout)
         if stages < 1 or steps < 1:
             raise ConfigError(f"stages is {stages} and steps is {steps}; both must be at least 1.")
-        train = self._last if data is None else self._encoded(data)
+        train = self._last_examples if data is None else self._encoded(data)
         unscored = not self._tracker.ready
         if train is None and (unscored or stages > 1):
             raise DataError(
-                "pruning needs data: importance comes from training steps.",
+                "pruning needs data, because importance is computed from training steps.",
                 remedy="Call fit(data) first, or pass prune(ratio, data).",
             )
         total = steps * (stages - 1 + unscored)
         self._metrics, self._latency = {}, None
         trainer = self._trainer(train or [], total) if total else None
-        parts = {"stages": stages, "steps": steps}
-        with bar("prune", total, progress) as advance:
-            layout_at = partial(self._layout_at, goal=pruning_ratio)
-            prune_in_stages(self._tracker, trainer, layout_at, pruning_ratio, advance=advance, **parts)
-        if trainer is not None:
-            self._done(trainer, train or [])
-        return self
-
-    def plan(self, pruning_ratio: float) -> PruningPlan:
-        """What `apply` would remove to reach `pruning_ratio`, with scores, parameters and operations saved.
-
-        Changes nothing. Raises `ConfigError` for a ratio outside [0, 1), `DataError` before any step was scored.
-        """
-        check_ratio(pruning_ratio)
-        if not self._tracker.ready:
-            raise DataError(
-                "planning needs scores: importance comes from training steps.", remedy="Call fit(data) first."
+        with progress_bar("prune", total, progress) as advance:
+            layout_at = partial(self._layout_at, final_ratio=pruning_ratio)
+            prune_in_stages(
+                self._tracker, trainer, layout_at, pruning_ratio, stages=stages, steps=steps, advance=advance
             )
-        after = self._layout_at(pruning_ratio)
-        length = self._settings.max_length_tokens
-        now, then = (pass_flops(layout, 0, 1, length, backward=False) for layout in (self.layout, after))
-        scores = self._tracker.scores()
-        return PruningPlan(self.layout, after, scores, now, then, asked=pruning_ratio, latency=self._latency)
-
-    def apply(self, plan: PruningPlan) -> EdgeTuner:
-        """Prune to a plan at once; `fit` afterwards lets the smaller model recover.
-
-        Raises `LayoutError`, changing nothing, if the model was pruned otherwise since the plan was made.
-        """
-        self.model.compact(plan.after, importance=self._tracker)
-        self._metrics, self._latency = {}, None
+        if trainer is not None:
+            self._finish(trainer, train or [])
         return self
 
     def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> ModelLatency:
-        """Time of one text through the model as it is now, adapters included, on this machine.
+        """Measure the latency of one text through the present model, adapters included, on this machine.
 
-        `plan` then predicts from it, and `save` writes it into the model card.
+        Later previews predict from it, and `save` writes it into the model card.
 
         Args:
-            length_tokens: Of the text; default the tuner's longest.
-            repeats: Passes, of which the median counts.
+            length_tokens: Length of the text in tokens (default: the tuner's maximum).
+            repeats: Number of passes, of which the median is taken.
         """
-        length = self._settings.max_length_tokens if length_tokens is None else length_tokens
+        length = self._training.max_length_tokens if length_tokens is None else length_tokens
         self._latency = measure_latency(self.model, length, repeats=repeats)
         return self._latency
 
-    def save(self, folder: str | Path) -> Path:
-        """Write model, adapter, layout and tokenizer to `folder`, atomically; `from_pretrained` reads it back.
+    def save(self, folder: str | Path, *, merged: bool = False) -> Path:
+        """Write model, adapter, layout and tokenizer to `folder` atomically. `from_pretrained` loads them.
 
-        The model card in it, README.md, prints what `evaluate` and `measure_latency` found of the model as it is.
+        The model card, README.md, states the last results of `evaluate` and `measure_latency` on the present model.
+
+        Args:
+            folder: New or empty folder, or a saved model, which is replaced.
+            merged: Whether to merge the adapter into the weights.
         """
-        return save_model(self.model, folder, metrics=self._measured())
-
-    def save_merged(self, folder: str | Path) -> Path:
-        """Like `save`, with the adapter folded into the weights."""
-        return save_model(self.model, folder, merged=True, metrics=self._measured())
+        return save_model(self.model, folder, merged=merged, metrics=self._measured())
 
     def merge(self) -> Any:
-        """A copy of the transformers model with the adapter folded in; the tuner stays as it is."""
+        """Return a copy of the transformers model with the adapter merged. The tuner is not changed."""
         return self.model.merge()
 
-    def _layout_at(self, pruning_ratio: float, goal: float = 0.0) -> Layout:
-        return self._ranking.layout(self._tracker.scores(), self.layout, pruning_ratio, goal=goal)
+    def plan(self, pruning_ratio: float) -> PruningPreview:
+        """Return `preview(pruning_ratio)`. Deprecated."""
+        _warn_deprecated("plan(ratio)", "preview(ratio)")
+        return self.preview(pruning_ratio)
+
+    def apply(self, plan: PruningPreview) -> EdgeTuner:
+        """Return `prune(plan)`. Deprecated."""
+        _warn_deprecated("apply(plan)", "prune(preview)")
+        return self.prune(plan)
+
+    def save_merged(self, folder: str | Path) -> Path:
+        """Return `save(folder, merged=True)`. Deprecated."""
+        _warn_deprecated("save_merged(folder)", "save(folder, merged=True)")
+        return self.save(folder, merged=True)
+
+    def _layout_at(self, pruning_ratio: float, final_ratio: float = 0.0) -> Layout:
+        return self._pruning.select_layout(self._tracker.scores(), self.layout, pruning_ratio, final_ratio=final_ratio)
 
     def _fit_key(self, train: list[Encoded], total: int) -> str:
-        ranks = (self._ranking.criterion, self._ranking.metric, self._ranking.scope)
-        return key_of(train, self.model, self._settings, total, self._seed, self._steps_taken, self._pack, *ranks)
+        pruning = (self._pruning.criterion, self._pruning.importance_metric, self._pruning.scope)
+        return key_of(train, self.model, self._training, total, self._seed, self._steps_taken, self._pack, *pruning)
 
     def _encoded(self, data: Data) -> list[Encoded]:
-        return self._texts.encode(read(data, self._columns, self.model.task), self._settings.max_length_tokens)
+        examples = read(data, self._data_settings, self.model.task)
+        return self._texts.encode(examples, self._training.max_length_tokens)
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
-        settings = self._settings
-        names = set(OptimizerSettings.__struct_fields__) & set(settings.__struct_fields__)
-        training = OptimizerSettings(total_steps=max(1, steps), **{name: getattr(settings, name) for name in names})
+        names = set(OptimizerSettings.__struct_fields__) & set(self._training.__struct_fields__)
+        optimizer = {name: getattr(self._training, name) for name in names}
         return Trainer(
             self.model,
             train,
             [],
-            training,
+            OptimizerSettings(total_steps=max(1, steps), **optimizer),
             round_steps=steps,
+            batches=BatchSettings(
+                pad_id=self._texts.pad_id,
+                seed=self._seed + self._steps_taken,  # a second fit sees the data in another order
+                pack=self._pack and can_pack(self.model, self._training.max_length_tokens),
+            ),
             tracker=self._tracker,
-            seed=self._seed + self._steps_taken,  # a second fit sees the data in another order
-            pad_id=self._texts.pad_id,
-            pack=self._pack and can_pack(self.model, settings.max_length_tokens),
         )
 
     def _measured(self) -> dict[str, float]:
         latency = self._latency
-        timed = {} if latency is None else {f"latency in ms ({latency.conditions})": latency.total_ms}
-        return {**self._metrics, **timed}
+        measured = {} if latency is None else {f"latency in ms ({latency.conditions})": latency.total_ms}
+        return {**self._metrics, **measured}
 
-    def _done(self, trainer: Trainer, train: list[Encoded]) -> None:
+    def _finish(self, trainer: Trainer, train: list[Encoded]) -> None:
         self._steps_taken += trainer.step
         self.model.trained_steps += trainer.step
         self.model.trained_examples = max(self.model.trained_examples, len(train))
         self.train_loss = trainer.train_loss
-        for remark in trainer.remarks():
-            log.warning("%s", remark)
+        for warning in trainer.warnings():
+            log.warning("%s", warning)
+
+
+def _with_single_fields(struct: Struct, parameter: str, settings: dict[str, Any]) -> Struct:
+    """Return `struct` with the fields that `settings` names, which are removed from `settings` with a warning."""
+    if isinstance(struct, PruningSettings) and "metric" in settings:
+        settings["importance_metric"] = settings.pop("metric")
+    given = {field.name: settings.pop(field.name) for field in fields(struct) if field.name in settings}
+    if given:
+        written = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        _warn_deprecated(
+            f"from_pretrained({written})", f"from_pretrained({parameter}={type(struct).__name__}({written}))", level=4
+        )
+    return replace(struct, **given)
+
+
+def _warn_deprecated(old: str, new: str, level: int = 3) -> None:
+    warnings.warn(
+        f"{old} is deprecated and will be removed in the next release; use {new}.", FutureWarning, stacklevel=level
+    )

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.model.checkpoint import check_target
     from fedspine_edge.model.layout import check_ratio, prunable_parameters
-    from fedspine_edge.tuner import EdgeTuner
+    from fedspine_edge.tuner import EdgeTuner, MemorySettings
 
     check_ratio(arguments.pruning_ratio)
     for name in ("steps", "pruning_stages", "pruning_steps", "batch_size"):
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         learning_rate=arguments.learning_rate,
         batch_size=arguments.batch_size,
         max_length_tokens=arguments.max_length_tokens,
-        base_dtype=arguments.base_dtype,
+        memory=MemorySettings(base_dtype=arguments.base_dtype),
         seed=arguments.seed,
     )
     gone = 0.0

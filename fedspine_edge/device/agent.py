@@ -112,12 +112,12 @@ class FleetDevice:
                 base_dtype=config.base_dtype,
                 model=self._base,
             )
-            self._model: PrunableModel | None = self._source.fresh()
+            self._model: PrunableModel | None = self._source.load()
             self._spec = self._model.spec
-            self._texts = TextEncoder.of(self._model, self._source.tokenizer())
+            self._texts = TextEncoder.from_model(self._model, self._source.tokenizer())
             self._examples = TokenizedSplits(self._texts, self._train, self._holdout)
-            self._longest_tokens = self._texts.length()  # until a plan asks for another length
-            self._examples.at(self._longest_tokens)  # what does not fit the model is told now, not in a round
+            self._longest_tokens = self._texts.max_length_tokens()  # until a plan asks for another length
+            self._examples.truncated_to(self._longest_tokens)  # what does not fit the model is told now, not in a round
             self._record = PersistedState.load(self._state, config, self._spec)
             self._retry_at = None if self._record.acked else self._clock.now()
             self._outbox = DevicePublisher(self._transport, self._topics, config.device_id, self._blobs)
@@ -287,7 +287,7 @@ class FleetDevice:
         assert self._meter is not None  # set with the plan
         job = None
         try:
-            train, holdout = self._examples.at(plan.training.max_length_tokens)
+            train, holdout = self._examples.truncated_to(plan.training.max_length_tokens)
             job = LocalRound(
                 plan,
                 self._plan_sha256,

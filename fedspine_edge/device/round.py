@@ -48,7 +48,7 @@ from fedspine_edge.training.state_dir import (
     prefixed,
     unprefixed,
 )
-from fedspine_edge.training.trainer import Trainer
+from fedspine_edge.training.trainer import BatchSettings, Trainer
 
 log = logging.getLogger("fedspine_edge.device")
 
@@ -156,7 +156,7 @@ class LocalRound:
             server_round=plan.server_round,
             plan_sha256=self._plan_sha256,
             status="ok",
-            reason="; ".join(trainer.remarks()),
+            reason="; ".join(trainer.warnings()),
             update=ref,
             num_examples=len(self._train),
             loss_before=_finite(self._info["loss_before"]),
@@ -216,7 +216,7 @@ class LocalRound:
         """A trainer at the round's first step: the model at `layout` with the fleet's adapter."""
         plan = self._plan
         if self.model is None or not layout.is_within(self.model.layout):
-            self.model = self._source.fresh(plan.seed)
+            self.model = self._source.load(plan.seed)
         self.model.compact(layout)
         self.model.load_adapter(self._global, r=plan.r, scaling=plan.scaling)
         tracker = ImportanceTracker(
@@ -228,12 +228,14 @@ class LocalRound:
             self._holdout,
             plan.training,
             round_steps=plan.tau + plan.recovery_steps,
+            batches=BatchSettings(
+                pad_id=self._pad_id,
+                seed=self._config.seed,
+                pack=can_pack(self.model, plan.training.max_length_tokens),
+                micro_batch=self._micro_batch(self.model),
+            ),
             tracker=tracker,
-            seed=self._config.seed,
-            pad_id=self._pad_id,
             meter=self._meter,
-            pack=can_pack(self.model, plan.training.max_length_tokens),
-            micro_batch=self._micro_batch(self.model),
         )
 
     def _micro_batch(self, model: PrunableModel) -> int:

@@ -1,14 +1,14 @@
-"""How much each head and channel matters, estimated from the adapter's gradients while it trains.
+"""Importance of heads and channels, estimated from the gradients of the adapters during training.
 
-Removing W[i, j] equals setting the adapter so that (B·A)[i, j] = -W[i, j]; a first-order Taylor term in the
-gradients that training computes anyway estimates the damage. Biases do not count: they are frozen, carry no
-adapter, and so have no gradient here. Source: docs/algorithms.md, "LoRA-guided importance"; LoRAPrune.
+Removing W[i, j] is the same as an adapter with (B·A)[i, j] = -W[i, j]. A first-order Taylor term in the gradients that
+training computes anyway estimates the loss of doing so. Biases are frozen and have no adapter, so they do not count.
+Source: docs/algorithms.md, "LoRA-guided importance"; LoRAPrune.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,52 +18,37 @@ from torch import Tensor
 from fedspine_edge.errors import CheckpointError, ModelError
 from fedspine_edge.kernels import ops
 from fedspine_edge.model.deterministic_init import uniform
-from fedspine_edge.model.layout import (
-    ROW_PARTS,
-    Layout,
-    keep_positions,
-    module_names,
-    split_name,
-)
+from fedspine_edge.model.layout import GROUP_KINDS, ROW_PARTS, Layout, keep_positions, module_names, split_name
+from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.saliency import InputSaliency
-from fedspine_edge.pruning.selection import GroupScores, Scope
-
-if TYPE_CHECKING:
-    from fedspine_edge.model.prunable import PrunableModel
-
-Criterion = Literal["lora", "apt", "magnitude", "random"]
-CRITERIA: tuple[Criterion, ...] = ("lora", "apt", "magnitude", "random")
-Metric = Literal["auto", "abs", "square", "signed", "group"]
-METRICS: tuple[Metric, ...] = ("auto", "abs", "square", "signed", "group")
-KINDS = ("heads", "channels")
+from fedspine_edge.pruning.selection import Criterion, GroupScores, ImportanceMetric, Scope
 
 
 class ImportanceTracker:
-    """Accumulates group scores over local iterations.
+    """Accumulates the scores of groups over training iterations.
 
-    Per iteration each module gives one number per group (the sum of I over the group's elements). With scope
-    "layer" that vector is divided by its L2 norm, so that every module of the group has the same say; with
-    "global" it stays a plain sum, since the norm would erase the differences between layers; `plan_local` then
-    divides by a group's parameters. The modules of a group are summed and smoothed:
-    ema = decay·ema + (1 - decay)·score.
+    In each iteration every module gives one number per group, the sum of I over the elements of the group. With scope
+    "layer" that vector is divided by its L2 norm, so that all modules of a group have the same weight. With "global" it
+    stays a sum, because the norm would remove the differences between layers, and `select_layout` divides by the
+    parameters of a group. The modules of a group are summed and smoothed: ema = decay·ema + (1 - decay)·score.
 
     Args:
-        model: A model with adapters.
-        criterion: "lora" as above; "apt" puts |x·dL/dx| on the inputs of o and down in place of the Taylor term;
-            "magnitude" uses the current weights alone; "random" is seeded.
-        metric: "abs" (LoRAPrune's), "square" or "signed": the sum of the elements' absolute values, squares or the
-            terms themselves. "group": the absolute value of the sum of a group's terms. "auto": "group" for language
-            models, else "abs".
-        decay: Of the moving averages.
-        scope: "layer" or "global", as in `pruning.plan_local`.
-        seed: For criterion "random".
+        model: Model with adapters.
+        criterion: "lora" uses the Taylor term above; "apt" uses |x·dL/dx| at the inputs of o and down instead;
+            "magnitude" uses the current weights; "random" is seeded.
+        importance_metric: How "lora" sums the terms of a group: "abs" (as in LoRAPrune), "square" and "signed" sum the
+            absolute values, the squares or the terms; "group" is the absolute value of their sum; "auto" is "group" for
+            language models and "abs" for others.
+        decay: Decay of the moving averages.
+        seed: Seed for criterion "random".
+        scope: "layer" or "global", as in `select_layout`.
     """
 
     def __init__(
         self,
         model: PrunableModel,
         criterion: Criterion = "lora",
-        metric: Metric = "auto",
+        importance_metric: ImportanceMetric = "auto",
         decay: float = 0.9,
         seed: int = 0,
         *,
@@ -73,16 +58,16 @@ class ImportanceTracker:
             raise ModelError(f"importance decay is {decay}; it must be at least 0 and below 1.")
         self.model = model
         self.criterion: Criterion = criterion
-        automatic: Metric = "group" if model.task == "causal_lm" else "abs"
-        self.metric: Metric = automatic if metric == "auto" else metric
+        automatic: ImportanceMetric = "group" if model.task == "causal_lm" else "abs"
+        self.importance_metric: ImportanceMetric = automatic if importance_metric == "auto" else importance_metric
         self.decay = decay
         self.scope: Scope = scope
         self.seed = seed
         self.steps = 0
         """Iterations that were scored."""
         self.skipped = 0
-        """Iterations with non-finite gradients, which were not."""
-        self._ema: dict[str, list[Tensor]] = {kind: self._zeros(kind) for kind in KINDS}
+        """Iterations that were not scored because a gradient was not finite."""
+        self._ema: dict[str, list[Tensor]] = {kind: self._zeros(kind) for kind in GROUP_KINDS}
         self._lora: Tensor | float = 0.0
         self._groups: dict[str, Tensor] = {}
         self._saliency = InputSaliency() if criterion == "apt" else None
@@ -94,9 +79,9 @@ class ImportanceTracker:
         return self.criterion in ("magnitude", "random") or self.steps > 0
 
     def begin(self, scored: bool) -> None:
-        """Say before an iteration's forward pass whether it will be scored.
+        """Start an iteration before its forward pass; `scored` tells whether `update` will be called.
 
-        Only "apt" needs to know, and only where some iterations are not scored or adapters were loaded anew.
+        Only "apt" needs this call, and only if some iterations are not scored or after adapters were loaded.
         """
         if self._saliency is not None:
             if scored:
@@ -106,13 +91,13 @@ class ImportanceTracker:
                 self._saliency.stop()
 
     def update(self, *, loss_scale: float = 1.0) -> bool:
-        """Score one iteration; call after backward (gradients unscaled) and before the optimizer's step.
+        """Score one iteration. Call it after backward, with unscaled gradients, and before the optimizer's step.
 
         Args:
-            loss_scale: What the loss was multiplied by before backward, for criterion "apt", which saw it.
+            loss_scale: Factor of the loss in the backward pass, which criterion "apt" divides by.
 
-        Returns False, changing nothing but `skipped`, if a gradient is not finite. Raises `ModelError` if there
-        are no gradients.
+        Returns False and only counts `skipped` if a gradient is not finite. Raises `ModelError` if there are no
+        gradients.
         """
         linears = {name: self.model.linear(name) for name in module_names(self.model.spec)}
         gradients = [
@@ -122,19 +107,19 @@ class ImportanceTracker:
             if p is not None
         ]
         if len(gradients) != 2 * len(linears) or any(g is None for g in gradients):
-            raise ModelError("importance needs gradients of every adapter: call update() after loss.backward().")
-        # one reduction and one synchronisation for all of them; an overflowing norm counts as non-finite too
+            raise ModelError("importance needs the gradients of every adapter: call update() after loss.backward().")
+        # One reduction and one synchronization for all gradients. An overflowing norm counts as non-finite too.
         if not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()):
             self.skipped += 1
             return False
         with torch.no_grad():
             if self.criterion in ("lora", "apt"):
                 if self._saliency is None:
-                    fresh = self._iteration(linears)
+                    current = self._taylor_scores(linears)
                 else:
-                    fresh = self._salient(self._saliency, loss_scale)
-                for kind in KINDS:
-                    for ema, score in zip(self._ema[kind], fresh[kind]):
+                    current = self._saliency_scores(self._saliency, loss_scale)
+                for kind in GROUP_KINDS:
+                    for ema, score in zip(self._ema[kind], current[kind]):
                         ema.mul_(self.decay).add_(score, alpha=1.0 - self.decay)
             value = sum((x.lora_B * x.lora_B.grad).abs().mean(dtype=torch.float32) for x in linears.values())
             self._lora = self.decay * self._lora + (1.0 - self.decay) * value
@@ -142,71 +127,73 @@ class ImportanceTracker:
         return True
 
     def scores(self) -> GroupScores:
-        """Scores aligned with the model's current layout, higher = keep.
+        """Return the scores (higher = keep), aligned with the current layout of the model.
 
-        The averages are corrected for their start at zero, so devices with few iterations and with many
-        report on one scale. Raises `ModelError` for "lora" and "apt" before the first scored iteration.
+        The averages are corrected for their start at zero, so that scores do not depend on the number of iterations.
+        Raises `ModelError` for "lora" and "apt" before the first scored iteration.
         """
         layout = self.model.layout
         if self.criterion == "random":
-            return GroupScores(*(self._random(kind, getattr(layout, kind)) for kind in KINDS))
+            return GroupScores(*(self._random(kind, getattr(layout, kind)) for kind in GROUP_KINDS))
         if self.criterion == "magnitude":
-            values = self._magnitude()
+            values = self._magnitude_scores()
         elif self.steps == 0:
-            raise ModelError("no iteration was scored yet; importance comes from training steps.")
+            raise ModelError("no training step was scored yet, and importance is computed from training steps.")
         else:
             correction = 1.0 - self.decay**self.steps
-            values = {kind: [ema / correction for ema in self._ema[kind]] for kind in KINDS}
-        return GroupScores(*([v.to("cpu", torch.float32).numpy().copy() for v in values[kind]] for kind in KINDS))
+            values = {kind: [ema / correction for ema in self._ema[kind]] for kind in GROUP_KINDS}
+        return GroupScores(*([v.to("cpu", torch.float32).numpy().copy() for v in values[kind]] for kind in GROUP_KINDS))
 
     def lora_importance(self) -> float:
-        """I(B_total): Σ over modules of mean |B·gB|, smoothed over iterations; 0 before the first."""
+        """Return I(B_total), the smoothed sum over modules of mean |B·gB|; 0 before the first scored iteration."""
         return float(self._lora) / (1.0 - self.decay**self.steps) if self.steps else 0.0
 
     def compact(self, old: Layout, new: Layout) -> None:
-        """Follow a model from `old` to `new`; `PrunableModel.compact` calls it."""
+        """Keep the state of the groups in `new`. `PrunableModel.compact` calls this."""
         self._groups.clear()
         self.begin(True)
-        for kind in KINDS:
+        for kind in GROUP_KINDS:
             for layer, (before, after) in enumerate(zip(getattr(old, kind), getattr(new, kind))):
                 index = torch.from_numpy(keep_positions(before, after))
                 ema = self._ema[kind][layer]
                 self._ema[kind][layer] = ema.index_select(0, index.to(ema.device))
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything that `load_state_dict` needs, aligned with the current layout."""
+        """Return the state for `load_state_dict`, aligned with the current layout."""
         state: dict[str, npt.NDArray[Any]] = {
             "steps": np.array(self.steps, dtype=np.int64),
             "skipped": np.array(self.skipped, dtype=np.int64),
             "lora": np.array(float(self._lora), dtype=np.float32),
         }
-        for kind in KINDS:
+        for kind in GROUP_KINDS:
             for layer, ema in enumerate(self._ema[kind]):
                 state[f"ema.{layer}.{kind}"] = ema.to("cpu", copy=True).numpy()
         return state
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Inverse of `state_dict`. Raises `CheckpointError`, changing nothing, if it does not fit the layout."""
-        fresh = {kind: self._zeros(kind) for kind in KINDS}
-        expected = {"steps", "skipped", "lora"} | {f"ema.{i}.{k}" for k in KINDS for i in range(len(fresh[k]))}
+        """Restore what `state_dict` returned. Raises `CheckpointError`, without changes, if it does not fit the
+        layout."""
+        restored = {kind: self._zeros(kind) for kind in GROUP_KINDS}
+        expected = {f"ema.{i}.{kind}" for kind in GROUP_KINDS for i in range(len(restored[kind]))}
+        expected |= {"steps", "skipped", "lora"}
         if set(state) != expected:
-            raise CheckpointError(f"importance state: wrong entries {sorted(set(state) ^ expected)[:3]}.")
-        for kind in KINDS:
-            for layer, ema in enumerate(fresh[kind]):
+            raise CheckpointError(f"importance state: missing or unknown entries {sorted(set(state) ^ expected)[:3]}.")
+        for kind in GROUP_KINDS:
+            for layer, ema in enumerate(restored[kind]):
                 value = np.asarray(state[f"ema.{layer}.{kind}"], dtype=np.float32)
                 if value.shape != tuple(ema.shape) or not np.isfinite(value).all():
                     raise CheckpointError(
-                        f"importance state, layer {layer} {kind}: shape {value.shape} or non-finite values, "
-                        f"the layout keeps {tuple(ema.shape)}."
+                        f"importance state, layer {layer}, {kind}: shape {value.shape} or non-finite values; "
+                        f"the layout needs finite values of shape {tuple(ema.shape)}."
                     )
                 ema.copy_(torch.from_numpy(value.copy()))
-        self._ema = fresh
+        self._ema = restored
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
         self._lora = float(state["lora"])
 
-    def _iteration(self, linears: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """Group scores of this iteration, before smoothing."""
-        total = {kind: self._zeros(kind) for kind in KINDS}
+    def _taylor_scores(self, linears: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return the scores of this iteration, before smoothing."""
+        total = {kind: self._zeros(kind) for kind in GROUP_KINDS}
         for name, linear in linears.items():
             layer, part = split_name(name)
             kind = "channels" if part in ("up", "gate", "down") else "heads"
@@ -219,38 +206,40 @@ class ImportanceTracker:
                 linear.lora_B.grad,
                 linear.scaling,
                 num_groups=total[kind][layer].numel(),
-                metric="signed" if self.metric == "group" else self.metric,  # type: ignore[arg-type]  # never "auto"
+                metric="signed" if self.importance_metric == "group" else self.importance_metric,  # type: ignore[arg-type]  # never "auto"
                 **group,
             )
-            if self.metric == "group":
+            if self.importance_metric == "group":
                 sums = sums.abs()
-            total[kind][layer] += self._normalised(sums)
+            total[kind][layer] += self._normalize(sums)
         return total
 
-    def _salient(self, saliency: InputSaliency, loss_scale: float) -> dict[str, list[Tensor]]:
-        total = {kind: self._zeros(kind) for kind in KINDS}
+    def _saliency_scores(self, saliency: InputSaliency, loss_scale: float) -> dict[str, list[Tensor]]:
+        total = {kind: self._zeros(kind) for kind in GROUP_KINDS}
         for name, per_input in saliency.take().items():
             layer, part = split_name(name)
             kind = "channels" if part == "down" else "heads"
             sums = torch.zeros_like(total[kind][layer])
             sums.index_add_(0, self._group_of(name).long(), per_input / loss_scale)
-            total[kind][layer] += self._normalised(sums)
+            total[kind][layer] += self._normalize(sums)
         return total
 
-    def _magnitude(self) -> dict[str, list[Tensor]]:
-        """The same sums with |W + scaling·B·A| (or its square) in place of the Taylor term."""
-        total = {kind: self._zeros(kind) for kind in KINDS}
+    def _magnitude_scores(self) -> dict[str, list[Tensor]]:
+        """Return the same sums with |W + scaling·B·A|, or its square, instead of the Taylor term."""
+        total = {kind: self._zeros(kind) for kind in GROUP_KINDS}
         for name in module_names(self.model.spec):
             layer, part = split_name(name)
             kind = "channels" if part in ("up", "gate", "down") else "heads"
             linear = self.model.linear(name)
             weight = (linear.merged_weight() if hasattr(linear, "merged_weight") else linear.weight.detach()).float()
-            per_unit = (weight.square() if self.metric == "square" else weight.abs()).sum(1 if part in ROW_PARTS else 0)
+            per_unit = (weight.square() if self.importance_metric == "square" else weight.abs()).sum(
+                1 if part in ROW_PARTS else 0
+            )
             sums = torch.zeros_like(total[kind][layer]).index_add_(0, self._group_of(name).long(), per_unit)
-            total[kind][layer] += self._normalised(sums)
+            total[kind][layer] += self._normalize(sums)
         return total
 
-    def _normalised(self, sums: Tensor) -> Tensor:
+    def _normalize(self, sums: Tensor) -> Tensor:
         if self.scope == "global":
             return sums
         return sums / sums.norm().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,23 +1,21 @@
-"""What a prune would remove, and why, before anything is removed."""
+"""`PruningPreview`, a description of what pruning would remove, before anything is removed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import Indices, Layout
+from fedspine_edge.pruning.latency import ModelLatency
 from fedspine_edge.pruning.selection import GroupScores, Scores
-
-if TYPE_CHECKING:
-    from fedspine_edge.pruning.latency import ModelLatency
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer of a plan. Indices are those of the unpruned model; scores are aligned with them, higher = keep."""
+class LayerPreview:
+    """One layer of a preview. Indices are those of the unpruned model, with aligned scores (higher = keep)."""
 
     heads_removed: Indices
     head_scores: Scores
@@ -28,17 +26,17 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class PruningPlan:
-    """A layout to prune to, with its reasons. `EdgeTuner.apply` carries it out; `print(plan)` explains it.
+class PruningPreview:
+    """A layout to prune to, with its reasons. `EdgeTuner.prune` accepts it, and `print` explains it.
 
     Args:
-        before: The layout of the model that was planned for.
-        after: What it would keep.
-        scores: Of the groups that `before` keeps.
-        flops_before: Of one forward pass, at the length of the tuner's longest text.
-        flops_after: Of the same pass on the pruned model.
-        asked: The ratio that was asked for; rounding and minimum widths may keep `pruning_ratio` from it.
-        latency: Of the model as it is now, if it was measured.
+        before: Present layout of the model.
+        after: Layout after pruning.
+        scores: Scores of the groups that `before` keeps.
+        flops_before: FLOPs of one forward pass at the tuner's maximum length.
+        flops_after: FLOPs of the same pass on the pruned model.
+        asked: Requested ratio. `pruning_ratio` differs from it because of rounding and minimum widths.
+        latency: Present latency of the model, if it was measured.
     """
 
     before: Layout
@@ -51,12 +49,12 @@ class PruningPlan:
 
     @property
     def pruning_ratio(self) -> float:
-        """Share of prunable parameters gone afterwards, counted from the unpruned model."""
+        """Share of the prunable parameters of the unpruned model that is gone afterwards."""
         return self.after.pruning_ratio
 
     @property
     def parameters_saved(self) -> int:
-        """Parameters that this plan removes."""
+        """Parameters that are removed."""
         return self.after.removed_parameters - self.before.removed_parameters
 
     @property
@@ -65,14 +63,14 @@ class PruningPlan:
         return 1.0 - self.flops_after / self.flops_before
 
     @property
-    def layers(self) -> list[LayerPlan]:
-        """What goes from each layer, with the scores that say so."""
+    def layers(self) -> list[LayerPreview]:
+        """Groups that are removed from each layer, with their scores."""
         found = []
         for i, (heads, channels) in enumerate(self.after.counts):
             gone_heads = ~np.isin(self.before.heads[i], self.after.heads[i])
             gone_channels = ~np.isin(self.before.channels[i], self.after.channels[i])
             found.append(
-                LayerPlan(
+                LayerPreview(
                     self.before.heads[i][gone_heads],
                     self.scores.heads[i][gone_heads],
                     self.before.channels[i][gone_channels],
@@ -84,29 +82,29 @@ class PruningPlan:
         return found
 
     def predicted_latency_ms(self, base_latency_ms: float | None = None) -> float:
-        """ModelLatency after the plan: an estimate, to be measured before it is relied on.
+        """Return the latency to expect after pruning. Measure it before you rely on it.
 
         Args:
-            base_latency_ms: Measured latency of the model as it is now, elsewhere for instance, all of which is then
-                taken to go with operations. Default: what `EdgeTuner.measure_latency` found before the plan was made,
-                of which only the part in the layers shrinks.
+            base_latency_ms: Present latency, for instance measured on another machine. All of it is taken to be
+                proportional to operations. Without it, the result of `EdgeTuner.measure_latency` before this preview is
+                used, of which only the part in the layers shrinks.
 
-        Raises `ConfigError` for a time that is not above 0, and where none was measured.
+        Raises `ConfigError` for a time that is not above 0, and if no latency was measured.
         """
         share = self.flops_after / self.flops_before
         if base_latency_ms is None:
             if self.latency is None:
                 raise ConfigError(
-                    "no latency was measured that a prediction could start from.",
-                    remedy="Call tuner.measure_latency() before tuner.plan(...), or pass base_latency_ms.",
+                    "the prediction needs a measured latency, and there is none.",
+                    remedy="Call tuner.measure_latency() before tuner.preview(...), or pass base_latency_ms.",
                 )
-            return self.latency.at(share)
+            return self.latency.predict_ms(share)
         if not base_latency_ms > 0:
             raise ConfigError(f"base_latency_ms is {base_latency_ms}; it must be a measured time above 0.")
         return base_latency_ms * share
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan with every index and score as plain numbers, for JSON."""
+        """Return every index and score as plain numbers, for JSON."""
         return {
             "pruning_ratio": {"now": self.before.pruning_ratio, "asked": self.asked, "after": self.pruning_ratio},
             "parameters_saved": self.parameters_saved,
@@ -127,7 +125,7 @@ class PruningPlan:
     def __str__(self) -> str:
         lines = [
             f"pruning ratio {self.before.pruning_ratio:.3f} -> {self.after.pruning_ratio:.3f} (asked {self.asked:g}): "
-            f"{self.parameters_saved:,} parameters and {self.flops_saved:.1%} of the layers' operations go",
+            f"removes {self.parameters_saved:,} parameters and {self.flops_saved:.1%} of the layers' operations",
         ]
         if self.latency is not None:
             lines.append(

@@ -11,7 +11,7 @@ from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.training.base_model import choose_torch_device
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.tokenization import TextEncoder
-from fedspine_edge.training.trainer import Evaluation, Trainer
+from fedspine_edge.training.trainer import BatchSettings, Evaluation, Trainer
 
 
 def evaluate_finished_model(final: Path, base: Path, data: DataSettings, *, max_length_tokens: int) -> Evaluation:
@@ -27,9 +27,11 @@ def evaluate_finished_model(final: Path, base: Path, data: DataSettings, *, max_
     """
     model = load_fleet_model(final, base)
     model.module.to(choose_torch_device("auto"))
-    texts = TextEncoder.of(model, load_tokenizer(base))
+    texts = TextEncoder.from_model(model, load_tokenizer(base))
     examples = texts.encode(read(data.path, data, model.task), max_length_tokens)
     training = OptimizerSettings(max_length_tokens=max_length_tokens)
     packs = can_pack(model, max_length_tokens)
-    trainer = Trainer(model, examples[:1], examples, training, round_steps=1, pad_id=texts.pad_id, pack=packs)
+    trainer = Trainer(
+        model, examples[:1], examples, training, round_steps=1, batches=BatchSettings(pad_id=texts.pad_id, pack=packs)
+    )
     return trainer.evaluate()

@@ -1,4 +1,4 @@
-"""Where working copies of the unpruned base come from, and on which processor they run."""
+"""Loading of base models for training, and the choice between CPU and GPU."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ log = logging.getLogger("fedspine_edge.device")
 
 
 class BaseModelLoader:
-    """Gives fresh unpruned models of one base, since a compact model never grows back.
+    """Loads unpruned copies of one base model, because a compact model cannot grow back.
 
     Args:
-        path: Folder (or hub id) of the base model.
-        num_labels: Classes of the task head; 0 for causal_lm.
-        task: What the models are for.
-        torch_device: Where the models go.
-        base_dtype: How the frozen weights are kept; see `PrunableModel.set_base_dtype`.
-        model: An unpruned model that is already in memory, used instead of reading `path` again and again (a
-            simulation's many devices). It is not changed; copies share its frozen weights. Its head stands for the
-            fresh head of whatever seed a plan names.
+        path: Folder or hub id of the base model.
+        num_labels: Number of classes of the task head; 0 for causal_lm.
+        task: Task of the models.
+        torch_device: Device of the models: "cpu" or "cuda".
+        base_dtype: Data type of the frozen weights; see `PrunableModel.set_base_dtype`.
+        model: Unpruned model in memory, which is copied instead of reading `path` for each of the many devices of a
+            simulation. It is not changed, and copies share its frozen weights. Copies have its head, whatever the seed.
     """
 
     def __init__(
@@ -57,12 +56,12 @@ class BaseModelLoader:
         if model is not None:
             model.module.to(torch_device)
 
-    def fresh(self, seed: int = 0) -> PrunableModel:
-        """A new working copy; `seed` is that of a task head the base does not bring. Raises `ModelError`."""
+    def load(self, seed: int = 0) -> PrunableModel:
+        """Return a new copy. `seed` initializes a task head that the base does not have. Raises `ModelError`."""
         if self._model is not None:
             tensors = (*self._model.module.parameters(), *self._model.module.buffers())
-            kept = self._model.base_dtype == self._base_dtype
-            shared = {id(t): t for t in tensors if kept and not t.requires_grad}
+            same_dtype = self._model.base_dtype == self._base_dtype
+            shared = {id(t): t for t in tensors if same_dtype and not t.requires_grad}
             model = copy.deepcopy(self._model, shared)
             model.set_base_dtype(self._base_dtype)
         else:
@@ -74,18 +73,18 @@ class BaseModelLoader:
         return model
 
     def initial_head(self, seed: int) -> Mapping[str, npt.NDArray[np.float32]]:
-        """The untrained task head, named as in a round blob ("head.*"); the same on every device of the fleet.
+        """Return the untrained task head, named as in a round blob ("head.*"). It is the same on every device.
 
         Empty for causal_lm.
         """
         if self._task == "causal_lm":
             return {}
         if seed not in self._heads:
-            self.fresh(seed)
+            self.load(seed)
         return self._heads[seed]
 
     def tokenizer(self) -> Any:
-        """The base's tokenizer. Raises `CheckpointError`."""
+        """Return the tokenizer of the base model. Raises `CheckpointError`."""
         if self._model is not None and self._model.folder is not None:
             return load_tokenizer(self._model.folder, gguf_file=self._model.gguf_file)
         return load_tokenizer(self._path)
@@ -100,13 +99,21 @@ def open_model(
     base_dtype: BaseDtype | None = None,
     seed: int = 0,
 ) -> PrunableModel:
-    """A base model with a head for `num_labels` (default 2), or a model that this package saved.
+    """Load a base model, or a model that this package saved.
 
-    `base_dtype` None is float32, or what the saved model has. Raises `ModelError`, and `ConfigError` for a saved model
-    of another task or number of labels, or for an unknown `base_dtype`.
+    Args:
+        path: Folder, GGUF file or hub id.
+        task: Task of the model.
+        num_labels: Number of classes (default: 2, or that of the saved model).
+        gguf_file: GGUF file within the folder.
+        base_dtype: Data type of the frozen weights (default: float32, or that of the saved model).
+        seed: Seed for a new head.
+
+    Raises `ModelError`, and `ConfigError` for a saved model of another task or number of labels and for an unknown
+    `base_dtype`.
     """
     if base_dtype is not None:
-        compute_dtype(base_dtype)  # an unknown name is told before anything is loaded
+        compute_dtype(base_dtype)  # raises for an unknown name before anything is loaded
     if not (Path(path).expanduser() / LAYOUT).exists():
         classes = 2 if num_labels is None else num_labels
         return load_base(
@@ -114,21 +121,23 @@ def open_model(
         )
     model = load_model(path)
     if model.task != task or (num_labels is not None and model.num_labels != num_labels):
-        asked = task if num_labels is None else f"{task} with {num_labels}"
+        requested = task if num_labels is None else f"{task} with {num_labels}"
         raise ConfigError(
-            f"{path} was saved for {model.task} with {model.num_labels} labels, not for {asked}.",
-            remedy="Pass the `task` and `num_labels` it was saved with, or the base model.",
+            f"{path} was saved for {model.task} with {model.num_labels} labels, not for {requested}.",
+            remedy="Pass the `task` and `num_labels` that it was saved with, or use the base model.",
         )
     if base_dtype is not None:
         model.set_base_dtype(base_dtype)
     return model
 
 
-def choose_torch_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
-    """ "cpu" or "cuda", the latter only if a kernel really runs: a torch wheel made for servers imports on a
-    Jetson and fails at its first launch. Raises `ConfigError` when CUDA was asked for and does not work.
+def choose_torch_device(requested: Literal["auto", "cpu", "cuda"]) -> str:
+    """Return "cpu" or "cuda". A test kernel must run first: torch wheels for servers fail at the first launch on a
+    Jetson.
+
+    Raises `ConfigError` if CUDA was requested and does not work.
     """
-    if wanted == "cpu":
+    if requested == "cpu":
         return "cpu"
     reason = "torch sees no GPU"
     if torch.cuda.is_available():
@@ -137,13 +146,13 @@ def choose_torch_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
             return "cuda"
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-    if wanted == "cuda":
+    if requested == "cuda":
         raise ConfigError(
             f"torch_device is 'cuda', but CUDA does not work here: {reason}.",
-            remedy="On a Jetson use the board's own torch (jetson/README.md); otherwise set torch_device = 'cpu'.",
+            remedy="On a Jetson, use the board's own torch (jetson/README.md); otherwise set torch_device = 'cpu'.",
         )
     if torch.cuda.is_available():
-        log.warning("a GPU is here, but its first kernel failed (%s); training on the CPU", reason)
+        log.warning("the first kernel on the GPU failed (%s); training on the CPU", reason)
     return "cpu"
 
 

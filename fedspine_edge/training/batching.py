@@ -1,4 +1,4 @@
-"""Tokenised examples, and batches of them that repeat exactly. No text remains here."""
+"""Tokenized examples, padded and packed batches of them, and a reproducible order of batches."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from fedspine_edge.data.targets import IGNORED, answered_within, word_targets
 Ints = npt.NDArray[np.int64]
 
 _BUCKET_BATCHES = 16
-"""Batches among which examples are sorted by length: enough to remove most padding, few enough to stay shuffled."""
+"""Batches within which examples are sorted by length: enough to remove most padding, few enough to stay shuffled."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids; `token_type_ids` is None for tokenizers without segments.
+    """One example as token ids, without its text.
 
-    `token_labels`, where tokens have labels of their own, is as long as `input_ids`; IGNORED ones do not count.
+    Attributes:
+        input_ids: Token ids.
+        label: Class of the text; 0 for other tasks.
+        token_type_ids: Segment of each token; None for tokenizers without segments.
+        token_labels: Label of each token, or IGNORED; None if tokens have no labels of their own.
     """
 
     input_ids: list[int] = field(repr=False)
@@ -35,10 +39,16 @@ class Encoded:
 def encode(
     examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, *, causal: bool = False
 ) -> list[Encoded]:
-    """Tokenise once, truncated to `max_length_tokens`, unpadded. `tokenizer` is a transformers tokenizer.
+    """Tokenize examples without padding, truncated to `max_length_tokens`.
 
-    With `causal` a pair is a prompt and its answer: only the answer and the end token are to be predicted, and a
-    prompt that is too long loses its beginning. Of a word's tokens the first carries its label.
+    Args:
+        examples: Examples of one task.
+        tokenizer: Tokenizer of transformers.
+        max_length_tokens: Maximum length in tokens.
+        causal: Whether a pair is a prompt and its answer. Only the answer and the end token are then predicted, and a
+            prompt that is too long loses its beginning.
+
+    The label of a word belongs to its first token.
     """
     if not examples:
         return []
@@ -86,9 +96,9 @@ def _encode_answer(example: Example, tokenizer: Any, max_length_tokens: int) -> 
 
 
 def collate(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int) -> dict[str, Ints]:
-    """One batch padded to its own longest example: int64 arrays (batch, length); `labels` is (batch,).
+    """Return one batch padded to its longest example, as int64 arrays (batch, length).
 
-    Where tokens have labels of their own, `labels` is (batch, length), IGNORED on padding.
+    `labels` is (batch,), or (batch, length) with IGNORED on padding if tokens have labels of their own.
     """
     chosen = [encoded[i] for i in indices]
     length = max(len(example.input_ids) for example in chosen)
@@ -113,12 +123,12 @@ def collate(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int) -> 
 
 
 def pack(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int, max_tokens: int) -> dict[str, Ints]:
-    """One causal batch whose rows hold several examples each, up to `max_tokens`: as `collate`, less padding.
+    """Return one causal batch whose rows of up to `max_tokens` hold several examples each.
 
-    `position_ids` start anew in every example and `segments` (rows, tokens) numbers the examples of a row from 1, 0 for
-    padding. No token is asked to predict the beginning of the next example.
+    `position_ids` restart in every example. `segments` (rows, tokens) numbers the examples of a row from 1 and is 0 on
+    padding. No token predicts the beginning of the next example.
     """
-    rows = _fullest([encoded[i] for i in indices], max_tokens)
+    rows = _pack_rows([encoded[i] for i in indices], max_tokens)
     length = max(sum(len(x.input_ids) for x in row) for row in rows)
     batch = {name: np.zeros((len(rows), length), dtype=np.int64) for name in ("position_ids", "segments")}
     batch["input_ids"] = np.full((len(rows), length), pad_id, dtype=np.int64)
@@ -135,13 +145,13 @@ def pack(encoded: Sequence[Encoded], indices: Iterable[int], pad_id: int, max_to
     return batch
 
 
-def _fullest(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
-    """The examples in rows of the width that leaves the least padding; one to a row is among the choices."""
+def _pack_rows(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """Distribute the examples over rows of the width with the least padding; one example per row is a candidate."""
     ordered = sorted(examples, key=lambda x: len(x.input_ids), reverse=True)
     longest, total = len(ordered[0].input_ids), sum(len(x.input_ids) for x in ordered)
     widths = {max(longest, -(-total // count)) for count in range(1, len(ordered) + 1)}
-    choices = [_first_fit(ordered, width) for width in sorted(widths) if width <= max(longest, max_tokens)]
-    return min(choices, key=lambda rows: len(rows) * max(sum(len(x.input_ids) for x in row) for row in rows))
+    candidates = [_first_fit(ordered, width) for width in sorted(widths) if width <= max(longest, max_tokens)]
+    return min(candidates, key=lambda rows: len(rows) * max(sum(len(x.input_ids) for x in row) for row in rows))
 
 
 def _first_fit(ordered: Sequence[Encoded], width: int) -> list[list[Encoded]]:
@@ -159,10 +169,10 @@ def _first_fit(ordered: Sequence[Encoded], width: int) -> list[list[Encoded]]:
 
 
 class BatchOrder:
-    """Which examples make up the batch of a step: a pure function of (lengths, batch size, seed, step).
+    """The examples in the batch of each step, a pure function of (lengths, batch size, seed, step).
 
-    So a device that lost power sees the same batches again. Each epoch is shuffled; within stretches of
-    16 batches examples are grouped by length, so that little is computed on padding; batches are shuffled again.
+    A device that lost power therefore sees the same batches again. Every epoch is shuffled. Within chunks of 16
+    batches, examples are sorted by length to avoid padding, and the batches are shuffled again.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -173,23 +183,23 @@ class BatchOrder:
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
 
     def indices(self, step: int) -> Ints:
-        """Positions (batch_size,) of the examples of `step` (from 0); fewer when there are fewer examples."""
+        """Return the positions (batch_size,) of the examples of `step` (from 0); fewer if there are fewer examples."""
         return self._epoch(step // self.batches_per_epoch)[step % self.batches_per_epoch]
 
     def _shuffle(self, epoch: int) -> list[Ints]:
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(self._lengths.size)[: self.batches_per_epoch * self._batch_size]
-        stretch = _BUCKET_BATCHES * self._batch_size
+        chunk_size = _BUCKET_BATCHES * self._batch_size
         batches: list[Ints] = []
-        for start in range(0, order.size, stretch):
-            part = order[start : start + stretch]
+        for start in range(0, order.size, chunk_size):
+            part = order[start : start + chunk_size]
             part = part[np.argsort(self._lengths[part], kind="stable")]
             batches += [part[i : i + self._batch_size] for i in range(0, part.size, self._batch_size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def evaluation_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Ints]:
-    """Every example once, sorted by length, so that batches hold almost no padding."""
+    """Yield batches with every example once, sorted by length so that there is almost no padding."""
     order = np.argsort([len(example.input_ids) for example in encoded], kind="stable")
     for start in range(0, order.size, batch_size):
         yield order[start : start + batch_size]

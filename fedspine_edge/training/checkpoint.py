@@ -1,4 +1,4 @@
-"""A training run of one device that may be killed at any moment: what it writes, and how it goes on."""
+"""Checkpoints of one `fit`, from which the same call continues after the process was killed."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ FIT = "fit"
 
 
 class FitCheckpoint:
-    """One fit's state in a folder of its own, which belongs to that fit alone.
+    """State of one fit, in a folder that belongs to that fit only.
 
     Args:
-        folder: Open for as long as this object is used.
-        key: Digest of what the fit's result depends on besides the weights it starts from; see `key_of`.
-        total: Steps of the whole fit.
+        folder: State folder, which stays open while this object is used.
+        key: Digest of everything that determines the result of the fit, except the initial weights; see `key_of`.
+        total_steps: Steps of the whole fit.
     """
 
-    def __init__(self, folder: StateDir, key: str, total: int) -> None:
+    def __init__(self, folder: StateDir, key: str, total_steps: int) -> None:
         self._folder = folder
         self._key = key
-        self._total = total
+        self._total_steps = total_steps
 
     def resume(self, trainer: Trainer) -> bool:
-        """Bring `trainer` to where the fit was; False if it had not begun.
+        """Restore the state into `trainer`, and return whether there was one.
 
-        Raises `ConfigError` for another fit's folder, `CheckpointError` for a damaged one.
+        Raises `ConfigError` for the folder of another fit and `CheckpointError` for a damaged one.
         """
         saved = self._folder.read(FIT)
         if saved is None:
             return False
         if saved.info.get("key") != self._key:
             raise ConfigError(
-                f"{self._folder.folder} holds the checkpoint of another fit: other data, settings, steps or widths.",
-                remedy="Give every fit a folder of its own, or delete this one.",
+                f"{self._folder.folder} holds the checkpoint of another fit: data, settings, steps or widths differ.",
+                remedy="Use a separate folder for every fit, or delete this one.",
             )
         try:
             trainer.restore(StateRecord(saved.info["trainer"], saved.tensors))
@@ -58,29 +58,30 @@ class FitCheckpoint:
         log.info("resumed after step %d", trainer.step)
         return True
 
-    def stepped(self, trainer: Trainer) -> None:
-        """Write every ten steps, and after the last. Raises `CheckpointError`; the last state stays."""
-        if trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == self._total:
+    def save(self, trainer: Trainer) -> None:
+        """Write the state every ten steps and after the last step. Raises `CheckpointError`; the last state stays."""
+        if trainer.step % CHECKPOINT_STEPS == 0 or trainer.step == self._total_steps:
             saved = trainer.state()
-            document = StateRecord({"key": self._key, "trainer": saved.info}, saved.tensors)
+            record = StateRecord({"key": self._key, "trainer": saved.info}, saved.tensors)
             try:
-                self._folder.write(FIT, document)
+                self._folder.write(FIT, record)
             except OSError as error:
                 raise CheckpointError(
                     f"{self._folder.folder} cannot be written: {error.strerror}.",
-                    remedy="Check space and permissions; then the same call goes on from the last state there.",
+                    remedy="Check space and permissions. The same call then continues from the last state in the "
+                    "folder.",
                 ) from error
 
 
 @contextmanager
-def open_checkpoint(folder: str | Path, key: str, total: int) -> Iterator[FitCheckpoint]:
-    """The checkpoint in `folder`, which is created. Raises `ConfigError` while another process uses it."""
+def open_checkpoint(folder: str | Path, key: str, total_steps: int) -> Iterator[FitCheckpoint]:
+    """Open or create the checkpoint in `folder`. Raises `ConfigError` while another process uses it."""
     with StateDir(folder) as state:
-        yield FitCheckpoint(state, key, total)
+        yield FitCheckpoint(state, key, total_steps)
 
 
 def key_of(train: Iterable[Encoded], model: PrunableModel, *settings: Any) -> str:
-    """Digest of the examples, of what kind of model it is, and of everything else given."""
+    """Return a digest of the examples, the kind of model and all `settings`."""
     examples = [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train]
     adapter = (model.r, model.scaling, model.task, model.base_dtype)
     kind = (*adapter, model.spec.base_sha256, model.layout.to_dict())

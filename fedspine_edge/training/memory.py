@@ -1,9 +1,9 @@
-"""How much memory training will take, from a rehearsal of one step on tensors without contents.
+"""Estimate of the memory that training needs, from a dry run of one step on fake tensors (shapes without storage).
 
-The model's own code runs forward and backward on shapes alone (torch's fake tensors) while every allocation and
-release is counted, so the answer follows the family, the widths that are left, rank, batch, length, dtype, quantisation
-and recomputation without a formula for any of them. What runs outside of torch's allocations is a measured allowance:
-docs/memory.md has both beside measured peaks.
+The model runs forward and backward on torch's fake tensors while every allocation and release is counted. The result
+therefore follows the family, widths, rank, batch, length, dtype, quantization and gradient checkpointing without a
+formula for any of them. Memory outside of torch's allocations is a measured allowance. docs/memory.md compares
+estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ from fedspine_edge.training.batching import Encoded, Ints, collate, pack
 from fedspine_edge.training.loss import can_pack, loss_sum
 
 CPU_ALLOWANCE_BYTES = 28 << 20
-"""Code, threads and workspaces of the libraries that the first steps load on a CPU, as measured on x86-64."""
+"""Code, threads and workspaces that libraries load in the first steps on a CPU, measured on x86-64."""
 
 ONEDNN_ALLOWANCE_BYTES = 16 << 20
-"""What comes on top in 16 bits: oneDNN compiles its products for the shapes it meets, and reorders weights for them."""
+"""Additional memory in 16 bits, where oneDNN compiles products for each shape and reorders weights."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Peak memory of training in bytes, and what it consists of."""
+    """Peak memory of training in bytes, and its parts."""
 
     weights_bytes: int
-    """Frozen base and head, quantised or not, with buffers."""
+    """Frozen base, head and buffers."""
     adapters_bytes: int
-    """Adapters; they and the head are trained."""
+    """Adapters."""
     optimizer_bytes: int
-    """Adam's two moments of everything trained."""
+    """Adam's two moments of adapters and head."""
     step_bytes: int
-    """Activations, gradients and temporaries where a step needs most of them."""
+    """Peak of activations, gradients and temporary tensors in a step."""
     allowance_bytes: int
-    """Libraries, not torch's tensors."""
+    """Memory of libraries outside of torch's allocations."""
     micro_batch: int
-    """Examples at a time that this is for."""
+    """Examples per forward pass."""
 
     @property
     def peak_bytes(self) -> int:
+        """Sum of all parts."""
         parts = (self.weights_bytes, self.adapters_bytes, self.optimizer_bytes, self.step_bytes, self.allowance_bytes)
         return sum(parts)
 
@@ -67,28 +68,28 @@ class MemoryEstimate:
 def estimate(
     model: PrunableModel, *, micro_batch: int, tokens: int, r: int | None = None, pack_rows: bool = False
 ) -> MemoryEstimate:
-    """The peak of training steps on `micro_batch` examples of `tokens` tokens each.
+    """Estimate the peak memory of training steps.
 
     Args:
-        model: At the layout to be trained.
+        model: Model at the layout to be trained.
         micro_batch: Examples per forward pass.
-        tokens: Of every example; with examples of different lengths, of the longest.
-        r: Rank of the adapters, if not those that the model has.
+        tokens: Length of the longest example in tokens.
+        r: Rank of the adapters (default: that of the model).
         pack_rows: Whether examples share rows.
     """
     if r is not None and r != model.r:
-        model = _shared_copy(model)
+        model = _copy_sharing_tensors(model)
         model.attach_lora(r, model.scaling, seed=0)
     tokens = _at_most(tokens, model)
     adapters = [p for n, p in model.trainable_parameters().items() if ".lora_" in n]
     trained = list(model.trainable_parameters().values())
     everything = _bytes(*model.module.parameters(), *model.module.buffers())
     stored = [stored_weight(_base(model, name)) for name in module_names(model.spec)]
-    widest = max(weight.shape.numel() for weight in stored)
-    step = _rehearsed(model, _batch(model, micro_batch, tokens, pack_rows))
-    # After backward only the gradients are left, and the scoring of one linear; where this is more, it is the peak.
-    quantised = any(isinstance(weight, QuantizedWeight) for weight in stored)
-    scoring = 4 * widest * (3 * (not native.available()) + quantised)
+    largest = max(weight.shape.numel() for weight in stored)
+    step = _traced_peak(model, _batch(model, micro_batch, tokens, pack_rows))
+    # After the backward pass, gradients remain and one linear is scored, which may need more than the step.
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in stored)
+    scoring = 4 * largest * (3 * (not native.available()) + quantized)
     return MemoryEstimate(
         weights_bytes=everything - _bytes(*adapters),
         adapters_bytes=_bytes(*adapters),
@@ -100,10 +101,15 @@ def estimate(
 
 
 def rank_costs(model: PrunableModel, *, tokens: int, limit_bytes: int = 0) -> tuple[int, int]:
-    """(bytes at rank 0, bytes each rank adds) of a step on one example of `tokens` tokens, at the model's layout.
+    """Return (bytes at rank 0, bytes per rank) of a step on one example at the model's layout.
 
-    The model may have adapters of any rank, or none. Where every rank fits into `limit_bytes` at a wider layout that
-    was asked about before, the answer is that layout's, since a rehearsal takes about a second.
+    A dry run takes about a second. If every rank fits into `limit_bytes` at a wider layout that was estimated before,
+    the result of that layout is returned.
+
+    Args:
+        model: Model with adapters of any rank, or none.
+        tokens: Length of the example in tokens.
+        limit_bytes: Available memory.
     """
     tokens = _at_most(tokens, model)
     size, known = (*_widths(model), tokens), _known_costs(*_kind(model))
@@ -122,12 +128,12 @@ def rank_costs(model: PrunableModel, *, tokens: int, limit_bytes: int = 0) -> tu
 
 
 def fitting_micro_batch(model: PrunableModel, *, batch_size: int, tokens: int, limit_bytes: int) -> int:
-    """The most examples at a time, out of the batch size halved again and again, with which a step fits; at least 1."""
+    """Return the largest micro-batch that fits, at least 1: the batch size halved until a step fits `limit_bytes`."""
     known, micro_batch = _known_peaks(*_kind(model)), batch_size
     while micro_batch > 1:
         size = (*_widths(model), model.r or 0, micro_batch, tokens)
         if any(_covers(other, size) and peak <= limit_bytes for other, peak in known):
-            break  # a step that is larger in every respect fits
+            break  # a larger step is known to fit
         packs = can_pack(model, tokens)
         peak = estimate(model, micro_batch=micro_batch, tokens=tokens, pack_rows=packs).peak_bytes
         known.appendleft((size, peak))
@@ -140,21 +146,21 @@ def fitting_micro_batch(model: PrunableModel, *, batch_size: int, tokens: int, l
 LARGEST_RANK = 256
 REFERENCE_RANK = 8
 FEW_LAYERS, MORE_LAYERS = 3, 5
-"""Rehearsed depths from which that of a deeper model with equal layers follows: the peak is a straight line in it."""
+"""Depths of the dry runs from which the peak of a deeper model with equal layers is extrapolated linearly."""
 
 Size = tuple[int, ...]
-"""Kept heads and channels of every layer, and other numbers that no peak falls with."""
+"""Kept heads and channels of every layer, and other numbers with which the peak grows."""
 
 
 @lru_cache(maxsize=16)
 def _known_costs(*kind: Any) -> deque[tuple[Size, tuple[int, int]]]:
-    """`rank_costs` so far for one kind of model, the latest first."""
+    """Return the results of `rank_costs` for one kind of model, latest first."""
     return deque(maxlen=64)
 
 
 @lru_cache(maxsize=16)
 def _known_peaks(*kind: Any) -> deque[tuple[Size, int]]:
-    """Peaks so far for one kind of model, the latest first."""
+    """Return the estimated peaks for one kind of model, latest first."""
     return deque(maxlen=64)
 
 
@@ -170,8 +176,8 @@ def _covers(larger: Size, smaller: Size) -> bool:
     return all(a >= b for a, b in zip(larger, smaller, strict=True))
 
 
-def _rehearsed(model: PrunableModel, batch: dict[str, Ints]) -> int:
-    """Bytes that one forward and backward pass take at most, besides what was there before."""
+def _traced_peak(model: PrunableModel, batch: dict[str, Ints]) -> int:
+    """Return the peak bytes of one forward and backward pass, in addition to the model itself."""
     depth = model.spec.num_layers
     if depth <= MORE_LAYERS or len(set(model.layout.counts)) > 1:
         return _peak(model, batch)
@@ -180,8 +186,8 @@ def _rehearsed(model: PrunableModel, batch: dict[str, Ints]) -> int:
 
 
 def _fewer_layers(model: PrunableModel, count: int) -> PrunableModel:
-    """A shallower model on the same tensors; its last layer is the model's, which may have less to do."""
-    shallow = _shared_copy(model)
+    """Return a shallower model on the same tensors. It keeps the last layer, which may compute less than the others."""
+    shallow = _copy_sharing_tensors(model)
     path, _, attribute = f"{model.architecture.backbone}.{model.architecture.layers}".rpartition(".")
     parent = shallow.module.get_submodule(path)
     layers = getattr(parent, attribute)
@@ -197,11 +203,11 @@ def _step(model: PrunableModel, batch: dict[str, Ints]) -> None:
 
 
 def _batch(model: PrunableModel, rows: int, tokens: int, pack_rows: bool) -> dict[str, Ints]:
-    word = 1 if model.module.config.pad_token_id == 0 else 0
-    ids = [word] * tokens
+    token = 1 if model.module.config.pad_token_id == 0 else 0
+    ids = [token] * tokens
     labels = None if model.task != "token_classification" else [0] * tokens
-    kinds = [0] * tokens if getattr(model.module.config, "type_vocab_size", 0) else None
-    examples = [Encoded(ids, 0, kinds, labels)] * rows
+    segments = [0] * tokens if getattr(model.module.config, "type_vocab_size", 0) else None
+    examples = [Encoded(ids, 0, segments, labels)] * rows
     return pack(examples, range(rows), 0, tokens) if pack_rows else collate(examples, range(rows), 0)
 
 
@@ -226,13 +232,13 @@ def _device(model: PrunableModel) -> str:
 
 
 def _bytes(*tensors: Tensor) -> int:
-    """Of the storages behind them, each once."""
+    """Return the bytes of the storages of `tensors`, each counted once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the bytes of storages that appear while it is active, until they are released."""
+    """Counts the bytes of storages that are allocated while it is active and not yet released."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +253,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[misc]
         return result
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """These were there before."""
+        """Do not count the storages of these tensors."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._seen[id(storage)] = storage
@@ -267,23 +273,23 @@ class _Allocations(TorchDispatchMode):  # type: ignore[misc]
         self._seen[key] = weakref.ref(storage, released)
 
 
-def _shared_copy(model: PrunableModel) -> PrunableModel:
-    """A model of its own on the same tensors."""
+def _copy_sharing_tensors(model: PrunableModel) -> PrunableModel:
+    """Return a copy of the model that shares all tensors."""
     return copy.deepcopy(model, {id(t): t for t in (*model.module.parameters(), *model.module.buffers())})
 
 
 def _peak(model: PrunableModel, batch: dict[str, Ints]) -> int:
-    """Most bytes that live at a time while a twin of `model`, whose tensors have no contents, takes a step."""
+    """Return the peak of allocated bytes while a copy of `model` on fake tensors takes a step."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        twins: dict[int, Any] = {}
+        fakes: dict[int, Any] = {}
         for parameter in model.module.parameters():
-            twins[id(parameter)] = nn.Parameter(fake.from_tensor(parameter.data), parameter.requires_grad)
+            fakes[id(parameter)] = nn.Parameter(fake.from_tensor(parameter.data), parameter.requires_grad)
         for buffer in model.module.buffers():
-            twins[id(buffer)] = fake.from_tensor(buffer)
+            fakes[id(buffer)] = fake.from_tensor(buffer)
         allocations = _Allocations()
-        allocations.ignore(list(twins.values()))
-        twin = copy.deepcopy(model, twins)
+        allocations.ignore(list(fakes.values()))
+        fake_model = copy.deepcopy(model, fakes)
         with allocations:
-            _step(twin, batch)
+            _step(fake_model, batch)
         return allocations.peak

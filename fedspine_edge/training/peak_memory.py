@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work."""
+"""Measurement of peak memory."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 
 class PeakMemory:
-    """Peak memory of a stretch of work: CUDA's allocator on a GPU, else the process's resident set.
+    """Peak memory since `reset`: of CUDA's allocator on a GPU, otherwise of the resident set of the process.
 
-    Linux can restart the resident peak (`/proc/self/clear_refs`); where that is not permitted, the peak is the
-    one since the process began.
+    Linux can reset the resident peak with `/proc/self/clear_refs`. Where that is not permitted, the peak is that of the
+    whole process.
     """
 
     def __init__(self, torch_device: str) -> None:
         self._cuda = torch_device.startswith("cuda")
 
     def reset(self) -> None:
-        """Begin a new stretch."""
+        """Start a new measurement."""
         if self._cuda:
             import torch
 
@@ -29,7 +29,7 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
-        """Bytes at the highest point since `reset`."""
+        """Return the peak in bytes since `reset`."""
         if self._cuda:
             import torch
 

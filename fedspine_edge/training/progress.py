@@ -1,4 +1,4 @@
-"""What training shows while it runs: a bar on the terminal, lines in a log, TensorBoard's curves on request."""
+"""Progress of training: a bar on a terminal, lines in a log, and TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -15,61 +15,62 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fedspine_edge.errors import ConfigError, MissingDependency
 from fedspine_edge.training.trainer import Trainer
 
-LINE_S = 15.0
-"""Seconds between two lines of a log: a training of an hour takes a few screens."""
+LOG_INTERVAL_S = 15.0
+"""Seconds between two lines in a log; a training of an hour gives a few screens."""
 
 
 class Advance(Protocol):
-    """Says that `steps` more are done, with a word on the last."""
+    """Reports that `steps` more steps are done, with a short note on the last."""
 
     def __call__(self, steps: int = 1, note: str = "") -> None: ...
 
 
 @contextmanager
-def bar(what: str, total: int, wanted: bool | None, *, done: int = 0) -> Iterator[Advance]:
-    """Yields a function to call after each step.
+def progress_bar(description: str, total: int, show: bool | None, *, done: int = 0) -> Iterator[Advance]:
+    """Yield a function to call after each step.
 
     Args:
-        what: The work, in a word.
-        total: Its steps.
-        wanted: Whether to show a bar on a terminal, and lines elsewhere; None shows the bar on a terminal only.
-        done: Steps done before, which say nothing of the pace.
+        description: Name of the work.
+        total: Number of steps.
+        show: Whether to show a bar on a terminal, or lines elsewhere; None shows only the bar.
+        done: Steps that were done before and do not count for the speed.
     """
     console = Console(stderr=True)
-    shown = console.is_terminal if wanted is None else wanted
+    shown = console.is_terminal if show is None else show
     if not shown or done >= total:
         yield lambda steps=1, note="": None
     elif not console.is_terminal:
-        yield _Lines(what, total, done).advance
+        yield _LineProgress(description, total, done).advance
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
-            task: TaskID = progress.add_task(what, total=total, completed=done, note="")
+            task: TaskID = progress.add_task(description, total=total, completed=done, note="")
             yield lambda steps=1, note="": progress.update(task, advance=steps, note=note)
 
 
-class _Lines:
-    """On standard error, now and then, how far the work is, and the time that is left at the pace so far."""
+class _LineProgress:
+    """Prints the progress and the estimated remaining time to standard error at intervals."""
 
-    def __init__(self, what: str, total: int, done: int) -> None:
-        self._what, self._total, self._done, self._first = what, total, done, done
-        self._began = self._said = time.monotonic()
+    def __init__(self, description: str, total: int, done: int) -> None:
+        self._description, self._total, self._done, self._first = description, total, done, done
+        self._started = self._printed = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
         now = time.monotonic()
-        if self._done < self._total and now - self._said < LINE_S:
+        if self._done < self._total and now - self._printed < LOG_INTERVAL_S:
             return
-        self._said = now
-        taken = now - self._began
-        pace = taken / (self._done - self._first)
-        when = f"about {_span(pace * (self._total - self._done))} left" if self._done < self._total else _span(taken)
-        words = [f"{self._what}: {self._done} of {self._total}", *filter(None, [note]), when]
+        self._printed = now
+        elapsed = now - self._started
+        per_step = elapsed / (self._done - self._first)
+        remaining = per_step * (self._total - self._done)
+        when = f"about {_duration(remaining)} left" if self._done < self._total else _duration(elapsed)
+        words = [f"{self._description}: {self._done} of {self._total}", *filter(None, [note]), when]
         print(", ".join(words), file=sys.stderr, flush=True)
 
 
-def _span(seconds: float) -> str:
-    """A time in the two largest units that matter."""
+def _duration(seconds: float) -> str:
+    """Format a duration with its two largest units."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -78,12 +79,12 @@ def _span(seconds: float) -> str:
 
 
 @contextmanager
-def tensorboard(folder: str | Path, first_step: int) -> Iterator[Callable[[Trainer], None]]:
-    """Yields a function that writes the trainer's last step to event files in `folder`.
+def tensorboard_writer(folder: str | Path, first_step: int) -> Iterator[Callable[[Trainer], None]]:
+    """Yield a function that writes the last step of a trainer to event files in `folder`.
 
     Args:
-        folder: TensorBoard's log folder of this run.
-        first_step: Steps taken by earlier fits, so that curves of several go on.
+        folder: Log folder of TensorBoard.
+        first_step: Steps of earlier fits, after which the curves continue.
 
     Raises `MissingDependency`, and `ConfigError` for a folder that cannot be written.
     """
@@ -94,7 +95,7 @@ def tensorboard(folder: str | Path, first_step: int) -> Iterator[Callable[[Train
     try:
         writer = SummaryWriter(str(folder))
     except OSError as error:
-        raise ConfigError(f"`log_dir` {folder} cannot be used: {error}.", remedy="Name one to write to.") from error
+        raise ConfigError(f"`log_dir` {folder} cannot be used: {error}.", remedy="Choose a writable folder.") from error
 
     def write(trainer: Trainer) -> None:
         last = trainer.last_step

@@ -1,13 +1,13 @@
-"""What a device must not lose when power fails: one folder, every file replaced atomically, no pickle.
+"""A durable state folder in which every file is replaced atomically. No pickle is used.
 
-    lock                    held while an agent runs; two agents cannot share a folder
-    device.state            across rounds: identity, layout, importance EMA, last report
-    round.state             inside a round: phase, adapter, moments, meter; gone when the round is finished
-    blobs/{sha256}          the update that a pending report announces
-    download/               chunks of the round's adapter, so that a transfer goes on where it stopped
+    lock                    held while a process uses the folder
+    device.state            state between rounds: identity, layout, importance averages, last report
+    round.state             state within a round: phase, adapter, moments, cost meter; deleted when the round is
+    finished blobs/{sha256}          update of a pending report download/               chunks of the round's adapter,
+    so that a transfer continues where it stopped
 
-A `.state` file is safetensors; its metadata holds a JSON document and the SHA-256 of everything, so a torn or
-altered file is noticed before anything of it is used.
+A `.state` file is a safetensors file. Its metadata holds a JSON document and the SHA-256 of everything, so that a torn
+or altered file is detected before anything of it is used.
 """
 
 from __future__ import annotations
@@ -32,27 +32,25 @@ from fedspine_edge.files import write_atomically
 Tensors = dict[str, npt.NDArray[Any]]
 
 SCHEMA = 1
-
-
 SECRET = "secret"
 
 
 class CorruptState(CheckpointError):
-    """A file of the state folder cannot be used; only its owner can decide to delete it."""
+    """A file of the state folder is damaged. Only its owner can decide to delete it."""
 
 
 @dataclass(frozen=True)
 class StateRecord:
-    """One state file: plain data and the tensors that go with it."""
+    """Content of one state file: plain data and tensors."""
 
     info: dict[str, Any]
     tensors: Tensors
 
 
 class StateDir:
-    """A device's durable folder. Close it, or use it as a context manager, to let another agent in.
+    """A durable folder for one process at a time. Close it, or use it as a context manager, to release it.
 
-    Raises `ConfigError` when the folder cannot be written or another agent holds it.
+    Raises `ConfigError` if the folder cannot be written or another process uses it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -66,11 +64,11 @@ class StateDir:
             self.close()
             raise ConfigError(
                 f"{self.folder} is in use by another process.",
-                remedy="Stop that one, or give each a folder of its own: a device its `state_dir`.",
+                remedy="Stop that process, or use another folder; a device sets it with `state_dir`.",
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"{self.folder} cannot be used: {error.strerror}.", remedy="Name a folder you may write to."
+                f"{self.folder} cannot be used: {error.strerror}.", remedy="Choose a writable folder."
             ) from None
 
     def __enter__(self) -> StateDir:
@@ -80,20 +78,20 @@ class StateDir:
         self.close()
 
     def close(self) -> None:
-        """Release the lock; harmless when repeated."""
+        """Release the lock. Further calls have no effect."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def write(self, name: str, document: StateRecord) -> None:
-        """Replace `{name}.state`; on return it is on the disk."""
-        body = json.dumps({"schema": SCHEMA, **document.info}, allow_nan=True, separators=(",", ":"))
-        arrays = {key: np.asarray(value, order="C") for key, value in document.tensors.items()}
+    def write(self, name: str, record: StateRecord) -> None:
+        """Replace `{name}.state` and flush it to the disk."""
+        body = json.dumps({"schema": SCHEMA, **record.info}, allow_nan=True, separators=(",", ":"))
+        arrays = {key: np.asarray(value, order="C") for key, value in record.tensors.items()}
         metadata = {"json": body, "sha256": _digest(body, arrays)}
         write_atomically(self._path(name), safetensors.numpy.save(arrays, metadata), sync=True)
 
     def read(self, name: str) -> StateRecord | None:
-        """The content of `{name}.state`, None if there is none. Raises `CheckpointError` for a damaged file."""
+        """Return the content of `{name}.state`, or None if it does not exist. Raises `CorruptState`."""
         path = self._path(name)
         if not path.exists():
             return None
@@ -116,7 +114,7 @@ class StateDir:
         self._path(name).unlink(missing_ok=True)
 
     def secret(self) -> str:
-        """Random text that was drawn once for this folder and never leaves it."""
+        """Return random text that is generated once for this folder and stays in it."""
         saved = self.read(SECRET)
         if saved is None:
             saved = StateRecord({"secret": secrets.token_hex(32)}, {})
@@ -124,10 +122,10 @@ class StateDir:
         return str(saved.info["secret"])
 
     def damaged(self, name: str, why: str) -> CorruptState:
-        """The error for a state file whose content cannot be used."""
+        """Return the error for a damaged state file."""
         return CorruptState(
             f"state file {self._path(name)} cannot be used: {why}.",
-            remedy=f"Delete the folder {self.folder} to begin anew; a device then rejoins the fleet as a new one.",
+            remedy=f"Delete the folder {self.folder} to start over; a device then joins the fleet as a new device.",
         )
 
     def _path(self, name: str) -> Path:
@@ -135,12 +133,12 @@ class StateDir:
 
 
 def prefixed(prefix: str, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-    """`tensors` with `prefix` before every name."""
+    """Return `tensors` with `prefix` before every name."""
     return {prefix + name: value for name, value in tensors.items()}
 
 
 def unprefixed(prefix: str, tensors: Mapping[str, npt.NDArray[Any]]) -> Tensors:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, without the prefix."""
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 

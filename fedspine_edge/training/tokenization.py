@@ -1,4 +1,4 @@
-"""From a task's data to the tokens that one model can read; what does not fit it is told before the first step."""
+"""Tokenization of a task's examples for one model. Examples that the model cannot read raise before training starts."""
 
 from __future__ import annotations
 
@@ -17,89 +17,95 @@ DEFAULT_LENGTH_TOKENS = TrainingSettings().max_length_tokens
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """How a model reads texts, and which texts and tokens it has room for.
+    """Tokenizer of a model with the limits of the model.
 
     Attributes:
-        tokenizer: The model's transformers tokenizer.
-        task: Of the model.
-        longest: Tokens of the longest text that its table of positions allows; None where there is none.
-        vocabulary: Tokens that it has embeddings for.
-        name: Of the model, for errors.
+        tokenizer: Tokenizer of transformers.
+        task: Task of the model.
+        hard_max_tokens: Maximum length in tokens, or None if positions are computed.
+        vocabulary: Number of tokens that have an embedding.
+        name: Name of the model, for errors.
     """
 
     tokenizer: Any
     task: Task
-    longest: int | None
+    hard_max_tokens: int | None
     vocabulary: int
     name: str
 
     @classmethod
-    def of(cls, model: PrunableModel, tokenizer: Any) -> TextEncoder:
-        """Those of `model`, without holding on to it."""
-        longest = model.architecture.hard_max_tokens(model.module.config)
+    def from_model(cls, model: PrunableModel, tokenizer: Any) -> TextEncoder:
+        """Return the encoder of `model`, without keeping a reference to the model."""
+        limit = model.architecture.hard_max_tokens(model.module.config)
         vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
-        return cls(tokenizer, model.task, longest, vocabulary, str(model.folder or model.base or "the model"))
+        return cls(tokenizer, model.task, limit, vocabulary, str(model.folder or model.base or "the model"))
 
     @property
     def pad_id(self) -> int:
-        """The token that fills short rows."""
+        """Padding token."""
         return int(self.tokenizer.pad_token_id)
 
-    def length(self, asked: int | None = None) -> int:
-        """Tokens of the longest text: as asked, else the default of `TrainingSettings` or what the positions allow.
+    def max_length_tokens(self, requested: int | None = None) -> int:
+        """Return the maximum length of a text in tokens.
 
-        Raises `ConfigError` for more than that.
+        Args:
+            requested: Setting of the user; None for the default of `TrainingSettings`, or the limit of the model if
+                that
+                is lower.
+
+        Raises `ConfigError` for more tokens than the model has positions.
         """
-        if asked is None:
-            return DEFAULT_LENGTH_TOKENS if self.longest is None else min(DEFAULT_LENGTH_TOKENS, self.longest)
-        self._check_length(asked, asked)
-        return asked
+        if requested is None:
+            limit = self.hard_max_tokens
+            return DEFAULT_LENGTH_TOKENS if limit is None else min(DEFAULT_LENGTH_TOKENS, limit)
+        self._check_length(requested, requested)
+        return requested
 
     def encode(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded]:
-        """Tokenize and cut at `max_length_tokens`, which may be more than the positions allow if no text is that long.
+        """Tokenize and truncate to `max_length_tokens`, which may exceed the model's limit if no text does.
 
-        Raises `DataError` for texts without tokens, `ConfigError` for a token without a position, `CheckpointError` for
-        one without an embedding; on a GPU the last two would end the process.
+        Raises `DataError` for texts without tokens, `ConfigError` for a token without a position and `CheckpointError`
+        for a token without an embedding. On a GPU the last two would end the process.
         """
         encoded = encode(examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm")
         if empty := sum(not example.input_ids for example in encoded):
             raise DataError(
                 f"{empty} of {len(encoded)} texts have no tokens: the tokenizer drops all of their characters.",
-                remedy="Leave them out.",
+                remedy="Remove them from the data.",
             )
         self._check_length(max(len(example.input_ids) for example in encoded), max_length_tokens)
         largest = max(max(example.input_ids) for example in encoded)
         if largest >= self.vocabulary:
             raise CheckpointError(
-                f"the tokenizer gives token {largest}, the model has embeddings for {self.vocabulary}.",
+                f"the tokenizer gives token {largest}, but the model has embeddings for {self.vocabulary} tokens.",
                 remedy=f"The tokenizer files in {self.name} belong to another model; copy the right ones.",
             )
         return encoded
 
-    def _check_length(self, tokens: int, asked: int) -> None:
-        if self.longest is not None and tokens > self.longest:
+    def _check_length(self, tokens: int, requested: int) -> None:
+        if self.hard_max_tokens is not None and tokens > self.hard_max_tokens:
             raise ConfigError(
-                f"`max_length_tokens` is {asked}, {self.name} has positions for {self.longest} tokens.",
-                remedy=f"Use at most {self.longest}.",
+                f"`max_length_tokens` is {requested}, but {self.name} has positions for {self.hard_max_tokens} tokens.",
+                remedy=f"Use at most {self.hard_max_tokens}.",
             )
 
 
 class TokenizedSplits:
-    """Several sets of examples, tokenised when a length is first asked for.
+    """Several sets of examples, which are tokenized when a length is first requested.
 
     Args:
-        texts: How the model reads.
-        sets: Of examples.
+        texts: Encoder of the model.
+        splits: Sets of examples.
     """
 
-    def __init__(self, texts: TextEncoder, *sets: Sequence[Example]) -> None:
+    def __init__(self, texts: TextEncoder, *splits: Sequence[Example]) -> None:
         self._texts = texts
-        self._sets = sets
-        self._found: tuple[int, list[list[Encoded]]] = (0, [])
+        self._splits = splits
+        self._cached: tuple[int, list[list[Encoded]]] = (0, [])
 
-    def at(self, max_length_tokens: int) -> list[list[Encoded]]:
-        """Return each set cut at `max_length_tokens`. Raises as `TextEncoder.encode` does."""
-        if self._found[0] != max_length_tokens:
-            encoded = [self._texts.encode(one, max_length_tokens) for one in self._sets]
-            self._found = max_length_tokens, encoded
-        return self._found[1]
+    def truncated_to(self, max_length_tokens: int) -> list[list[Encoded]]:
+        """Return each set truncated to `max_length_tokens`. Raises as `TextEncoder.encode` does."""
+        if self._cached[0] != max_length_tokens:
+            encoded = [self._texts.encode(split, max_length_tokens) for split in self._splits]
+            self._cached = max_length_tokens, encoded
+        return self._cached[1]

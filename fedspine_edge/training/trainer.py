@@ -1,7 +1,7 @@
-"""Local optimisation of adapters and head: AdamW, one step after the other, stoppable and repeatable at any step.
+"""Training of adapters and head with AdamW, which can be stopped and resumed at any step.
 
-Everything a step does is a function of (parameters, moments, step number, seed): batches come from `BatchOrder`,
-there is no dropout, and `state`/`restore` carry parameters and moments bit for bit.
+A step is a function of parameters, moments, step number and seed: `BatchOrder` determines the batches, there is no
+dropout, and `state` and `restore` preserve parameters and moments bit for bit.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ T = TypeVar("T")
 
 EVALUATION_BATCH = 32
 FLOAT16_LOSS_SCALE = 2.0**15
-"""What a float16 base's loss is multiplied by at first, so that small gradients do not vanish on their way back."""
+"""Initial loss scale for a float16 base, which keeps small gradients from underflowing."""
 SPIKE_FACTOR = 10.0
-"""A step whose gradient is this many times the usual norm is not taken: clipped, it would still turn the moments.
-One that needs no clipping is always taken: late in a training the usual norm is tiny."""
+"""Factor of the median gradient norm above which a step is skipped, because even clipped it would disturb the moments.
+A step whose gradient needs no clipping is never skipped: late in training the median norm is tiny."""
 SPIKE_WINDOW = 20
+"""Steps of which the median norm is taken. Skipped steps count, so that a lasting change is accepted."""
 SPIKE_MIN_STEPS = 10
-"""Steps whose median norm is the usual one (skipped ones too, so that a lasting change is accepted), and the fewest."""
+"""Steps before which no step is skipped."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Of one step, taken or not: mean loss, norm of the gradient before clipping, learning rate."""
+    """Mean loss, gradient norm before clipping, and learning rate of one step, taken or skipped."""
 
     loss: float
     grad_norm: float
@@ -51,8 +52,10 @@ class StepStatistics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy over `num_examples` answers: texts (classification), words (token_classification), or
-    predicted tokens (causal_lm), of which those of a long answer count for more than those of a short one."""
+    """Mean loss and accuracy over `num_examples` predictions.
+
+    A prediction is a text (classification), a word (token_classification) or a token (causal_lm).
+    """
 
     loss: float
     accuracy: float
@@ -60,10 +63,11 @@ class Evaluation:
 
 
 def learning_rate(training: OptimizerSettings, step: int, round_steps: int) -> float:
-    """Learning rate of `step` (from 0) of a round of `round_steps`.
+    """Return the learning rate of `step` (from 0) in a round of `round_steps`.
 
-    The peak until `decay_from_step` of the run, then a cosine to its end; over both a linear rise during the first
-    `warmup_ratio` of the round, whose Adam moments start at zero. Source: docs/algorithms.md, "The round".
+    It is constant until `decay_from_step` of the run and then follows a cosine to the end. During the first
+    `warmup_ratio` of every round, whose Adam moments start at zero, it rises linearly. Source: docs/algorithms.md,
+    "The round".
     """
     done = training.first_step + step - training.decay_from_step
     progress = min(1.0, max(0.0, done / max(1, training.total_steps - training.decay_from_step)))
@@ -79,21 +83,35 @@ class WorkMeter(Protocol):
         """Account for one training step or evaluation batch of `flops` floating-point operations."""
 
 
+@dataclass(frozen=True)
+class BatchSettings:
+    """How examples are combined into batches.
+
+    Args:
+        pad_id: Padding token of the tokenizer.
+        seed: Seed of the data order.
+        pack: Whether several examples share a row instead of being padded, where `loss.can_pack` allows it.
+        micro_batch: Initial number of examples per forward pass (default: the batch size).
+    """
+
+    pad_id: int = 0
+    seed: int = 0
+    pack: bool = False
+    micro_batch: int | None = None
+
+
 class Trainer:
     """Trains the adapters and the head of `model` in place.
 
     Args:
-        model: With adapters attached.
-        train: Tokenised training examples.
-        holdout: Tokenised held-out examples; may be empty if `evaluate` is not called without arguments.
-        training: Optimisation settings.
+        model: Model with adapters.
+        train: Tokenized training examples.
+        holdout: Tokenized held-out examples; may be empty if `evaluate` is always called with examples.
+        training: Settings of the optimizer.
         round_steps: Steps that this trainer will take, for the warm-up.
-        tracker: Importance of the model's groups, updated on scored steps.
-        seed: Of the data order.
-        pad_id: The tokenizer's padding token.
-        meter: Told the cost of every pass.
-        pack: Put several examples of a step into one row instead of padding them, where `objective.can_pack` allows.
-        micro_batch: Examples per forward pass to begin with; default the batch size.
+        batches: How examples are combined into batches.
+        tracker: Importance tracker, which is updated on scored steps.
+        meter: Receives the cost of every pass.
     """
 
     def __init__(
@@ -104,79 +122,77 @@ class Trainer:
         training: OptimizerSettings,
         *,
         round_steps: int,
+        batches: BatchSettings | None = None,
         tracker: ImportanceTracker | None = None,
-        seed: int = 0,
-        pad_id: int = 0,
         meter: WorkMeter | None = None,
-        pack: bool = False,
-        micro_batch: int | None = None,
     ) -> None:
         if not train:
             raise DataError("there are no training examples.", remedy="Provide at least one example.")
+        batches = batches or BatchSettings()
         self.model = model
         self.tracker = tracker
         self.training = training
         self.step = 0
         self.skipped = 0
-        """Steps that were not taken because loss or gradient was not finite."""
+        """Steps that were skipped because loss or gradient was not finite."""
         self.spikes = 0
-        """Steps that were not taken because the gradient was far above the usual."""
+        """Steps that were skipped because the gradient norm was far above the median."""
         self.last_step: StepStatistics | None = None
-        self.micro_batch = min(training.batch_size, micro_batch or training.batch_size)
-        """Examples per forward pass; below the batch size after memory ran out."""
+        self.micro_batch = min(training.batch_size, batches.micro_batch or training.batch_size)
+        """Examples per forward pass, halved when memory runs out."""
         self._train = train
         self._holdout = holdout
         self._round_steps = round_steps
-        self._pad_id = pad_id
+        self._pad_id = batches.pad_id
         self._meter = meter
-        self._order = BatchOrder([len(example.input_ids) for example in train], training.batch_size, seed)
-        # One example takes far less memory in an evaluation than in a step.
+        self._order = BatchOrder([len(example.input_ids) for example in train], training.batch_size, batches.seed)
+        # An evaluation needs far less memory per example than a training step.
         self._evaluation_batch = min(EVALUATION_BATCH, 4 * self.micro_batch)
         self.ran_out = False
-        """Whether memory ran out, so that fewer examples at a time are trained than at first."""
+        """Whether `micro_batch` was halved because memory ran out."""
         self._losses: list[float] = []
         self._norms: list[float] = []
         self._loss_scale = FLOAT16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
-        self._pack = pack
+        self._pack = batches.pack
         self.optimizer = torch.optim.AdamW(
             self._parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
         )
-        model.module.eval()  # dropout stays off: a repeated step must give the same bits
+        model.module.eval()  # dropout stays off, so that a repeated step gives the same bits
 
     @property
     def train_loss(self) -> float | None:
-        """Mean loss of the steps taken, None before the first."""
+        """Mean loss of the steps that were not skipped; None before the first."""
         return sum(self._losses) / len(self._losses) if self._losses else None
 
     @property
     def last_loss(self) -> float | None:
-        """Loss of the last step that was not skipped, None before the first."""
+        """Loss of the last step that was not skipped; None before the first."""
         return self._losses[-1] if self._losses else None
 
-    def remarks(self) -> list[str]:
-        """What did not go as planned, in words for the user; empty if all did."""
+    def warnings(self) -> list[str]:
+        """Return sentences about skipped steps and smaller micro-batches, for the user."""
         found = []
         if self.micro_batch < self.training.batch_size:
             why = "memory ran out" if self.ran_out else "memory_limit_mib allows no more"
             found.append(
-                f"{why}; trained {self.micro_batch} instead of {self.training.batch_size} examples at a time, "
-                "gradients accumulated"
+                f"{why}; trained {self.micro_batch} instead of {self.training.batch_size} examples at a time and "
+                "accumulated gradients"
             )
         if self.skipped:
-            found.append(f"{self.skipped} of {self.step} steps were not finite and were skipped")
+            found.append(f"{self.skipped} of {self.step} steps had a non-finite loss or gradient and were skipped")
         if self.spikes:
-            found.append(f"{self.spikes} of {self.step} steps had a gradient far above the usual and were skipped")
+            found.append(f"{self.spikes} of {self.step} steps had a gradient far above the median and were skipped")
         return found
 
     def run(self, until: int, *, scored: bool = False, on_step: Callable[[], None] | None = None) -> None:
-        """Take steps until `self.step == until`; `on_step` is called after each.
+        """Take steps until `self.step == until`, and call `on_step` after each.
 
-        Raises `OutOfMemory` if not even one example at a time fits.
+        Raises `OutOfMemory` if a single example does not fit.
         """
         while self.step < until:
             examples = self._order.indices(self.training.first_step + self.step)
             examples = examples[np.argsort([-len(self._train[i].input_ids) for i in examples], kind="stable")]
-            self._with_less_memory(lambda examples=examples: self._take_step(examples, scored))  # type: ignore[misc]
+            self._retry_with_fewer_examples(lambda examples=examples: self._take_step(examples, scored))  # type: ignore[misc]
             self.step += 1
             if on_step is not None:
                 on_step()
@@ -184,14 +200,18 @@ class Trainer:
     def evaluate(
         self, examples: Sequence[Encoded] | None = None, *, on_batch: Callable[[int], None] | None = None
     ) -> Evaluation:
-        """Loss and accuracy on the held-out examples, or on `examples`; `on_batch` is told the size of each batch.
+        """Return loss and accuracy on the held-out examples or on `examples`.
+
+        Args:
+            examples: Examples to evaluate on (default: the held-out ones).
+            on_batch: Called with the size of each batch.
 
         Raises `OutOfMemory`, `DataError`.
         """
         chosen = self._holdout if examples is None else examples
         if not chosen:
             raise DataError("there are no examples to evaluate on.", remedy="Provide at least one example.")
-        return self._with_less_memory(lambda: self._evaluate(chosen, on_batch), evaluation=True)
+        return self._retry_with_fewer_examples(lambda: self._evaluate(chosen, on_batch), evaluation=True)
 
     def compact(self, layout: Layout) -> None:
         """Shrink model, moments and importance to `layout`. Raises `LayoutError`."""
@@ -199,7 +219,7 @@ class Trainer:
         self.model.compact(layout, optimizer=self.optimizer, importance=self.tracker)
 
     def state(self) -> StateRecord:
-        """Everything needed to continue with the same bits, except the layout and the base weights."""
+        """Return the state with which training continues bit for bit, except the layout and the base weights."""
         tensors = prefixed("adapter.", self.model.adapter_state())
         opt_steps: dict[str, float] = {}
         for name, parameter in self.model.trainable_parameters().items():
@@ -225,9 +245,9 @@ class Trainer:
         return StateRecord(info, tensors)
 
     def restore(self, saved: StateRecord) -> None:
-        """Continue from `state`; the model must already have the layout of that moment.
+        """Continue from what `state` returned. The model must already have the layout of that moment.
 
-        Raises `CheckpointError` when adapters do not fit the model, `KeyError` for an incomplete document.
+        Raises `CheckpointError` if the adapters do not fit the model, and `KeyError` for an incomplete state.
         """
         info = saved.info
         self.model.load_adapter(unprefixed("adapter.", saved.tensors))
@@ -257,16 +277,16 @@ class Trainer:
     def _take_step(self, examples: Ints, scored: bool) -> None:
         loss, gradients, norm = self._gradients(examples, scored)
         while self._loss_scale > 1.0 and math.isfinite(loss) and not math.isfinite(norm):
-            self._loss_scale /= 2  # float16 overflowed on its way back, not the step's fault
+            self._loss_scale /= 2  # float16 overflowed in the backward pass
             loss, gradients, norm = self._gradients(examples, scored)
         rate = learning_rate(self.training, self.step, self._round_steps)
         self.last_step = StepStatistics(loss, norm, rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
             return
-        usual = statistics.median(self._norms) if len(self._norms) >= SPIKE_MIN_STEPS else math.inf
+        median = statistics.median(self._norms) if len(self._norms) >= SPIKE_MIN_STEPS else math.inf
         self._norms = [*self._norms, norm][-SPIKE_WINDOW:]
-        if norm > max(SPIKE_FACTOR * usual, self.training.max_grad_norm):
+        if norm > max(SPIKE_FACTOR * median, self.training.max_grad_norm):
             self.spikes += 1
             return
         if scored and self.tracker is not None:
@@ -279,8 +299,8 @@ class Trainer:
         self._losses.append(loss)
 
     def _gradients(self, examples: Ints, scored: bool) -> tuple[float, list[torch.Tensor], float]:
-        """(mean loss, gradients without the loss scale, their norm) of one step's examples."""
-        # transformers recomputes layers in train mode only; with every dropout at 0 the mode changes nothing else
+        """Return the mean loss of one step, its gradients without the loss scale, and their norm."""
+        # transformers recomputes layers in train mode only. With every dropout at 0, the mode changes nothing else.
         self.model.module.train(self.model.gradient_checkpointing)
         self.optimizer.zero_grad(set_to_none=True)
         if self.tracker is not None:
@@ -329,33 +349,33 @@ class Trainer:
         if self._meter is not None:
             size, length = batch["input_ids"].shape
             flops = pass_flops(self.model.layout, self.model.r or 0, size, length, backward=backward, scored=scored)
-            if self.model.task == "causal_lm":  # its head can outweigh the layers; a classifier's is next to nothing
+            if self.model.task == "causal_lm":  # its head can cost more than the layers; a classifier's is negligible
                 vocabulary, hidden_size = self.model.module.get_output_embeddings().weight.shape
                 flops += output_flops(vocabulary, hidden_size, num_targets(batch, self.model.task), backward=backward)
             self._meter.work(flops)
 
-    def _with_less_memory(self, work: Callable[[], T], *, evaluation: bool = False) -> T:
-        """Do `work`; when memory runs out, again with half the examples at a time."""
+    def _retry_with_fewer_examples(self, work: Callable[[], T], *, evaluation: bool = False) -> T:
+        """Call `work`, and repeat it with half the examples at a time while memory runs out."""
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-            # Outside the handler, since its traceback holds the activations that must be freed.
+            # Not in the handler, because its traceback holds the activations that must be freed.
             self.optimizer.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            at_once = self._evaluation_batch if evaluation else self.micro_batch
-            if at_once <= 1:
+            rows = self._evaluation_batch if evaluation else self.micro_batch
+            if rows <= 1:
                 raise OutOfMemory(
-                    f"step {self.step + 1} does not fit into memory, even one example at a time.",
+                    f"step {self.step + 1} does not fit into memory, even with one example at a time.",
                     remedy="Lower `max_length_tokens`, prune further or use a smaller base model.",
                 )
             if evaluation:
-                self._evaluation_batch = at_once // 2
+                self._evaluation_batch = rows // 2
             else:
-                self.micro_batch, self.ran_out = at_once // 2, True
+                self.micro_batch, self.ran_out = rows // 2, True
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

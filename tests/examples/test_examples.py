@@ -75,9 +75,9 @@ def test_the_example_criterion_prunes_by_scores_of_its_own(workplace: Path) -> N
     check = """
 import numpy as np
 from my_criterion import output_norms, prune
-from fedspine_edge import EdgeTuner
+from fedspine_edge import EdgeTuner, PruningSettings
 
-tuner = EdgeTuner.from_pretrained("base-model", num_labels=2, r=4, criterion="magnitude")
+tuner = EdgeTuner.from_pretrained("base-model", num_labels=2, r=4, pruning=PruningSettings(criterion="magnitude"))
 before = output_norms(tuner)
 weight = tuner.model.linear("layers.1.down").merged_weight().detach()
 assert np.allclose(before.channels[1], weight.norm(dim=0).numpy(), rtol=1e-5)

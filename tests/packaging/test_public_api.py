@@ -19,10 +19,10 @@ PUBLIC_MODULES = {"fedspine_edge", "fedspine_edge.data", "fedspine_edge.errors",
 
 def test_public_names_are_pinned() -> None:
     expected = """
-        Assignment BaseStrategy BrokerSettings DataSettings DeviceClass DeviceConfig EdgeTuner EmbeddedBroker Example
-        FedspineError FleetConfig FleetDevice FleetServer GroupScores ImportanceTracker MqttTransport
-        OptimizationProfile Session __version__ compile_engine load_base load_config load_model load_tokenizer
-        save_model select_layout
+        Assignment BaseStrategy BrokerSettings ColumnNames DataSettings DeviceClass DeviceConfig EdgeTuner
+        EmbeddedBroker Example FedspineError FleetConfig FleetDevice FleetServer GroupScores ImportanceTracker
+        MemorySettings MqttTransport OptimizationProfile PruningSettings Session __version__ compile_engine load_base
+        load_config load_model load_tokenizer save_model select_layout
     """
     assert sorted(fedspine_edge.__all__) == expected.split()
     assert set(fedspine_edge._LAZY) | {"FedspineError", "__version__"} == set(fedspine_edge.__all__)

@@ -104,7 +104,7 @@ def test_language_model_runs_in_transformers_and_onnx(trained: Any, tmp_path: Pa
 
     *_, finished = trained
     tuner = EdgeTuner.from_pretrained(finished.folder, task="causal_lm", torch_device="cpu")
-    loaded = AutoModelForCausalLM.from_pretrained(tuner.save_merged(tmp_path / "merged"))
+    loaded = AutoModelForCausalLM.from_pretrained(tuner.save(tmp_path / "merged", merged=True))
     assert loaded.config.num_key_value_heads == 1
     assert loaded.config.intermediate_size < 48
     prompt, answer = tiny_lm.instructions(1, seed=9)[0]

@@ -105,7 +105,7 @@ def test_a_deep_models_peak_follows_from_two_shallow_ones(kind, recompute):
     layers = model.module.get_submodule(f"{model.architecture.backbone}.{model.architecture.layers}")
     model.set_gradient_checkpointing(recompute)
     batch = memory._batch(model, 4, 16, pack_rows=False)
-    assert memory._rehearsed(model, batch) == memory._peak(model, batch)
+    assert memory._traced_peak(model, batch) == memory._peak(model, batch)
     assert len(layers) == model.module.config.num_hidden_layers == 9
 
 

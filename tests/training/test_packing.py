@@ -7,7 +7,7 @@ import torch
 
 from fedspine_edge.data.targets import IGNORED
 from fedspine_edge.training import batching
-from fedspine_edge.training.loss import LOGITS_AT_ONCE, can_pack, loss_sum, num_targets
+from fedspine_edge.training.loss import LOGITS_PER_CHUNK, can_pack, loss_sum, num_targets
 
 
 def examples(count=7, seed=0, *, answers=False):
@@ -83,9 +83,9 @@ def test_a_window_shorter_than_a_row_and_other_tasks_are_not_packed():
     assert not can_pack(tiny_lm.model("llama", task="classification"), 8)
 
 
-@pytest.mark.parametrize("at_once", [1, 3 * tiny_lm.VOCAB, LOGITS_AT_ONCE])
+@pytest.mark.parametrize("at_once", [1, 3 * tiny_lm.VOCAB, LOGITS_PER_CHUNK])
 def test_the_loss_in_pieces_is_transformers_loss(at_once, monkeypatch):
-    monkeypatch.setattr("fedspine_edge.training.loss.LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("fedspine_edge.training.loss.LOGITS_PER_CHUNK", at_once)
     model, encoded = tiny_lm.model("llama"), examples(answers=True)
     batch = batching.collate(encoded, range(7), 0)
     ours = gradients(model, batch)

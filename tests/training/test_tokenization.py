@@ -20,6 +20,7 @@ from fedspine_edge.device.round import LocalRound
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.loading import load_base, load_tokenizer
+from fedspine_edge.protocol.messages import WaitPlan
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.tokenization import TextEncoder
 from fedspine_edge.training.trainer import Trainer
@@ -138,7 +139,7 @@ def test_a_tokenizer_of_another_model_ends_the_device_before_it_connects(fleet, 
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     data = {"path": instructed.data.path, "text": "prompt", "text_pair": "answer", "holdout": 16}
     settings = config(broken, tmp_path, tmp_path / "other", task="causal_lm", data=data)
-    with pytest.raises(CheckpointError, match=r"gives token \d+, the model has embeddings for 61"):
+    with pytest.raises(CheckpointError, match=r"gives token \d+, but the model has embeddings for 61"):
         fleet.device(settings).start()
     fleet.listen()
     assert not fleet.statuses
@@ -165,7 +166,7 @@ def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fle
 def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
     tokenizer = load_tokenizer(language_model)
     tokenizer.backend_tokenizer.normalizer = Replace("zanzibar", "")
-    texts = TextEncoder.of(load_base(language_model, task="causal_lm"), tokenizer)
+    texts = TextEncoder.from_model(load_base(language_model, task="causal_lm"), tokenizer)
     examples = [Example("film", 0), Example("zanzibar", 0), Example("film zanzibar", 0)]
     with pytest.raises(DataError, match="1 of 3 texts have no tokens") as caught:
         texts.encode(examples, 24)
@@ -175,22 +176,22 @@ def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
 
 def test_lengths_are_what_the_positions_allow(tiny_folder, language_model):
     model = load_base(tiny_folder)
-    texts = TextEncoder.of(model, load_tokenizer(tiny_folder))
-    assert texts.length() == 64
-    assert texts.length(10) == 10
+    texts = TextEncoder.from_model(model, load_tokenizer(tiny_folder))
+    assert texts.max_length_tokens() == 64
+    assert texts.max_length_tokens(10) == 10
     with pytest.raises(ConfigError, match="Use at most 64"):
-        texts.length(65)
-    rotary = TextEncoder.of(load_base(language_model, task="causal_lm"), load_tokenizer(language_model))
-    assert (rotary.length(), rotary.length(4000)) == (128, 4000)
+        texts.max_length_tokens(65)
+    rotary = TextEncoder.from_model(load_base(language_model, task="causal_lm"), load_tokenizer(language_model))
+    assert (rotary.max_length_tokens(), rotary.max_length_tokens(4000)) == (128, 4000)
 
 
 def test_a_refusal_is_told_in_the_devices_log_once(fleet, tiny_folder, tiny_csv, tiny_base, tmp_path, caplog):
     driven = fleet.device(config(tiny_folder, tiny_csv, tmp_path / "state"), model=tiny_base).start()
     for _ in range(2):  # the server answers every status
-        fleet.send(action="wait", server_round=0, reason="it has num_labels = 2, the fleet 3.")
+        fleet.publish(WaitPlan(run_id="run", device_id="d1", reason="it has num_labels = 2, the fleet 3."))
         driven.settle()
-    assert caplog.text.count("does not take this device") == 1
-    assert "fleet tiny does not take this device: it has num_labels = 2, the fleet 3." in caplog.text
+    assert caplog.text.count("does not accept this device") == 1
+    assert "fleet tiny does not accept this device: it has num_labels = 2, the fleet 3." in caplog.text
     assert not driven.device.finished
     assert not fleet.reports
     driven.device.close()

@@ -16,7 +16,7 @@ from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training import batching
 from fedspine_edge.training.base_model import BaseModelLoader, choose_torch_device
-from fedspine_edge.training.trainer import Trainer, learning_rate
+from fedspine_edge.training.trainer import BatchSettings, Trainer, learning_rate
 
 TRAINING = OptimizerSettings(learning_rate=1e-2, batch_size=8, max_length_tokens=24, total_steps=100)
 
@@ -30,10 +30,10 @@ def encoded(tiny_folder):
 @pytest.fixture
 def make(tiny_base, tiny_folder, encoded):
     def make(training=TRAINING, **options):
-        model = BaseModelLoader(str(tiny_folder), num_labels=2, model=tiny_base).fresh()
+        model = BaseModelLoader(str(tiny_folder), num_labels=2, model=tiny_base).load()
         model.attach_lora(4, 2.0, seed=1)
         tracker = ImportanceTracker(model, seed=1)
-        options = {"round_steps": 30, "tracker": tracker, "seed": 5, **options}
+        options = {"round_steps": 30, "tracker": tracker, "batches": BatchSettings(seed=5), **options}
         return Trainer(model, encoded[:300], encoded[300:], training, **options)
 
     return make
@@ -87,7 +87,7 @@ def test_a_restored_trainer_ends_with_the_same_bits(make, interrupted_at):
         TRAINING,
         round_steps=30,
         tracker=ImportanceTracker(second.model, seed=1),
-        seed=5,
+        batches=BatchSettings(seed=5),
     )
     second.restore(saved)
     same(saved.tensors, second.state().tensors)

@@ -7,7 +7,7 @@ import pytest
 import tiny_bert
 import torch
 
-from fedspine_edge import EdgeTuner
+from fedspine_edge import EdgeTuner, MemorySettings, PruningSettings
 from fedspine_edge.errors import ConfigError, DataError, LayoutError
 
 
@@ -17,10 +17,10 @@ def tuner_of(folder, **options):
 
 @pytest.mark.parametrize(("criterion", "scope"), [("lora", "layer"), ("apt", "global")])
 def test_a_plan_explains_itself_changes_nothing_and_is_carried_out(tiny_folder, criterion, scope):
-    tuner = tuner_of(tiny_folder, criterion=criterion, scope=scope)
+    tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion=criterion, scope=scope))
     tuner.fit(tiny_bert.sentences(80), steps=8)
     size, layout = tuner.model.num_parameters(), tuner.layout
-    plan = tuner.plan(0.5)
+    plan = tuner.preview(0.5)
     assert tuner.layout is layout
     assert tuner.model.num_parameters() == size
     for layer, (heads, channels) in zip(plan.layers, plan.after.counts):
@@ -42,7 +42,7 @@ def test_a_plan_explains_itself_changes_nothing_and_is_carried_out(tiny_folder, 
         assert layer["heads_removed"] == planned.heads_removed.tolist()
         assert layer["channel_scores"] == planned.channel_scores.tolist()
         assert (layer["heads_kept"], layer["channels_kept"]) == (planned.heads_kept, planned.channels_kept)
-    tuner.apply(plan)
+    tuner.prune(plan)
     assert tuner.model.num_parameters() == size - plan.parameters_saved
     assert tuner.layout.pruning_ratio == plan.pruning_ratio == pytest.approx(0.5, abs=0.05)
     tuner.fit(tiny_bert.sentences(80), steps=2)
@@ -50,17 +50,17 @@ def test_a_plan_explains_itself_changes_nothing_and_is_carried_out(tiny_folder, 
 
 def test_a_plan_needs_scores_a_possible_ratio_and_the_model_it_was_made_for(tiny_folder):
     tuner = tuner_of(tiny_folder)
-    with pytest.raises(DataError, match="planning needs scores"):
-        tuner.plan(0.5)
+    with pytest.raises(DataError, match="a preview needs scores"):
+        tuner.preview(0.5)
     tuner.fit(tiny_bert.sentences(40), steps=3)
     with pytest.raises(ConfigError, match=r"`pruning_ratio` is 1\.0"):
-        tuner.plan(1.0)
-    gentle, hard = tuner.plan(0.25), tuner.plan(0.7)
+        tuner.preview(1.0)
+    gentle, hard = tuner.preview(0.25), tuner.preview(0.7)
     with pytest.raises(ConfigError, match="base_latency_ms is 0"):
         hard.predicted_latency_ms(0)
-    tuner.apply(hard)
+    tuner.prune(hard)
     with pytest.raises(LayoutError, match="removed earlier"):
-        tuner.apply(gentle)
+        tuner.prune(gentle)
     assert tuner.layout is hard.after
 
 
@@ -70,7 +70,11 @@ def test_recomputing_layers_trains_the_same_and_keeps_less(tiny_folder, criterio
     kept: dict[bool, int] = {}
     results = {}
     for recompute in (False, True):
-        tuner = tuner_of(tiny_folder, criterion=criterion, gradient_checkpointing=recompute)
+        tuner = tuner_of(
+            tiny_folder,
+            pruning=PruningSettings(criterion=criterion),
+            memory=MemorySettings(gradient_checkpointing=recompute),
+        )
         tuner.fit(data, steps=4)
         results[recompute] = (tuner.model.adapter_state(), tuner._tracker.scores())
         saved: dict[int, int] = {}
@@ -96,48 +100,50 @@ def test_recomputing_layers_trains_the_same_and_keeps_less(tiny_folder, criterio
 
 
 def test_a_measured_latency_is_what_a_plan_predicts_from(tiny_folder):
-    tuner = tuner_of(tiny_folder, criterion="magnitude")
-    with pytest.raises(ConfigError, match="no latency was measured"):
-        tuner.plan(0.5).predicted_latency_ms()
+    tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion="magnitude"))
+    with pytest.raises(ConfigError, match="needs a measured latency"):
+        tuner.preview(0.5).predicted_latency_ms()
     with pytest.raises(ConfigError, match="repeats is 0"):
         tuner.measure_latency(repeats=0)
     latency = tuner.measure_latency(length_tokens=32, repeats=3)
     assert 0 < latency.layers_ms < latency.total_ms
     assert "one text of 32 tokens, median of 3" in latency.conditions
-    plan = tuner.plan(0.5)
+    plan = tuner.preview(0.5)
     share = plan.flops_after / plan.flops_before
     rest = latency.total_ms - latency.layers_ms
     assert plan.predicted_latency_ms() == pytest.approx(rest + latency.layers_ms * share)
     assert plan.predicted_latency_ms() > latency.total_ms * share  # embeddings and head do not shrink
     assert f"latency {latency.total_ms:.1f} ms -> {plan.predicted_latency_ms():.1f} ms predicted" in str(plan)
     assert plan.to_dict()["latency_ms"]["measured"] == latency.total_ms
-    tuner.apply(plan)
-    with pytest.raises(ConfigError, match="no latency was measured"):  # it was of the wider model
-        tuner.plan(0.6).predicted_latency_ms()
+    tuner.prune(plan)
+    with pytest.raises(ConfigError, match="needs a measured latency"):  # it was of the wider model
+        tuner.preview(0.6).predicted_latency_ms()
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_minimum_widths_stay_at_any_ratio(tiny_folder, scope):
-    tuner = tuner_of(tiny_folder, criterion="magnitude", scope=scope, min_heads=3, min_channels=20)
-    plan = tuner.plan(0.95)
+    tuner = tuner_of(
+        tiny_folder, pruning=PruningSettings(criterion="magnitude", scope=scope, min_heads=3, min_channels=20)
+    )
+    plan = tuner.preview(0.95)
     assert plan.after.counts == [(3, 24)] * 2  # 20 channels rounded up to a multiple of 8
     assert "(asked 0.95)" in str(plan)
-    tuner.apply(plan)
-    assert tuner.plan(0.95).after.counts == [(3, 24)] * 2
+    tuner.prune(plan)
+    assert tuner.preview(0.95).after.counts == [(3, 24)] * 2
     for wrong in ({"min_heads": 5}, {"min_heads": 0}, {"min_channels": 65}, {"round_to": 0}):
         with pytest.raises(ConfigError):
-            tuner_of(tiny_folder, **wrong)
+            tuner_of(tiny_folder, pruning=PruningSettings(**wrong))
 
 
 def test_channels_alone_go_where_all_heads_must_stay(tiny_folder, tmp_path):
     """So that a BERT remains a checkpoint that transformers reads by itself."""
     from transformers import AutoModelForSequenceClassification
 
-    tuner = tuner_of(tiny_folder, criterion="magnitude", min_heads=4)
+    tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion="magnitude", min_heads=4))
     tuner.fit(tiny_bert.sentences(40), steps=2).prune(0.3, stages=2, steps=1)
     assert {heads for heads, _ in tuner.layout.counts} == {4}
     assert tuner.layout.pruning_ratio == pytest.approx(0.3, abs=0.05)
-    alone = AutoModelForSequenceClassification.from_pretrained(tuner.save_merged(tmp_path / "out")).eval()
+    alone = AutoModelForSequenceClassification.from_pretrained(tuner.save(tmp_path / "out", merged=True)).eval()
     inputs = dict(tuner.tokenizer("a good film", return_tensors="pt"))
     with torch.no_grad():
         torch.testing.assert_close(alone(**inputs).logits, tuner.model(**inputs).logits, rtol=1e-4, atol=1e-4)
@@ -147,8 +153,8 @@ def test_channels_alone_go_where_all_heads_must_stay(tiny_folder, tmp_path):
 @pytest.mark.parametrize("stages", [2, 3])
 def test_pruning_in_parts_ends_at_the_widths_of_pruning_at_once(tiny_folder, ratio, stages):
     """The rounding of an early part to whole heads must not take channels that the end would keep."""
-    tuner = tuner_of(tiny_folder, criterion="magnitude")
-    expected = tuner.plan(ratio).after.counts
+    tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion="magnitude"))
+    expected = tuner.preview(ratio).after.counts
     tuner.prune(ratio, tiny_bert.sentences(16), stages=stages, steps=1)
     assert tuner.layout.counts == expected
 
@@ -157,8 +163,10 @@ def test_pruning_in_parts_ends_at_the_widths_of_pruning_at_once(tiny_folder, rat
 def test_other_sums_of_the_lora_criterion_rank_otherwise(tiny_folder, metric):
     scores = []
     for one in ("abs", metric):
-        tuner = tuner_of(tiny_folder, metric=one).fit(tiny_bert.sentences(40), steps=3)
-        scores.append(tuner.plan(0.5).scores.channels[0])
+        tuner = tuner_of(tiny_folder, pruning=PruningSettings(importance_metric=one)).fit(
+            tiny_bert.sentences(40), steps=3
+        )
+        scores.append(tuner.preview(0.5).scores.channels[0])
         tuner.prune(0.5, stages=1)
         assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.05)
     assert (np.argsort(scores[0]) != np.argsort(scores[1])).any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_bert
 
-from fedspine_edge import EdgeTuner
+from fedspine_edge import ColumnNames, EdgeTuner, PruningSettings
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 
 
@@ -37,7 +37,7 @@ def test_pruning_without_a_fit_says_so_and_scores_first(tuner, caplog):
     with pytest.raises(DataError, match="pruning needs data"):
         tuner.prune(0.5)
     tuner.prune(0.5, tiny_bert.sentences(40), steps=3)
-    assert "taking 3 scoring steps" in caplog.text
+    assert "taking 3 scored steps" in caplog.text
     assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.02)
 
 
@@ -81,7 +81,7 @@ def test_merging_gives_a_plain_model_of_the_same_answers(tuner, tmp_path):
     with torch.inference_mode():
         expected = tuner.model(**inputs).logits
         torch.testing.assert_close(tuner.merge()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-    tuner.save_merged(tmp_path / "merged")
+    tuner.save(tmp_path / "merged", merged=True)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
@@ -90,7 +90,7 @@ def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
     assert tuner.evaluate(tiny_csv)["num_examples"] == 96
     assert tuner.evaluate([("good", "bad", 1), ("a", "b", 0)])["num_examples"] == 2
     with pytest.raises(DataError, match="no column 'sentence'; the columns present are: text, label"):
-        EdgeTuner.from_pretrained(tiny_folder, text="sentence", torch_device="cpu").fit(tiny_csv)
+        EdgeTuner.from_pretrained(tiny_folder, columns=ColumnNames(text="sentence"), torch_device="cpu").fit(tiny_csv)
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,64 @@ def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"num_labels": 1}, "`num_labels` is 1"),
         ({"num_labels": 0}, "`num_labels` is 0"),
-        ({"criterion": "luck"}, "luck"),
-        ({"scope": "world"}, "world"),
         ({"torch_device": "tpu"}, "tpu"),
-        ({"metric": "mean"}, "metric 'mean' is unknown"),
         ({"max_length_tokens": 65}, "positions for 64 tokens"),
     ],
 )
 def test_impossible_settings_are_config_errors(tiny_folder, options, told):
     with pytest.raises(ConfigError, match=told):
         EdgeTuner.from_pretrained(tiny_folder, **{"torch_device": "cpu", **options})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criterion": "luck"}, "criterion 'luck' is unknown"),
+        ({"scope": "world"}, "scope 'world' is unknown"),
+        ({"importance_metric": "mean"}, "importance_metric 'mean' is unknown"),
+    ],
+)
+def test_pruning_settings_with_unknown_names_are_rejected(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        PruningSettings(**settings)
+
+
+def test_from_pretrained_accepts_single_fields_with_a_warning(tiny_folder):
+    with pytest.warns(FutureWarning) as caught:
+        tuner = EdgeTuner.from_pretrained(
+            tiny_folder,
+            torch_device="cpu",
+            text="sentence",
+            criterion="apt",
+            metric="signed",
+            min_heads=2,
+            base_dtype="bfloat16",
+            gradient_checkpointing=True,
+        )
+    assert tuner._data_settings.text == "sentence"
+    assert tuner._pruning == PruningSettings(criterion="apt", importance_metric="signed", min_heads=2)
+    assert tuner.model.base_dtype == "bfloat16"
+    assert tuner.model.gradient_checkpointing
+    messages = [str(warning.message) for warning in caught if warning.filename == __file__]
+    assert len(messages) == 3
+    assert "pruning=PruningSettings(criterion='apt', importance_metric='signed', min_heads=2)" in messages[1]
+
+
+def test_from_pretrained_rejects_unknown_arguments(tiny_folder):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        EdgeTuner.from_pretrained(tiny_folder, rank=8)
+
+
+def test_old_method_names_work_with_a_warning(tuner, tmp_path):
+    tuner.fit(tiny_bert.sentences(40), steps=3)
+    with pytest.warns(FutureWarning, match=r"use preview\(ratio\)"):
+        preview = tuner.plan(0.5)
+    with pytest.warns(FutureWarning, match=r"use prune\(preview\)"):
+        tuner.apply(preview)
+    assert tuner.layout == preview.after
+    with pytest.warns(FutureWarning, match="merged=True"):
+        folder = tuner.save_merged(tmp_path / "merged")
+    assert not (folder / "adapter_config.json").exists()
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -184,7 +232,7 @@ def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folde
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "small" / name).write_bytes((tiny_folder / name).read_bytes())
     tuner = EdgeTuner.from_pretrained(tmp_path / "small", torch_device="cpu")
-    with pytest.raises(CheckpointError, match=r"(?s)gives token 2\d, the model has embeddings for 20.*copy the right"):
+    with pytest.raises(CheckpointError, match=r"(?s)token 2\d, but the model has embeddings for 20.*copy the right"):
         tuner.fit(tiny_bert.sentences(40), steps=1)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_bert
 
-from fedspine_edge import EdgeTuner
+from fedspine_edge import EdgeTuner, MemorySettings
 from fedspine_edge.errors import ConfigError, MissingDependency
 
 
@@ -15,7 +15,7 @@ def tuner_of(folder, **options):
 @pytest.mark.parametrize("base_dtype", ["bfloat16", "int4"])
 def test_a_base_in_fewer_bits_learns_prunes_and_is_read_back(base_dtype, tiny_folder, tmp_path):
     data, test = tiny_bert.sentences(240), tiny_bert.sentences(60, seed=9)
-    tuner = tuner_of(tiny_folder, base_dtype=base_dtype)
+    tuner = tuner_of(tiny_folder, memory=MemorySettings(base_dtype=base_dtype))
     assert tuner.model.base_dtype == base_dtype
     tuner.fit(data, steps=60).prune(0.5, steps=5).fit(data, steps=30)
     found = tuner.evaluate(test)
@@ -23,12 +23,14 @@ def test_a_base_in_fewer_bits_learns_prunes_and_is_read_back(base_dtype, tiny_fo
     again = EdgeTuner.from_pretrained(tuner.save(tmp_path / "out"), torch_device="cpu")
     assert again.model.base_dtype == "bfloat16"
     assert again.evaluate(test) == found
-    assert EdgeTuner.from_pretrained(tmp_path / "out", base_dtype="int8").model.base_dtype == "int8"
+    assert (
+        EdgeTuner.from_pretrained(tmp_path / "out", memory=MemorySettings(base_dtype="int8")).model.base_dtype == "int8"
+    )
 
 
 def test_an_unknown_base_dtype_is_told_before_anything_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)'int5' is unknown.*int4"):
-        tuner_of(tmp_path / "nowhere", base_dtype="int5")
+        tuner_of(tmp_path / "nowhere", memory=MemorySettings(base_dtype="int5"))
 
 
 def test_the_estimate_follows_batch_and_data(tiny_folder):
