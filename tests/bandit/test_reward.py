@@ -96,7 +96,7 @@ def test_prune_term_is_progress_toward_the_target():
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "reason"),
+    ("status", "given", "reason"),
     [
         ("late", "", "no report before the deadline"),
         ("out_of_memory", "", "ran out of memory"),
@@ -104,8 +104,8 @@ def test_prune_term_is_progress_toward_the_target():
         ("refused", "", "the update was refused"),
     ],
 )
-def test_failed_device_gets_0_with_the_reason(status, said, reason):
-    result = rewards([ok("a"), RoundOutcome("b", status=status, reason=said, loss_before=1.0, loss_after=0.1)])
+def test_failed_device_gets_0_with_the_reason(status, given, reason):
+    result = rewards([ok("a"), RoundOutcome("b", status=status, reason=given, loss_before=1.0, loss_after=0.1)])
     assert (result["b"].total, result["b"].reason) == (0.0, reason)
     assert result["a"].loss == 1.0  # what failed devices claim does not enter the round's maxima
 

@@ -1,4 +1,4 @@
-"""S-UCB as docs/algorithms.md describes it."""
+"""S-UCB as docs/concepts/s-ucb.md describes it."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from fedspine_edge.bandit.sucb import PRIOR_WEIGHT, SUCB, Arm
 RANKS = (4, 8, 16, 32)
 
 
-def play(bandit, reward, rounds, device_id="d"):
+def pull(bandit, reward, rounds, device_id="d"):
     arms = []
     for _ in range(rounds):
         arm = bandit.decide(device_id)
@@ -79,10 +79,10 @@ def test_half_without_pulls_inherits_the_mean():
     bandit = SUCB(RANKS, discount=0.5)
     bandit.update("d", Arm(0.1, 4), 1.0)
     bandit.update("d", Arm(0.2, 4), 0.1)
-    played, empty = bandit.explain("d")["leaves"]
+    pulled, empty = bandit.explain("d")["leaves"]
     mean = (0.5 * 1.0 + 0.1) / 1.5
-    assert played["weight"] == pytest.approx(1.5)
-    assert played["mean"] == pytest.approx(mean)
+    assert pulled["weight"] == pytest.approx(1.5)
+    assert pulled["mean"] == pytest.approx(mean)
     assert (empty["pulls"], empty["weight"], empty["mean"]) == (0, PRIOR_WEIGHT, pytest.approx(mean))
 
 
@@ -123,9 +123,9 @@ def test_only_an_unpulled_root_has_no_bound():
 def test_state_stays_bounded():
     bandit = SUCB(RANKS, seed=3)
     rng = random.Random(3)
-    play(bandit, lambda arm: rng.random(), 500)
+    pull(bandit, lambda arm: rng.random(), 500)
     size = len(json.dumps(bandit.to_dict()))
-    play(bandit, lambda arm: rng.random(), 500)
+    pull(bandit, lambda arm: rng.random(), 500)
     assert len(boxes(bandit)) <= 16
     assert len(json.dumps(bandit.to_dict())) < size + 200
 
@@ -179,7 +179,7 @@ def noisy_peak(seed):
 
 def test_constant_best_arm_is_found():
     bandit = SUCB(RANKS, seed=1)
-    arms = play(bandit, lambda arm: 0.9 if arm.u >= 0.5 and arm.r >= 16 else 0.2, 80)
+    arms = pull(bandit, lambda arm: 0.9 if arm.u >= 0.5 and arm.r >= 16 else 0.2, 80)
     hits = [arm.u >= 0.5 and arm.r >= 16 for arm in arms[40:]]
     assert fmean(hits) > 0.6  # chance is 0.25
     leaves = bandit.explain("d")["leaves"]
@@ -192,7 +192,7 @@ def test_regret_after_40_pulls_is_below_uniform_selection():
     mine, uniform = [], []
     for seed in range(20):
         reward, mean = noisy_peak(seed)
-        mine.append(0.9 - fmean(mean(arm) for arm in play(SUCB(RANKS, seed=seed), reward, 40)))
+        mine.append(0.9 - fmean(mean(arm) for arm in pull(SUCB(RANKS, seed=seed), reward, 40)))
         rng = random.Random(1000 + seed)
         uniform.append(0.9 - fmean(mean(Arm(rng.random(), rng.choice(RANKS))) for _ in range(40)))
     assert fmean(mine) < 0.8 * fmean(uniform)
@@ -203,8 +203,8 @@ def test_discounted_tree_follows_drift():
         shares = []
         for seed in range(8):
             bandit = SUCB(RANKS, seed=seed, discount=discount)
-            play(bandit, lambda arm: 0.9 if arm.u < 0.5 else 0.1, 200)
-            after = play(bandit, lambda arm: 0.1 if arm.u < 0.5 else 0.9, 60)
+            pull(bandit, lambda arm: 0.9 if arm.u < 0.5 else 0.1, 200)
+            after = pull(bandit, lambda arm: 0.1 if arm.u < 0.5 else 0.9, 60)
             shares.append(fmean(arm.u >= 0.5 for arm in after))
         return fmean(shares)
 
@@ -287,7 +287,7 @@ def test_repeated_decision_gives_the_same_arm():
 
 def test_explain_gives_the_reason_of_the_decision():
     bandit = SUCB(RANKS, seed=2)
-    play(bandit, lambda arm: 0.9 if arm.r == 4 else 0.1, 20)
+    pull(bandit, lambda arm: 0.9 if arm.r == 4 else 0.1, 20)
     arm = bandit.decide("d", feasible={4: (0.0, 1.0), 8: (0.0, 1.0)})
     explained = bandit.explain("d")
     assert (explained["last"]["u"], explained["last"]["r"]) == arm
@@ -301,7 +301,7 @@ def test_explain_gives_the_reason_of_the_decision():
 def test_decisions_for_10_000_devices_take_seconds():
     bandit = SUCB(RANKS, seed=1)
     tree = SUCB(RANKS, seed=1)
-    play(tree, lambda arm: arm.u, 60)
+    pull(tree, lambda arm: arm.u, 60)
     grown = tree.to_dict()["trees"]["d"]
     bandit = SUCB.from_dict({**bandit.to_dict(), "trees": {f"d{i}": grown for i in range(10_000)}})
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Blobs arrive whole or not at all, whatever happens to their chunks and to the process."""
+"""Downloads are complete or rejected, whatever happens to their chunks and to the process."""
 
 from __future__ import annotations
 

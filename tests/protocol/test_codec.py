@@ -118,7 +118,7 @@ def test_non_finite_optional_number_is_sent_as_null():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"schema": 2}, "understands 1"),
         ({"schema": None}, "schema"),
@@ -137,9 +137,9 @@ def test_non_finite_optional_number_is_sent_as_null():
         ({"scaling": float("inf")}, "invalid"),
     ],
 )
-def test_malformed_plan_names_kind_and_field(change, said):
+def test_malformed_plan_names_kind_and_field(change, expected):
     data = json.loads(codec.encode(MESSAGES[2])) | change
-    with pytest.raises(MessageError, match=said) as caught:
+    with pytest.raises(MessageError, match=expected) as caught:
         codec.decode_plan(json.dumps(data).encode())
     assert "Plan" in str(caught.value)
 
@@ -246,7 +246,7 @@ def test_pack_rejects_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "expected"),
     [
         (b"", "end before"),
         (b"\x01\0\0", "end before"),
@@ -284,8 +284,8 @@ def test_pack_rejects_other_dtypes(dtype):
         ),
     ],
 )
-def test_unpack_rejects_malformed_blobs(data, said):
-    with pytest.raises(BlobError, match=said):
+def test_unpack_rejects_malformed_blobs(data, expected):
+    with pytest.raises(BlobError, match=expected):
         codec.unpack(data)
 
 

@@ -57,23 +57,23 @@ def test_merged_slices_equal_the_adapter_of_the_device(ranks, held, data):
     ranks = sorted(ranks)
     r = data.draw(st.sampled_from(ranks))
     tensors = whole(max(ranks))
-    bands = [unpack(pack(band)) for band in slice_by_rank(tensors, ranks, held, "float32")]
-    wanted = [band for band, start in zip(bands, slice_starts(ranks, max(ranks)), strict=True) if start < r]
-    for band in bands:
-        check_tensors(band, "round")
-    joined, said = merge_slices(wanted, SPEC)
-    assert said.to_dict() == held.to_dict()
+    slices = [unpack(pack(one)) for one in slice_by_rank(tensors, ranks, held, "float32")]
+    wanted = [one for one, start in zip(slices, slice_starts(ranks, max(ranks)), strict=True) if start < r]
+    for one in slices:
+        check_tensors(one, "round")
+    merged, layout = merge_slices(wanted, SPEC)
+    assert layout.to_dict() == held.to_dict()
     for name in module_names(SPEC):
-        A, B = joined[f"{name}.lora_A"], joined[f"{name}.lora_B"]
+        A, B = merged[f"{name}.lora_A"], merged[f"{name}.lora_B"]
         rows, cols = held.rows(name), held.cols(name)
-        assert A.shape[0] == B.shape[1] == r, "ranks are where bands end, so nothing is fetched in vain"
+        assert A.shape[0] == B.shape[1] == r, "ranks are where slices end, so no unused component is downloaded"
         np.testing.assert_array_equal(A[:, cols], tensors[f"{name}.lora_A"][:r, cols])
         np.testing.assert_array_equal(B[rows], tensors[f"{name}.lora_B"][rows, :r])
         assert np.count_nonzero(A) == r * cols.size
         assert np.count_nonzero(B) == r * rows.size
     for name in tensors:
         if not name.startswith("layers."):
-            np.testing.assert_array_equal(joined[name], tensors[name])
+            np.testing.assert_array_equal(merged[name], tensors[name])
 
 
 def test_half_precision_slices_stay_finite():
@@ -84,21 +84,21 @@ def test_half_precision_slices_stay_finite():
     assert half[0]["layers.0.q.lora_A"].dtype == half[0]["head.score.weight"].dtype == np.float16
     assert half[0]["layers.1.up.lora_B"].dtype == np.float32, "what half precision cannot hold stays as it is"
     assert 2 * half[0]["layers.0.down.lora_A"].nbytes == single[0]["layers.0.down.lora_A"].nbytes
-    joined, _ = merge_slices(half, SPEC)
-    assert joined["layers.1.up.lora_B"][3, 5] == 1e6
-    np.testing.assert_allclose(joined["layers.0.q.lora_A"], tensors["layers.0.q.lora_A"], rtol=2**-11)
+    merged, _ = merge_slices(half, SPEC)
+    assert merged["layers.1.up.lora_B"][3, 5] == 1e6
+    np.testing.assert_allclose(merged["layers.0.q.lora_A"], tensors["layers.0.q.lora_A"], rtol=2**-11)
 
 
 @pytest.mark.parametrize("damage", ["a module is missing", "other widths", "an index outside", "no layout"])
 def test_slices_of_another_adapter_raise_blob_error(damage):
-    bands = slice_by_rank(whole(4), [2, 4], Layout.full(SPEC))
+    slices = slice_by_rank(whole(4), [2, 4], Layout.full(SPEC))
     if damage == "a module is missing":
-        del bands[1]["layers.1.gate.lora_A"]
+        del slices[1]["layers.1.gate.lora_A"]
     elif damage == "other widths":
-        bands[0]["layers.0.q.lora_A"] = bands[0]["layers.0.q.lora_A"][:, :3]
+        slices[0]["layers.0.q.lora_A"] = slices[0]["layers.0.q.lora_A"][:, :3]
     elif damage == "an index outside":
-        bands[0]["held.0.channels"] = bands[0]["held.0.channels"] + 1
+        slices[0]["held.0.channels"] = slices[0]["held.0.channels"] + 1
     else:
-        del bands[0]["held.1.heads"]
+        del slices[0]["held.1.heads"]
     with pytest.raises(BlobError, match="does not fit the model"):
-        merge_slices(bands, SPEC)
+        merge_slices(slices, SPEC)

@@ -1,4 +1,4 @@
-"""Topics are built and parsed in one place, and nothing foreign gets through."""
+"""Topics: construction, parsing, and rejection of foreign ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One folder, one run, one server."""
+"""The run folder: one run and one server at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that is really killed (SIGKILL) and started again ends with the same adapter as one that was not."""
+"""A server that is killed with SIGKILL and started again ends with the same adapter as one that was not."""
 
 from __future__ import annotations
 

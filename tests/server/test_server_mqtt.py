@@ -1,4 +1,4 @@
-"""Over a real broker in real time: a killed server and a broker that loses its memory change nothing in the result."""
+"""Server kills and lost broker messages do not change the result; real broker, real time."""
 
 from __future__ import annotations
 

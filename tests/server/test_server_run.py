@@ -99,7 +99,7 @@ def test_silent_device_is_late_and_disconnected_one_is_lost(fleet, tmp_path):
 
     def vanish(plan):
         if plan.server_round == 2:
-            fleet.devices["d2"].hello("offline")
+            fleet.devices["d2"].publish_status("offline")
         return plan.server_round == 2
 
     fleet.devices["d2"].silent = vanish
@@ -122,7 +122,7 @@ def test_device_that_reconnects_in_time_is_accepted(fleet, tmp_path):
 
     def blink(plan, tensors, report):
         if plan.server_round == 2:
-            fleet.devices["d1"].hello("offline")
+            fleet.devices["d1"].publish_status("offline")
         return tensors, report
 
     fleet.devices["d1"].mutate = blink
@@ -156,7 +156,7 @@ def test_device_offline_at_round_start_gets_a_wait_plan(fleet, tmp_path):
 
     def go(name, data):
         if name == "round_opened" and data["server_round"] == 2:
-            away.hello("offline")
+            away.publish_status("offline")
 
     fleet.serve(config, on_event=go)
     plans = [(plan.server_round, type(plan)) for plan in away.plans]
@@ -168,15 +168,18 @@ def test_devices_of_an_earlier_run_get_wait_plans(fleet, tmp_path):
     """Else the end of that run, which the broker keeps for them, sends them home again whenever they start."""
     for name in ("d0", "d1", "d2"):
         device = fleet.add(name, start=False)
-        take, hello = device._on_plan, device.hello
+        take, publish_status = device._on_plan, device.publish_status
 
-        def start_again(payload, device=device, take=take, hello=hello):
+        def start_again(payload, device=device, take=take, publish_status=publish_status):
             take(payload)
             if isinstance(device.plans[-1], WaitPlan):
-                device.hello = hello
-                hello()
+                device.publish_status = publish_status
+                publish_status()
 
-        device._on_plan, device.hello = start_again, lambda hello=hello: hello("offline")
+        device._on_plan, device.publish_status = (
+            start_again,
+            lambda publish_status=publish_status: publish_status("offline"),
+        )
         device.start()
     result = fleet.serve(make_config(tmp_path / "run"))
     assert result.num_devices == 3
@@ -261,7 +264,7 @@ def test_rejected_update_is_stored_and_changes_nothing(tmp_path):
         (folder / "devices").mkdir(parents=True)
         fleet = Fleet(folder / "devices")
         fleet.add_three()
-        config = make_config(folder / "run", min_reports=1, gate={"keep_rejected": 2}, strategy="fixed")
+        config = make_config(folder / "run", min_reports=1, validation={"keep_rejected": 2}, strategy="fixed")
 
         def mutate(plan, tensors, report):
             if poison:
@@ -448,7 +451,7 @@ def test_device_that_lost_its_disk_starts_from_the_full_model(fleet, tmp_path):
             assert device.ratio > 0
             device.layout, device.ratio = Layout.full(SPEC), 0.0
             device.clock.advance_to(fleet.clock.now())
-            device.hello()
+            device.publish_status()
             fleet.clock.spend(1.0)
 
     fleet.serve(config, on_event=new_disk)
@@ -479,8 +482,8 @@ def test_pruning_of_an_earlier_run_does_not_count(fleet, tmp_path):
     config = make_config(tmp_path / "run", strategy="fixed")
     fleet.add_three()
     device = fleet.devices["d0"]
-    device.ratio = 0.5  # its hello still speaks of the run before
-    device.hello()
+    device.ratio = 0.5  # its status still describes the run before
+    device.publish_status()
     trained = device._train_if_complete
 
     def new_run():

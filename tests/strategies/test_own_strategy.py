@@ -1,4 +1,4 @@
-"""A user's strategy runs a whole fleet without a change to ours, and the baselines do what their papers say."""
+"""Custom strategies run a whole fleet, and the baselines behave as published."""
 
 import sys
 from pathlib import Path

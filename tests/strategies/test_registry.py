@@ -1,4 +1,4 @@
-"""From the setting `strategy` to an object."""
+"""Creation of the strategy that the setting `strategy` names."""
 
 import subprocess
 import sys

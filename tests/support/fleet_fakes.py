@@ -1,4 +1,4 @@
-"""A fleet for tests: devices that speak the real wire protocol and invent their numbers, in virtual time.
+"""A fleet for tests: devices that use the real protocol and invented numbers, in virtual time.
 
 A fake device's training is a function of its plan, its blob and its id, so any two runs can be compared bit for
 bit. Its state lies in a folder, like a real one's, so it survives the process.
@@ -77,7 +77,7 @@ def rng_of(*parts) -> np.random.Generator:
 
 
 def make_tensors(layout: Layout, scored: Layout, r: int, blob, *seed, dtype=np.float32):
-    """An update in compact coordinates: the global adapter plus something invented."""
+    """Return an update in compact coordinates: the global adapter plus seeded noise."""
     rng = rng_of(*seed)
     tensors = {}
     for name in module_names(layout.spec):
@@ -136,9 +136,9 @@ class FakeDevice:
     def start(self) -> None:
         self.transport.connect(timeout_s=1)
         self.transport.subscribe(*self.topics.device_filters(self.device_id))
-        self.hello()
+        self.publish_status()
 
-    def hello(self, state: str = "online") -> None:
+    def publish_status(self, state: str = "online") -> None:
         status = Status(
             device_id=self.device_id,
             state=state,
@@ -156,7 +156,7 @@ class FakeDevice:
 
     def handle(self, event) -> None:
         if isinstance(event, Connected):
-            self.hello()
+            self.publish_status()
             return
         topic = self.topics.parse(event.topic)
         if isinstance(topic, BlobTopic):
@@ -199,12 +199,12 @@ class FakeDevice:
     def _train_if_complete(self) -> None:
         if not all(download.complete for download in self.downloads.values()):
             return
-        bands = [codec.unpack(download.data()) for download in self.downloads.values()]
+        slices = [codec.unpack(download.data()) for download in self.downloads.values()]
         self.downloads = {}
         plan, sha256 = self.plan
-        for band in bands:
-            codec.check_tensors(band, "round")
-        blob, _ = merge_slices(bands, self.spec)
+        for one in slices:
+            codec.check_tensors(one, "round")
+        blob, _ = merge_slices(slices, self.spec)
         order, before = order_from_tensors(self.spec, blob), self.layout
         if order is not None:
             counts = [
@@ -251,7 +251,7 @@ class FakeDevice:
         self.file.with_suffix(".update").write_bytes(data)
         self.file.write_bytes(msgspec.json.encode(state))
         self.clock.spend(self.duration_s)
-        self.hello()
+        self.publish_status()
         self.send_report()
         if report.update is not None:
             self.send_chunks(range(len(self.chunks)))
