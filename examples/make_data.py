@@ -1,7 +1,7 @@
 """Write data to try things with: rated sentences about films, products, news and tweets, as CSV files.
 
     python3 examples/make_data.py                    # train.csv and test.csv in this folder
-    python3 examples/make_data.py --devices 3        # also device-1.csv, device-2.csv, …: a share for each device
+    python3 examples/make_data.py --num-devices 3    # also device-1.csv, device-2.csv, …: a share for each device
 
 Columns: domain, text, label (0 negative, 1 positive). The sentences are those of Hutto & Gilbert, VADER, ICWSM 2014
 (MIT licence). They are fetched through pip on first use and kept in ~/.cache/fedspine_edge. Each device's sentences
@@ -21,13 +21,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: this one)")
     parser.add_argument("--examples", type=int, default=2000, help="sentences in train.csv (default: 2000)")
-    parser.add_argument("--devices", type=int, default=0, help="number of device-N.csv files (default: 0)")
+    parser.add_argument("--num-devices", type=int, default=0, help="number of device-N.csv files (default: 0)")
     arguments = parser.parse_args()
 
     data = sentiment.load()
     arguments.out.mkdir(parents=True, exist_ok=True)
     files = {"train.csv": data.train[: arguments.examples], "test.csv": data.test[:400]}
-    shares = sentiment.partition(data.train, arguments.devices)
+    shares = sentiment.partition(data.train, arguments.num_devices)
     files |= {f"device-{number}.csv": tuple(share) for number, share in enumerate(shares, 1)}
     for name, sentences in files.items():
         sentiment.write_csv(arguments.out / name, sentences)

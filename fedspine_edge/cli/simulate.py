@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     accept_old_name(parser, "--rounds", rounds)
     mix.add_argument("--pruning-ratio", type=float, default=None, help="share of the prunable parameters to remove")
-    mix.add_argument("--strategy", default=None, help="strategy, see docs/algorithms.md (default: fedspine)")
+    mix.add_argument("--strategy", default=None, help="strategy, see docs/concepts/strategies.md (default: fedspine)")
     mix.add_argument("--seed", type=int, default=None, help="random seed (default: 0)")
     add_json_option(parser)
 

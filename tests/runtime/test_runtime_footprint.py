@@ -98,4 +98,4 @@ def test_the_runtime_brings_little_with_it(shared_bundle):
     }
     assert absent.isdisjoint(found["modules"])
     assert {"numpy", "onnxruntime", "tokenizers", "msgspec", "safetensors"} <= set(found["modules"])
-    assert found["resident"] < 150 * 2**20  # measured: docs/deployment.md
+    assert found["resident"] < 150 * 2**20  # measured: docs/results/deployment.md
