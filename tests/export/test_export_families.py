@@ -1,4 +1,4 @@
-"""Every family of docs/reference/model-families.md, every task, at every kind of width: export, ONNX Runtime against torch, TensorRT-RTX.
+"""Every family, every task, at every kind of width: export, ONNX Runtime against torch, TensorRT-RTX.
 
 One row per family runs by default; the whole table (families × tasks × widths × precisions, each through the real
 builder) is marked slow.
