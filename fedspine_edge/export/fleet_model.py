@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, LayoutError
-from fedspine_edge.model.layout import Layout
+from fedspine_edge.files import LAYOUT
 from fedspine_edge.model.loading import load_base
+from fedspine_edge.model.manifest import FleetLayout
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.codec import digest
 
 
@@ -29,18 +26,13 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
 
     Raises `CheckpointError` for missing or damaged files, or for another base model than the fleet's.
     """
-    description = _read_description(final / "layout.json")
+    fleet_layout = _read_layout(final / LAYOUT)
     adapter_bytes = _read(final / "adapter.safetensors")
     try:
-        spec = msgspec.convert(description["spec"], ModelSpec)
-        layout = Layout.from_dict(spec, description)
-        seed, scaling = description["seed"], description["scaling"]
-        task, num_labels = msgspec.convert(description["task"], Task), description["num_labels"]
-        adapter_sha256 = description["adapter_sha256"]
-        examples, steps = int(description["trained_examples"]), int(description["trained_steps"])
-    except (KeyError, msgspec.ValidationError, LayoutError) as error:
-        raise CheckpointError(f"{final / 'layout.json'} is not a fleet's layout: {error}.") from error
-    if digest(adapter_bytes) != adapter_sha256:
+        layout = fleet_layout.to_layout()
+    except LayoutError as error:
+        raise CheckpointError(f"{final / LAYOUT} is not the layout of a fleet: {error.message}") from error
+    if digest(adapter_bytes) != fleet_layout.adapter_sha256:
         raise CheckpointError(
             f"{final / 'adapter.safetensors'} is not the file that the run wrote (its hash differs).",
             remedy="Copy the run's folder again.",
@@ -49,7 +41,8 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
         adapter = load(adapter_bytes)
     except SafetensorError as error:
         raise CheckpointError(f"{final / 'adapter.safetensors'} cannot be read: {error}.") from error
-    model = load_base(base, task=task, num_labels=num_labels, seed=seed)
+    spec = fleet_layout.spec
+    model = load_base(base, task=fleet_layout.task, num_labels=fleet_layout.num_labels, seed=fleet_layout.seed)
     if model.spec.base_sha256 != spec.base_sha256:
         raise CheckpointError(
             f"{base} is not the model that the fleet trained: its weights have the digest "
@@ -58,8 +51,8 @@ def load_fleet_model(final: Path, base: str | Path, *, pruned: bool = True) -> P
         )
     if pruned:
         model.compact(layout)
-    model.load_adapter(adapter, scaling=scaling)
-    model.trained_examples, model.trained_steps = examples, steps
+    model.load_adapter(adapter, scaling=fleet_layout.scaling)
+    model.trained_examples, model.trained_steps = fleet_layout.trained_examples, fleet_layout.trained_steps
     return model
 
 
@@ -70,11 +63,11 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _read_layout(path: Path) -> FleetLayout:
+    data = _read(path)
     try:
-        description = json.loads(_read(path))
-    except ValueError as error:
+        return msgspec.json.decode(data, type=FleetLayout)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path} is not the layout of a fleet: {error}.") from error
+    except msgspec.DecodeError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path} is not a fleet's layout.")
-    return description

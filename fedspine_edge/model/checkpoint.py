@@ -29,7 +29,7 @@ from fedspine_edge.files import LAYOUT, TOKENIZER_FILES, WEIGHTS
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import from_files, split_fused, to_files
-from fedspine_edge.model.layout import Layout, module_names
+from fedspine_edge.model.layout import module_names
 from fedspine_edge.model.loading import LOAD_FAILURES, auto_class, load_tokenizer, quiet, require_transformers
 from fedspine_edge.model.lora import plain_linear
 from fedspine_edge.model.manifest import ModelManifest, read_manifest
@@ -109,7 +109,7 @@ def load_model(folder: str | Path) -> PrunableModel:
                 remedy="It is truncated, damaged or from another model; copy the folder again.",
             )
     try:
-        layout = Layout.from_dict(manifest.spec, {"heads": manifest.heads, "channels": manifest.channels})
+        layout = manifest.to_layout()
     except LayoutError as error:
         raise CheckpointError(f"{folder / LAYOUT}: {error.message}", remedy=_SAME_FOLDER) from error
     architecture = architecture_of(manifest.spec.family)

@@ -1,10 +1,12 @@
 """Random numbers that are the same on every machine, whatever the versions of torch and numpy.
 
-Devices draw the initial adapter and task head from a shared seed, and the server never sends them, so the bits must be
-equal on an x86 server and an ARM device. Only numpy's raw bit generator and its seeding are used, which numpy promises
-not to change, and a multiplication by a power of two, which is exact. Distributions that need a logarithm or a cosine
-are avoided because libraries differ in the last bit. (`aggregation/factored.py` may use `Generator.uniform`: the server
-draws there alone, and sends the result.)
+All devices of a fleet initialize the task head from the seed of the run, without exchanging it, so the bits must be
+equal on x86 and ARM. The same holds for the adapter of a model that is trained on one device. Only numpy's raw bit
+generator and its seeding are used, which numpy promises not to change, and a multiplication by a power of two, which is
+exact. Distributions that need a logarithm or a cosine are avoided because libraries differ in the last bit.
+
+The server initializes the adapter of a fleet with `Generator.uniform` in `aggregation/factored.py`. It may, because
+devices receive the result instead of drawing it again.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import msgspec
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT, WEIGHTS
+from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.spec import ModelSpec, Sha256
 
 
@@ -42,8 +43,12 @@ class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     sha256: dict[str, Sha256]
     """SHA-256 of every other file of the folder, by name."""
 
+    def to_layout(self) -> Layout:
+        """Return the kept groups. Raises `LayoutError` if they do not fit `spec`."""
+        return Layout.from_dict(self.spec, {"heads": self.heads, "channels": self.channels})
 
-class FleetLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class FleetLayout(msgspec.Struct, frozen=True, kw_only=True):
     """layout.json of a finished fleet run, beside its adapter.safetensors."""
 
     heads: list[list[int]]
@@ -64,6 +69,10 @@ class FleetLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trained_steps: int
     """Steps of one device through all rounds."""
     adapter_sha256: Sha256
+
+    def to_layout(self) -> Layout:
+        """Return the kept groups. Raises `LayoutError` if they do not fit `spec`."""
+        return Layout.from_dict(self.spec, {"heads": self.heads, "channels": self.channels})
 
 
 def read_manifest(folder: Path) -> ModelManifest:

@@ -13,12 +13,14 @@ from typing import Any
 import msgspec
 
 from fedspine_edge.config import FleetConfig
+from fedspine_edge.files import LAYOUT
 from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.manifest import FleetLayout
 from fedspine_edge.protocol.blobs import adapter_and_head
 from fedspine_edge.protocol.codec import Tensor, digest, pack
 from fedspine_edge.server.journal.schema import RoundView
 
-ADAPTER, LAYOUT, RUN = "adapter.safetensors", "layout.json", "run.json"
+ADAPTER, RUN = "adapter.safetensors", "run.json"
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,18 @@ def write_final(run_dir: Path, run: FinishedRun) -> RunResult:
         sparsity=layout.sparsity,
         num_devices=len(run.device_layouts),
     )
-    layout_json = {
+    fleet_layout = FleetLayout(
         **layout.to_dict(),
-        "spec": msgspec.to_builtins(layout.spec),
-        "scaling": config.training.lora_scaling,
-        "r": max(config.ranks),
-        "seed": config.seed,
-        "task": config.task,
-        "num_labels": run.num_labels,
-        "trained_examples": run.trained_examples,
-        "trained_steps": run.trained_steps,
-        "adapter_sha256": result.adapter_sha256,
-    }
+        spec=layout.spec,
+        scaling=config.training.lora_scaling,
+        r=max(config.ranks),
+        seed=config.seed,
+        task=config.task,
+        num_labels=run.num_labels,
+        trained_examples=run.trained_examples,
+        trained_steps=run.trained_steps,
+        adapter_sha256=result.adapter_sha256,
+    )
     summary = {
         **result.to_dict(),
         "layout": config.layout,
@@ -122,7 +124,7 @@ def write_final(run_dir: Path, run: FinishedRun) -> RunResult:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     _write(staging / ADAPTER, adapter)
-    _write(staging / LAYOUT, json.dumps(layout_json).encode())
+    _write(staging / LAYOUT, json.dumps(msgspec.to_builtins(fleet_layout)).encode())
     _write(staging / RUN, json.dumps(summary, indent=2).encode())
     # A folder of that name is left by a server that was killed after the rename; the new one has the same content.
     shutil.rmtree(final, ignore_errors=True)
