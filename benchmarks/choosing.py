@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedspine_edge.bandit.reward import TERMS, RewardTerms
 from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, SimulatedSettings, convert
-from fedspine_edge.device.cost_meter import conditions
+from fedspine_edge.device.cost_meter import emulated_conditions
 from fedspine_edge.simulation.cost_model import MINILM, round_cost_s
 from fedspine_edge.simulation.oracle import oracle_plan
 from fedspine_edge.simulation.replay import BUILT_IN, LossRecord
@@ -72,7 +72,7 @@ def random_fleet(seed: int, num_devices: int = 10) -> list[DeviceConfig]:
 
 def time_s(device: DeviceConfig, fleet: FleetConfig, server_round: int, before: float, after: float, r: int) -> float:
     """Completion time with the round's jitter and drift."""
-    found = conditions(device, server_round)
+    found = emulated_conditions(device, server_round)
     return round_cost_s(device, fleet, MINILM, TOKENS, before=before, after=after, r=r, conditions=found)
 
 

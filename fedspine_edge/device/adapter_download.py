@@ -1,85 +1,88 @@
-"""Fetching the round's adapter: windows of retained chunk topics, resumable across restarts."""
+"""Download of a round's adapter from retained chunk topics. A restarted device resumes it."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedspine_edge.errors import BlobError, BrokerUnreachable, TransportError
 from fedspine_edge.protocol.chunks import Download
-from fedspine_edge.protocol.codec import check_tensors, unpack
 from fedspine_edge.protocol.messages import BlobRef
 from fedspine_edge.protocol.topics import Topics
-from fedspine_edge.training.state_dir import Tensors
 from fedspine_edge.transport.base import Transport
 
 log = logging.getLogger("fedspine_edge.device")
 
 WINDOW = 16
-"""Chunk topics subscribed to at a time: below the in-flight limit of every broker's default."""
+"""Number of chunk topics subscribed to at a time, below the in-flight limit of every broker's default settings."""
 
 MAX_ATTEMPTS = 3
-"""Wrong hashes of a round's blobs, which are then fetched anew, before that is an error."""
+"""Number of downloads of a round whose hash may be wrong before the round fails."""
 
 
 class AdapterDownload:
     """The blobs of one round at a time.
 
     Args:
-        transport: Connected when chunks are asked for.
-        topics: The fleet's.
-        folder: Where chunks are kept, so that a restarted device goes on where it stopped.
+        transport: Transport, connected before chunks are requested.
+        topics: Topics of the fleet.
+        folder: Folder that keeps chunks, so that a restarted device resumes the download; None keeps them in memory.
+        window: Number of chunk topics to subscribe to at a time; None for all.
     """
 
-    def __init__(self, transport: Transport, topics: Topics, folder: Path) -> None:
+    def __init__(
+        self, transport: Transport, topics: Topics, folder: Path | None = None, *, window: int | None = WINDOW
+    ) -> None:
         self._transport = transport
         self._topics = topics
         self._folder = folder
+        self._window_size = sys.maxsize if window is None else window
         self._downloads: dict[str, Download] = {}
         self._attempts = 0
         self._window: set[tuple[str, int]] = set()
-        self._asked: tuple[str, ...] = ()
+        self._subscribed: tuple[str, ...] = ()
 
     @property
     def pending(self) -> bool:
         """Whether chunks are still missing."""
         return not all(download.complete for download in self._downloads.values())
 
-    def begin(self, refs: Sequence[BlobRef]) -> None:
-        """Turn to other blobs; the chunks of any other on the disk are deleted. Raises `BlobError`."""
-        wanted = tuple(ref.sha256 for ref in refs)
-        for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if not path.name.startswith(wanted):
+    def start(self, refs: Sequence[BlobRef]) -> None:
+        """Start to download other blobs, and delete the chunks of all others from disk. Raises `BlobError`."""
+        hashes = tuple(ref.sha256 for ref in refs)
+        for path in self._folder.iterdir() if self._folder is not None and self._folder.is_dir() else ():
+            if not path.name.startswith(hashes):
                 shutil.rmtree(path, ignore_errors=True)
         self._downloads, self._attempts = {ref.sha256: Download(ref, self._folder) for ref in refs}, 0
 
-    def ask(self) -> None:
-        """Subscribe to the next window of chunks and to nothing else; what is retained is delivered at once.
+    def request(self) -> None:
+        """Subscribe to the next window of chunks and unsubscribe from the last. Retained chunks arrive at once.
 
-        A broker that is away or does not answer is asked again at the agent's next retry.
+        If the broker does not answer, the request is repeated at the device's next retry.
         """
         try:
-            self._ask()
+            self._subscribe_window()
         except BrokerUnreachable:
             raise
         except TransportError as error:
-            log.warning("could not ask for the adapter: %s", error.message)
+            log.warning("could not request the adapter: %s", error.message)
 
-    def _ask(self) -> None:
-        if self._asked:
-            self._transport.unsubscribe(*self._asked)
+    def _subscribe_window(self) -> None:
+        if self._subscribed:
+            self._transport.unsubscribe(*self._subscribed)
         window: list[tuple[str, int]] = []
         for sha256, download in self._downloads.items():
-            window += ((sha256, index) for index in download.missing(WINDOW - len(window)))
+            window += ((sha256, index) for index in download.missing(self._window_size - len(window)))
         self._window = set(window)
-        self._asked = tuple(self._topics.blob(sha256, index) for sha256, index in window)
-        if self._asked:
-            self._transport.subscribe(*self._asked)
+        self._subscribed = tuple(self._topics.blob(sha256, index) for sha256, index in window)
+        if self._subscribed:
+            self._transport.subscribe(*self._subscribed)
 
-    def feed(self, sha256: str, index: int, payload: bytes) -> bool:
-        """Take a chunk; True when it is one that was wanted. After the last of a window the next is asked for."""
+    def add_chunk(self, sha256: str, index: int, payload: bytes) -> bool:
+        """Add a chunk, and request the next window after the last one of this. Returns whether it was needed."""
         download = self._downloads.get(sha256)
         if download is None:
             return False
@@ -90,37 +93,34 @@ class AdapterDownload:
             return False
         self._window.discard((sha256, index))
         if not self._window:
-            self.ask()
+            self.request()
         return True
 
-    def take(self) -> list[Tensors] | None:
-        """The tensors of every blob; None after a wrong hash, when that blob is fetched anew.
+    def result(self) -> list[bytes] | None:
+        """Return the complete blobs, or None if a hash was wrong; that blob is then requested again.
 
-        Raises `BlobError` when a hash was wrong `MAX_ATTEMPTS` times, or right for what is no part of a round.
+        Raises `BlobError` after `MAX_ATTEMPTS` wrong hashes.
         """
-        found = []
+        blobs = []
         for download in self._downloads.values():
             try:
-                data = download.data()
+                blobs.append(download.data())
             except BlobError as error:
                 self._attempts += 1
                 if self._attempts >= MAX_ATTEMPTS:
                     raise
                 log.warning("%s", error.message)
-                self.ask()
+                self.request()
                 return None
-            tensors = unpack(data)
-            check_tensors(tensors, "round")
-            found.append(tensors)
-        return found
+        return blobs
 
     def stop(self) -> None:
-        """Forget the blobs; their chunks stay on the disk for a restart."""
+        """Stop the download. Chunks stay on disk, so that a restarted device can resume."""
         self._downloads = {}
-        self.ask()
+        self.request()
 
     def discard(self) -> None:
-        """Forget the blobs and delete their chunks."""
+        """Stop the download and delete its chunks."""
         for download in self._downloads.values():
             download.discard()
         self.stop()

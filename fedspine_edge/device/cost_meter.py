@@ -1,11 +1,11 @@
-"""What a round cost this device: completion time of one of three labelled kinds, and peak memory.
+"""Cost of a round on a device: transferred bytes, and the completion time, which is of one of three kinds.
 
-- measured: the wall clock from the plan's arrival to the report.
-- modelled: process CPU time of the work × `time_factor`, plus the blobs' bytes over the modelled links. For
-  emulated devices that share a machine, whose wall time would measure its scheduler.
-- simulated: a cost model of the same work in FLOPs at the device's rate × `time_factor`, plus the same transfer,
-  both times what the round's conditions make of them. A function of plan, layout, batches and seed alone, so a run
-  repeats bit for bit on any machine.
+- measured: wall-clock time from the arrival of the plan to the report.
+- modelled: process CPU time of the work × `time_factor`, plus the transfer time of the blobs over the modelled links.
+  For emulated devices that share a machine, whose wall-clock time would depend on its scheduler.
+- simulated: time of the same work by a cost model in FLOPs × `time_factor`, plus the same transfer time, each
+  multiplied by a factor of the round's emulated conditions. It is a function of plan, layout, batches and seed only, so
+  a run is repeatable bit for bit on any machine.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ TimeKind = Literal["measured", "modelled", "simulated"]
 
 @dataclass(frozen=True)
 class EmulatedConditions:
-    """How a simulated device fares in one round: factors on its computing and its transfer time."""
+    """Emulated conditions of a device in one round.
+
+    Attributes:
+        work: Factor on the computing time.
+        link: Factor on the transfer time.
+    """
 
     work: float = 1.0
     link: float = 1.0
 
 
-def conditions(config: DeviceConfig, server_round: int) -> EmulatedConditions:
-    """The conditions of `server_round`, a function of the device's seed, id and settings alone.
+def emulated_conditions(config: DeviceConfig, server_round: int) -> EmulatedConditions:
+    """Return the emulated conditions of a round, a function of the device's seed, id and settings only.
 
-    Jitter is drawn anew in each round with mean 1; drift is a random walk over the rounds so far.
+    Jitter is drawn independently in each round with mean 1. Drift is a random walk over the rounds so far.
     """
     simulated = config.simulated
 
@@ -51,16 +56,16 @@ def conditions(config: DeviceConfig, server_round: int) -> EmulatedConditions:
 
 
 class CostMeter:
-    """Adds up what a round costs; survives a restart through `to_dict` and `restore`.
+    """Accumulates the cost of a round. `to_dict` and `restore` carry it over a restart.
 
     Args:
-        time_kind: Which of the three kinds `completion_s` returns.
-        time_factor: Slowness of the emulated class (modelled and simulated only).
-        up_mbit_s: Modelled uplink.
-        down_mbit_s: Modelled downlink.
-        clock: Source of wall time.
-        simulated: The cost model (simulated only).
-        conditions: Of this round (simulated only).
+        time_kind: Kind of the time that `completion_s` returns.
+        time_factor: Completion-time factor of the emulated class (modelled and simulated only).
+        up_mbit_s: Uplink rate in Mbit/s.
+        down_mbit_s: Downlink rate in Mbit/s.
+        clock: Source of wall-clock time.
+        simulated: Parameters of the cost model (simulated only).
+        conditions: Emulated conditions of the round (simulated only).
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class CostMeter:
         self._simulated = simulated or SimulatedSettings()
         self._conditions = conditions or EmulatedConditions()
         self._clock = clock
-        self._begun_s = clock.now()
+        self._started_s = clock.now()
         self._wall_s = 0.0
         self._cpu_s = 0.0
         self._working_since: float | None = None
@@ -91,7 +96,7 @@ class CostMeter:
 
     @classmethod
     def of(cls, config: DeviceConfig, server_round: int, clock: Clock) -> CostMeter:
-        """The meter of one round of a device."""
+        """Create the cost meter of one round of a device."""
         return cls(
             config.time_kind,
             time_factor=config.time_factor,
@@ -99,12 +104,12 @@ class CostMeter:
             down_mbit_s=config.down_mbit_s,
             clock=clock,
             simulated=config.simulated,
-            conditions=conditions(config, server_round),
+            conditions=emulated_conditions(config, server_round),
         )
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Count the process CPU time spent inside; not reentrant."""
+        """Count the process CPU time spent in the context. Not reentrant."""
         self._working_since = time.process_time()
         try:
             yield
@@ -114,26 +119,26 @@ class CostMeter:
 
     @property
     def cpu_s(self) -> float:
-        """CPU seconds of this process spent working so far, all threads."""
+        """CPU time of this process spent working so far, in seconds, over all threads."""
         running = 0.0 if self._working_since is None else time.process_time() - self._working_since
         return self._cpu_s + running
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the plan arrived, time without power excluded."""
-        return self._wall_s + self._clock.now() - self._begun_s
+        """Time since the plan arrived, in seconds, without the time that the process was not running."""
+        return self._wall_s + self._clock.now() - self._started_s
 
     def work(self, flops: float) -> None:
-        """Account for one training step or evaluation batch of `flops` floating-point operations."""
+        """Add one training step or evaluation batch of `flops` floating-point operations."""
         self._simulated_s += flops / self._simulated.flops_per_s + self._simulated.step_s
 
     def transfer(self, *, down_bytes: int = 0, up_bytes: int = 0) -> None:
-        """Account for payload bytes of blobs."""
+        """Add payload bytes of blobs."""
         self.bytes_down += down_bytes
         self.bytes_up += up_bytes
 
     def completion_s(self) -> float:
-        """The round's completion time so far, in seconds, of the meter's kind."""
+        """Return the completion time of the round so far in seconds, of the meter's kind."""
         if self.time_kind == "measured":
             return max(0.0, self.wall_s)
         transfer_s = self.bytes_down / self._down_bytes_s + self.bytes_up / self._up_bytes_s
@@ -143,7 +148,7 @@ class CostMeter:
         return work_s * self._conditions.work + transfer_s * self._conditions.link
 
     def to_dict(self) -> dict[str, float]:
-        """Everything accumulated, as plain numbers."""
+        """Return the accumulated cost as plain numbers."""
         return {
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s,
@@ -153,8 +158,8 @@ class CostMeter:
         }
 
     def restore(self, data: Mapping[str, Any]) -> None:
-        """Continue from what `to_dict` returned; the wall clock runs on from now."""
-        self._begun_s = self._clock.now()
+        """Continue from the result of `to_dict`. Wall-clock time counts from now on."""
+        self._started_s = self._clock.now()
         self._wall_s = float(data["wall_s"])
         self._cpu_s = float(data["cpu_s"])
         self._simulated_s = float(data["simulated_s"])

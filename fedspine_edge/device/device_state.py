@@ -1,4 +1,4 @@
-"""What a device carries from round to round, and its durable form."""
+"""State that a device carries from round to round, and its durable form."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ DEVICE = "device"
 
 @dataclass(frozen=True)
 class PruningState:
-    """Where a device stands in its run."""
+    """Result of the pruning so far.
+
+    Attributes:
+        layout: Groups that the device keeps.
+        pruning_ratio: Pruning ratio of the plans so far. The layout reaches it to within one group.
+        importance: State of the importance tracker, aligned with `layout`; None before the first round.
+    """
 
     layout: Layout
     pruning_ratio: float = 0.0
-    """What the plans so far asked for; the layout fulfils it within one group."""
     importance: Tensors | None = None
-    """The tracker's state, aligned with `layout`; None before the first round."""
 
-    def starts_at(self, order: Order | None) -> Layout:
-        """The layout that the next round starts from, given the fleet's order, if there is one.
+    def initial_layout(self, order: Order | None) -> Layout:
+        """Return the layout from which the next round starts.
 
-        The base is frozen and the adapter comes from the fleet, so a device whose earlier prune step the fleet never
-        heard of can return to the common order; what it lacks is read from the base again.
+        A device whose last pruning step the server never received can return to the common order, because the base is
+        frozen and the adapter comes from the server. Groups that it lacks are loaded from the base again.
+
+        Args:
+            order: The consensus order; None if there is none, or if layouts are local.
         """
         layout = self.layout
         return layout if order is None else Layout.prefix(layout.spec, order, layout.counts)
@@ -44,47 +51,50 @@ class PruningState:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """A finished round."""
+    """Result of a round that succeeded."""
 
     report: Report
     update: bytes
-    standing: PruningState
+    pruning_state: PruningState
 
 
 @dataclass
 class PersistedState:
-    """The content of device.state: which run, how far, and what was last reported."""
+    """Content of the state file: the run, the pruning so far, and the last report.
 
-    standing: PruningState
+    Attributes:
+        acked: Whether the report has a final answer, or a newer plan has replaced it.
+    """
+
+    pruning_state: PruningState
     run_id: str = ""
     report: Report | None = None
     acked: bool = True
-    """Whether the report had its final ack, or was overtaken by a newer plan."""
 
     def save(self, state: StateDir, config: DeviceConfig) -> None:
-        """Make it durable."""
+        """Write the state file."""
         info = {
-            **_identity(config, self.standing.layout.spec),
+            **_identity(config, self.pruning_state.layout.spec),
             "run_id": self.run_id,
-            "pruning_ratio": self.standing.pruning_ratio,
+            "pruning_ratio": self.pruning_state.pruning_ratio,
             "report": None if self.report is None else msgspec.to_builtins(self.report),
             "acked": self.acked,
         }
-        importance = self.standing.importance or {}
-        tensors = {**self.standing.layout.to_tensors(), **prefixed("importance.", importance)}
+        importance = self.pruning_state.importance or {}
+        tensors = {**self.pruning_state.layout.to_tensors(), **prefixed("importance.", importance)}
         state.write(DEVICE, StateRecord(info, tensors))
 
     @classmethod
     def load(cls, state: StateDir, config: DeviceConfig, spec: ModelSpec) -> PersistedState:
-        """What `save` wrote, or that of a new device.
+        """Read the state file, or return the state of a new device.
 
-        Raises `CheckpointError` when the folder belongs to another device, fleet or base model, or is damaged.
+        Raises `CheckpointError` if the folder is damaged, or belongs to another device, fleet or base model.
         """
         saved = state.read(DEVICE)
         if saved is None:
             return cls(PruningState(Layout.full(spec)))
-        for key, mine in _identity(config, spec).items():
-            if saved.info.get(key) != mine:
+        for key, current in _identity(config, spec).items():
+            if saved.info.get(key) != current:
                 raise state.damaged(DEVICE, f"it was written with another {key}")
         try:
             report = saved.info["report"]

@@ -1,9 +1,9 @@
-"""Clipping and noise on a device's update before it leaves; off unless configured. docs/privacy.md says what it gives.
+"""Clipping of a device's update, and noise on it, before it is sent. Both are off unless configured.
 
-What is clipped are the factors: the difference between what the device sends (A, B of every module and the task
-head, as one long vector) and what it received, by L2 norm. Not the product B·A, which the server sees after
-multiplication: a bound on the factors bounds it only together with the received factors. No ε is claimed, since
-nothing here accounts for the number of rounds.
+The L2 norm of the difference between the sent and the received tensors is clipped: A and B of every module and the task
+head, as one vector. The product B·A, which the server computes, is not clipped itself; a bound on the factors bounds it
+only together with the received factors. No ε is claimed, because the number of rounds is not accounted for.
+See docs/privacy.md.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def clip_and_add_noise(
     noise_std: float,
     seed: tuple[object, ...],
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """`adapter` with its difference from `received` clipped to `clip_norm` and Gaussian noise added.
+    """Return `adapter` with its difference from `received` clipped to `clip_norm`, and with Gaussian noise.
 
     Args:
-        adapter: What the device would send, by name.
-        received: The same names and shapes before training.
-        clip_norm: Largest L2 norm of the whole difference.
+        adapter: Tensors after training, by name.
+        received: Tensors of the same names and shapes before training.
+        clip_norm: Maximum L2 norm of the whole difference.
         noise_std: Standard deviation of the noise per element, as a multiple of `clip_norm`.
-        seed: Anything that repeats when the round is repeated after a power loss. Whoever knows it can
-            subtract the noise, so a part of it is a secret that never leaves the device.
+        seed: Seed for the noise, the same when the round is repeated after a power loss. With it the noise can be
+            subtracted, so a part of it is a secret that never leaves the device.
     """
     difference = {name: value - received[name].astype(np.float32) for name, value in adapter.items()}
     norm = float(np.sqrt(sum(float(np.sum(np.square(value, dtype=np.float64))) for value in difference.values())))

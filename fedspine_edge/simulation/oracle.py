@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from fedspine_edge.bandit.pruning_schedule import PruningSchedule, spread_by_speed
 from fedspine_edge.config import DeviceConfig, FleetConfig
-from fedspine_edge.device.cost_meter import conditions
+from fedspine_edge.device.cost_meter import emulated_conditions
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.simulation.cost_model import round_cost_s
 from fedspine_edge.strategies.base import pruning_schedule
@@ -55,7 +55,7 @@ def oracle(fleet: FleetConfig, devices: Sequence[DeviceConfig], spec: ModelSpec,
                 before=before,
                 after=arm.pruning_ratio,
                 r=arm.r,
-                conditions=conditions(device, server_round),
+                conditions=emulated_conditions(device, server_round),
             )
         noisy.append(times)
     return OracleResult(*_idle_and_work(planned), *_idle_and_work(noisy))

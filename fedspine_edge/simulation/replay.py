@@ -1,10 +1,9 @@
-"""Devices whose training is replaced by recorded losses, so that thousands of them run in minutes.
+"""Replay devices, whose training is replaced by recorded losses, so that thousands of them run in minutes.
 
-Server, strategy, wire codec, gate and aggregation are the real ones, and a device's time comes from the same cost
-model as in a run with real training. What is made up is the training: losses, accuracies and importances are those
-of a device-round that was really trained and lay near in progress, pruning ratio and rank, and the update is the
-fleet's own adapter plus seeded noise. Every report says so in its reason; nothing learned from such a run is a
-statement about models.
+Server, strategy, protocol, update validation and aggregation are the real ones, and a device's completion time comes
+from the same cost model as in a run with real training. Losses, accuracies and importances come from a recorded round
+of a device, one near in progress, pruning ratio and rank. The update is the received adapter plus seeded noise. The
+reason of every report states this, because such a run gives no information about models.
 """
 
 from __future__ import annotations
@@ -12,17 +11,19 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.device.cost_meter import CostMeter, conditions
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.device.adapter_download import AdapterDownload
+from fedspine_edge.device.cost_meter import CostMeter, emulated_conditions
+from fedspine_edge.device.protocol_session import ProtocolSession, RoundOutcome
+from fedspine_edge.errors import BlobError, ConfigError
 from fedspine_edge.model.layout import Layout, module_names, target_counts
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.monitoring.run_view import read_run
@@ -33,25 +34,28 @@ from fedspine_edge.protocol.blobs import (
     order_from_tensors,
     scores_to_tensors,
 )
-from fedspine_edge.protocol.chunks import Download, split
-from fedspine_edge.protocol.messages import MAX_RETRY_S, Ack, Report, RoundPlan, Status, retry_interval_s
+from fedspine_edge.protocol.chunks import ref_of
+from fedspine_edge.protocol.messages import Ack, Report, RoundPlan, Status
 from fedspine_edge.protocol.rank_slices import Tensors, merge_slices
-from fedspine_edge.protocol.topics import BlobTopic, DeviceTopic, Topics
+from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.simulation.cost_model import MINILM, SMALL, factor_elements, record_work, typical_layout
 from fedspine_edge.simulation.virtual_network import VirtualTransport
-from fedspine_edge.transport.base import Connected, Event, Will
+from fedspine_edge.transport.base import Event
 
 REASON = "training replaced by recorded losses"
 _NEAREST = 6
-"""Recorded device-rounds among which one is drawn."""
+"""Number of nearest samples from which one is drawn."""
 
 
 @dataclass(frozen=True)
 class LossSample:
-    """One really trained device-round."""
+    """One round of a device with real training.
+
+    Attributes:
+        progress: Share of the run's rounds that had started before.
+    """
 
     progress: float
-    """Share of the run's rounds that had begun."""
     pruning_ratio: float
     r: int
     loss_before: float
@@ -63,46 +67,51 @@ class LossSample:
 
 @dataclass(frozen=True)
 class LossRecord:
-    """Device-rounds of real runs, and where they come from."""
+    """Samples of real runs.
+
+    Attributes:
+        source: Description of the runs.
+        points: The samples.
+    """
 
     source: str
     points: tuple[LossSample, ...]
 
     def draw(self, progress: float, pruning_ratio: float, r: int, rng: random.Random) -> LossSample:
-        """One of the recorded device-rounds nearest to the given one."""
+        """Draw one of the samples nearest to the given progress, pruning ratio and rank."""
 
-        def far(point: LossSample) -> float:
+        def distance(point: LossSample) -> float:
             return (
                 abs(point.progress - progress)
                 + abs(point.pruning_ratio - pruning_ratio)
                 + 0.1 * abs(math.log2(point.r / r))
             )
 
-        return rng.choice(sorted(self.points, key=far)[:_NEAREST])
+        return rng.choice(sorted(self.points, key=distance)[:_NEAREST])
 
     def save(self, path: Path) -> None:
-        """Write as JSON, one point a line."""
+        """Write as JSON, one sample per line."""
         points = ",\n  ".join(json.dumps(asdict(point)) for point in self.points)
         path.write_text(f'{{"source": {json.dumps(self.source)}, "points": [\n  {points}\n]}}\n')
 
     @classmethod
     def load(cls, path: Path) -> LossRecord:
-        """Read what `save` wrote. Raises `ConfigError`."""
+        """Read a file that `save` wrote. Raises `ConfigError` if it is not one."""
         try:
             data = json.loads(path.read_text())
             return cls(data["source"], tuple(LossSample(**point) for point in data["points"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is not a record of losses: {error}.") from error
+            raise ConfigError(f"{path} is not a loss record: {error}.") from error
 
     @classmethod
     def of_runs(cls, run_dirs: Sequence[Path], source: str) -> LossRecord:
-        """The finished device-rounds of `run_dirs`. Raises `ConfigError` when one is itself made of a record."""
+        """Collect the samples of finished runs. Raises `ConfigError` for a run that was itself a replay."""
         points = []
         for run_dir in run_dirs:
             view = read_run(run_dir)
             for row in view.rows:
                 if row.reason == REASON:
-                    raise ConfigError(f"{run_dir} was made of recorded losses; a record is taken from real training.")
+                    raise ConfigError(f"{run_dir} is a replay of recorded losses. Record real training only.")
                 measured = (row.loss_before, row.loss_after, row.accuracy_before, row.accuracy_after)
                 figures = [float(f"{v:.5g}") for v in (*measured, row.lora_importance) if v is not None]
                 if row.status == "ok" and len(figures) == 5:
@@ -116,139 +125,163 @@ BUILT_IN = Path(__file__).with_name("recorded_losses.json")
 
 @dataclass
 class ReplayContext:
-    """What all recorded devices of a process have in common.
+    """State that all replay devices of a process share.
 
     Attributes:
-        spec: The model on the wire.
-        cost_spec: The model whose steps and bytes are paid for; that on the wire where it is the same.
+        record: The recorded losses.
+        spec: Model of the messages.
+        cost_spec: Model whose steps and bytes determine the cost. It may differ from `spec`.
         tokens: Padded length of a batch.
+        merged: Adapter of the current round and the layout that it holds, by the hashes of its blobs.
     """
 
     record: LossRecord
     spec: ModelSpec = SMALL
     cost_spec: ModelSpec = MINILM
     tokens: int = 32
-    joined: dict[tuple[str, ...], tuple[Tensors, Layout]] = field(default_factory=dict)
-    """The adapters of one round and what they hold, by the blobs that they are made of."""
+    merged: dict[tuple[str, ...], tuple[Tensors, Layout]] = field(default_factory=dict)
 
-    def adapter(self, downloads: Mapping[str, Download]) -> tuple[Tensors, Layout]:
-        """The round's adapter and what it holds, decoded once for all devices of one rank."""
-        key = tuple(downloads)
-        if key not in self.joined:
-            if any(other[0] != key[0] for other in self.joined):
-                self.joined.clear()
-            self.joined[key] = merge_slices([codec.unpack(one.data()) for one in downloads.values()], self.spec)
-        return self.joined[key]
+    def adapter(self, plan: RoundPlan, blobs: Sequence[bytes]) -> tuple[Tensors, Layout]:
+        """Return the round's adapter and the layout that it holds, decoded once for all devices of a rank."""
+        key = tuple(ref.sha256 for ref in plan.adapter)
+        if key not in self.merged:
+            if any(other[0] != key[0] for other in self.merged):
+                self.merged.clear()
+            self.merged[key] = merge_slices([codec.unpack(blob) for blob in blobs], self.spec)
+        return self.merged[key]
 
-    def modelled_down(self, r: int, held: Layout, round_to: int) -> int:
-        """Bytes of `r` components in half precision for the model that is paid for, cut to as much as `held` is."""
+    def modelled_download_bytes(self, r: int, held: Layout, round_to: int) -> int:
+        """Return the size of `r` components of `cost_spec` in half precision, at the pruning ratio of `held`."""
         return 2 * r * factor_elements(typical_layout(self.cost_spec, held.pruning_ratio, round_to))
 
 
+class _UpdateInMemory:
+    """`UpdateStore` of one update, since thousands of devices share a process."""
+
+    def __init__(self) -> None:
+        self._updates: dict[str, bytes] = {}
+
+    def put(self, data: bytes) -> str:
+        sha256 = codec.digest(data)
+        self._updates[sha256] = data
+        return sha256
+
+    def get(self, sha256: str) -> bytes:
+        if sha256 not in self._updates:
+            raise BlobError(f"the update {sha256[:12]} is not in memory any more.")
+        return self._updates[sha256]
+
+    def prune(self, keep: Iterable[str]) -> int:
+        kept = set(keep)
+        obsolete = [sha256 for sha256 in self._updates if sha256 not in kept]
+        for sha256 in obsolete:
+            del self._updates[sha256]
+        return len(obsolete)
+
+
 class ReplayDevice:
-    """A device that speaks the whole protocol and trains nothing."""
+    """A device that follows the whole protocol without training.
+
+    Args:
+        config: Settings of the device.
+        transport: Endpoint in the virtual network.
+        clock: Virtual time of the device.
+        context: Recorded losses and model shapes.
+        num_examples: Number of training examples that the device reports.
+    """
 
     def __init__(
         self,
         config: DeviceConfig,
         transport: VirtualTransport,
         clock: VirtualClock,
-        shared: ReplayContext,
+        context: ReplayContext,
         num_examples: int = 256,
     ) -> None:
-        self.config, self._transport, self._clock, self._shared = config, transport, clock, shared
+        self.config, self._clock, self._context = config, clock, context
         self._num_examples = num_examples
-        self._topics = Topics(config.fleet)
-        self._layout, self._ratio = Layout.full(shared.spec), 0.0
-        self._plan: tuple[RoundPlan, str] | None = None
-        self._downloads: dict[str, Download] = {}
-        self._report: Report | None = None
-        self._chunks: list[bytes] = []
-        self._retry_s = MAX_RETRY_S
-        self._retry_at: float | None = None
+        self._layout, self._ratio = Layout.full(context.spec), 0.0
+        self._updates = _UpdateInMemory()
+        self._session = ProtocolSession(
+            config.fleet,
+            config.device_id,
+            transport,
+            clock,
+            self,
+            updates=self._updates,
+            download=AdapterDownload(transport, Topics(config.fleet), window=None),
+        )
 
     def start(self) -> None:
-        """Connect and say hello."""
-        device_id = self.config.device_id
-        will = Will(self._topics.status(device_id), codec.encode(self._status("offline")))
-        self._transport.connect(timeout_s=1.0, will=will)
-        self._transport.subscribe(*self._topics.device_filters(device_id))
-        self._say_hello()
+        """Connect and publish the status."""
+        self._session.start(timeout_s=1.0)
 
     def close(self) -> None:
-        self._transport.close()
+        """Disconnect."""
+        self._session.close()
 
     def handle(self, event: Event) -> None:
-        if isinstance(event, Connected):
-            self._say_hello()
-            return
-        topic = self._topics.parse(event.topic)
-        if isinstance(topic, BlobTopic):
-            download = self._downloads.get(topic.sha256)
-            if event.payload and download is not None:
-                download.feed(topic.index, event.payload)
-                if all(one.complete for one in self._downloads.values()):
-                    self._take_part()
-        elif isinstance(topic, DeviceTopic) and event.payload and topic.kind == "plan":
-            self._on_plan(event.payload)
-        elif isinstance(topic, DeviceTopic) and event.payload and topic.kind == "ack":
-            self._on_ack(codec.decode(event.payload, Ack))
+        """Handle one event of the network."""
+        self._session.handle(event)
 
     def tick(self) -> None:
-        if self._retry_at is not None and self._clock.now() >= self._retry_at:
-            self._send_report()
+        """Repeat what has not been answered in time."""
+        self._session.tick()
 
     def next_wakeup(self) -> float | None:
-        return self._retry_at
+        """Return the time in seconds at which `tick` has to run."""
+        return self._session.next_wakeup()
 
-    def _on_plan(self, payload: bytes) -> None:
-        sha256 = codec.digest(payload)
-        if self._plan is not None and self._plan[1] == sha256:
-            return
-        plan = codec.decode_plan(payload)
-        self._retry_at = None
-        if not isinstance(plan, RoundPlan):
-            return
-        self._plan = (plan, sha256)
-        self._retry_s = retry_interval_s(plan.deadline_s)
-        self._downloads = {ref.sha256: Download(ref) for ref in plan.adapter}
-        self._transport.subscribe(*self._chunk_topics(plan))
+    # RoundHandler
 
-    def _chunk_topics(self, plan: RoundPlan) -> list[str]:
-        return [self._topics.blob(ref.sha256, index) for ref in plan.adapter for index in range(ref.num_chunks)]
+    def status(self, state: Literal["online", "offline"]) -> Status:
+        """Return the device's status."""
+        config = self.config
+        return Status(
+            device_id=config.device_id,
+            state=state,
+            model=self._context.spec,
+            device_class=config.device_class,
+            num_examples=self._num_examples,
+            task=config.task,
+            num_labels=config.num_labels,
+            memory_bytes=config.memory_limit_mib * 2**20,
+            pruning_ratio=self._ratio,
+        )
 
-    def _take_part(self) -> None:
-        assert self._plan is not None  # the downloads came with it
-        plan, sha256 = self._plan
-        blob, held = self._shared.adapter(self._downloads)
-        self._downloads = {}
-        self._transport.unsubscribe(*self._chunk_topics(plan))
-        before, ratio_before = self._layout, self._ratio
+    def begin_round(self, plan: RoundPlan) -> None:
+        """Do nothing; everything happens in `run_round`."""
+
+    def run_round(self, plan: RoundPlan, plan_sha256: str, blobs: list[bytes]) -> RoundOutcome:
+        """Prune as the plan asks, and make an update and a report from a recorded sample."""
+        context = self._context
+        adapter, held = context.adapter(plan, blobs)
+        layout_before, ratio_before = self._layout, self._ratio
         rng = np.random.default_rng([self.config.seed, plan.server_round, *self.config.device_id.encode()])
-        scores = self._scores(before, rng)
-        self._prune(plan, blob, scores)
-        tensors = self._update(plan, blob, before, scores, rng)
-        ref, self._chunks = split(codec.pack(tensors))
-        bytes_down = sum(ref.size_bytes for ref in plan.adapter)
-        if self._shared.cost_spec != self._shared.spec:
-            bytes_down = self._shared.modelled_down(blob["layers.0.q.lora_A"].shape[0], held, plan.round_to)
+        scores = self._scores(layout_before, rng)
+        self._prune(plan, adapter, scores)
+        update = codec.pack(self._update(plan, adapter, layout_before, scores, rng))
+        ref = ref_of(update)
+        bytes_down = sum(blob.size_bytes for blob in plan.adapter)
+        if context.cost_spec != context.spec:
+            bytes_down = context.modelled_download_bytes(adapter["layers.0.q.lora_A"].shape[0], held, plan.round_to)
         meter = self._meter(plan, ratio_before, ref.size_bytes, bytes_down)
         draw = random.Random(f"{self.config.seed}/{self.config.device_id}/{plan.server_round}")
-        point = self._shared.record.draw((plan.server_round - 1) / plan.num_rounds, self._ratio, plan.r, draw)
-        self._report = Report(
+        sample = context.record.draw((plan.server_round - 1) / plan.num_rounds, self._ratio, plan.r, draw)
+        report = Report(
             run_id=plan.run_id,
             device_id=self.config.device_id,
             server_round=plan.server_round,
-            plan_sha256=sha256,
+            plan_sha256=plan_sha256,
             status="ok",
             reason=REASON,
             update=ref,
             num_examples=self._num_examples,
-            loss_before=point.loss_before,
-            loss_after=point.loss_after,
-            accuracy_before=point.accuracy_before,
-            accuracy_after=point.accuracy_after,
-            lora_importance=point.lora_importance,
+            loss_before=sample.loss_before,
+            loss_after=sample.loss_after,
+            accuracy_before=sample.accuracy_before,
+            accuracy_after=sample.accuracy_after,
+            lora_importance=sample.lora_importance,
             pruning_ratio=self._ratio,
             r=plan.r,
             completion_time_s=meter.completion_s(),
@@ -256,13 +289,28 @@ class ReplayDevice:
             bytes_down=meter.bytes_down,
             bytes_up=meter.bytes_up,
         )
-        self._clock.spend(self._report.completion_time_s)
-        self._say_hello()
-        self._send_report()
-        self._send_chunks(range(len(self._chunks)))
+        return RoundOutcome(report, update)
+
+    def fail_round(self, plan: RoundPlan, plan_sha256: str, error: BlobError) -> RoundOutcome:
+        """Raise the error: the virtual network does not damage blobs."""
+        raise error
+
+    def save_outcome(self, report: Report) -> None:
+        """Do nothing; a simulated device is not restarted."""
+
+    def report_acknowledged(self, report: Report, ack: Ack) -> None:
+        """Free the update."""
+        self._updates.prune([])
+
+    def lost_update(self, error: BlobError) -> Exception:
+        """Return the error itself."""
+        return error
+
+    def finish_run(self, run_id: str) -> None:
+        """Do nothing; there are no files."""
 
     def _prune(self, plan: RoundPlan, blob: dict[str, Any], scores: dict[str, list[Any]]) -> None:
-        spec, order = self._shared.spec, order_from_tensors(self._shared.spec, blob)
+        spec, order = self._context.spec, order_from_tensors(self._context.spec, blob)
         counts = [
             target_counts(spec, plan.pruning_ratio, round_to=plan.round_to, at_most=kept)
             for kept in self._layout.counts
@@ -281,7 +329,7 @@ class ReplayDevice:
         self._ratio = max(self._ratio, plan.pruning_ratio)
 
     def _scores(self, layout: Layout, rng: np.random.Generator) -> dict[str, list[Any]]:
-        """Importance that all devices agree on up to noise, for what `layout` holds."""
+        """Return scores of the groups in `layout`, on which all devices agree up to noise."""
         common = np.random.default_rng(self.config.seed)
         found: dict[str, list[Any]] = {"heads": [], "channels": []}
         for kind, size in (("heads", layout.spec.num_kv_heads), ("channels", layout.spec.intermediate_size)):
@@ -312,8 +360,8 @@ class ReplayDevice:
         }
 
     def _meter(self, plan: RoundPlan, ratio_before: float, bytes_up: int, bytes_down: int) -> CostMeter:
-        """What the round costs on the device, by the cost model."""
-        config, shared = self.config, self._shared
+        """Return the cost of the round by the cost model."""
+        config, context = self.config, self._context
         meter = CostMeter(
             "simulated",
             time_factor=config.time_factor,
@@ -321,12 +369,12 @@ class ReplayDevice:
             down_mbit_s=config.down_mbit_s,
             clock=self._clock,
             simulated=config.simulated,
-            conditions=conditions(config, plan.server_round),
+            conditions=emulated_conditions(config, plan.server_round),
         )
         after = record_work(
             meter,
-            shared.cost_spec,
-            shared.tokens,
+            context.cost_spec,
+            context.tokens,
             ratios=(ratio_before, self._ratio),
             r=plan.r,
             steps=(plan.tau, plan.recovery_steps),
@@ -334,46 +382,7 @@ class ReplayDevice:
             round_to=plan.round_to,
             holdout=config.data.holdout,
         )
-        if shared.cost_spec != shared.spec:
+        if context.cost_spec != context.spec:
             bytes_up = 2 * plan.r * factor_elements(after)
         meter.transfer(down_bytes=bytes_down, up_bytes=bytes_up)
         return meter
-
-    def _on_ack(self, ack: Ack) -> None:
-        report = self._report
-        if report is None or (ack.run_id, ack.server_round) != (report.run_id, report.server_round):
-            return
-        if ack.status == "incomplete":
-            self._send_chunks(ack.missing)
-            return
-        self._retry_at, self._chunks = None, []
-
-    def _send_report(self) -> None:
-        assert self._report is not None  # only with a retry set, or just made
-        self._retry_at = self._clock.now() + self._retry_s
-        self._transport.publish(self._topics.report(self.config.device_id), codec.encode(self._report))
-
-    def _send_chunks(self, indices: Sequence[int]) -> None:
-        assert self._report is not None
-        assert self._report.update is not None
-        for index in indices:
-            topic = self._topics.upload(self.config.device_id, self._report.update.sha256, index)
-            self._transport.publish(topic, self._chunks[index])
-
-    def _say_hello(self) -> None:
-        payload = codec.encode(self._status("online"))
-        self._transport.publish(self._topics.status(self.config.device_id), payload, retain=True)
-
-    def _status(self, state: str) -> Status:
-        config = self.config
-        return Status(
-            device_id=config.device_id,
-            state="online" if state == "online" else "offline",
-            model=self._shared.spec,
-            device_class=config.device_class,
-            num_examples=self._num_examples,
-            task=config.task,
-            num_labels=config.num_labels,
-            memory_bytes=config.memory_limit_mib * 1024 * 1024,
-            pruning_ratio=self._ratio,
-        )

@@ -171,7 +171,7 @@ def test_stalled_download_is_retried_and_resumed(fleet, settings, tiny_base):
     assert not fleet.reports
     clock.advance_to(driven.device.next_wakeup())
     driven.transport.vanish()
-    driven.device._state.close()
+    driven.device._runner.close()
 
     again = fleet.device(settings, model=tiny_base, clock=clock).start()
     again.settle()
@@ -297,7 +297,7 @@ def test_adapter_of_other_shape_fails_round(fleet, driven, tiny_base, caplog):
     assert "rank 4" in fleet.reports[-1].reason
     fleet.ack("accepted")
     driven.settle()
-    assert f"round 1: the server knows that this device failed ({fleet.reports[-1].reason})" in caplog.text
+    assert f"round 1: the server has recorded this device's failure ({fleet.reports[-1].reason})" in caplog.text
     assert "report accepted" not in caplog.text
 
 
@@ -583,7 +583,7 @@ def test_killed_device_resumes_with_same_bits(tiny_folder, tiny_csv, tmp_path):
 
     fleet = Fleet()
     driven = fleet.device(config(tiny_folder, tiny_csv, tmp_path / "undisturbed")).start()
-    fleet.send(**tiny_fleet.killed_plan(fleet, driven.device._spec))
+    fleet.send(**tiny_fleet.killed_plan(fleet, driven.device.spec))
     driven.settle()
     driven.device.close()
     same(fleet.update(), update)

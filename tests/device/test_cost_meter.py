@@ -10,7 +10,7 @@ import pytest
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig, SimulatedSettings, convert
-from fedspine_edge.device.cost_meter import CostMeter, conditions
+from fedspine_edge.device.cost_meter import CostMeter, emulated_conditions
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.training.peak_memory import PeakMemory
@@ -103,16 +103,16 @@ def device(**simulated: float) -> DeviceConfig:
 
 def test_conditions_repeat_and_jitter_keeps_mean() -> None:
     steady, shaky = device(), device(jitter=0.3, link_jitter=0.1)
-    assert (conditions(steady, 5).work, conditions(steady, 5).link) == (1.0, 1.0)
-    drawn = [conditions(shaky, number) for number in range(1, 2001)]
-    assert drawn == [conditions(shaky, number) for number in range(1, 2001)]
+    assert (emulated_conditions(steady, 5).work, emulated_conditions(steady, 5).link) == (1.0, 1.0)
+    drawn = [emulated_conditions(shaky, number) for number in range(1, 2001)]
+    assert drawn == [emulated_conditions(shaky, number) for number in range(1, 2001)]
     assert sum(c.work for c in drawn) / len(drawn) == pytest.approx(1.0, abs=0.03)
     assert sum(c.link for c in drawn) / len(drawn) == pytest.approx(1.0, abs=0.01)
     assert max(c.work for c in drawn) > 1.5
 
 
 def test_drift_starts_at_nominal_speed() -> None:
-    factors = [conditions(device(drift=0.05), number).work for number in range(1, 60)]
+    factors = [emulated_conditions(device(drift=0.05), number).work for number in range(1, 60)]
     assert factors[0] == 1.0
     steps = [abs(math.log(after / before)) for before, after in itertools.pairwise(factors)]
     assert max(steps) < 0.05 * 4.5

@@ -15,6 +15,7 @@ from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import Report, RoundPlan, WaitPlan
+from fedspine_edge.protocol.topics import UploadTopic
 from fedspine_edge.server.journal.writer import Journal
 
 
@@ -231,8 +232,8 @@ def test_report_after_its_round_is_late(fleet, tmp_path):
 def test_corrupt_upload_is_requested_again_then_refused(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=1)
     fleet.add_three()
-    fleet.devices["d0"].corrupt_chunks = 1
-    fleet.devices["d1"].corrupt_chunks = 3
+    fleet.devices["d0"].transport.corrupt = 1
+    fleet.devices["d1"].transport.corrupt = 3
     fleet.serve(config)
     assert statuses(config, 1) == {"d0": "ok", "d1": "refused", "d2": "ok"}
     assert [ack.status for ack in fleet.devices["d0"].acks[:2]] == ["incomplete", "accepted"]
@@ -244,15 +245,14 @@ def test_lost_chunks_are_requested_on_the_repeated_report(fleet, tmp_path):
     config = make_config(tmp_path / "run")
     fleet.add_three()
     device = fleet.devices["d0"]
-    send, dropped = device.send_chunks, []
+    dropped: list[UploadTopic] = []
 
-    def lossy(indices):
-        if not dropped:
-            dropped.extend(indices)
-            return
-        send(indices)
+    def drop_until_first_ack(topic: UploadTopic) -> bool:
+        if not device.acks:
+            dropped.append(topic)
+        return not device.acks
 
-    device.send_chunks = lossy
+    device.transport.drop = drop_until_first_ack
     fleet.serve(config)
     assert len(dropped) > 1
     assert statuses(config, 1)["d0"] == "ok"

@@ -1,12 +1,11 @@
-"""A fleet for tests: devices that use the real protocol and invented numbers, in virtual time.
+"""Fake fleet for tests: devices with the real protocol and synthetic training, in virtual time.
 
-A fake device's training is a function of its plan, its blob and its id, so any two runs can be compared bit for
-bit. Its state lies in a folder, like a real one's, so it survives the process.
+The result of a fake device's training is a function of its plan, its adapter and its id, so runs can be compared bit
+for bit. Its state is in a folder, as that of a real device, so it survives the process.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +15,22 @@ import numpy as np
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import FleetConfig, convert
-from fedspine_edge.model.layout import Layout, module_names, prunable_parameters, target_counts
+from fedspine_edge.device.adapter_download import AdapterDownload
+from fedspine_edge.device.protocol_session import ProtocolSession, RoundOutcome
+from fedspine_edge.errors import BlobError
+from fedspine_edge.model.layout import Layout, Order, module_names, prunable_parameters, target_counts
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.blobs import KEEP, order_from_tensors, scores_to_tensors
-from fedspine_edge.protocol.chunks import Download, split
-from fedspine_edge.protocol.messages import Ack, FinishedPlan, Plan, Report, RoundPlan, Status
+from fedspine_edge.protocol.chunks import ref_of
+from fedspine_edge.protocol.messages import Ack, Plan, Report, RoundPlan, Status
 from fedspine_edge.protocol.rank_slices import merge_slices
-from fedspine_edge.protocol.topics import BlobTopic, Topics
+from fedspine_edge.protocol.topics import Topics, UploadTopic
 from fedspine_edge.server.server import FleetServer
 from fedspine_edge.simulation.virtual_network import VirtualNetwork
-from fedspine_edge.transport.base import Connected
+from fedspine_edge.transport.base import Incoming
 
 CHUNK = 4096
-RETRY_S = 5.0
 
 
 def make_spec(base: str = "a" * 64, **changes) -> ModelSpec:
@@ -77,7 +78,7 @@ def rng_of(*parts) -> np.random.Generator:
 
 
 def make_tensors(layout: Layout, scored: Layout, r: int, blob, *seed, dtype=np.float32):
-    """Return an update in compact coordinates: the global adapter plus seeded noise."""
+    """Return an update in compact coordinates: the global adapter plus noise."""
     rng = rng_of(*seed)
     tensors = {}
     for name in module_names(layout.spec):
@@ -92,8 +93,52 @@ def make_tensors(layout: Layout, scored: Layout, r: int, blob, *seed, dtype=np.f
     return tensors | scores_to_tensors(scored, *scores)
 
 
+class UpdateFile:
+    """Stores one update in a file, as `UpdateStore` requires."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def put(self, data: bytes) -> str:
+        self.path.write_bytes(data)
+        return codec.digest(data)
+
+    def get(self, sha256: str) -> bytes:
+        return self.path.read_bytes()
+
+    def prune(self, keep) -> int:
+        return 0
+
+
+class LossyTransport:
+    """Transport that corrupts or drops chunks of uploads.
+
+    Attributes:
+        corrupt: Number of first chunks to replace by zeros.
+        drop: Decides whether a chunk is dropped.
+    """
+
+    def __init__(self, transport) -> None:
+        self._transport = transport
+        self.corrupt = 0
+        self.drop: Callable[[UploadTopic], bool] = lambda topic: False
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        parsed = Topics("fleet").parse(topic)
+        if isinstance(parsed, UploadTopic):
+            if self.drop(parsed):
+                return
+            if self.corrupt > 0 and parsed.index == 0:
+                self.corrupt -= 1
+                payload = bytes(len(payload))
+        self._transport.publish(topic, payload, retain=retain)
+
+    def __getattr__(self, name: str):
+        return getattr(self._transport, name)
+
+
 class FakeDevice:
-    """Handles plans as a real device does; `mutate` and `silent` make it misbehave."""
+    """A device with the real protocol session and synthetic training; `mutate` and `silent` make it misbehave."""
 
     def __init__(
         self,
@@ -109,7 +154,8 @@ class FakeDevice:
         task: str = "classification",
         memory: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        self.device_id, self.transport, self.clock, self.spec = device_id, transport, clock, spec
+        self.device_id, self.clock, self.spec = device_id, clock, spec
+        self.transport = LossyTransport(transport)
         self.duration_s, self.num_examples, self.num_labels = duration_s, num_examples, num_labels
         self.task, self.memory = task, memory
         self.topics = Topics("fleet")
@@ -117,29 +163,57 @@ class FakeDevice:
         self.plans: list[Plan] = []
         self.acks: list[Ack] = []
         self.mutate: Callable = lambda plan, tensors, report: (tensors, report)
-        self.corrupt_chunks = 0
         self.silent: Callable[[RoundPlan], bool] = lambda plan: False
-        self.plan: tuple[RoundPlan, str] | None = None
-        self.downloads: dict[str, Download] = {}
-        self.chunks: list[bytes] = []
-        self.report: Report | None = None
-        self.retry_at = math.inf
-        self.finished = False
         self.layout, self.ratio = Layout.full(spec), 0.0
+        self.session = ProtocolSession(
+            "fleet",
+            device_id,
+            self.transport,
+            clock,
+            self,
+            updates=UpdateFile(self.file.with_suffix(".update")),
+            download=AdapterDownload(self.transport, self.topics, window=None),
+        )
         if self.file.exists():
             state = msgspec.json.decode(self.file.read_bytes())
             self.layout, self.ratio = Layout.from_dict(spec, state["layout"]), state["ratio"]
-            self.report = msgspec.convert(state["report"], Report)
-            self.chunks = split(self.file.with_suffix(".update").read_bytes(), chunk_bytes=CHUNK)[1]
-            self.retry_at = clock.now() + RETRY_S
+            self.session.restore(msgspec.convert(state["report"], Report), acked=False)
+
+    @property
+    def finished(self) -> bool:
+        return self.session.finished
+
+    @property
+    def report(self) -> Report | None:
+        return self.session.report
 
     def start(self) -> None:
-        self.transport.connect(timeout_s=1)
-        self.transport.subscribe(*self.topics.device_filters(self.device_id))
-        self.publish_status()
+        self.session.start(timeout_s=1)
 
     def publish_status(self, state: str = "online") -> None:
-        status = Status(
+        self.transport.publish(self.topics.status(self.device_id), codec.encode(self.status(state)), retain=True)
+
+    def handle(self, event) -> None:
+        if isinstance(event, Incoming) and event.payload and event.topic == self.topics.plan(self.device_id):
+            plan = codec.decode_plan(event.payload)
+            if not self.plans or self.plans[-1] != plan:
+                self.plans.append(plan)
+            if isinstance(plan, RoundPlan) and self.silent(plan):
+                return
+        if isinstance(event, Incoming) and event.payload and event.topic == self.topics.ack(self.device_id):
+            self.acks.append(codec.decode(event.payload, Ack))
+        self.session.handle(event)
+
+    def tick(self) -> None:
+        self.session.tick()
+
+    def next_wakeup(self) -> float | None:
+        return self.session.next_wakeup()
+
+    # RoundHandler
+
+    def status(self, state: str) -> Status:
+        return Status(
             device_id=self.device_id,
             state=state,
             model=self.spec,
@@ -152,60 +226,45 @@ class FakeDevice:
             memory_per_rank_bytes=self.memory[2],
             pruning_ratio=self.ratio,
         )
-        self.transport.publish(self.topics.status(self.device_id), codec.encode(status), retain=True)
 
-    def handle(self, event) -> None:
-        if isinstance(event, Connected):
-            self.publish_status()
-            return
-        topic = self.topics.parse(event.topic)
-        if isinstance(topic, BlobTopic):
-            if event.payload and topic.sha256 in self.downloads:
-                self.downloads[topic.sha256].feed(topic.index, event.payload)
-                self._train_if_complete()
-        elif event.payload and topic.kind == "plan":
-            self._on_plan(event.payload)
-        elif event.payload and topic.kind == "ack":
-            self._on_ack(codec.decode(event.payload, Ack))
+    def begin_round(self, plan: RoundPlan) -> None:
+        pass
 
-    def tick(self) -> None:
-        if self.clock.now() >= self.retry_at and self.report is not None:
-            self.send_report()
+    def run_round(self, plan: RoundPlan, plan_sha256: str, blobs: list[bytes]) -> RoundOutcome:
+        slices = [codec.unpack(blob) for blob in blobs]
+        for tensors in slices:
+            codec.check_tensors(tensors, "round")
+        adapter, _ = merge_slices(slices, self.spec)
+        before = self.layout
+        self._prune(plan, order_from_tensors(self.spec, adapter))
+        tensors = make_tensors(self.layout, before, plan.r, adapter, self.device_id, plan.server_round)
+        report = Report(
+            run_id=plan.run_id,
+            device_id=self.device_id,
+            server_round=plan.server_round,
+            plan_sha256=plan_sha256,
+            status="ok",
+            num_examples=self.num_examples,
+            loss_before=0.7,
+            loss_after=0.7 - 0.05 * plan.server_round,
+            accuracy_after=0.5 + 0.05 * plan.server_round,
+            lora_importance=1.0 + len(self.device_id),
+            pruning_ratio=self.ratio,
+            r=plan.r,
+            completion_time_s=self.duration_s,
+            steps=plan.tau + plan.recovery_steps,
+            time_kind="simulated",
+            bytes_down=sum(ref.size_bytes for ref in plan.adapter),
+        )
+        tensors, report = self.mutate(plan, tensors, report)
+        if report.status != "ok":
+            return RoundOutcome(report)
+        update = codec.pack(tensors)
+        ref = ref_of(update, chunk_bytes=CHUNK)
+        return RoundOutcome(msgspec.structs.replace(report, update=ref, bytes_up=ref.size_bytes), update)
 
-    def next_wakeup(self) -> float:
-        return self.retry_at
-
-    def _on_plan(self, payload: bytes) -> None:
-        plan, sha256 = codec.decode_plan(payload), codec.digest(payload)
-        if self.plan is not None and self.plan[1] == sha256:
-            return
-        self.plans.append(plan)
-        self.retry_at = math.inf
-        if isinstance(plan, FinishedPlan):
-            self.finished = True
-        if not isinstance(plan, RoundPlan):
-            return
-        if self.report is not None and self.report.plan_sha256 == sha256:
-            self.send_report()
-            return
-        self.plan = (plan, sha256)
-        if self.silent(plan):
-            return
-        self.downloads = {ref.sha256: Download(ref) for ref in plan.adapter}
-        for ref in plan.adapter:
-            for index in range(ref.num_chunks):
-                self.transport.subscribe(self.topics.blob(ref.sha256, index))
-
-    def _train_if_complete(self) -> None:
-        if not all(download.complete for download in self.downloads.values()):
-            return
-        slices = [codec.unpack(download.data()) for download in self.downloads.values()]
-        self.downloads = {}
-        plan, sha256 = self.plan
-        for one in slices:
-            codec.check_tensors(one, "round")
-        blob, _ = merge_slices(slices, self.spec)
-        order, before = order_from_tensors(self.spec, blob), self.layout
+    def _prune(self, plan: RoundPlan, order: Order | None) -> None:
+        before = self.layout
         if order is not None:
             counts = [
                 target_counts(self.spec, plan.pruning_ratio, round_to=plan.round_to, at_most=c) for c in before.counts
@@ -222,60 +281,22 @@ class FakeDevice:
                 tuple(np.sort(rng.permutation(c)[:channels]) for c in before.channels),
             )
             self.ratio = max(self.ratio, plan.pruning_ratio)
-        tensors = make_tensors(self.layout, before, plan.r, blob, self.device_id, plan.server_round)
-        report = Report(
-            run_id=plan.run_id,
-            device_id=self.device_id,
-            server_round=plan.server_round,
-            plan_sha256=sha256,
-            status="ok",
-            num_examples=self.num_examples,
-            loss_before=0.7,
-            loss_after=0.7 - 0.05 * plan.server_round,
-            accuracy_after=0.5 + 0.05 * plan.server_round,
-            lora_importance=1.0 + len(self.device_id),
-            pruning_ratio=self.ratio,
-            r=plan.r,
-            completion_time_s=self.duration_s,
-            steps=plan.tau + plan.recovery_steps,
-            time_kind="simulated",
-            bytes_down=sum(ref.size_bytes for ref in plan.adapter),
-        )
-        tensors, report = self.mutate(plan, tensors, report)
-        data = codec.pack(tensors)
-        ref, self.chunks = split(data, chunk_bytes=CHUNK)
-        if report.status == "ok":
-            report = msgspec.structs.replace(report, update=ref, bytes_up=ref.size_bytes)
-        self.report = report
+
+    def fail_round(self, plan: RoundPlan, plan_sha256: str, error: BlobError) -> RoundOutcome:
+        raise error
+
+    def save_outcome(self, report: Report) -> None:
         state = {"layout": self.layout.to_dict(), "ratio": self.ratio, "report": msgspec.to_builtins(report)}
-        self.file.with_suffix(".update").write_bytes(data)
         self.file.write_bytes(msgspec.json.encode(state))
-        self.clock.spend(self.duration_s)
-        self.publish_status()
-        self.send_report()
-        if report.update is not None:
-            self.send_chunks(range(len(self.chunks)))
 
-    def send_report(self) -> None:
-        self.retry_at = self.clock.now() + RETRY_S
-        self.transport.publish(self.topics.report(self.device_id), codec.encode(self.report))
+    def report_acknowledged(self, report: Report, ack: Ack) -> None:
+        pass
 
-    def send_chunks(self, indices) -> None:
-        for index in indices:
-            payload = self.chunks[index]
-            if self.corrupt_chunks > 0 and index == 0:
-                self.corrupt_chunks -= 1
-                payload = bytes(len(payload))
-            self.transport.publish(self.topics.upload(self.device_id, self.report.update.sha256, index), payload)
+    def lost_update(self, error: BlobError) -> Exception:
+        return error
 
-    def _on_ack(self, ack: Ack) -> None:
-        self.acks.append(ack)
-        if self.report is None or ack.run_id != self.report.run_id or ack.server_round != self.report.server_round:
-            return
-        if ack.status == "incomplete":
-            self.send_chunks(ack.missing)
-        else:
-            self.retry_at = math.inf
+    def finish_run(self, run_id: str) -> None:
+        pass
 
 
 class Fleet:

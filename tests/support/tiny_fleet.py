@@ -176,7 +176,7 @@ def main() -> None:
     Trainer._take_step = fatal
     fleet = Fleet()
     driven = fleet.device(config(folder, csv, state)).start()
-    fleet.send(**killed_plan(fleet, driven.device._spec))
+    fleet.send(**killed_plan(fleet, driven.device.spec))
     driven.settle()
     driven.device.close()
     (out / "report.json").write_bytes(codec.encode(fleet.reports[-1]))

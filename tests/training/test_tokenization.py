@@ -84,7 +84,7 @@ def test_power_lost_between_steps_of_packed_rows_changes_nothing(instructed, tmp
         settings = msgspec.structs.replace(instructed, state_dir=str(tmp_path / folder))
         driven = fleet.device(settings).start()
         try:
-            fleet.send(adapter=fleet.offer(round_tensors(driven.device._spec, order=True)), pruning_ratio=0.4)
+            fleet.send(adapter=fleet.offer(round_tensors(driven.device.spec, order=True)), pruning_ratio=0.4)
             driven.settle()
         finally:
             driven.device.close()
@@ -123,7 +123,7 @@ def test_a_language_models_simulated_time_counts_its_logits():
 
 def test_a_folder_of_another_task_is_not_continued(fleet, instructed, tiny_csv, tmp_path):
     driven = fleet.device(instructed).start()
-    fleet.send(adapter=fleet.offer(round_tensors(driven.device._spec)))
+    fleet.send(adapter=fleet.offer(round_tensors(driven.device.spec)))
     driven.settle()
     driven.device.close()
     plain = config(instructed.model, tiny_csv, tmp_path / "state")
@@ -151,7 +151,7 @@ def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fle
     settings = config(tiny_folder, tiny_bert.write_csv(tmp_path / "long.csv", rows), tmp_path / "state")
     driven = fleet.device(settings).start()
     training = msgspec.structs.replace(TRAINING, max_length_tokens=100)
-    fleet.send(adapter=fleet.offer(round_tensors(driven.device._spec)), training=training)
+    fleet.send(adapter=fleet.offer(round_tensors(driven.device.spec)), training=training)
     driven.settle()
     report = fleet.reports[-1]
     if words > 64:
