@@ -169,18 +169,18 @@ def test_devices_of_an_earlier_run_get_wait_plans(fleet, tmp_path):
     """Else the end of that run, which the broker keeps for them, sends them home again whenever they start."""
     for name in ("d0", "d1", "d2"):
         device = fleet.add(name, start=False)
-        take, publish_status = device._on_plan, device.publish_status
+        handle, status, started = device.handle, device.status, []
 
-        def start_again(payload, device=device, take=take, publish_status=publish_status):
-            take(payload)
-            if isinstance(device.plans[-1], WaitPlan):
-                device.publish_status = publish_status
-                publish_status()
+        def start_after_wait(event, device=device, handle=handle, started=started):
+            handle(event)
+            if not started and device.plans and isinstance(device.plans[-1], WaitPlan):
+                started.append(True)
+                device.publish_status()
 
-        device._on_plan, device.publish_status = (
-            start_again,
-            lambda publish_status=publish_status: publish_status("offline"),
-        )
+        def offline_before(state, status=status, started=started):
+            return status(state if started else "offline")
+
+        device.handle, device.status = start_after_wait, offline_before
         device.start()
     result = fleet.serve(make_config(tmp_path / "run"))
     assert result.num_devices == 3
@@ -484,14 +484,14 @@ def test_pruning_of_an_earlier_run_does_not_count(fleet, tmp_path):
     device = fleet.devices["d0"]
     device.ratio = 0.5  # its status still describes the run before
     device.publish_status()
-    trained = device._train_if_complete
+    run_round = device.run_round
 
-    def new_run():
+    def run_round_of_new_run(*arguments):
         if len(device.plans) == 1:
             device.ratio = 0.0
-        trained()
+        return run_round(*arguments)
 
-    device._train_if_complete = new_run
+    device.run_round = run_round_of_new_run
     fleet.serve(config)
     ratios = {view.pruning_ratio for view in views(config, 2)}
     assert len(ratios) == 1, "all three start alike"

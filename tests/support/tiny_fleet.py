@@ -1,4 +1,4 @@
-"""The server's side of the wire, played by hand: one broker, one device, plans and what came back."""
+"""Manual server for device tests: one broker, one device, the plans to send and the messages received."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config(folder: Path, csv: Path, state: Path, **options: Any) -> DeviceConfig
 
 
 def round_tensors(spec: Any, r: int = 8, *, order: bool = False, seed: int = 3) -> dict[str, np.ndarray]:
-    """A round's adapter as the server sends it: A seeded, B small, an order once there is one."""
+    """Return a round's adapter as the server sends it: A from the seed, a small B, and optionally an order."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for name in module_names(spec):
@@ -56,7 +56,7 @@ def round_tensors(spec: Any, r: int = 8, *, order: bool = False, seed: int = 3) 
 
 
 class Fleet:
-    """A broker and a server that does what the test says."""
+    """A broker, and a server that the test controls."""
 
     def __init__(self, transport: Any = None) -> None:
         self.broker = MemoryBroker()
@@ -67,7 +67,7 @@ class Fleet:
         self.statuses: list[Status] = []
         self.chunks: dict[str, dict[int, bytes]] = {}
         self.published: list[bytes] = []
-        """Every byte a device sent: topics and payloads."""
+        """Topics and payloads of all messages of devices."""
 
     def offer(self, tensors: dict[str, np.ndarray], *, chunk_bytes: int = 1024, corrupt: bool = False) -> Any:
         ref, parts = chunks.split(codec.pack(tensors), chunk_bytes=chunk_bytes)
@@ -99,8 +99,8 @@ class Fleet:
         self.transport.publish(TOPICS.plan("d1"), payload, retain=True)
         return payload
 
-    def send_wait(self) -> bytes:
-        return self.publish(WaitPlan(run_id="run", device_id="d1"))
+    def send_wait(self, reason: str = "") -> bytes:
+        return self.publish(WaitPlan(run_id="run", device_id="d1", reason=reason))
 
     def finish(self) -> bytes:
         return self.publish(FinishedPlan(run_id="run", device_id="d1"))
@@ -123,7 +123,7 @@ class Fleet:
                 self.statuses.append(codec.decode(event.payload, Status))
 
     def update(self, report: Report | None = None) -> dict[str, np.ndarray]:
-        """The tensors that the (last) report announced."""
+        """Return the tensors that a report announced; None for the last report."""
         report = report or self.reports[-1]
         chunks = self.chunks[report.update.sha256]
         data = b"".join(chunks[i] for i in range(report.update.num_chunks))
@@ -136,7 +136,7 @@ class Fleet:
 
 
 class Driven:
-    """A device driven step by step, as a simulation does."""
+    """A device driven step by step, as in a simulation."""
 
     def __init__(self, fleet: Fleet, transport: MemoryTransport, device: FleetDevice) -> None:
         self.fleet, self.transport, self.device = fleet, transport, device
@@ -146,14 +146,14 @@ class Driven:
         return self
 
     def settle(self) -> None:
-        """Handle everything that is there, then let the server listen."""
+        """Handle all pending events, then let the server receive."""
         while (event := self.transport.receive(timeout_s=0.0)) is not None:
             self.device.handle(event)
         self.fleet.listen()
 
 
 def main() -> None:
-    """One round in a process of its own that may be told to kill itself: `folder csv state out [kill_at]`."""
+    """Run one round in this process, and optionally kill it at a step: `folder csv state out [kill_at]`."""
     import os
     import signal
 
