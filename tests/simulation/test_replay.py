@@ -37,7 +37,7 @@ def test_replay_reports_state_recorded_losses(tmp_path: Path) -> None:
     assert measure(tmp_path / "run")["training"] == "recorded"
     losses = {point.loss_after for point in RECORD.points}
     assert {row.loss_after for row in rows} <= losses
-    with pytest.raises(ConfigError, match="taken from real training"):
+    with pytest.raises(ConfigError, match="is a replay of recorded losses"):
         LossRecord.of_runs([tmp_path / "run"], "x")
 
 
