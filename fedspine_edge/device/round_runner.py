@@ -88,7 +88,8 @@ class RoundRunner:
             self._pad_id = encoder.pad_id
             self._examples = TokenizedSplits(encoder, train, holdout)
             self._max_tokens = encoder.max_length_tokens()  # until a plan sets another length
-            self._examples.truncated_to(self._max_tokens)  # Reports data that the model cannot accept now, not in a round.
+            # Reports data that the model cannot accept now, not in a round.
+            self._examples.truncated_to(self._max_tokens)
             self.persisted = PersistedState.load(self.state_dir, config, self.spec)
         except BaseException:
             self.state_dir.close()

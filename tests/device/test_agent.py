@@ -471,7 +471,7 @@ def test_damaged_or_foreign_state_raises_with_remedy(fleet, settings, tiny_base)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(CheckpointError, match=r"device\.state") as caught:
         fleet.device(settings, model=tiny_base).device.start()
-    assert "rejoins the fleet as a new one" in caught.value.remedy
+    assert "joins the fleet as a new device" in caught.value.remedy
 
 
 def test_start_with_invalid_inputs_raises(fleet, settings, tiny_base, tmp_path):
