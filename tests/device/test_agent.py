@@ -604,7 +604,7 @@ def test_memory_limit_is_kept_and_reported(fleet, tiny_folder, tmp_path, tiny_ba
     report = fleet.reports[-1]
     assert report.status == "ok"
     assert report.reason.startswith("memory_limit_mib allows no more; trained ")
-    assert "instead of 64 examples at a time, gradients accumulated" in report.reason
+    assert "instead of 64 examples at a time and accumulated gradients" in report.reason
     hello = fleet.statuses[-1]
     assert hello.memory_bytes == limit_mib * 2**20
     of_one = hello.memory_base_bytes + 4 * hello.memory_per_rank_bytes
