@@ -44,13 +44,13 @@ def answered(model: Any, tokenizer: Any, columns: Any) -> dict[str, float]:
     from dataclasses import replace
 
     from fedspine_edge.config import OptimizerSettings
-    from fedspine_edge.data.loading import read
+    from fedspine_edge.data.loading import read_examples
     from fedspine_edge.data.targets import IGNORED
     from fedspine_edge.training.tokenization import TextEncoder
     from fedspine_edge.training.trainer import BatchSettings, Trainer
 
     texts = TextEncoder.from_model(model, tokenizer)
-    examples = texts.encode(read(columns.path, columns, model.task), LENGTH_TOKENS)
+    examples = texts.encode(read_examples(columns.path, columns, model.task), LENGTH_TOKENS)
     training = OptimizerSettings(max_length_tokens=LENGTH_TOKENS)
     trainer = Trainer(
         model, examples[:1], examples, training, round_steps=1, batches=BatchSettings(pad_id=texts.pad_id, pack=True)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from fedspine_edge.config import DataSettings, OptimizerSettings, Task, TrainingSettings, convert
-from fedspine_edge.data.loading import Data, read
+from fedspine_edge.data.loading import Data, read_examples
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.kernels.native import MAX_RANK
 from fedspine_edge.model.checkpoint import save_model
@@ -404,7 +404,7 @@ class EdgeTuner:
         return key_of(train, self.model, self._training, total, self._seed, self._steps_taken, self._pack, *pruning)
 
     def _encoded(self, data: Data) -> list[Encoded]:
-        examples = read(data, self._data_settings, self.model.task)
+        examples = read_examples(data, self._data_settings, self.model.task)
         return self._texts.encode(examples, self._training.max_length_tokens)
 
     def _trainer(self, train: list[Encoded], steps: int) -> Trainer:

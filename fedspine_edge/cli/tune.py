@@ -137,10 +137,10 @@ def _tune(tuner: EdgeTuner, train: list[Example], test: list[Example], arguments
 
 def _read(path: str, arguments: argparse.Namespace) -> list[Example]:
     from fedspine_edge.config import DataSettings
-    from fedspine_edge.data.loading import read
+    from fedspine_edge.data.loading import read_examples
 
     data = data_settings(path, arguments)
-    examples = read(data, DataSettings(path="", num_labels=arguments.num_labels), arguments.task)
+    examples = read_examples(data, DataSettings(path="", num_labels=arguments.num_labels), arguments.task)
     _log(f"{path} has {len(examples):,} examples")
     if arguments.task == "classification" and len({example.label for example in examples}) == 1:
         _log(f"every label is {examples[0].label}; a model trained on it will predict nothing else")

@@ -1,0 +1,1 @@
+"""A user's examples: reading, validating and splitting them. Needs neither torch nor transformers."""

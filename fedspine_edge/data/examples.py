@@ -1,4 +1,4 @@
-"""One labelled example, and how a set of them is split."""
+"""One example of a data set, and the split into training and held-out examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from fedspine_edge.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text, pair of texts, or text as words that each have a label. The texts are kept out of `repr`."""
+    """One labelled text, pair of texts, or list of labelled words. `repr` does not show the texts.
+
+    Attributes:
+        text: The text, or the prompt of a language model.
+        label: Class index; 0 for language models and labelled words.
+        text_pair: Second text, or the answer of a language model.
+        words: Words of token classification.
+        word_labels: Class index of each word.
+    """
 
     text: str = field(repr=False)
     label: int
@@ -21,14 +29,25 @@ class Example:
     word_labels: tuple[int, ...] = field(default=(), repr=False)
 
 
-def split(examples: Sequence[Example], holdout: int, seed: int, *, where: str) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples, the same for the same seed. Raises `DataError` when too few are there."""
+def split_holdout(
+    examples: Sequence[Example], holdout: int, seed: int, *, where: str
+) -> tuple[list[Example], list[Example]]:
+    """Split into (training, held-out) examples. The split depends on the seed only.
+
+    Args:
+        examples: All examples.
+        holdout: Number of held-out examples.
+        seed: Seed for the selection.
+        where: Name of the data, for errors.
+
+    Raises `DataError` when no example is left to train on.
+    """
     if len(examples) < holdout + 1:
         raise DataError(
-            f"{where} has {len(examples)} examples; holding {holdout} out leaves none to train on.",
+            f"{where} has {len(examples)} examples; holding out {holdout} leaves none to train on.",
             remedy="Lower `holdout` or provide more examples.",
         )
     order = np.random.default_rng([seed, 0x5E1]).permutation(len(examples))
-    held = sorted(order[:holdout].tolist())
-    rest = sorted(order[holdout:].tolist())
-    return [examples[i] for i in rest], [examples[i] for i in held]
+    held_out = sorted(order[:holdout].tolist())
+    training = sorted(order[holdout:].tolist())
+    return [examples[i] for i in training], [examples[i] for i in held_out]

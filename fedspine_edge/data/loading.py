@@ -1,6 +1,6 @@
-"""Where a user's examples come from: a file, a function, or Python items, told apart here and read in one form.
+"""Reading examples from a file, a function or Python objects.
 
-Training on a device and calibration before an export read the same data through this room. No torch here.
+Training on a device, evaluation and calibration before an export read data in the same way.
 """
 
 from __future__ import annotations
@@ -15,51 +15,49 @@ import msgspec
 
 from fedspine_edge.config import DataSettings, Task
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.files import read_file
+from fedspine_edge.data.file_readers import read_file
 from fedspine_edge.data.python_items import call, call_by_name, read_items
-from fedspine_edge.data.row_validation import Source
+from fedspine_edge.data.row_validation import RowValidator
 
 Data = Union[str, "os.PathLike[str]", DataSettings, Iterable[Any], Callable[[], Iterable[Any]]]
-"""What the SDK accepts as data: a path, 'module:function', one of these with names of columns (`DataSettings`),
-examples, or a callable that returns examples."""
+"""Data that the public API accepts: a path, a 'module:function', `DataSettings` with a path and column names, an
+iterable of examples, or a function that returns one."""
 
 _CALLABLE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
-def read(data: Data, columns: DataSettings, task: Task) -> list[Example]:
-    """The examples of `data` in the form that `task` has: docs/guides/prepare-data.md. Raises as `examples_of` does."""
-    return examples_of(data, columns, labelled=task != "causal_lm", words=task == "token_classification")
+def read_examples(data: Data, columns: DataSettings | None = None, task: Task = "classification") -> list[Example]:
+    """Read and validate all examples.
 
-
-def load_examples(settings: DataSettings, *, labelled: bool = True, words: bool = False) -> list[Example]:
-    """Every example of `settings.path`: CSV, TSV, JSON lines, Parquet, or 'module:function'.
+    An item of Python data is (text, label), (text, text_pair, label), a mapping with the configured columns, or an
+    `Example`. For causal_lm, plain strings and (prompt, answer) are accepted too. For token_classification, an item is
+    (list of words, list of labels).
 
     Args:
-        settings: Path and column names; labels must be integers within 0..num_labels-1.
-        labelled: False for plain text (causal language modelling); labels are then 0.
-        words: The text column holds a list of words and the label column a list of as many labels (token
-            classification; JSON lines and Parquet can hold lists).
+        data: Source of the examples.
+        columns: Column names and number of labels. `DataSettings` as `data` bring their own column names. May be
+            omitted then.
+        task: Task that the examples are for.
 
-    Raises `DataError` naming the file, what is wrong with how many rows and which (in a text file by line, as an
-    editor numbers them) and the remedy; `MissingDependency` for Parquet without pyarrow.
+    Raises:
+        DataError: The data cannot be used. The message names the file, the problems and their rows, in text files by
+            the line number that an editor shows.
+        MissingDependency: pyarrow is required for Parquet and missing.
     """
-    if _CALLABLE.match(settings.path) and not Path(settings.path).exists():
-        return read_items(call_by_name(settings.path), Source(settings.path, settings, labelled, words))
-    path = Path(settings.path).expanduser()
-    unit = "row" if path.suffix.lower() == ".parquet" else "line"
-    return read_file(path, Source(f"data file {path}", settings, labelled, words, unit))
-
-
-def examples_of(data: Data, settings: DataSettings, *, labelled: bool = True, words: bool = False) -> list[Example]:
-    """Examples from whatever the SDK's user hands over: see `Data`. Raises as `load_examples` does.
-
-    Items are (text, label), (text, text_pair, label), mappings with the configured columns, or `Example`; with
-    `labelled=False` plain strings and (text, text_pair) too; with `words=True` (list of words, list of labels).
-    """
+    columns = columns or (data if isinstance(data, DataSettings) else DataSettings(path=""))
     if isinstance(data, DataSettings):
-        settings = msgspec.structs.replace(data, num_labels=settings.num_labels)
-        data = settings.path
+        columns = msgspec.structs.replace(data, num_labels=columns.num_labels)
+        data = data.path
     if isinstance(data, (str, os.PathLike)):
-        return load_examples(msgspec.structs.replace(settings, path=os.fspath(data)), labelled=labelled, words=words)
-    source = Source("the given examples", settings, labelled, words)
-    return read_items(call(data, source.name) if callable(data) else data, source)
+        return _read_path(os.fspath(data), columns, task)
+    validator = RowValidator("the given examples", columns, task)
+    return read_items(call(data, validator.name) if callable(data) else data, validator)
+
+
+def _read_path(path: str, columns: DataSettings, task: Task) -> list[Example]:
+    """Read the examples of a file, or of 'module:function'."""
+    if _CALLABLE.match(path) and not Path(path).exists():
+        return read_items(call_by_name(path), RowValidator(path, columns, task))
+    file = Path(path).expanduser()
+    unit = "row" if file.suffix.lower() == ".parquet" else "line"
+    return read_file(file, RowValidator(f"data file {file}", columns, task, unit))

@@ -1,8 +1,8 @@
-"""The four-domain sentiment data of the demo and the experiments: movies, tweets, products, editorials.
+"""Sentiment data of four domains for the demo and the experiments: movies, tweets, products, editorials.
 
-Human-rated sentences of Hutto & Gilbert (ICWSM 2014), which travel inside the source package of vaderSentiment
-2.5 (MIT licence). The package is fetched by hash through pip, cached in the user's cache folder, and only read
-as data: nothing of it is installed or run by us. The sentences are never committed.
+The data are human-rated sentences of Hutto & Gilbert (ICWSM 2014), which the source package of vaderSentiment 2.5
+contains (MIT licence). The package is downloaded by hash with pip, cached in the user's cache folder, and only read as
+data: nothing in it is installed or run. The sentences are not part of this repository.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _VERSION = "2.5"
 _SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
 _INNER = f"{_PACKAGE}-{_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
 _NEUTRAL = 0.3
-"""Mean valences (−4..4) within ±0.3 carry no clear sentiment and are left out."""
+"""Sentences with a mean valence (−4..4) within ±0.3 have no clear sentiment and are skipped."""
 _FETCH_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One rated sentence; `label` is 1 for positive."""
+    """A rated sentence. `label` is 1 for positive."""
 
     domain: str
     text: str
@@ -50,28 +50,31 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint train and test sentences; no text occurs in both."""
+    """Disjoint training and test sentences. No text is in both."""
 
     train: tuple[Sentence, ...]
     test: tuple[Sentence, ...]
 
 
 def cache_dir() -> Path:
-    """The folder that keeps fetched data, following XDG_CACHE_HOME."""
+    """Return the folder for downloaded data, according to XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedspine_edge"
 
 
 def load(*, test_share: float = 0.15) -> Split:
-    """All sentences in the order of a hash of their text; the first `test_share` of them are the test part.
+    """Load all sentences, ordered by the hash of their text.
 
-    Raises `DataError` when the data is not cached and cannot be fetched.
+    Args:
+        test_share: Share of the sentences, from the beginning, that are the test part.
+
+    Raises `DataError` when the data is not cached and cannot be downloaded.
     """
     found: dict[str, Sentence] = {}
     for domain, text, valence in _read(fetch()):
         key = re.sub(r"\W+", " ", text.lower()).strip()
         if abs(valence) > _NEUTRAL and key:
             found.setdefault(hashlib.sha256(key.encode()).hexdigest(), Sentence(domain, text, int(valence > 0)))
-    # in the order of their hashes: the files are sorted by label, and any prefix should be a fair sample
+    # ordered by hash, because the files are sorted by label and every prefix should be a fair sample
     ordered = sorted(found.items())
     first_train = int(test_share * len(ordered))
     sentences = tuple(sentence for _, sentence in ordered)
@@ -79,9 +82,9 @@ def load(*, test_share: float = 0.15) -> Split:
 
 
 def fetch() -> Path:
-    """Path of the cached source package, fetched through pip when it is not there yet."""
+    """Return the path of the cached source package. Downloads it with pip if it is not cached."""
     cached = cache_dir() / f"{_PACKAGE}-{_VERSION}.tar.gz"
-    if cached.is_file() and _digest(cached) == _SHA256:
+    if cached.is_file() and _sha256(cached) == _SHA256:
         return cached
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as temp:
@@ -90,23 +93,23 @@ def fetch() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         command += ["--require-hashes", "-r", str(requirement), "-d", temp]
         remedy = (
-            f"Fetch it on a machine with a network (pip download --no-deps --no-binary :all: {_PACKAGE}=={_VERSION})"
+            f"Download it on a machine with a network (pip download --no-deps --no-binary :all: {_PACKAGE}=={_VERSION})"
             f" and put the file at {cached}."
         )
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            raise DataError(f"fetching the sentiment data took over {_FETCH_TIMEOUT_S} s.", remedy=remedy) from None
+            raise DataError(f"the download of the sentiment data timed out.", remedy=remedy) from None
         found = list(Path(temp).glob("*.tar.gz"))
-        if done.returncode or not found or _digest(found[0]) != _SHA256:
+        if done.returncode or not found or _sha256(found[0]) != _SHA256:
             last_line = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise DataError(f"the sentiment data could not be fetched: {last_line}", remedy=remedy)
+            raise DataError(f"the sentiment data could not be downloaded: {last_line}", remedy=remedy)
         os.replace(found[0], cached)
     return cached
 
 
 def partition(sentences: Iterable[Sentence], num_devices: int) -> list[list[Sentence]]:
-    """Non-IID by domain: device k holds sentences of domain k mod 4 only; devices that share one split it evenly."""
+    """Partition by domain: device k gets sentences of domain k mod 4 only. Devices of one domain share it evenly."""
     domains = list(DOMAINS)
     shares: list[list[Sentence]] = [[] for _ in range(num_devices)]
     by_domain: dict[str, list[Sentence]] = {domain: [] for domain in domains}
@@ -123,9 +126,16 @@ def partition(sentences: Iterable[Sentence], num_devices: int) -> list[list[Sent
 def dirichlet(
     sentences: Sequence[Sentence], num_devices: int, *, alpha: float, seed: int = 0, at_least: int = 16
 ) -> list[list[Sentence]]:
-    """Non-IID by label: each label's sentences are dealt out in shares drawn from Dirichlet(α).
+    """Partition by label: the sentences of each label are divided in proportions drawn from Dirichlet(α).
 
-    Nobody is left with fewer than `at_least`: those who have most give. Raises `DataError` for too few sentences.
+    Args:
+        sentences: Sentences to partition.
+        num_devices: Number of devices.
+        alpha: Concentration α; lower values give more unequal label shares.
+        seed: Seed for the proportions.
+        at_least: Smallest number of sentences per device, taken from the devices with the most.
+
+    Raises `DataError` for too few sentences.
     """
     if len(sentences) < at_least * num_devices:
         raise DataError(
@@ -134,20 +144,20 @@ def dirichlet(
     rng = np.random.default_rng([seed, 0xD1])
     shares: list[list[Sentence]] = [[] for _ in range(num_devices)]
     for label in sorted({s.label for s in sentences}):
-        mine = [s for s in sentences if s.label == label]
-        cuts = (np.cumsum(rng.dirichlet([alpha] * num_devices))[:-1] * len(mine)).astype(int)
-        order = rng.permutation(len(mine))
+        members = [s for s in sentences if s.label == label]
+        cuts = (np.cumsum(rng.dirichlet([alpha] * num_devices))[:-1] * len(members)).astype(int)
+        order = rng.permutation(len(members))
         for share, chosen in zip(shares, np.split(order, cuts)):
-            share += [mine[i] for i in chosen]
+            share += [members[i] for i in chosen]
     for share in shares:
         while len(share) < at_least:
-            richest = max(shares, key=len)
-            share.append(richest.pop())
+            largest = max(shares, key=len)
+            share.append(largest.pop())
     return shares
 
 
 def balanced(sentences: Sequence[Sentence], per_domain: int) -> list[Sentence]:
-    """The first `per_domain` sentences of every domain."""
+    """Return the first `per_domain` sentences of each domain."""
     taken: list[Sentence] = []
     for domain in DOMAINS:
         taken += [s for s in sentences if s.domain == domain][:per_domain]
@@ -155,7 +165,7 @@ def balanced(sentences: Sequence[Sentence], per_domain: int) -> list[Sentence]:
 
 
 def write_csv(path: Path, sentences: Iterable[Sentence]) -> None:
-    """Write `domain,text,label` rows, the form a device reads."""
+    """Write a CSV file with the columns domain, text and label."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["domain", "text", "label"])
@@ -166,7 +176,9 @@ def _read(package: Path) -> Iterable[tuple[str, str, float]]:
     with tarfile.open(package) as outer:
         member = outer.extractfile(_INNER)
         if member is None:
-            raise DataError(f"{package} holds no {_INNER}.", remedy="Delete the file; it is fetched again.")
+            raise DataError(
+                f"{package} does not contain {_INNER}.", remedy="Delete the file; it will be downloaded again."
+            )
         inner_bytes = member.read()
     with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
         for domain, name in DOMAINS.items():
@@ -177,5 +189,5 @@ def _read(package: Path) -> Iterable[tuple[str, str, float]]:
                 yield domain, text.strip(), float(valence)
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Which tokens a model is asked about."""
+"""Targets: the tokens that a model is trained to predict."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from typing import TypeVar
 
 Token = TypeVar("Token")
 IGNORED = -100
-"""Label of a token that is not to be predicted, as torch's cross entropy and transformers have it."""
+"""Label of a token without a target, as in torch's cross entropy and in transformers."""
 
 
-def answered_within(prompt: list[Token], answer: list[Token], max_tokens: int) -> tuple[list[Token], list[Token]]:
-    """What is kept of a prompt and its answer: of a prompt its end, at least a token; then of an answer its beginning.
+def truncate_prompt_and_answer(
+    prompt: list[Token], answer: list[Token], max_tokens: int
+) -> tuple[list[Token], list[Token]]:
+    """Truncate a prompt and its answer to `max_tokens` tokens.
+
+    The beginning of the prompt is removed first, down to one token, and then the end of the answer.
 
     Args:
-        prompt: Its tokens, at least one.
-        answer: The tokens to be predicted.
-        max_tokens: Of both together, at least 2.
+        prompt: Tokens of the prompt, at least one.
+        answer: Tokens to predict.
+        max_tokens: Largest number of tokens of both together, at least 2.
     """
     answer = answer[: max_tokens - 1]
     return prompt[-(max_tokens - len(answer)) :], answer
 
 
 def first_tokens(words: Sequence[int | None]) -> dict[int, int]:
-    """Position of every word's first token, which stands for the word; a word that was cut off is absent.
+    """Return the position of the first token of each word, by word. Truncated words are absent.
 
     Args:
-        words: For each token the word that it belongs to, None for special tokens, as tokenizers say.
+        words: Word index of each token as returned by tokenizers; None for special tokens.
     """
     first: dict[int, int] = {}
     for position, word in enumerate(words):
@@ -36,7 +40,12 @@ def first_tokens(words: Sequence[int | None]) -> dict[int, int]:
 
 
 def word_targets(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
-    """One label per token: a word's own on its first token, IGNORED elsewhere. `words` as for `first_tokens`."""
+    """Return one label per token: that of the word on its first token, IGNORED elsewhere.
+
+    Args:
+        words: Word index of each token as returned by tokenizers; None for special tokens.
+        labels: Label of each word.
+    """
     targets = [IGNORED] * len(words)
     for word, position in first_tokens(words).items():
         targets[position] = labels[word]

@@ -24,7 +24,7 @@ import numpy as np
 
 from fedspine_edge.bundle.bundle import load_bundle
 from fedspine_edge.config import DataSettings
-from fedspine_edge.data.loading import load_examples
+from fedspine_edge.data.loading import read_examples
 from fedspine_edge.demo.setup import FleetInputs, FleetSetup, write_fleet
 from fedspine_edge.demo.supervisor import Supervisor
 from fedspine_edge.errors import ConfigError, FedspineError
@@ -235,7 +235,7 @@ def _measure_models(setup: FleetSetup, reference: FleetSetup | None) -> dict[str
     )
     bundle = compile_engine(finished.folder, setup.folder / "bundle", **_engine_request())
     before = compile_engine(unpruned.folder, setup.folder / "reference" / "bundle", backend="onnxruntime")
-    test = load_examples(DataSettings(path=str(setup.inputs.test_csv), num_labels=setup.inputs.num_labels))
+    test = read_examples(DataSettings(path=str(setup.inputs.test_csv), num_labels=setup.inputs.num_labels))
     texts, labels = [example.text for example in test], np.array([example.label for example in test])
     with Session.load(bundle, backend="onnxruntime") as after_session:
         with Session.load(before, backend="onnxruntime") as before_session:

@@ -13,8 +13,8 @@ import torch
 
 from fedspine_edge.clock import Clock
 from fedspine_edge.config import DeviceConfig
-from fedspine_edge.data.examples import split
-from fedspine_edge.data.loading import read
+from fedspine_edge.data.examples import split_holdout
+from fedspine_edge.data.loading import read_examples
 from fedspine_edge.device.cost_meter import CostMeter
 from fedspine_edge.device.device_state import DEVICE, PersistedState, PruningState
 from fedspine_edge.device.messaging import PlanSuperseded
@@ -69,8 +69,8 @@ class RoundRunner:
             torch.set_num_threads(config.torch_threads)
         torch_device = choose_torch_device(config.torch_device)
         self._peak_memory = None if config.time_kind == "simulated" else PeakMemory(torch_device)
-        examples = read(config.data.path, config.data, config.task)
-        train, holdout = split(examples, config.data.holdout, config.seed, where=config.data.path)
+        examples = read_examples(config.data.path, config.data, config.task)
+        train, holdout = split_holdout(examples, config.data.holdout, config.seed, where=config.data.path)
         self._num_examples = len(train)
         self.state_dir = StateDir(config.state_dir)
         try:

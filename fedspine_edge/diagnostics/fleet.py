@@ -111,11 +111,11 @@ def _is_loopback(host: str) -> bool:
 
 
 def _data(config: DeviceConfig) -> str:
-    from fedspine_edge.data.examples import split
-    from fedspine_edge.data.loading import read
+    from fedspine_edge.data.examples import split_holdout
+    from fedspine_edge.data.loading import read_examples
 
     data = config.data
-    train, held = split(read(data.path, data, config.task), data.holdout, config.seed, where=data.path)
+    train, held = split_holdout(read_examples(data.path, data, config.task), data.holdout, config.seed, where=data.path)
     return f"{data.path}: {len(train):,} examples to train on, {len(held):,} held out"
 
 

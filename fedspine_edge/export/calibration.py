@@ -17,8 +17,8 @@ from fedspine_edge.bundle.bundle import OptimizationProfile, Task, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Metric
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.loading import Data, read
-from fedspine_edge.data.targets import IGNORED, answered_within, word_targets
+from fedspine_edge.data.loading import Data, read_examples
+from fedspine_edge.data.targets import IGNORED, truncate_prompt_and_answer, word_targets
 from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.files import TOKENIZER
 from fedspine_edge.runtime.onnxruntime_runner import empty_past
@@ -93,7 +93,7 @@ def read_data(
     Raises `DataError` naming file, row and column, never a text; `DeployError` without a tokenizer.json.
     """
     encoder = _Encoder(folder, task, max_tokens)
-    examples = read(data, DataSettings(path="", num_labels=num_labels), task)
+    examples = read_examples(data, DataSettings(path="", num_labels=num_labels), task)
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATED_EXAMPLES + MEASURED_EXAMPLES]]
     cut = min(CALIBRATED_EXAMPLES, len(encoded) // 2)
@@ -159,7 +159,7 @@ class _Encoder:
         self._tokenizer.no_truncation()
         prompt = self._tokenizer.encode(example.text).ids
         answer = self._tokenizer.encode(example.text_pair, add_special_tokens=False).ids
-        return answered_within(prompt, answer, self._max_tokens)
+        return truncate_prompt_and_answer(prompt, answer, self._max_tokens)
 
 
 def _batches(encoded: Sequence[tuple[list[int], list[int], Any]], tensors: Sequence[TensorInfo], pad: int) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedspine_edge.bundle.bundle import ADAPTER, MODEL, BundleManifest, LayerWidths, Precision, producer_versions
 from fedspine_edge.bundle.metrics import Accuracy, Quantization, Verification
 from fedspine_edge.config import DataSettings
-from fedspine_edge.data.loading import Data, read
+from fedspine_edge.data.loading import Data, read_examples
 from fedspine_edge.engine.tensorrt_api import opset_for
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.export.calibration import UserData, measure, profile_of, read_data, require_tokenizer
@@ -64,7 +64,7 @@ def export_model_to_bundle(
     module = merged_module(model)
     _copy_tokenizer(folder, draft)
     if examples is not None:  # an export takes minutes: what is wrong with the user's data is said before it
-        examples = read(examples, DataSettings(path="", num_labels=max(2, model.num_labels)), model.task)
+        examples = read_examples(examples, DataSettings(path="", num_labels=max(2, model.num_labels)), model.task)
         require_tokenizer(draft)
     opset = opset if opset is not None else opset_for(precision)
     adapter, values, runtime = None, None, module

@@ -10,7 +10,7 @@ from typing import Any
 from fedspine_edge.config import DataSettings, Task
 from fedspine_edge.data import sentiment
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.loading import load_examples, read
+from fedspine_edge.data.loading import read_examples
 from fedspine_edge.errors import ConfigError, DataError
 
 _TEST_SHARE = 0.15
@@ -85,7 +85,7 @@ def partition_data(folder: Path, *, data: DataSettings, task: Task, num_devices:
 
     The function supports every task, and keeps the column names of `data`. Raises `DataError` for too few examples.
     """
-    examples = read(data.path, data, task)
+    examples = read_examples(data.path, data, task)
     if len(examples) < 3 * num_devices:  # enough to train on and to hold out
         raise DataError(
             f"{data.path} has {len(examples)} examples, fewer than 3 per device.",
@@ -114,7 +114,7 @@ def _split_user_data(
     """Select the test set by a hash of the text, and assign the remaining rows to the devices round-robin."""
     test: list[sentiment.Sentence] = []
     train: list[sentiment.Sentence] = []
-    for example in load_examples(DataSettings(path=str(path), num_labels=num_labels)):
+    for example in read_examples(DataSettings(path=str(path), num_labels=num_labels)):
         bucket = int.from_bytes(hashlib.sha256(example.text.encode()).digest()[:4], "big") / 2**32
         row = sentiment.Sentence("", example.text, example.label)
         (test if bucket < _TEST_SHARE else train).append(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedspine_edge.config import DataSettings, OptimizerSettings
-from fedspine_edge.data.loading import read
+from fedspine_edge.data.loading import read_examples
 from fedspine_edge.export.fleet_model import load_fleet_model
 from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.training.base_model import choose_torch_device
@@ -28,7 +28,7 @@ def evaluate_finished_model(final: Path, base: Path, data: DataSettings, *, max_
     model = load_fleet_model(final, base)
     model.module.to(choose_torch_device("auto"))
     texts = TextEncoder.from_model(model, load_tokenizer(base))
-    examples = texts.encode(read(data.path, data, model.task), max_length_tokens)
+    examples = texts.encode(read_examples(data.path, data, model.task), max_length_tokens)
     training = OptimizerSettings(max_length_tokens=max_length_tokens)
     packs = can_pack(model, max_length_tokens)
     trainer = Trainer(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.targets import IGNORED, answered_within, word_targets
+from fedspine_edge.data.targets import IGNORED, truncate_prompt_and_answer, word_targets
 
 Ints = npt.NDArray[np.int64]
 
@@ -91,7 +91,7 @@ def _encode_answer(example: Example, tokenizer: Any, max_length_tokens: int) -> 
     answer = list(tokenizer(example.text_pair, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
         answer.append(int(tokenizer.eos_token_id))
-    prompt, answer = answered_within(prompt, answer, max_length_tokens)
+    prompt, answer = truncate_prompt_and_answer(prompt, answer, max_length_tokens)
     return Encoded([*prompt, *answer], 0, None, [IGNORED] * len(prompt) + answer)
 
 

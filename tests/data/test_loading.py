@@ -1,4 +1,4 @@
-"""Bad data is one clear error that names file, row and remedy, and never the text."""
+"""Reading examples: unusable data is one error with file, rows and remedy, and without the text."""
 
 import json
 import sys
@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from fedspine_edge.config import DataSettings
-from fedspine_edge.data.examples import Example, split
-from fedspine_edge.data.loading import examples_of, load_examples
+from fedspine_edge.data.examples import Example, split_holdout
+from fedspine_edge.data.loading import read_examples
 from fedspine_edge.errors import DataError, MissingDependency
 
 SECRET = "my very private sentence"
@@ -16,7 +16,7 @@ SECRET = "my very private sentence"
 def from_text(tmp_path, content, name="data.csv", **options):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_examples(DataSettings(path=str(path), **options))
+    return read_examples(DataSettings(path=str(path), **options))
 
 
 def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
@@ -27,14 +27,14 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
     table = pyarrow.table({"y": [1, 0], "one": ["a, b", 'say "x"\nagain'], "two": ["c", "d"], "other": [1.5, 2.5]})
     parquet.write_table(table, tmp_path / "d.parquet")
     lines = "\n".join(json.dumps(row) for row in table.to_pylist()) + "\n\n"
-    assert load_examples(DataSettings(path=str(tmp_path / "d.parquet"), **options)) == expected
+    assert read_examples(DataSettings(path=str(tmp_path / "d.parquet"), **options)) == expected
     assert from_text(tmp_path, lines, "d.jsonl", **options) == expected
     text = '\ufeffone,two,y\n"a, b",c,1\n"say ""x""\nagain",d,0.0\n'
     assert from_text(tmp_path, text, **options) == expected
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "told"),
+    ("content", "name", "expected"),
     [
         ("", "data.csv", ["data.csv", "empty"]),
         ("text,label\n", "data.csv", ["no examples"]),
@@ -60,21 +60,21 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
         ("[" * 100_000 + "\n", "data.jsonl", ["line 1", "not valid JSON"]),
         (f'{{"text": "a", "label": 1{"0" * 400}}}\n', "data.jsonl", ["line 1", "not an integer"]),
         ("{}\n", "data.jsonl", ["line 1", "no column 'text'; the columns present are: none."]),
-        ("text", "data.xlsx", ["unknown kind '.xlsx'", ".parquet"]),
+        ("text", "data.xlsx", ["unknown format '.xlsx'", ".parquet"]),
     ],
 )
-def test_bad_files_are_told_by_row_and_without_their_text(tmp_path, content, name, told):
+def test_unusable_file_names_row_and_remedy_without_text(tmp_path, content, name, expected):
     with pytest.raises(DataError) as caught:
         from_text(tmp_path, content, name)
     message = str(caught.value)
-    assert all(word in message for word in told), message
+    assert all(word in message for word in expected), message
     assert SECRET not in message
     assert caught.value.remedy
-    assert caught.value.__cause__ is None  # the original, which may hold the row, is not shown
+    assert caught.value.__cause__ is None  # the original error may contain the row
 
 
-def test_all_bad_rows_are_told_at_once_by_the_lines_an_editor_shows(tmp_path):
-    """Lines, not records: a quoted text goes over several, and blank ones are skipped."""
+def test_all_unusable_rows_are_reported_by_line_number(tmp_path):
+    """Line numbers differ from records: quoted texts span several lines, and blank lines are skipped."""
     rows = [f'"{SECRET}\nsecond line",1', "", *["good,0"] * 2, *[f"{SECRET},"] * 300, f"{SECRET},7", f"a,{SECRET},1"]
     content = "\n".join(["text,label", *rows])
     with pytest.raises(DataError) as caught:
@@ -85,40 +85,40 @@ def test_all_bad_rows_are_told_at_once_by_the_lines_an_editor_shows(tmp_path):
         "data.csv: 302 of 305 rows cannot be used: "
         f"column 'label' is empty (lines {', '.join(str(first + i) for i in range(5))} and 295 more); "
         f"label 7 is out of range (line {lines.index(f'{SECRET},7') + 1}); "
-        f"more fields than the header has (line {len(lines)})."
+        f"more fields than the header (line {len(lines)})."
     )
     assert "Fill it in" in caught.value.remedy
     assert "`num_labels` is 2" in caught.value.remedy
     assert SECRET not in str(caught.value)
 
 
-def test_the_rows_of_every_kind_of_data_are_all_looked_at(tmp_path):
+def test_every_format_reports_all_unusable_rows(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     rows = [{"text": "a", "label": 9}, {"text": "a", "label": 1}, {"text": None, "label": 1}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     lines = "\n".join(json.dumps(row) for row in rows)
     for read, unit in (
-        (lambda: load_examples(DataSettings(path=str(tmp_path / "d.parquet"))), "row"),
+        (lambda: read_examples(DataSettings(path=str(tmp_path / "d.parquet"))), "row"),
         (lambda: from_text(tmp_path, lines, "d.jsonl"), "line"),
-        (lambda: examples_of(rows, DataSettings(path="")), "row"),
+        (lambda: read_examples(rows), "row"),
     ):
         with pytest.raises(DataError, match=rf"2 of 3 rows .* range \({unit} 1\); .* empty \({unit} 3\)"):
             read()
     many = [("a", label) for label in range(2, 20)]
     with pytest.raises(DataError, match=r"18 of 18 rows .* label 6 .*; 13 more kinds of problems\."):
-        examples_of(many, DataSettings(path=""))
+        read_examples(many)
 
 
-def test_blanks_in_a_header_and_a_very_long_text_are_no_obstacle(tmp_path):
+def test_spaces_in_header_and_very_long_text_are_accepted(tmp_path):
     long = "word " * 40_000
     assert from_text(tmp_path, f"text , label\n{long},1\n") == [Example(long, 1)]
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_missing_file_and_folder_raise(tmp_path):
     with pytest.raises(DataError, match=r"absent\.csv: does not exist"):
-        load_examples(DataSettings(path=str(tmp_path / "absent.csv")))
+        read_examples(DataSettings(path=str(tmp_path / "absent.csv")))
     with pytest.raises(DataError, match="is a folder"):
-        load_examples(DataSettings(path=str(tmp_path)))
+        read_examples(DataSettings(path=str(tmp_path)))
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         from_text(tmp_path, "x", "d.parquet")
 
 
-def test_a_callable_gives_items_and_its_failures_do_not_quote_data(tmp_path, monkeypatch):
+def test_function_returns_items_and_errors_do_not_quote_data(tmp_path, monkeypatch):
     (tmp_path / "mydata.py").write_text(
         f"def good():\n    yield 'a', 1\n    yield 'b', 0\n"
         f"def pairs():\n    return [('a', 'b', 1)]\n"
@@ -135,33 +135,33 @@ def test_a_callable_gives_items_and_its_failures_do_not_quote_data(tmp_path, mon
         f"def mixed():\n    return [('a', 1), ('a', '{SECRET}', 1)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert [e.label for e in load_examples(DataSettings(path="mydata:good"))] == [1, 0]
-    assert load_examples(DataSettings(path="mydata:pairs")) == [Example("a", 1, "b")]
-    for name, told in (("broken", r"raised KeyError at mydata\.py:7"), ("mixed", "row 2: single texts and pairs")):
-        with pytest.raises(DataError, match=told) as caught:
-            load_examples(DataSettings(path=f"mydata:{name}"))
+    assert [e.label for e in read_examples(DataSettings(path="mydata:good"))] == [1, 0]
+    assert read_examples(DataSettings(path="mydata:pairs")) == [Example("a", 1, "b")]
+    for name, expected in (("broken", r"raised KeyError at mydata\.py:7"), ("mixed", "row 2: single texts and pairs")):
+        with pytest.raises(DataError, match=expected) as caught:
+            read_examples(DataSettings(path=f"mydata:{name}"))
         assert SECRET not in str(caught.value)
     with pytest.raises(DataError, match="cannot be imported"):
-        load_examples(DataSettings(path="mydata:absent"))
+        read_examples(DataSettings(path="mydata:absent"))
 
 
-def test_examples_do_not_show_their_text():
+def test_repr_of_example_hides_its_text():
     assert SECRET not in repr(Example(SECRET, 1, SECRET))
 
 
-def test_the_split_is_disjoint_seeded_and_leaves_something_to_train_on():
+def test_split_holdout_is_disjoint_and_seeded():
     examples = [Example(str(i), 0) for i in range(20)]
-    train, held = split(examples, 5, 3, where="x")
+    train, held = split_holdout(examples, 5, 3, where="x")
     assert len(held) == 5
     assert sorted(train + held, key=lambda e: int(e.text)) == examples
-    assert split(examples, 5, 3, where="x") == (train, held)
-    assert split(examples, 5, 4, where="x")[1] != held
-    with pytest.raises(DataError, match="20 examples; holding 20 out"):
-        split(examples, 20, 0, where="x")
+    assert split_holdout(examples, 5, 3, where="x") == (train, held)
+    assert split_holdout(examples, 5, 4, where="x")[1] != held
+    with pytest.raises(DataError, match="20 examples; holding out 20"):
+        split_holdout(examples, 20, 0, where="x")
 
 
 @pytest.mark.parametrize(
-    ("item", "told"),
+    ("item", "expected"),
     [
         (([SECRET, "b"], [1]), "2 words have 1 labels"),
         ((SECRET, [1]), "'text' is not a list"),
@@ -172,22 +172,22 @@ def test_the_split_is_disjoint_seeded_and_leaves_something_to_train_on():
         ({"text": [SECRET]}, "no column 'label'"),
     ],
 )
-def test_bad_words_are_one_error_without_the_words(item, told):
+def test_unusable_words_raise_without_quoting_them(item, expected):
     with pytest.raises(DataError) as caught:
-        examples_of([(["a"], [0]), item], DataSettings(path=""), words=True)
-    assert told in str(caught.value)
+        read_examples([(["a"], [0]), item], task="token_classification")
+    assert expected in str(caught.value)
     assert "row 2" in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
-def test_examples_that_were_read_can_be_given_again():
+def test_examples_can_be_read_again():
     settings = DataSettings(path="", num_labels=3)
-    for items, form in (
-        ([(["a", "b"], [1, 2])], {"words": True}),
-        ([("a", "b", 1)], {}),
-        (["a"], {"labelled": False}),
+    for items, task in (
+        ([(["a", "b"], [1, 2])], "token_classification"),
+        ([("a", "b", 1)], "classification"),
+        (["a"], "causal_lm"),
     ):
-        examples = examples_of(items, settings, **form)
-        assert examples_of(examples, settings, **form) == examples
+        examples = read_examples(items, settings, task)
+        assert read_examples(examples, settings, task) == examples
     with pytest.raises(DataError, match="row 1: column 'text' is not a list"):
-        examples_of([Example("a", 1)], settings, words=True)
+        read_examples([Example("a", 1)], settings, "token_classification")

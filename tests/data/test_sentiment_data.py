@@ -1,4 +1,4 @@
-"""The demo's data: real sentences, disjoint parts, non-IID by domain."""
+"""Sentiment data of the demo: real sentences, disjoint parts, partitioned by domain."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ def test_every_domain_has_both_labels_in_both_parts(split: sentiment.Split) -> N
         assert all(counts[domain, label] > 100 for domain in sentiment.DOMAINS for label in (0, 1))
 
 
-def test_any_prefix_is_a_fair_sample(split: sentiment.Split) -> None:
+def test_every_prefix_is_a_fair_sample(split: sentiment.Split) -> None:
     sample = sentiment.balanced(split.test, 300)
     assert Counter(s.domain for s in sample) == dict.fromkeys(sentiment.DOMAINS, 300)
     movies = [s.label for s in sample if s.domain == "movies"]
@@ -31,7 +31,7 @@ def test_no_text_is_in_both_parts(split: sentiment.Split) -> None:
 
 
 @pytest.mark.parametrize("num_devices", [1, 4, 6])
-def test_a_device_holds_one_domain_and_no_sentence_is_shared(split: sentiment.Split, num_devices: int) -> None:
+def test_partition_gives_each_device_one_domain(split: sentiment.Split, num_devices: int) -> None:
     shares = sentiment.partition(split.train, num_devices)
     assert all(len({s.domain for s in share}) == 1 for share in shares)
     texts = [s.text for share in shares for s in share]
@@ -40,10 +40,10 @@ def test_a_device_holds_one_domain_and_no_sentence_is_shared(split: sentiment.Sp
         assert len(texts) == len(split.train)
 
 
-def test_a_damaged_cache_is_fetched_again_or_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_cache_is_downloaded_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sentiment, "_FETCH_TIMEOUT_S", 0.01)
     (tmp_path / "fedspine_edge").mkdir()
     (tmp_path / "fedspine_edge" / "vaderSentiment-2.5.tar.gz").write_bytes(b"truncated")
-    with pytest.raises(DataError, match="took over"):
+    with pytest.raises(DataError, match="timed out"):
         sentiment.fetch()

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaMo
 from fedspine_edge import EdgeTuner
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.loading import examples_of
+from fedspine_edge.data.loading import read_examples
 from fedspine_edge.model.loading import load_tokenizer
 from fedspine_edge.training import batching
 from fedspine_edge.training.trainer import Trainer
@@ -63,7 +63,9 @@ def test_words_are_classified_pruned_saved_and_read_back(tiny_folder, tmp_path):
 def test_only_the_first_token_of_a_word_carries_its_label(tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
     [encoded] = batching.encode(
-        examples_of([(["films", "films"], [1, 2])], DataSettings(path="", num_labels=3), words=True), tokenizer, 24
+        read_examples([(["films", "films"], [1, 2])], DataSettings(path="", num_labels=3), "token_classification"),
+        tokenizer,
+        24,
     )
     assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["[CLS]", "film", "##s", "film", "##s", "[SEP]"]
     assert encoded.token_labels == [-100, 1, -100, 2, -100, -100]
@@ -76,9 +78,7 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
     assert before["num_examples"] == 12 * 2  # two words; this tokenizer has no end token
     tuner.fit(pairs, steps=30)
     assert tuner.evaluate(pairs)["accuracy"] > 0.95
-    examples = batching.encode(
-        examples_of(pairs[:1], DataSettings(path=""), labelled=False), tuner.tokenizer, 24, causal=True
-    )
+    examples = batching.encode(read_examples(pairs[:1], task="causal_lm"), tuner.tokenizer, 24, causal=True)
     trainer: Trainer = tuner._trainer(examples, 1)
     labels = torch.tensor([examples[0].token_labels])
     expected = tuner.model.module(input_ids=torch.tensor([examples[0].input_ids]), labels=labels).loss
