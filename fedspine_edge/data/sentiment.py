@@ -99,7 +99,7 @@ def fetch() -> Path:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            raise DataError(f"the download of the sentiment data timed out.", remedy=remedy) from None
+            raise DataError("the download of the sentiment data timed out.", remedy=remedy) from None
         found = list(Path(temp).glob("*.tar.gz"))
         if done.returncode or not found or _sha256(found[0]) != _SHA256:
             last_line = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
