@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from fedspine_edge.arrays import Float64Array
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -32,7 +33,7 @@ class DeviceScores:
     layers: tuple[tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]], ...]
 
 
-def average_scores(scores: Sequence[DeviceScores], sizes: Sequence[int]) -> tuple[Array, ...]:
+def average_scores(scores: Sequence[DeviceScores], sizes: Sequence[int]) -> tuple[Float64Array, ...]:
     """Return per layer the (size,) weighted mean score of every group; NaN where no device scored it.
 
     Each device's scores of a layer are divided by their root mean square over the groups that all devices scored
@@ -60,7 +61,7 @@ def kept_by_all(kept: Sequence[Sequence[npt.NDArray[np.integer]]], sizes: Sequen
 
 
 def update_order(
-    previous: Sequence[npt.NDArray[np.integer]] | None, scores: Sequence[Array], held: Sequence[Indices]
+    previous: Sequence[npt.NDArray[np.integer]] | None, scores: Sequence[Float64Array], held: Sequence[Indices]
 ) -> tuple[Indices, ...]:
     """Return per layer all groups from most to least important.
 
@@ -84,7 +85,7 @@ def update_order(
     return tuple(orders)
 
 
-def _ranked(groups: npt.NDArray[np.integer], score: Array) -> Indices:
+def _ranked(groups: npt.NDArray[np.integer], score: Float64Array) -> Indices:
     """Return `groups` by decreasing score, ties by index; those without a score come last, in the given order."""
     has_score = ~np.isnan(score[groups])
     known = groups[has_score]
@@ -93,7 +94,7 @@ def _ranked(groups: npt.NDArray[np.integer], score: Array) -> Indices:
 
 def _average_layer(
     scored: Sequence[tuple[float, npt.NDArray[np.integer], npt.NDArray[np.floating]]], size: int
-) -> Array:
+) -> Float64Array:
     common = np.arange(size)
     for weight, index, _ in scored:
         if weight > 0 and index.size:
@@ -108,5 +109,5 @@ def _average_layer(
         if weight > 0 and unit > 0:
             total[index] += weight * (score / unit)
             weights[index] += weight
-    mean: Array = np.divide(total, weights, out=np.full(size, np.nan), where=weights > 0)
+    mean: Float64Array = np.divide(total, weights, out=np.full(size, np.nan), where=weights > 0)
     return mean

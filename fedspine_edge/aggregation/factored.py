@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from fedspine_edge.arrays import Float64Array
+
 Float32 = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Shape = tuple[int, int]
@@ -38,16 +39,16 @@ class LowRank:
 
     A: Float32
     B: Float32
-    explained_variance: Array
+    explained_variance: Float64Array
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """`U · diag(S) · Vt`, with U (out, k), S (k,) descending and Vt (k, in); `total` is its squared Frobenius norm."""
 
-    U: Array
-    S: Array
-    Vt: Array
+    U: Float64Array
+    S: Float64Array
+    Vt: Float64Array
     total: float
 
 
@@ -62,15 +63,15 @@ class LowRankSum:
 
     def __init__(self, shape: Shape, *, max_stack_rank: int = MAX_STACK_RANK) -> None:
         self.shape = shape
-        self.row_weight: Array = np.zeros(shape[0])
-        self.col_weight: Array = np.zeros(shape[1])
+        self.row_weight: Float64Array = np.zeros(shape[0])
+        self.col_weight: Float64Array = np.zeros(shape[1])
         self.total_weight = 0.0
         self._max_stack_rank = max_stack_rank
         self._limit = min(*shape, max_stack_rank)
-        self._left: list[Array] = []
-        self._right: list[Array] = []
+        self._left: list[Float64Array] = []
+        self._right: list[Float64Array] = []
         self._rank = 0
-        self._dense: Array | None = None
+        self._dense: Float64Array | None = None
 
     def add(
         self, weight: float, A: npt.NDArray[np.floating], B: npt.NDArray[np.floating], rows: Indices, cols: Indices
@@ -121,10 +122,10 @@ class LowRankSum:
             small = decompose_stack(left[rows] * row_scale[rows, None], right[:, cols] * col_scale[cols])
         return _placed(small, self.shape, rows, cols)
 
-    def _stack(self) -> tuple[Array, Array]:
+    def _stack(self) -> tuple[Float64Array, Float64Array]:
         return np.concatenate(self._left, axis=1), np.concatenate(self._right, axis=0)
 
-    def _with_stack(self) -> Array:
+    def _with_stack(self) -> Float64Array:
         dense = np.zeros(self.shape) if self._dense is None else self._dense
         if not self._left:
             return dense
@@ -142,7 +143,7 @@ class LowRankSum:
         self._rank = self._left[0].shape[1]
 
 
-def decompose_dense(matrix: Array) -> Decomposition:
+def decompose_dense(matrix: Float64Array) -> Decomposition:
     """Return the singular value decomposition with fixed signs; rows and columns of zeros stay exactly zero."""
     rows, cols = np.flatnonzero(matrix.any(axis=1)), np.flatnonzero(matrix.any(axis=0))
     if rows.size == 0:
@@ -151,7 +152,7 @@ def decompose_dense(matrix: Array) -> Decomposition:
     return _placed(_signed(U, S, Vt), (matrix.shape[0], matrix.shape[1]), rows, cols)
 
 
-def decompose_stack(left: Array, right: Array) -> Decomposition:
+def decompose_stack(left: Float64Array, right: Float64Array) -> Decomposition:
     """Return the singular value decomposition of `left @ right`, (out, R) and (R, in), through its (R, R) core."""
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
@@ -202,7 +203,7 @@ def product_norm(A: npt.NDArray[np.floating], B: npt.NDArray[np.floating]) -> fl
     return float(np.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))))
 
 
-def prefix_explained_variance(A: Array, B: Array) -> Array:
+def prefix_explained_variance(A: Float64Array, B: Float64Array) -> Float64Array:
     """Return the (r,) shares of ‖B·A‖² that the prefixes explain, for factors that are not orthogonal.
 
     Entry i is 1 - ‖B·A - B[:, :i+1]·A[:i+1]‖² / ‖B·A‖², which is negative where later components cancel earlier.
@@ -215,14 +216,14 @@ def prefix_explained_variance(A: Array, B: Array) -> Array:
     return 1.0 - np.array([*rest, 0.0]) / total
 
 
-def kaiming_rows(name: str, in_features: int, r: int, seed: int) -> Array:
+def kaiming_rows(name: str, in_features: int, r: int, seed: int) -> Float64Array:
     """Return (r, in) seeded Kaiming-uniform rows of A for module `name`; the first rows do not depend on r."""
     stream = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-    rows: Array = stream.uniform(-1.0, 1.0, size=(r, in_features))
+    rows: Float64Array = stream.uniform(-1.0, 1.0, size=(r, in_features))
     return rows / float(np.sqrt(in_features))
 
 
-def _initial_pair(name: str, shape: Shape, r: int, seed: int) -> tuple[Array, Array]:
+def _initial_pair(name: str, shape: Shape, r: int, seed: int) -> tuple[Float64Array, Float64Array]:
     return kaiming_rows(name, shape[1], r, seed), np.zeros((shape[0], r))
 
 
@@ -233,13 +234,13 @@ def _placed(small: Decomposition, shape: Shape, rows: Indices, cols: Indices) ->
     return Decomposition(U, small.S, Vt, small.total)
 
 
-def _signed(U: Array, S: Array, Vt: Array) -> Decomposition:
+def _signed(U: Float64Array, S: Float64Array, Vt: Float64Array) -> Decomposition:
     """Fix the signs, which an SVD leaves open, so that the largest entry of every row of Vt is positive."""
     peak = np.abs(Vt).argmax(axis=1)
     sign = np.where(Vt[np.arange(Vt.shape[0]), peak] < 0, -1.0, 1.0)
     return Decomposition(U * sign, S, Vt * sign[:, None], float((S**2).sum()))
 
 
-def _inverse(weight: Array) -> Array:
+def _inverse(weight: Float64Array) -> Float64Array:
     # Below this limit the inverse overflows; such a weight counts as zero.
     return np.divide(1.0, weight, out=np.zeros_like(weight), where=weight > 1e-300)

@@ -26,7 +26,6 @@ import numpy.typing as npt
 from fedspine_edge.aggregation.factored import (
     DEAD,
     MAX_STACK_RANK,
-    Array,
     Decomposition,
     Float32,
     Indices,
@@ -39,6 +38,7 @@ from fedspine_edge.aggregation.factored import (
     prefix_explained_variance,
     product_norm,
 )
+from fedspine_edge.arrays import Float64Array
 from fedspine_edge.errors import ConfigError
 
 Rule = Literal["reconstruct", "zero_pad", "stack", "svd", "trimmed_mean", "median"]
@@ -60,7 +60,7 @@ class Aggregate:
     """
 
     factors: dict[str, tuple[Float32, Float32]]
-    explained_variance: dict[str, Array]
+    explained_variance: dict[str, Float64Array]
     clipped: dict[str, float] = field(default_factory=dict)
     num_devices: int = 0
 
@@ -207,7 +207,7 @@ class Aggregator:
     def _robust(self, name: str, updates: list[_Update]) -> LowRank:
         shape = self.shapes[name]
         holders = [u for u in updates if u.weight > 0 and name in u.factors]
-        combined: Array = np.zeros(shape)
+        combined: Float64Array = np.zeros(shape)
         block = max(1, BLOCK_ELEMENTS // max(1, len(holders) * shape[1]))
         for start in range(0, shape[0] if holders else 0, block):
             stop = min(start + block, shape[0])
@@ -282,7 +282,7 @@ def average_tensors(updates: Iterable[tuple[float, Mapping[str, npt.NDArray[Any]
 
     Raises `ValueError` when the weights sum to zero.
     """
-    sums: dict[str, Array] = {}
+    sums: dict[str, Float64Array] = {}
     total = 0.0
     for weight, tensors in updates:
         for name, tensor in tensors.items():
@@ -293,7 +293,7 @@ def average_tensors(updates: Iterable[tuple[float, Mapping[str, npt.NDArray[Any]
     return {name: (value / total).astype(np.float32) for name, value in sums.items()}
 
 
-def _put_dense(target: Array, update: _Update, name: str, start: int, stop: int) -> None:
+def _put_dense(target: Float64Array, update: _Update, name: str, start: int, stop: int) -> None:
     """Write rows start..stop of the device's B·A into `target` (stop - start, in), where it keeps them."""
     A, B = update.factors[name]
     rows = update.rows[name]
@@ -302,7 +302,7 @@ def _put_dense(target: Array, update: _Update, name: str, start: int, stop: int)
     target[np.ix_(rows[first:last] - start, update.cols[name])] = product
 
 
-def _middle(values: Array, trim: float | None) -> Array:
+def _middle(values: Float64Array, trim: float | None) -> Float64Array:
     """Return the median (trim None) or trimmed mean over axis 0 of (k, rows, cols).
 
     NaN marks elements that a device does not keep.

@@ -28,8 +28,9 @@ import msgspec
 from msgspec import Meta
 
 from fedspine_edge.bundle.metrics import Accuracy, BundleRecord, Quantization, Verification
+from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
-from fedspine_edge.files import sha256_of_file
+from fedspine_edge.files import Sha256, sha256_of_file
 
 FORMAT_VERSION = 2
 MANIFEST, MODEL, PLAN, TIMINGS = "bundle.json", "model.onnx", "engine.plan", "timing.cache"
@@ -37,8 +38,6 @@ ADAPTER = "adapter.safetensors"
 MAX_MANIFEST_BYTES = 4 * 1024**2
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
-Task = Literal["classification", "token_classification", "causal_lm"]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
 

@@ -6,18 +6,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from fedspine_edge.arrays import Tensors
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.errors import LayoutError
 from fedspine_edge.model.layout import Layout, Order
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.messages import Report
-from fedspine_edge.training.state_dir import (
-    StateDir,
-    StateRecord,
-    Tensors,
-    prefixed,
-    unprefixed,
-)
+from fedspine_edge.training.state_dir import StateDir, StateRecord, prefixed, unprefixed
 
 DEVICE = "device"
 

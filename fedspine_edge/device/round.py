@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedspine_edge.arrays import Tensors
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.device.cost_meter import CostMeter
 from fedspine_edge.device.device_state import PruningState, RoundResult
@@ -41,13 +42,7 @@ from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import fitting_micro_batch
 from fedspine_edge.training.peak_memory import PeakMemory
-from fedspine_edge.training.state_dir import (
-    StateDir,
-    StateRecord,
-    Tensors,
-    prefixed,
-    unprefixed,
-)
+from fedspine_edge.training.state_dir import StateDir, StateRecord, prefixed, unprefixed
 from fedspine_edge.training.trainer import BatchSettings, Trainer
 
 log = logging.getLogger("fedspine_edge.device")

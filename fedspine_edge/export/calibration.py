@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fedspine_edge.bundle.bundle import OptimizationProfile, Task, TensorInfo
+from fedspine_edge.arrays import Array
+from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Metric
-from fedspine_edge.config import DataSettings
+from fedspine_edge.config import DataSettings, Task
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.loading import Data, read_examples
 from fedspine_edge.data.targets import IGNORED, truncate_prompt_and_answer, word_targets
@@ -23,7 +23,6 @@ from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.files import TOKENIZER
 from fedspine_edge.runtime.onnxruntime_runner import empty_past
 
-Array = npt.NDArray[Any]
 Inputs = dict[str, Array]
 
 CALIBRATED_EXAMPLES = 128

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.runtime.bf16_emulation import emulate_bfloat16, tensor_types
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Array = npt.NDArray[Any]
 ROOT = "/model/"
 """The scope that tracing puts around the model (`graphs._Traced.model`)."""
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from fedspine_edge.bundle.bundle import AdapterSpec, Precision, Task, TensorInfo
+from fedspine_edge.bundle.bundle import AdapterSpec, Precision, TensorInfo
 from fedspine_edge.bundle.metrics import Quantization
+from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, MissingDependency
 
 if TYPE_CHECKING:

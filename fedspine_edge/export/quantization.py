@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import Precision
 from fedspine_edge.bundle.metrics import Quantization
 from fedspine_edge.errors import DeployError, MissingDependency
 
-Array = npt.NDArray[Any]
 Inputs = dict[str, Array]
 
 QUANTIZED: tuple[Precision, ...] = ("int8", "fp8", "int4")

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedspine_edge.bundle.bundle import AdapterSpec, LoraModule, Task, TensorInfo
+from fedspine_edge.bundle.bundle import AdapterSpec, LoraModule, TensorInfo
+from fedspine_edge.config import Task
 from fedspine_edge.model.architecture import task_of
 from fedspine_edge.model.families import SUPPORTED, architecture_of
 from fedspine_edge.model.layout import module_names, split_name

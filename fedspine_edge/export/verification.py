@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import AdapterSpec, Bundle, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Verification
 from fedspine_edge.data.loading import Data
@@ -18,7 +19,7 @@ from fedspine_edge.export.divergence import first_divergent_layer
 from fedspine_edge.export.onnx_export import Exported, merged_module
 from fedspine_edge.model.architecture import task_of
 from fedspine_edge.runtime.adapters import bundled_adapter
-from fedspine_edge.runtime.comparison import TOLERANCE, Array, Inputs, compare, logits_of, random_inputs
+from fedspine_edge.runtime.comparison import TOLERANCE, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 if TYPE_CHECKING:

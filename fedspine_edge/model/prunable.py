@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, LayoutError, ModelError
 from fedspine_edge.kernels import ops
@@ -32,7 +33,6 @@ from fedspine_edge.model.precision import (
 )
 from fedspine_edge.model.spec import ModelSpec
 
-Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 QUANTIZED_SUFFIXES = (".codes", ".scales", ".group_of_col")

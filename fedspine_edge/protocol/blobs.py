@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array, Tensors
 from fedspine_edge.errors import BlobError
 from fedspine_edge.model.layout import GROUP_KINDS, Indices, Layout, Order, module_names
 from fedspine_edge.model.spec import ModelSpec
 
-Array = npt.NDArray[Any]
-Tensors = dict[str, Array]
 Factors = Mapping[str, tuple[Array, Array]]
 """Module name → (A, B)."""
 

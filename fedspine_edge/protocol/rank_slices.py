@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedspine_edge.arrays import Tensors
 from fedspine_edge.errors import BlobError, LayoutError
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.blobs import HELD, is_adapter, is_head
-
-Tensors = dict[str, npt.NDArray[Any]]
 
 
 def slice_starts(ranks: Sequence[int], r_max: int) -> list[int]:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import ADAPTER, AdapterSpec, BundleManifest, LoraModule
 from fedspine_edge.errors import CheckpointError, DeployError
 
-Array = npt.NDArray[Any]
 CONFIG, WEIGHTS, LAYOUT = "adapter_config.json", "adapter_model.safetensors", "layout.json"
 PREFIX = "base_model.model."
 

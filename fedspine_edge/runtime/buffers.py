@@ -6,16 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.engine.cuda_driver import Bytes, Cuda
 from fedspine_edge.errors import DeployError
-
-Array = npt.NDArray[Any]
 
 ALIGNMENT = 256
 """What cuMemAlloc aligns to, and TensorRT asks of its tensors' addresses."""

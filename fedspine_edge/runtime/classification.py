@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fedspine_edge.bundle.bundle import Task
+from fedspine_edge.arrays import Array
+from fedspine_edge.config import Task
 from fedspine_edge.data.targets import first_tokens
 from fedspine_edge.errors import ConfigError, DataError, DeployError
 from fedspine_edge.runtime.latency import Result
@@ -16,8 +16,6 @@ from fedspine_edge.runtime.text import Text, Words
 
 if TYPE_CHECKING:
     from fedspine_edge.runtime.session import Session
-
-Array = npt.NDArray[Any]
 
 
 class Prediction(Result, frozen=True, kw_only=True):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import PLAN, BundleManifest, EngineInfo, Precision, TensorInfo
 from fedspine_edge.bundle.metrics import Verification
 from fedspine_edge.errors import DataError, ExportMismatch
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner, Runner, empty_past
 
-Array = npt.NDArray[Any]
 Inputs = dict[str, Array]
 
 TOLERANCE: dict[Precision, float] = {

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import EngineInfo, TensorInfo
 from fedspine_edge.engine.cuda_driver import Cuda
 from fedspine_edge.engine.tensorrt_api import Backend, OpenEngine, open_engine
@@ -17,8 +16,6 @@ from fedspine_edge.errors import DataError, DeployError, EngineIncompatible
 from fedspine_edge.runtime.buffers import KvCache, OutputSlice
 from fedspine_edge.runtime.execution import ExecutionSlot, InferenceRequest
 from fedspine_edge.runtime.onnxruntime_runner import past_name
-
-Array = npt.NDArray[Any]
 
 MAX_LANES = 2
 """Runs at the same time. A second one fills the gaps of the first; each costs the engine's scratch memory once more."""

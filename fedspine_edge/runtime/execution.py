@@ -16,15 +16,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
-
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.engine.cuda_driver import Cuda
 from fedspine_edge.engine.tensorrt_api import OpenEngine
 from fedspine_edge.errors import DeployError
 from fedspine_edge.runtime.buffers import Buffer, DeviceTensor, OutputSlice
-
-Array = npt.NDArray[Any]
 
 MAX_GRAPHS = 8
 """Graphs a lane keeps; the one unused for longest makes room. Texts of any length would otherwise fill the memory."""

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.errors import ConfigError, DataError, DeployError
 from fedspine_edge.runtime.text import TextStream
 
 if TYPE_CHECKING:
     from fedspine_edge.runtime.session import Session
 
-Array = npt.NDArray[Any]
 Finish = Literal["end", "stop", "length"]
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import BundleManifest, TensorInfo
 from fedspine_edge.errors import DataError
-
-Array = npt.NDArray[Any]
 
 
 def checked_tokens(manifest: BundleManifest, given: Mapping[str, Array]) -> dict[str, Array]:

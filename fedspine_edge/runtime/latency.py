@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedspine_edge.runtime.session import Session
-
-Array = npt.NDArray[Any]
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

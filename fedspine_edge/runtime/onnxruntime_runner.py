@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.runtime.bf16_emulation import emulated_copy
-
-Array = npt.NDArray[Any]
 
 
 def empty_past(tensors: Sequence[TensorInfo], batch: int) -> dict[str, Array]:

@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
-import numpy.typing as npt
-
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.archive import is_archive, unpack
 from fedspine_edge.bundle.bundle import BundleManifest
 from fedspine_edge.errors import ConfigError, DeployError
@@ -40,7 +39,6 @@ from fedspine_edge.runtime.text import Text, TextCodec, Words
 
 __all__ = ["LatencyComparison", "LatencyStatistics", "Prediction", "Session", "WordLabel", "compare_latency"]
 
-Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 

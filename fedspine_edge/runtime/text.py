@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import Bundle
 from fedspine_edge.errors import DataError, DeployError, MissingDependency
 from fedspine_edge.files import TOKENIZER
 
-Array = npt.NDArray[Any]
 Text = str | tuple[str, str]
 Words = list[str] | tuple[str, ...]
 

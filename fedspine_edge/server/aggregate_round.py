@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedspine_edge.aggregation.consensus import DeviceScores, average_scores, kept_by_all, update_order
 from fedspine_edge.aggregation.factored import initial_factors
 from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
+from fedspine_edge.arrays import Tensors
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.model.layout import (
@@ -31,8 +32,6 @@ from fedspine_edge.protocol.codec import Tensor
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.pruning.selection import Scope
 from fedspine_edge.server.update_validation import AcceptedUpdate
-
-Tensors = dict[str, npt.NDArray[Any]]
 
 _COMPLETED = ("reconstruct", "trimmed_mean", "median")
 """Rules whose updates are completed to full rank; the others are published baselines and stay as they are."""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedspine_edge.arrays import Tensors
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.device.adapter_download import AdapterDownload
@@ -36,7 +37,7 @@ from fedspine_edge.protocol.blobs import (
 )
 from fedspine_edge.protocol.chunks import ref_of
 from fedspine_edge.protocol.messages import Ack, Report, RoundPlan, Status
-from fedspine_edge.protocol.rank_slices import Tensors, merge_slices
+from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.simulation.cost_model import MINILM, SMALL, factor_elements, record_work, typical_layout
 from fedspine_edge.simulation.virtual_network import VirtualTransport

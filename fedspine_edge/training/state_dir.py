@@ -26,10 +26,9 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from fedspine_edge.arrays import Tensors
 from fedspine_edge.errors import CheckpointError, ConfigError
 from fedspine_edge.files import write_atomically
-
-Tensors = dict[str, npt.NDArray[Any]]
 
 SCHEMA = 1
 SECRET = "secret"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedspine_edge.cli.main import parser
-from fedspine_edge.model.loading import FOR_AN_OLD_TORCH
+from fedspine_edge.cli.main import make_parser
+from fedspine_edge.model.loading import TRANSFORMERS_FOR_OLD_TORCH
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jetson" / "install.sh"
@@ -95,7 +95,7 @@ def test_the_requirements_it_installs_are_ours_without_torch() -> None:
 
 
 def test_an_old_torch_gets_the_transformers_that_doctor_names() -> None:
-    assert f"old_torch='{FOR_AN_OLD_TORCH}'" in SCRIPT.read_text()
+    assert f"old_torch='{TRANSFORMERS_FOR_OLD_TORCH}'" in SCRIPT.read_text()
     code = re.search(r"has_models='(.*)'", SCRIPT.read_text())
     assert code
     older = "import importlib.metadata as m; at = m.version; m.version = lambda n: '2.0' if n == 'torch' else at(n); "
@@ -161,7 +161,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 def test_the_unit_starts_a_command_that_exists_and_restarts_it() -> None:
     lines = UNIT.read_text().splitlines()
     (start,) = (line.removeprefix("ExecStart=") for line in lines if line.startswith("ExecStart="))
-    arguments = parser().parse_args(start.split()[1:])
+    arguments = make_parser().parse_args(start.split()[1:])
     assert arguments.command == "device"
     for wanted in ("Restart=always", "User=fedspine", "StateDirectory=fedspine-edge", "NoNewPrivileges=yes"):
         assert wanted in lines
