@@ -173,18 +173,18 @@ class TrainingSettings(_Section, frozen=True, kw_only=True):
 class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the optimizer that a plan carries, the same for every device of the fleet."""
 
-    learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-3
-    batch_size: Annotated[int, Meta(ge=1)] = 8
-    max_length_tokens: Annotated[int, Meta(ge=1)] = 48
+    learning_rate: Annotated[float, Meta(gt=0.0, le=1e6)] = 1e-3
+    batch_size: Annotated[int, Meta(ge=1, le=10**9)] = 8
+    max_length_tokens: Annotated[int, Meta(ge=1, le=10**9)] = 48
     warmup_ratio: Annotated[float, Meta(ge=0.0, le=1.0)] = field(default=0.1, name="warmup_share")
     """Share of a round's steps with linear warmup, since AdamW's moments start at zero in every round."""
-    max_grad_norm: Annotated[float, Meta(gt=0.0)] = 1.0
-    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.0
-    first_step: Annotated[int, Meta(ge=0)] = 0
+    max_grad_norm: Annotated[float, Meta(gt=0.0, le=1e30)] = 1.0
+    weight_decay: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.0
+    first_step: Annotated[int, Meta(ge=0, le=10**18)] = 0
     """Number of steps before this round."""
-    total_steps: Annotated[int, Meta(ge=1)] = 1
+    total_steps: Annotated[int, Meta(ge=1, le=10**18)] = 1
     """Number of steps of the whole run. The learning rate reaches zero at its end."""
-    decay_from_step: Annotated[int, Meta(ge=0)] = 0
+    decay_from_step: Annotated[int, Meta(ge=0, le=10**18)] = 0
     """Step of the run at which cosine decay begins. Before it, the learning rate is at its peak."""
 
 

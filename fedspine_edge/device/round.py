@@ -34,7 +34,7 @@ from fedspine_edge.protocol.blobs import (
 )
 from fedspine_edge.protocol.chunks import ref_of
 from fedspine_edge.protocol.codec import check_tensors, pack
-from fedspine_edge.protocol.messages import Report, RoundPlan
+from fedspine_edge.protocol.messages import MAX_FIGURE, Report, RoundPlan
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.selection import GroupScores, select_layout
 from fedspine_edge.training.base_model import BaseModelLoader
@@ -372,4 +372,5 @@ def _tracker_of(trainer: Trainer) -> ImportanceTracker:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
+    """Return `value`, or None for one that is not finite or beyond the range of a report."""
+    return value if value is not None and abs(value) <= MAX_FIGURE else None

@@ -204,7 +204,7 @@ class ReportCollector:
         recorded = RecordedReport(
             report=report,
             status=status,
-            reason=reason[:MAX_REASON],
+            reason=escape_unprintable(reason)[:MAX_REASON],
             widths=None if layout is None else layout.counts,
             sparsity=None if layout is None else layout.sparsity,
             achieved_ratio=None if layout is None else layout.pruning_ratio,
@@ -232,6 +232,11 @@ def ack_for_past_report(journal: Journal, run_id: str, report: Report) -> Ack:
     if journal.has_plan(report.device_id, report.plan_sha256):
         return _ack_unmatched(report, "late", f"round {report.server_round} ended without it.")
     return _ack_unmatched(report, "refused", "its plan is not one of this run.")
+
+
+def escape_unprintable(text: str) -> str:
+    """Return `text` with line breaks, control and direction characters escaped, so that it is safe in logs."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _final_ack(report: Report, status: str, reason: str) -> Ack:

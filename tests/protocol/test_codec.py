@@ -105,6 +105,51 @@ def test_idle_plan_is_sent_with_fields_that_earlier_devices_know(kind):
     assert sent.keys() <= {"schema", "action", "run_id", "device_id", "server_round", "num_rounds", "reason"}
 
 
+def numbers_of(kind, path=""):
+    for field in msgspec.inspect.type_info(kind).fields:
+        if field.name == "schema":  # the codec accepts one value only
+            continue
+        types = getattr(field.type, "types", (field.type,))
+        for one in types:
+            one = getattr(one, "item_type", one)
+            if isinstance(one, msgspec.inspect.StructType):
+                yield from numbers_of(one.cls, f"{path}{field.name}.")
+            elif isinstance(one, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
+                yield pytest.param(one, id=f"{kind.__name__}.{path}{field.name}")
+
+
+@pytest.mark.parametrize("number", [n for kind in KINDS for n in numbers_of(kind)])
+def test_every_number_in_a_message_has_a_range(number):
+    least = number.ge if number.ge is not None else number.gt
+    assert least is not None
+    assert number.le is not None
+    limit = 2**63 if isinstance(number, msgspec.inspect.IntType) else 1e31
+    assert number.le < limit, "SQLite's integers have 64 bits; squares and sums of floats stay finite"
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 31, "1" + "0" * 400, "1e308", "-1e308", "1e999"])
+@pytest.mark.parametrize("name", ["num_examples", "bytes_up", "bytes_down", "loss_after", "completion_time_s"])
+def test_report_with_a_number_out_of_range_is_rejected(name, value):
+    text = json.dumps(json.loads(codec.encode(MESSAGES[3])) | {name: "@"}).replace('"@"', value)
+    with pytest.raises(MessageError, match="not a valid Report"):
+        codec.decode(text.encode(), Report)
+
+
+@pytest.mark.parametrize("changes", [{"num_layers": 10**9}, {"hidden_size": 10**12}, {"intermediate_size": 10**9}])
+def test_status_with_an_impossible_model_is_rejected(changes):
+    data = json.loads(codec.encode(MESSAGES[0]))
+    data["model"] |= changes
+    with pytest.raises(MessageError, match="not a valid Status"):
+        codec.decode(json.dumps(data).encode(), Status)
+
+
+@pytest.mark.parametrize("text", ["x" * 65, "a\nb", "\x1b[31m", "\x00"])
+def test_status_with_an_unsafe_device_class_is_rejected(text):
+    data = json.loads(codec.encode(MESSAGES[0])) | {"device_class": text}
+    with pytest.raises(MessageError, match="device_class"):
+        codec.decode(json.dumps(data).encode(), Status)
+
+
 @pytest.mark.parametrize(("deadline_s", "interval_s"), [(4.0, 1.0), (100.0, 2.5), (600.0, 15.0), (1e6, 15.0)])
 def test_retry_interval_is_a_fortieth_of_the_deadline_within_limits(deadline_s, interval_s):
     assert retry_interval_s(deadline_s) == interval_s

@@ -210,3 +210,18 @@ def test_journal_of_an_earlier_version_is_readable(tmp_path):
         assert journal.state() == replace(STATE, open=True)
         assert journal.plans(1, 1)[0].plan == make_plan().plan
         assert journal.final_layout(SPEC).to_dict() == Layout.full(SPEC).to_dict()
+
+
+def test_journaled_report_with_a_number_out_of_range_is_set_aside(tmp_path):
+    with Journal.open(tmp_path / "j") as journal:
+        open_first(journal)
+        journal.put_report(1, 1, make_recorded(), wall_s=6.0)
+        broken = json.dumps(json.loads(msgspec.json.encode(make_recorded().report)) | {"bytes_down": 2**63})
+        journal._db.execute("UPDATE reports SET report = ?", (broken,))
+        (recorded,) = journal.reports(1, 1)
+        assert recorded.status == "refused"
+        assert "bytes_down" in recorded.reason
+        assert recorded.report.plan_sha256 == make_plan().sha256
+        (view,) = journal.device_rounds()
+        assert view.bytes_down == 0
+        assert [view.accepted for view in journal.rounds()] == [1]

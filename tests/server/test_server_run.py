@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import msgspec
@@ -298,6 +299,34 @@ def test_unusual_head_in_the_first_round_is_refused(fleet, tmp_path):
     assert statuses(config, 1) == {"d0": "refused", "d1": "ok", "d2": "ok"}
     assert "task head" in next(view.reason for view in views(config, 1) if view.device_id == "d0")
     assert "(3, 8)" in next(view.reason for view in views(config, 2) if view.device_id == "d0")
+
+
+def test_report_with_a_number_out_of_range_does_not_stop_the_run(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=1, strategy="fixed")
+    fleet.add_three()
+    device = fleet.devices["d1"]
+
+    def send_report():
+        device.retry_at = math.inf
+        payload = codec.encode(device.report).replace(b'"bytes_down":', b'"bytes_down":9223372036854775808,"x":')
+        device.transport.publish(device.topics.report("d1"), payload)
+
+    device.send_report = send_report
+    result = fleet.serve(config)
+    assert result.num_devices == 2
+    assert statuses(config, 1) == {"d0": "ok", "d1": "late", "d2": "ok"}
+
+
+def test_reason_of_a_device_is_journaled_without_control_characters(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=1)
+    fleet.add_three()
+    fleet.devices["d1"].mutate = lambda plan, tensors, report: (
+        tensors,
+        msgspec.structs.replace(report, status="failed", reason="a\nb\x1b[31mc\u202ed"),
+    )
+    fleet.serve(config)
+    reason = next(view.reason for view in views(config, 1) if view.device_id == "d1")
+    assert reason == "a\\nb\\x1b[31mc\\u202ed"
 
 
 def test_too_few_reports_repeat_the_round(fleet, tmp_path):

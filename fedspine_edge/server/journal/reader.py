@@ -10,10 +10,10 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ from fedspine_edge.server.journal.schema import (
     RoundView,
     RunState,
 )
+
+M = TypeVar("M", Status, Report)
 
 FILE = "journal.sqlite"
 BUSY_TIMEOUT_MS = 10_000
@@ -121,7 +123,13 @@ class JournalReader:
     def devices(self) -> list[tuple[Status, bool, str]]:
         """Return (status, online, reason for rejection or "") of every known device, by id."""
         rows = self._db.execute("SELECT status, online, refused FROM devices ORDER BY device_id").fetchall()
-        return [(msgspec.json.decode(row["status"], type=Status), bool(row["online"]), row["refused"]) for row in rows]
+        found = []
+        for row in rows:
+            # A status from before its numbers had ranges may be unreadable; the device publishes a new one.
+            with suppress(msgspec.ValidationError):
+                status = msgspec.json.decode(row["status"], type=Status)
+                found.append((status, bool(row["online"]), row["refused"]))
+        return found
 
     def last_seen_wall_s(self) -> dict[str, float]:
         """Return by device the wall time of its last status, last will or report.
@@ -208,19 +216,11 @@ class JournalReader:
     def reports(self, server_round: int, attempt: int) -> list[RecordedReport]:
         """Return the recorded reports of a round, by device id."""
         rows = self._db.execute(
-            "SELECT * FROM reports WHERE number = ? AND attempt = ? ORDER BY device_id", (server_round, attempt)
+            "SELECT reports.*, plans.plan_sha256 FROM reports JOIN plans USING (number, attempt, device_id) "
+            "WHERE number = ? AND attempt = ? ORDER BY device_id",
+            (server_round, attempt),
         ).fetchall()
-        return [
-            RecordedReport(
-                msgspec.json.decode(row["report"], type=Report),
-                row["status"],
-                row["reason"],
-                _pairs(row["widths"]),
-                row["sparsity"],
-                row["achieved"],
-            )
-            for row in rows
-        ]
+        return [_recorded_report(row) for row in rows]
 
     def recorded_status(self, device_id: str, plan_sha256: str) -> tuple[str, str] | None:
         """Return (status, reason) of the recorded report on this plan, if there is one."""
@@ -335,13 +335,30 @@ _REPORTED_FIGURES = (
 """Fields that a `DeviceView` takes from the report."""
 
 
+def _recorded_report(row: sqlite3.Row) -> RecordedReport:
+    try:
+        report = msgspec.json.decode(row["report"], type=Report)
+    except msgspec.ValidationError as error:
+        # Earlier versions accepted numbers without limits. Such a report is set aside; the run continues without it.
+        reason = f"its journaled report cannot be used: {error}."
+        report = Report(
+            run_id="",
+            device_id=row["device_id"],
+            server_round=row["number"],
+            plan_sha256=row["plan_sha256"],
+            status="failed",
+            reason=reason,
+        )
+        return RecordedReport(report, "refused", reason)
+    return RecordedReport(report, row["status"], row["reason"], _pairs(row["widths"]), row["sparsity"], row["achieved"])
+
+
 def _device_view(row: sqlite3.Row) -> DeviceView:
     plan = msgspec.json.decode(row["plan"], type=RoundPlan)
-    status = None if row["device_status"] is None else msgspec.json.decode(row["device_status"], type=Status)
+    status, report = _readable(row["device_status"], Status), _readable(row["report"], Report)
     answer = {"accepted": "ok", None: "running"}.get(row["answer"], row["answer"])
     figures: dict[str, Any] = {}
-    if row["report"] is not None:
-        report = msgspec.json.decode(row["report"], type=Report)
+    if report is not None:
         figures = {name: getattr(report, name) for name in _REPORTED_FIGURES}
     return DeviceView(
         server_round=row["number"],
@@ -361,6 +378,14 @@ def _device_view(row: sqlite3.Row) -> DeviceView:
         restarts=row["disconnects"],
         **figures,
     )
+
+
+def _readable(text: str | None, kind: type[M]) -> M | None:
+    """Decode `text`; None where there is none, or one with numbers beyond the limits of this version."""
+    try:
+        return None if text is None else msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError:
+        return None
 
 
 def _pairs(text: str | None) -> list[tuple[int, int]] | None:
