@@ -1,4 +1,4 @@
-"""The demo as its user runs it: real processes over a real broker, some of them killed."""
+"""The demo with real processes over a real broker, some of which are killed."""
 
 import json
 import os
@@ -48,10 +48,10 @@ def wait_for_round(run_dir: Path, number: int, timeout_s: float = 120) -> None:
 
 
 def wait_until_stopped(run_dir: Path, timeout_s: float = 5) -> None:
-    """Until `status` sees that the server is gone; the demo's next one is not up before a second or so."""
+    """Wait until `status` reports that the server has stopped. The demo restarts it after about a second."""
     deadline = time.monotonic() + timeout_s
     while read_status(run_dir).state != "stopped":
-        assert time.monotonic() < deadline, "a killed server still counts as one at work"
+        assert time.monotonic() < deadline, "a killed server still counts as running"
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""The supervisor restarts what dies, gives up on what cannot work, and leaves nothing behind."""
+"""The supervisor: restarts, their limit, and termination of all children."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One device against a server played by hand: what it does, what it sends, and what it survives."""
+"""A device against a manual server: rounds, messages, and recovery from failures."""
 
 import os
 import re
@@ -62,9 +62,9 @@ def same(a, b):
 
 def test_device_publishes_status_online_and_offline(fleet, driven, tiny_base):
     driven.settle()
-    hello = fleet.statuses[-1]
-    assert (hello.state, hello.num_examples, hello.num_labels) == ("online", 80, 2)
-    assert hello.model == tiny_base.spec
+    status = fleet.statuses[-1]
+    assert (status.state, status.num_examples, status.num_labels) == ("online", 80, 2)
+    assert status.model == tiny_base.spec
     driven.device.close()
     fleet.listen()
     assert fleet.statuses[-1].state == "offline"
@@ -199,7 +199,7 @@ def test_report_is_repeated_until_acknowledged(fleet, settings, tiny_base):
     driven = fleet.device(settings, model=tiny_base, clock=clock).start()
     fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)))
     driven.settle()
-    assert clock.now() == pytest.approx(fleet.reports[0].completion_time_s), "simulated time was told to the clock"
+    assert clock.now() == pytest.approx(fleet.reports[0].completion_time_s), "the simulated time is spent on the clock"
     clock.advance_to(driven.device.next_wakeup())
     driven.device.tick()
     driven.settle()
@@ -304,14 +304,14 @@ def test_adapter_of_other_shape_fails_round(fleet, driven, tiny_base, caplog):
 def test_device_fetches_only_slices_of_plan(fleet, driven, tiny_base):
     spec = tiny_base.spec
     tensors = round_tensors(spec, r=8, order=True)
-    bands = [fleet.offer(band) for band in slice_by_rank(tensors, [4, 8], Layout.full(spec), "float32")]
-    fleet.send(server_round=2, adapter=bands[:1], r=4)
+    slices = [fleet.offer(one) for one in slice_by_rank(tensors, [4, 8], Layout.full(spec), "float32")]
+    fleet.send(server_round=2, adapter=slices[:1], r=4)
     driven.settle()
-    assert fleet.reports[-1].bytes_down == bands[0].size_bytes
+    assert fleet.reports[-1].bytes_down == slices[0].size_bytes
     short = fleet.update()
-    fleet.send(server_round=3, adapter=bands, r=8)
+    fleet.send(server_round=3, adapter=slices, r=8)
     driven.settle()
-    assert fleet.reports[-1].bytes_down == sum(ref.size_bytes for ref in bands)
+    assert fleet.reports[-1].bytes_down == sum(ref.size_bytes for ref in slices)
     assert fleet.update()["layers.0.q.lora_A"].shape[0] == 8
 
     same_start = Fleet()
@@ -328,11 +328,11 @@ def test_adapter_narrower_than_device_fails_round(fleet, driven, tiny_base):
     tensors = round_tensors(spec, order=True)
     order = order_from_tensors(spec, tensors)
     small = Layout.prefix(spec, order, [target_counts(spec, 0.5)] * spec.num_layers)
-    fleet.send(server_round=2, adapter=[fleet.offer(band) for band in slice_by_rank(tensors, [8], small)])
+    fleet.send(server_round=2, adapter=[fleet.offer(one) for one in slice_by_rank(tensors, [8], small)])
     driven.settle()
     assert fleet.reports[-1].status == "failed"
     assert "pruned more" in fleet.reports[-1].reason
-    fleet.send(server_round=3, adapter=[fleet.offer(band) for band in slice_by_rank(tensors, [8], Layout.full(spec))])
+    fleet.send(server_round=3, adapter=[fleet.offer(one) for one in slice_by_rank(tensors, [8], Layout.full(spec))])
     driven.settle()
     assert fleet.reports[-1].status == "ok"
 
@@ -605,10 +605,10 @@ def test_memory_limit_is_kept_and_reported(fleet, tiny_folder, tmp_path, tiny_ba
     assert report.status == "ok"
     assert report.reason.startswith("memory_limit_mib allows no more; trained ")
     assert "instead of 64 examples at a time and accumulated gradients" in report.reason
-    hello = fleet.statuses[-1]
-    assert hello.memory_bytes == limit_mib * 2**20
-    of_one = hello.memory_base_bytes + 4 * hello.memory_per_rank_bytes
+    status = fleet.statuses[-1]
+    assert status.memory_bytes == limit_mib * 2**20
+    of_one = status.memory_base_bytes + 4 * status.memory_per_rank_bytes
     assert of_one == pytest.approx(estimate(tiny_base, micro_batch=1, tokens=14, r=4).peak_bytes, rel=0.02)
-    assert of_one < hello.memory_bytes
+    assert of_one < status.memory_bytes
     assert fleet.statuses[0].memory_base_bytes > 0
     driven.device.close()

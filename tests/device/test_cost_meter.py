@@ -1,4 +1,4 @@
-"""Completion time of each kind, from what was really spent, and it survives a restart."""
+"""Completion times of each kind, and their continuation after a restart."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The real loop over a real broker: one round, acked, then the end of the run."""
+"""A device with its real loop over a real broker: one acknowledged round, then the end of the run."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Durable state: what was written comes back bit for bit, and damage is noticed before it is used."""
+"""Durable state: exact roundtrip, and detection of damage."""
 
 import numpy as np
 import pytest

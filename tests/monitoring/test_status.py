@@ -1,4 +1,4 @@
-"""`fedspine-edge status` on journals as a server leaves them; test_demo.py asks it about a fleet of real processes."""
+"""`fedspine-edge status` on journals as a server leaves them. test_demo.py has a fleet of real processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OOM = "4 GiB short. Lower data.batch_size."
 
 
 class Run:
-    """Writes what a server writes, at times of its own."""
+    """Writes a journal as a server does, at given times."""
 
     def __init__(self, folder: Path, *, at_s: float, clock: str = "real") -> None:
         self.config = FleetConfig(run_dir=str(folder), num_rounds=5, min_devices=2, deadline_s=600.0)
@@ -45,7 +45,7 @@ class Run:
     def journal(self) -> Journal:
         return self.dir.journal
 
-    def hello(self, device_id: str, *, online: bool = True, refused: str = "") -> None:
+    def publish_status(self, device_id: str, *, online: bool = True, refused: str = "") -> None:
         status = Status(device_id=device_id, state="online" if online else "offline", device_class="orin-nx")
         self.journal.put_device(status, online=online, refused=refused, wall_s=self.at_s)
 
@@ -104,10 +104,10 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """A server at work since 1000 s, three devices online."""
+    """A run whose server started 1000 s ago, with three devices online."""
     made = Run(tmp_path / "run", at_s=time.time() - 1000.0)
     for name in NAMES:
-        made.hello(name)
+        made.publish_status(name)
     yield made
     made.dir.close()
 
@@ -120,14 +120,14 @@ def shown(run_dir: str | Path, capsys: pytest.CaptureFixture[str], *options: str
 
 def test_status_waiting_shows_missing_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = Run(tmp_path / "run", at_s=time.time())
-    made.hello("nx-1")
-    made.hello("nx-9", refused="its base model has digest 00, this fleet trains 11.")
+    made.publish_status("nx-1")
+    made.publish_status("nx-9", refused="its base model has digest 00, this fleet trains 11.")
     text = shown(tmp_path / "run", capsys)
     assert "run abc · waiting for devices before round 1 of 5: 1 of 2 online" in text
     assert "the server is running" in text
     assert "if one is missing here, run on it: fedspine-edge doctor --config device.toml" in text
     assert "nx-9: refused: its base model has digest 00" in text
-    made.hello("nx-2")
+    made.publish_status("nx-2")
     assert made.read().state == "running"
     made.dir.close()
 
@@ -136,7 +136,7 @@ def test_status_running_shows_each_device(run: Run, capsys: pytest.CaptureFixtur
     run.open_round(1)
     run.report(1, "nx-1")
     run.report(1, "nx-2", "out_of_memory", OOM)
-    run.hello("nx-3", online=False)
+    run.publish_status("nx-3", online=False)
     text = shown(run.config.run_dir, capsys)
     assert "round 1 of 5 is running: 2 of 3 devices have answered" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("nx-")}
@@ -150,7 +150,7 @@ def test_status_running_shows_each_device(run: Run, capsys: pytest.CaptureFixtur
 def test_status_small_terminal_shows_failed_devices_first(run: Run) -> None:
     run.open_round(1)
     run.report(1, "nx-2", "out_of_memory", OOM)
-    run.hello("nx-3", online=False)
+    run.publish_status("nx-3", online=False)
     console = Console(width=80, file=io.StringIO())
     console.print(command._page(run.read(), Path(run.config.run_dir), console, rows=2))
     text = console.file.getvalue()
@@ -180,25 +180,25 @@ def test_time_left_without_evidence_is_none(run: Run) -> None:
     now_s = run.at_s
     run.whole_round(1, 100.0)
     run.open_round(2)
-    assert run.read().time_left_s(now_s + 100) is None, "one round is no pace"
+    assert run.read().time_left_s(now_s + 100) is None, "one round is not enough"
     for name in NAMES:
         run.report(2, name)
     run.at_s += 140.0
     run.close_round(2)
-    assert run.read().time_left_s(now_s + 240) is None, "between rounds nobody knows when the next begins"
+    assert run.read().time_left_s(now_s + 240) is None, "the start of the next round is unknown"
     run.open_round(3)
     assert run.read().round_time_range_s == pytest.approx((100, 140))
     assert run.read().time_left_s(now_s + 240 + 30) == pytest.approx((2 * 100 + 70, 2 * 140 + 110))
-    # beyond the longest round so far this one may go on to its deadline
+    # Longer than any round so far, so it may take until its deadline.
     assert run.read().time_left_s(now_s + 240 + 200) == pytest.approx((2 * 100, 2 * 140 + 400))
     run.dir.close()
-    assert run.read().time_left_s(now_s + 250) is None, "nobody is at work"
+    assert run.read().time_left_s(now_s + 250) is None, "no server is running"
 
 
 def test_status_distinguishes_stopped_from_running(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.open_round(1)
     assert run.read().server_running is True
-    run.dir.close()  # as SIGKILL leaves it: nothing said
+    run.dir.close()  # as after SIGKILL: no error recorded
     text = shown(run.config.run_dir, capsys)
     assert "stopped before it was finished; last state: round 1 of 5 is running: 0 of 3" in text
     assert "3 online when the server stopped" in text
@@ -212,7 +212,7 @@ def test_status_distinguishes_stopped_from_running(run: Run, capsys: pytest.Capt
 
 def test_status_simulation_shows_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = Run(tmp_path / "run", at_s=40.0, clock="virtual")
-    made.hello("nx-1")
+    made.publish_status("nx-1")
     made.whole_round(1, 10.0)
     made.whole_round(2, 10.0)
     made.open_round(3)
@@ -235,10 +235,10 @@ def test_follow_prints_changes_until_run_finishes(run: Run) -> None:
         run.journal.set_meta(result='{"num_rounds": 5}')
         lines += process.stdout
     assert process.returncode == 0
-    said = [line.split(" ", 1)[1].rstrip() for line in lines]
-    assert said.count("round 1: nx-1 ok, ratio 0.000, rank 4, 12.5 s measured, loss 0.2500, accuracy 0.7500") == 1
-    assert said.count("round 1: nx-2 running, ratio 0.000, rank 4") == 1
-    assert said[-1] == "run abc · finished after 5 rounds"
+    output = [line.split(" ", 1)[1].rstrip() for line in lines]
+    assert output.count("round 1: nx-1 ok, ratio 0.000, rank 4, 12.5 s measured, loss 0.2500, accuracy 0.7500") == 1
+    assert output.count("round 1: nx-2 running, ratio 0.000, rank 4") == 1
+    assert output[-1] == "run abc · finished after 5 rounds"
 
 
 def test_follow_without_server_exits(

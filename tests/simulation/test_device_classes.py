@@ -1,4 +1,4 @@
-"""Device classes: the file is complete and read strictly, mixes are scaled, and a mix lays out a fleet."""
+"""Device classes: strict reading of files, mixes, and settings of simulated devices."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Workers of an experiment: each on a core of its own, none left behind."""
+"""Worker processes of an experiment: pinned to cores, and terminated with their parent."""
 
 import os
 import signal

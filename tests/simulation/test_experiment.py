@@ -1,4 +1,4 @@
-"""Experiments: every committed config loads and says what is compared; runs resume; intervals and pages are right."""
+"""Experiments: configs, resumption and adoption of results, confidence intervals and pages."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Experiments of the user's own: the example runs with its strategies and boards, results follow what files hold."""
+"""Experiment files of the user: the example, digests of inputs, and errors."""
 
 import csv
 import json
@@ -66,8 +66,8 @@ def test_example_runs_own_strategies_on_own_boards(
     assert list(devices[0]) == ["variant", "seed", *COLUMNS]
     assert list(rounds[0]) == ["variant", "seed", *CURVE]
     assert (len(devices), len(rounds)) == (3 * 6 * 4, 3 * 6)
-    mine = [row for row in devices if row["variant"] == "rank by class"]
-    assert {(row["device_class"], row["r"]) for row in mine} == {("bench", "4"), ("rack", "16")}
+    own_rows = [row for row in devices if row["variant"] == "rank by class"]
+    assert {(row["device_class"], row["r"]) for row in own_rows} == {("bench", "4"), ("rack", "16")}
     for row in devices:
         if row["variant"] == "S-UCB, rewarded per second" and row["server_round"] == "1":
             same = [d for d in devices if d["variant"] == row["variant"] and d["server_round"] == "1"]
@@ -98,8 +98,8 @@ def test_real_training_uses_own_model_and_partition(
     (tmp_path / "split").mkdir()
     for name, part in (("device-1", lines[1:61]), ("device-2", lines[61:181]), ("test", lines[181:241])):
         (tmp_path / "split" / f"{name}.csv").write_text("\n".join([lines[0], *part]) + "\n")
-    mine = tmp_path / "mine.toml"
-    mine.write_text(
+    config = tmp_path / "mine.toml"
+    config.write_text(
         f"""
         [common]
         mix = "nx=1,agx=1"
@@ -117,7 +117,7 @@ def test_real_training_uses_own_model_and_partition(
         settings = {{ strategy = "fixed" }}
         """
     )
-    experiment = load_experiment(str(mine), quick=False)
+    experiment = load_experiment(str(config), quick=False)
     summary = run_experiment(experiment, tmp_path / "results" / "it")
     assert ran == ["fixed-0"]
     job = json.loads((tmp_path / "results" / "it" / "jobs" / "fixed-0.json").read_text())
@@ -126,11 +126,11 @@ def test_real_training_uses_own_model_and_partition(
     assert summary["variants"]["fixed"]["test_accuracy"]["n"] == 1
     (tmp_path / "split" / "device-2.csv").unlink()
     with pytest.raises(DataError, match=r"device-2\.csv does not exist"):
-        run_experiment(load_experiment(str(mine), quick=False), tmp_path / "results" / "it")
+        run_experiment(load_experiment(str(config), quick=False), tmp_path / "results" / "it")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("[[variant]]", "[[varient]]", "unknown key 'varient'"),
         ('mix = "bench=2,rack=2"', 'mix = "nx=2"', "unknown device class 'nx'"),
@@ -145,13 +145,13 @@ def test_real_training_uses_own_model_and_partition(
         ("[common]", "[common", "cannot be used"),
     ],
 )
-def test_invalid_experiment_raises_before_first_job(example: Path, old: str, new: str, told: str) -> None:
+def test_invalid_experiment_raises_before_first_job(example: Path, old: str, new: str, message: str) -> None:
     text = example.read_text()
     assert old in text
     example.write_text(text.replace(old, new))
     with pytest.raises(ConfigError) as error:
         load_experiment(str(example), quick=False)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_missing_form_raises(example: Path) -> None:

@@ -1,4 +1,4 @@
-"""A fleet of language models as its user runs it: commands over a real broker, one killed, to texts that it answers."""
+"""A fleet of language models run by its commands over a real broker, with one process killed."""
 
 import json
 import os
@@ -69,11 +69,11 @@ def test_language_fleet_learns_instructions_over_broker(tmp_path: Path) -> None:
             os.kill(running["right"].pid, signal.SIGKILL)
             running["right"].communicate(timeout=30)
             running["right"] = start("device", tmp_path / "right.toml", devices["right"])
-            said = {name: process.communicate(timeout=200) for name, process in running.items()}
+            output = {name: process.communicate(timeout=200) for name, process in running.items()}
         finally:
             for process in running.values():
                 process.kill()
-        assert {name: process.returncode for name, process in running.items()} == dict.fromkeys(running, 0), said
+        assert {name: process.returncode for name, process in running.items()} == dict.fromkeys(running, 0), output
 
     rounds = by_round(read_run(tmp_path / "run").rows)
     assert [row.status for row in rounds[6]] == ["ok", "ok"]

@@ -1,4 +1,4 @@
-"""Fleets that learn other tasks than classification, in virtual time: instructions, and labels of words."""
+"""Simulated fleets with tasks other than classification: instructions and word labels."""
 
 import json
 import math
@@ -136,8 +136,10 @@ def test_device_with_other_task_is_refused_with_reason(
     data = data_of(write(tmp_path / "odd.jsonl", odd, 96, 4), odd)
     devices.append(device_of("odd", tmp_path, models[odd], task=odd, data=data))
     assert simulate(fleet_of(tmp_path, "causal_lm"), devices).num_devices == 3
-    told = "does not accept this device: it learns token_classification, this fleet causal_lm: set task = 'causal_lm'"
-    assert any(told in record.getMessage() for record in caplog.records if record.name == "fedspine_edge.device")
+    message = (
+        "does not accept this device: it learns token_classification, this fleet causal_lm: set task = 'causal_lm'"
+    )
+    assert any(message in record.getMessage() for record in caplog.records if record.name == "fedspine_edge.device")
 
 
 def test_device_with_unsupported_task_raises_at_start(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Fleets whose training is replaced by recorded losses: the whole protocol runs, repeats, and says what it is."""
+"""Fleets of replay devices: repeatability, disconnects, and the record of losses."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A whole fleet in virtual time: it prunes to the target and repeats bit for bit."""
+"""Simulated fleets: they prune to the target and are repeatable bit for bit."""
 
 import re
 from pathlib import Path
@@ -123,12 +123,12 @@ def test_run_with_other_devices_or_data_raises(tmp_path: Path) -> None:
     assert simulate_recorded(fleet, same, ReplayContext(RECORD)) == before
     renamed = msgspec.structs.replace(devices[1], device_id="tx2-9")
     slower = msgspec.structs.replace(devices[1], up_mbit_s=1.0)
-    for others, told in (
+    for others, message in (
         ([devices[0], renamed], "device 'tx2-2' is missing (one of 2 devices)"),
         ([devices[0], slower], "configuration of device 'tx2-2' differs"),
     ):
         others = [with_data(device, moved) for device in others]
-        with pytest.raises(ConfigError, match=re.escape(told)) as error:
+        with pytest.raises(ConfigError, match=re.escape(message)) as error:
             simulate_recorded(fleet, others, ReplayContext(RECORD))
         assert "another folder" in error.value.remedy
     moved.write_text("text,label\nnew,1\n")

@@ -1,4 +1,4 @@
-"""The virtual network: delivery in order of virtual time, retained messages, and devices that take their time."""
+"""The virtual network: delivery in order of virtual time, retained messages, and busy devices."""
 
 from fedspine_edge.clock import VirtualClock
 from fedspine_edge.simulation.virtual_network import VirtualNetwork, VirtualTransport
