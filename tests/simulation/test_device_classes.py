@@ -96,4 +96,4 @@ def test_simulate_command_trains_mix(
     assert main(["simulate", *options, "--dirichlet", "0.5", "--out", str(out)]) == 0
     assert "finished after 4 rounds" in capsys.readouterr().out
     assert main(["simulate", "--mix", "tx2=1", "x.toml"]) == 2
-    assert "exclude each other" in capsys.readouterr().err
+    assert "cannot be combined" in capsys.readouterr().err
