@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""How much faster pruned models run: MiniLM and SmolLM2-135M at 0.3, 0.5 and 0.7 against dense and torch.
+"""Measures the speedup of pruned models: MiniLM and SmolLM2-135M at ratios 0.3, 0.5 and 0.7 against dense and torch.
 
     benchmarks/deploy.py                           # both models, ONNX Runtime on the CPU, one thread; about an hour
-    benchmarks/deploy.py --models minilm --quick   # does it run?
+    benchmarks/deploy.py --models minilm --quick   # check that it runs
     benchmarks/deploy.py --backend tensorrt        # on a board: bundles with engines, made by `fedspine-edge compile`
 
-All models of a family take turns within one run (see fedspine_edge/benchmark/benchmark.py). The part that pruning can
-remove is told from the rest (embeddings, norms, head) by a model that keeps one head and eight channels a layer: its
-time is taken off both sides. Groups are chosen by weight magnitude; nothing is trained, since time depends on widths
-alone.
-The bundles stay in --work and are used again. Needs the demo's models (scripts/bootstrap).
+The runs of all models of a family are interleaved (see fedspine_edge/benchmark/benchmark.py). To separate the part that
+pruning can remove from the rest (embeddings, norms, head), the time of a model that keeps one head and eight channels
+per layer is subtracted from both sides. Groups are chosen by weight magnitude, and nothing is trained, because the time
+depends only on the widths. Bundles are kept in --work and reused. Needs the demo's models (scripts/bootstrap).
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ MODELS = {
 }
 RATIOS = (0.0, 0.3, 0.5, 0.7)
 LEAST = 1.0
-"""Stands for the model that keeps one head and eight channels a layer."""
+"""Key of the model that keeps one head and eight channels per layer."""
 QUIET = 0.6
-"""Load average per core below which a measurement begins."""
+"""Load average per core below which a measurement starts."""
 
 
 def prepare(name: str, ratio: float, work: Path) -> Path:
-    """The bundle of a pruned model; made once."""
+    """Return the bundle of a pruned model; it is created once."""
     from benchmarks.pruning import package_folder
     from fedspine_edge.export.compile import compile_engine
     from fedspine_edge.model.layout import Layout, target_counts
@@ -55,10 +54,10 @@ def prepare(name: str, ratio: float, work: Path) -> Path:
     bundle = folder.with_suffix(folder.suffix + ".bundle")
     if bundle.exists():
         return bundle
-    print(f"deploy: making {bundle}", file=sys.stderr)
+    print(f"deploy: creating {bundle}", file=sys.stderr)
     model = load_base(package_folder(package), task=task)
     if ratio:
-        model.attach_lora(1, 1.0, 0)  # the tracker asks for adapters; these add nothing
+        model.attach_lora(1, 1.0, 0)  # the tracker requires adapters; these change nothing
         order = order_from_scores(ImportanceTracker(model, "magnitude").scores(), model.layout)
         counts = (1, 8) if ratio == LEAST else target_counts(model.spec, ratio)
         model.compact(Layout.prefix(model.spec, order, [counts] * model.spec.num_layers))
@@ -67,21 +66,21 @@ def prepare(name: str, ratio: float, work: Path) -> Path:
 
 
 def wait_for_quiet(patience_s: float) -> None:
-    """Waits until the machine is quiet, `patience_s` at most."""
+    """Wait until the machine is idle, for at most `patience_s` seconds."""
     end = time.monotonic() + patience_s
     while os.getloadavg()[0] / (os.cpu_count() or 1) > QUIET and time.monotonic() < end:
         time.sleep(5)
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    from fedspine_edge.benchmark.benchmark import Subject, plot, run_benchmark
+    from fedspine_edge.benchmark.benchmark import Candidate, plot, run_benchmark
 
     bundles = {ratio: prepare(name, ratio, args.work) for ratio in (*RATIOS, LEAST)}
-    subjects = [Subject(name=label(ratio), path=str(bundle)) for ratio, bundle in bundles.items()]
-    subjects.append(Subject(name="torch dense", path=str(args.work / f"{name}-0"), kind="torch"))
+    candidates = [Candidate(name=label(ratio), path=str(bundle)) for ratio, bundle in bundles.items()]
+    candidates.append(Candidate(name="torch dense", path=str(args.work / f"{name}-0"), kind="torch"))
     wait_for_quiet(args.patience)
     report = run_benchmark(
-        subjects,
+        candidates,
         batches=args.batch,
         tokens=args.tokens,
         new_tokens=args.new_tokens,
@@ -99,12 +98,12 @@ def label(ratio: float) -> str:
 
 
 def ratios(report: Any) -> list[dict[str, Any]]:
-    """Medians of wall and CPU time over the dense model's, of the whole model and of the part that can be pruned."""
-    rows = {(row.phase, row.batch, row.subject): row for row in report.rows}
+    """Return median wall and CPU times relative to the dense model, for the whole model and for its prunable part."""
+    rows = {(row.phase, row.batch, row.candidate): row for row in report.rows}
     found = []
-    for (phase, batch, subject), row in rows.items():
+    for (phase, batch, candidate), row in rows.items():
         dense, least = rows[phase, batch, "dense"], rows[phase, batch, "least"]
-        if not subject.startswith("pruned"):
+        if not candidate.startswith("pruned"):
             continue
 
         def part(value: float, whole: float, rest: float) -> float:
@@ -112,7 +111,7 @@ def ratios(report: Any) -> list[dict[str, Any]]:
 
         found.append(
             {
-                "subject": subject,
+                "candidate": candidate,
                 "phase": phase,
                 "batch": batch,
                 "whole": row.p50_ms / dense.p50_ms,
@@ -126,14 +125,14 @@ def ratios(report: Any) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """Markdown: a row per model, phase and batch; cells are whole model / prunable part, by CPU time."""
+    """Return a Markdown table: one row per model, phase and batch, with CPU times of whole model / prunable part."""
     lines = [
         "| model | phase | batch | dense, CPU ms | torch | 0.3 | 0.5 | 0.7 | 0.5 by wall time | p99/p50 at 0.5 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        rows = {(row["phase"], row["batch"], row["subject"]): row for row in result["report"]["rows"]}
-        pruned = {(row["phase"], row["batch"], row["subject"]): row for row in result["ratios"]}
+        rows = {(row["phase"], row["batch"], _candidate(row)): row for row in result["report"]["rows"]}
+        pruned = {(row["phase"], row["batch"], _candidate(row)): row for row in result["ratios"]}
         for phase, batch in dict.fromkeys(key[:2] for key in pruned):
             dense, torch = rows[phase, batch, "dense"], rows[phase, batch, "torch dense"]
             each = [pruned[phase, batch, label(ratio)] for ratio in RATIOS[1:]]
@@ -142,6 +141,11 @@ def table(results: dict[str, Any]) -> list[str]:
             first = f"| {name} | {phase} | {batch} | {dense['cpu_p50_ms']:.3g} |"
             lines.append(f"{first} {torch['cpu_p50_ms'] / dense['cpu_p50_ms']:.2f} | {' | '.join(cells)} |")
     return lines
+
+
+def _candidate(row: dict[str, Any]) -> str:
+    """Return the name of the candidate; result files written before 2026-11-28 call it "subject"."""
+    return str(row.get("candidate") or row["subject"])
 
 
 def main() -> int:
@@ -155,8 +159,10 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--patience", type=float, default=300, help="seconds to wait for a quiet machine")
-    parser.add_argument("--quick", action="store_true", help="three turns, batch 1")
+    parser.add_argument(
+        "--patience", type=float, default=300, help="seconds to wait for an idle machine (default: 300)"
+    )
+    parser.add_argument("--quick", action="store_true", help="three runs, batch 1")
     args = parser.parse_args()
     if args.quick:
         args.repeats, args.batch, args.patience = 3, [1], 0
@@ -167,7 +173,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    if args.out.exists():  # one model at a time is measured in quieter moments; the other's figures stay
+    if args.out.exists():  # models can be measured one at a time; the results of the others are kept
         results = json.loads(args.out.read_text())["models"]
     for name in args.models:
         results[name] = measure(name, args) | {"measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat()}

@@ -1,6 +1,6 @@
-"""The board's power draw, where its sensors report it: the INA3221 chips of a Jetson, through sysfs.
+"""Power measurement of a board with the INA3221 sensors of a Jetson, through sysfs.
 
-Files and units are those of the kernel's ina3221 driver: in{n}_label, in{n}_input in mV, curr{n}_input in mA.
+Files and units follow the kernel's ina3221 driver: in{n}_label, in{n}_input in mV, curr{n}_input in mA.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from pathlib import Path
 
 SENSORS = "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"
 TOTAL = "VDD_IN"
-"""Everything the module draws (Orin NX, Orin Nano). Boards without it (AGX) have the rails below, which add up."""
+"""Rail of the whole module (Orin NX, Orin Nano). On boards without it (AGX), the rails below are summed."""
 RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
 
 
 class PowerSensor:
-    """Reads the board's power.
+    """Reads the power of the board.
 
     Attributes:
-        rails: The labels of what is added up.
+        rails: Labels of the rails that are summed.
     """
 
     def __init__(self, channels: dict[str, tuple[Path, Path]]) -> None:
@@ -27,7 +27,7 @@ class PowerSensor:
 
     @classmethod
     def find(cls, root: str | Path = "/") -> PowerSensor | None:
-        """The sensor of this board, or None where there is none that says what the whole board draws."""
+        """Return the sensor of this board, or None if no sensor measures the whole board."""
         found: dict[str, tuple[Path, Path]] = {}
         for sensor in sorted(Path(root).glob(SENSORS)):
             for label in sorted(sensor.glob("in?_label")):
@@ -39,14 +39,14 @@ class PowerSensor:
         return cls({rail: found[rail] for rail in wanted})
 
     def watts(self) -> float:
-        """The power at this moment."""
+        """Return the current power."""
         return sum(
             int(voltage.read_text()) * int(current.read_text()) * 1e-6 for voltage, current in self._channels.values()
         )
 
 
 class PowerMeter:
-    """Mean power while the `with` block runs, sampled on a thread; in `mean_w` afterwards."""
+    """Measures the mean power during a `with` block on a separate thread; `mean_w` contains it afterwards."""
 
     def __init__(self, sensor: PowerSensor, interval_s: float = 0.05) -> None:
         self._sensor, self._interval_s = sensor, interval_s

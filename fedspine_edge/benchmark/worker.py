@@ -1,10 +1,11 @@
-"""One contestant of a benchmark, in a process of its own, so that its memory is its own and torch is only where it
-is asked for. Reads one JSON object a line from standard input and answers each with one; `bench.py` is the other side.
+"""The process of one benchmark candidate, so that its memory is measured separately and torch is loaded only for torch.
 
-    {"do": "load", "kind": "bundle", "path": "...", "backend": "auto", "threads": 1, "spinning": false}
+It reads one JSON object per line from standard input and answers each with one; `benchmark.py` is the other side.
+
+    {"do": "load", "kind": "bundle", "path": "...", "backend": "auto", "threads": 1, "spin_wait": false}
     {"do": "prepare", "batch": 1, "tokens": 32, "new_tokens": 0}
-    {"do": "turn"}                   # times one run, or with new tokens a prompt and its steps
-    {"do": "spin", "seconds": 5}     # runs without pause, for a slow power sensor
+    {"do": "run"}                       # times one run; with new tokens, a prompt and its steps
+    {"do": "run_for", "seconds": 5}     # runs continuously, for a slow power sensor
 """
 
 from __future__ import annotations
@@ -22,25 +23,35 @@ from fedspine_edge.runtime.inputs import check_length
 from fedspine_edge.runtime.session import Session
 
 
-class Contestant(Protocol):
-    """What is timed."""
+class LoadedCandidate(Protocol):
+    """A loaded model that can be timed."""
 
-    about: dict[str, Any]
+    properties: dict[str, Any]
 
-    def prepare(self, batch: int, tokens: int, new_tokens: int) -> None: ...
-    def run(self) -> None: ...
-    def prompt(self) -> None: ...
-    def token(self) -> None: ...
-    def end(self) -> None: ...
+    def prepare(self, batch: int, tokens: int, new_tokens: int) -> None:
+        """Create the inputs of the following runs."""
+
+    def run(self) -> None:
+        """Run a full pass."""
+
+    def prompt(self) -> None:
+        """Run the prompt, which fills the KV cache."""
+
+    def token(self) -> None:
+        """Run one token on the KV cache."""
+
+    def end(self) -> None:
+        """Free the KV cache."""
 
 
-class BundleContestant:
+class BundleCandidate:
     """A bundle on one of its backends."""
 
-    def __init__(self, path: str, backend: Any, threads: int | None, spinning: bool) -> None:
-        self._session = Session.load(path, backend, threads=threads, spinning=spinning)
+    def __init__(self, path: str, backend: Any, threads: int | None, spin_wait: bool) -> None:
+        self._session = Session.load(path, backend, threads=threads, spin_wait=spin_wait)
+        self._model = self._session.model
         manifest = self._session.manifest
-        self.about = {
+        self.properties = {
             "backend": self._session.backend,
             "why": self._session.why,
             "task": manifest.task,
@@ -53,29 +64,30 @@ class BundleContestant:
 
     def prepare(self, batch: int, tokens: int, new_tokens: int) -> None:
         check_length(tokens, self._session.manifest.max_tokens, new_tokens)
-        self._inputs = self._session.checked_inputs(self._session.random_inputs(batch, tokens))
-        self._tokens = self._session.random_inputs(batch, tokens) | self._session.adapter_inputs()
-        self._next = self._tokens["input_ids"][:, :1].copy()
+        random_tokens = self._session.random_inputs(batch, tokens)
+        self._inputs = self._model.model_inputs(random_tokens)
+        self._prompt = random_tokens | self._model.adapter
+        self._next_token = random_tokens["input_ids"][:, :1].copy()
 
     def run(self) -> None:
-        self._session.live_runner().run(self._inputs)
+        self._model.runner.run(self._inputs)
 
     def prompt(self) -> None:
-        self._total = self._tokens["input_ids"].shape[1]
-        _, self._state = self._session.live_runner().step(self._tokens, None, last=True)
+        self._total = self._prompt["input_ids"].shape[1]
+        _, self._state = self._model.runner.step(self._prompt, None, last=True)
 
     def token(self) -> None:
         self._total += 1
-        mask = np.ones((len(self._next), self._total), np.int64)
-        inputs = self._session.adapter_inputs() | {"input_ids": self._next, "attention_mask": mask}
-        _, self._state = self._session.live_runner().step(inputs, self._state, last=True)
+        mask = np.ones((len(self._next_token), self._total), np.int64)
+        inputs = self._model.adapter | {"input_ids": self._next_token, "attention_mask": mask}
+        _, self._state = self._model.runner.step(inputs, self._state, last=True)
 
     def end(self) -> None:
-        self._session.live_runner().forget(self._state)
+        self._model.runner.release(self._state)
         self._state = None
 
 
-class TorchContestant:
+class TorchCandidate:
     """A saved model in eager torch."""
 
     def __init__(self, path: str, threads: int | None) -> None:
@@ -92,15 +104,15 @@ class TorchContestant:
         try:
             read_manifest(folder)
             model = load_model(folder)
-        except FedspineError:  # a plain Hugging Face folder
+        except FedspineError:  # a folder that transformers saved
             model = load_base(folder)
         self._module = model.merge().eval()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._module.to(self._device)
         parameters = list(self._module.parameters())
-        self.about = {
+        self.properties = {
             "backend": f"torch {torch.__version__} on {self._device}",
-            "why": "as asked for.",
+            "why": "as requested.",
             "task": model.task,
             "precision": str(parameters[0].dtype).removeprefix("torch."),
             "sparsity": None,
@@ -114,7 +126,7 @@ class TorchContestant:
         check_length(tokens, max_tokens_of(self._module.config), new_tokens)
         ids = self._torch.randint(5, self._module.config.vocab_size, (batch, tokens), device=self._device)
         self._inputs = {"input_ids": ids, "attention_mask": self._torch.ones_like(ids)}
-        self._next = ids[:, :1]
+        self._next_token = ids[:, :1]
 
     def _forward(self, **inputs: Any) -> Any:
         with self._torch.inference_mode():
@@ -130,65 +142,70 @@ class TorchContestant:
         self._cache = self._forward(**self._inputs, use_cache=True, logits_to_keep=1).past_key_values
 
     def token(self) -> None:
-        self._cache = self._forward(input_ids=self._next, past_key_values=self._cache, use_cache=True).past_key_values
+        result = self._forward(input_ids=self._next_token, past_key_values=self._cache, use_cache=True)
+        self._cache = result.past_key_values
 
     def end(self) -> None:
         self._cache = None
 
 
 class Worker:
-    """Carries out the commands."""
+    """Executes the commands."""
 
     def __init__(self) -> None:
-        self._contestant: Any = None
+        self._candidate: Any = None
         self._new_tokens = 0
 
-    def do(self, command: dict[str, Any]) -> dict[str, Any]:
-        action: Any = {"load": self._load, "prepare": self._prepare, "turn": self._turn, "spin": self._spin}
-        answer: dict[str, Any] = action[command.pop("do")](**command)
+    def execute(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Execute one command and return the answer."""
+        actions: Any = {"load": self._load, "prepare": self._prepare, "run": self._run, "run_for": self._run_for}
+        answer: dict[str, Any] = actions[command.pop("do")](**command)
         return answer
 
-    def _load(self, kind: str, path: str, backend: str, threads: int | None, spinning: bool) -> dict[str, Any]:
+    def _load(self, kind: str, path: str, backend: str, threads: int | None, spin_wait: bool) -> dict[str, Any]:
         start = time.perf_counter()
         if kind == "torch":
-            self._contestant = TorchContestant(path, threads)
+            self._candidate = TorchCandidate(path, threads)
         else:
-            self._contestant = BundleContestant(path, backend, threads, spinning)
-        return {**self._contestant.about, "load_s": time.perf_counter() - start}
+            self._candidate = BundleCandidate(path, backend, threads, spin_wait)
+        return {**self._candidate.properties, "load_s": time.perf_counter() - start}
 
     def _prepare(self, batch: int, tokens: int, new_tokens: int) -> dict[str, Any]:
-        self._contestant.prepare(batch, tokens, new_tokens)
+        self._candidate.prepare(batch, tokens, new_tokens)
         self._new_tokens = new_tokens
         return {}
 
-    def _turn(self) -> dict[str, Any]:
-        """Wall and CPU milliseconds of every phase: "run", or "prompt" and "token" (the mean over the new tokens)."""
-        contestant = self._contestant
+    def _run(self) -> dict[str, Any]:
+        """Return wall and CPU times in ms of "run", or of "prompt" and "token" (the mean over the new tokens)."""
+        candidate = self._candidate
         if not self._new_tokens:
-            return {"run": _timed(contestant.run, 1)}
+            return {"run": _time_calls(candidate.run, 1)}
         try:
-            phases = {"prompt": _timed(contestant.prompt, 1), "token": _timed(contestant.token, self._new_tokens)}
+            return {
+                "prompt": _time_calls(candidate.prompt, 1),
+                "token": _time_calls(candidate.token, self._new_tokens),
+            }
         finally:
-            contestant.end()
-        return phases
+            candidate.end()
 
-    def _spin(self, seconds: float) -> dict[str, Any]:
-        start, turns = time.perf_counter(), 0
+    def _run_for(self, seconds: float) -> dict[str, Any]:
+        start, runs = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
-            self._turn()
-            turns += 1
-        return {"turns": turns, "seconds": time.perf_counter() - start}
+            self._run()
+            runs += 1
+        return {"runs": runs, "seconds": time.perf_counter() - start}
 
 
-def _timed(call: Any, times: int) -> list[float]:
+def _time_calls(function: Any, count: int) -> list[float]:
+    """Return the mean wall and CPU times of `count` calls, in milliseconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(times):
-        call()
-    return [(time.perf_counter() - wall) / times * 1e3, (time.process_time() - cpu) / times * 1e3]
+    for _ in range(count):
+        function()
+    return [(time.perf_counter() - wall) / count * 1e3, (time.process_time() - cpu) / count * 1e3]
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """Return the peak resident memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -198,10 +215,10 @@ def peak_bytes() -> int:
 def main() -> int:
     worker = Worker()
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what a library prints must not come between the answers
+    sys.stdout = sys.stderr  # output of libraries must not be mixed with the answers
     for line in sys.stdin:
         try:
-            answer = worker.do(json.loads(line))
+            answer = worker.execute(json.loads(line))
         except FedspineError as error:
             answer = {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
         print(json.dumps({**answer, "peak_bytes": peak_bytes()}), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""A bundle as one file: an uncompressed zip of its files, for copying to devices in one piece."""
+"""Packed bundles: the files of a bundle in one uncompressed zip file, for copying to devices in one piece."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 def is_archive(path: str | Path) -> bool:
-    """Whether `path` is a file named like a packed bundle."""
+    """Return whether `path` is named like a packed bundle and is not a folder."""
     path = Path(path)
     return path.suffix == SUFFIX and not path.is_dir()
 
 
 def pack(folder: str | Path, out: str | Path) -> Path:
-    """Writes a checked bundle as one file, atomically, with every file stored as it is.
+    """Verify a bundle and write it as one uncompressed zip file, atomically.
 
-    Raises `CheckpointError` for a damaged bundle and `ConfigError` where `out` is another kind of file.
+    Raises:
+        CheckpointError: The bundle is damaged.
+        ConfigError: `out` exists and is another kind of file.
     """
     folder, out = Path(folder), Path(out).absolute()
     check_archive_target(out)
@@ -36,7 +38,7 @@ def pack(folder: str | Path, out: str | Path) -> Path:
         descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.new-", dir=out.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                # Times are fixed, so the same bundle packs to the same bytes.
+                # Timestamps are fixed so that the same bundle always packs to the same bytes.
                 with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                     for member in (MANIFEST, *sorted(bundle.manifest.files)):
                         entry = zipfile.ZipInfo(member, date_time=(1980, 1, 1, 0, 0, 0))
@@ -57,15 +59,17 @@ def pack(folder: str | Path, out: str | Path) -> Path:
 
 
 def check_archive_target(out: Path) -> None:
-    """Raises `ConfigError` unless `out` is free or a packed bundle."""
+    """Raise `ConfigError` unless `out` does not exist or is a packed bundle."""
     if out.suffix != SUFFIX:
         raise ConfigError(f"{out} does not end in {SUFFIX}.", remedy=f"Name it {out.name}{SUFFIX}.")
     if out.exists() and not (out.is_file() and _members(out)):
-        raise ConfigError(f"{out} exists and is not a packed bundle; it will not be replaced.")
+        raise ConfigError(
+            f"{out} exists and is not a packed bundle; it will not be replaced.", remedy="Choose another output file."
+        )
 
 
 def _members(path: Path) -> list[zipfile.ZipInfo]:
-    """The files of a packed bundle, none where it is something else."""
+    """Return the members of a packed bundle, or an empty list if `path` is something else."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -75,8 +79,8 @@ def _members(path: Path) -> list[zipfile.ZipInfo]:
 
 
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[Path]:
-    """The folder of a bundle, for reading: itself, or where a packed one was unpacked to meanwhile."""
+def bundle_folder(path: str | Path) -> Iterator[Path]:
+    """Yield the folder of a bundle for reading; a packed bundle is unpacked to a temporary folder for the block."""
     if not is_archive(path):
         yield Path(path)
         return
@@ -85,21 +89,22 @@ def opened(path: str | Path) -> Iterator[Path]:
 
 
 def unpack(path: str | Path) -> tempfile.TemporaryDirectory[str]:
-    """Unpacks into a temporary folder, which the caller removes; `load_bundle` then checks what is in it.
+    """Unpack a bundle into a temporary folder, which the caller removes.
 
-    Raises `CheckpointError` where there is no packed bundle, or one with other things in it than a bundle's files.
+    The content is not verified; `load_bundle` does that. Raises `CheckpointError` if `path` is not a packed bundle or
+    contains anything but the files of a bundle.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            f"{path} does not exist.", remedy="Make one with: fedspine-edge compile MODEL --out x.zip"
+            f"{path} does not exist.", remedy="Create one with: fedspine-edge compile MODEL --out x.zip"
         )
     members = _members(path)
-    # Stored files are as large as they say: a small file cannot unpack to a huge one.
-    odd = [m for m in members if m.compress_type != zipfile.ZIP_STORED or not _NAME.fullmatch(m.filename)]
-    if not members or odd or sum(member.file_size for member in members) > path.stat().st_size:
+    # Uncompressed members cannot expand, so a small file cannot unpack to a huge one.
+    unexpected = [m for m in members if m.compress_type != zipfile.ZIP_STORED or not _NAME.fullmatch(m.filename)]
+    if not members or unexpected or sum(member.file_size for member in members) > path.stat().st_size:
         raise CheckpointError(
-            f"{path} is not a packed bundle, or damaged.", remedy="Copy it again, or compile it anew from its model."
+            f"{path} is not a packed bundle, or it is damaged.", remedy="Copy it again, or recompile it from its model."
         )
     folder = tempfile.TemporaryDirectory(prefix="fedspine-bundle-")
     try:

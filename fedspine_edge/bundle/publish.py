@@ -1,6 +1,7 @@
-"""Writing a bundle: beside its destination, sealed with hashes, flushed to the disk and renamed into place.
+"""Atomic publication of a bundle.
 
-So a failed or interrupted build leaves an existing bundle as it was.
+A bundle is written beside its destination, sealed with hashes, flushed to disk and renamed into place. A failed or
+interrupted build therefore leaves an existing bundle unchanged.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ _UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, er
 
 @contextlib.contextmanager
 def staging(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well and is sealed.
+    """Yield a temporary folder beside `out` that replaces `out` when the block succeeds. The block must call `seal`.
 
-    When the block raises, the temporary folder goes and `out` stays as it was. An `out` that exists and is
-    neither a bundle nor empty is refused (`ConfigError`): it is not ours to replace. A place that is full or
-    read-only is a `DeployError`.
+    If the block raises, the temporary folder is deleted and `out` is unchanged.
+
+    Raises:
+        ConfigError: `out` exists and is neither a bundle nor an empty folder.
+        DeployError: The file system is full or read-only.
     """
     out = Path(out).absolute()
     check_target(out)
@@ -37,10 +40,10 @@ def staging(out: str | Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
         try:
-            folder.chmod(0o755)  # mkdtemp makes it private; a service user must be able to read the bundle
+            folder.chmod(0o755)  # mkdtemp creates private folders, but a service user must be able to read the bundle
             yield folder
             if not is_bundle(folder):
-                raise RuntimeError("staging() ended without seal(): a bundle without bundle.json would be published.")
+                raise RuntimeError("The block of staging() did not call seal(), so the bundle has no bundle.json.")
             _publish(folder, out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -48,22 +51,23 @@ def staging(out: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Raises `DeployError` where what the block writes for `out` meets a place that is full or read-only."""
+    """Raise `DeployError` if the block, which writes files for `out`, finds the file system full or read-only."""
     try:
         yield
     except FedspineError:
         raise
-    except Exception as error:  # some libraries wrap the system's error into one of their own
+    except Exception as error:  # some libraries wrap the operating system's error in their own
         unwritable = isinstance(error, OSError) and error.errno in _UNWRITABLE
         if not unwritable and not any(os.strerror(code) in str(error) for code in _FULL):
             raise
         raise DeployError(
-            f"{out} cannot be written: {error}.", remedy="Check space and permissions, or choose another place."
+            f"{out} cannot be written: {error}.",
+            remedy="Check free space and permissions, or choose another output path.",
         ) from error
 
 
 def check_target(out: Path) -> None:
-    """Raises `ConfigError` unless `out` is free, an empty folder or a bundle."""
+    """Raise `ConfigError` unless `out` does not exist, is an empty folder or is a bundle."""
     if out.is_dir() and not out.is_symlink() and (is_bundle(out) or not any(out.iterdir())):
         return
     if out.exists() or out.is_symlink():
@@ -73,7 +77,7 @@ def check_target(out: Path) -> None:
 
 
 def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
-    """Hashes every file in `folder` and writes bundle.json, all of it flushed to the disk."""
+    """Hash every file in `folder`, write bundle.json, and flush everything to disk. Return the final manifest."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.name == MANIFEST:
@@ -91,7 +95,7 @@ def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Renames `folder` to `out`. An older bundle is moved aside first and comes back if the rename fails."""
+    """Rename `folder` to `out`. An existing bundle is moved aside first and is restored if the rename fails."""
     if not out.exists():
         folder.rename(out)
     else:

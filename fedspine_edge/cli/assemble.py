@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
-    from fedspine_edge.export.finished_model import build_finished_model
+    from fedspine_edge.export.fleet_model import build_finished_model
 
     finished = build_finished_model(arguments.run_dir, arguments.model, arguments.out)
     figures = {

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.benchmark.benchmark import Subject, plot, run_benchmark
+    from fedspine_edge.benchmark.benchmark import Candidate, plot, run_benchmark
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.errors import ConfigError
 
@@ -47,11 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     names = [path.name.removesuffix(".zip").removesuffix(".bundle") or str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    subjects = [Subject(name=name, path=str(path)) for name, path in zip(names, paths)]
+    candidates = [Candidate(name=name, path=str(path)) for name, path in zip(names, paths)]
     if arguments.torch is not None:
-        subjects.append(Subject(name=f"torch {arguments.torch.name}", path=str(arguments.torch), kind="torch"))
+        candidates.append(Candidate(name=f"torch {arguments.torch.name}", path=str(arguments.torch), kind="torch"))
     report = run_benchmark(
-        subjects,
+        candidates,
         batches=arguments.batches,
         tokens=arguments.tokens,
         new_tokens=arguments.new_tokens,
@@ -70,19 +70,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(report: BenchmarkReport) -> None:
-    width = max(len(contender.name) for contender in report.contenders)
+    width = max(len(candidate.name) for candidate in report.candidates)
     print(f"{'':{width}}  phase  batch    p50 ms    p90 ms    p99 ms  sequences/s   tokens/s  ratio")
     for row in report.rows:
         print(
-            f"{row.subject:{width}}  {row.phase:6} {row.batch:5} {row.p50_ms:9.3f} {row.p90_ms:9.3f} {row.p99_ms:9.3f}"
+            f"{row.candidate:{width}}  {row.phase:6} {row.batch:5} {row.p50_ms:9.3f} {row.p90_ms:9.3f} {row.p99_ms:9.3f}"
             f" {row.sequences_per_s:12.1f} {row.tokens_per_s:10.1f}  {row.ratio:5.3f}"
         )
     print()
-    for contender in report.contenders:
+    for candidate in report.candidates:
         energy = "energy not reported by this machine"
-        if contender.watts is not None and contender.joules_per_turn is not None:
-            energy = f"{contender.watts:.1f} W, {contender.joules_per_turn:.3g} J per run"
-        print(f"{contender.name:{width}}  {contender.backend}, peak {contender.peak_bytes / 2**20:.0f} MiB, {energy}")
+        if candidate.watts is not None and candidate.joules_per_run is not None:
+            energy = f"{candidate.watts:.1f} W, {candidate.joules_per_run:.3g} J per run"
+        print(f"{candidate.name:{width}}  {candidate.backend}, peak {candidate.peak_bytes / 2**20:.0f} MiB, {energy}")
     if any(row.unsteady for row in report.rows):
         print(
             f"\np99 exceeds 1.3 × the median: the machine was busy (load {report.load_before:.1f} before, "

@@ -12,7 +12,7 @@ from fedspine_edge.cli.options import add_backend_option, add_column_options, ad
 
 if TYPE_CHECKING:
     from fedspine_edge.engine.tensorrt_builder import OnStep
-    from fedspine_edge.export.export_bundle import ProgressCallback
+    from fedspine_edge.export.options import ProgressCallback
 
 EXAMPLE = """fedspine-edge compile model/ --precision fp16
   fedspine-edge compile model/ --precision int8 --calibrate train.csv   # also prints the accuracy before and after
@@ -74,7 +74,8 @@ def _progress() -> Iterator[tuple[ProgressCallback, OnStep]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.bundle.bundle import read_sidecar
+    from fedspine_edge.bundle.archive import bundle_folder
+    from fedspine_edge.bundle.bundle import read_manifest
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.export.compile import compile_engine
 
@@ -92,7 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
             on_build_step=step,
         )
     if arguments.json:
-        print_json({"bundle": str(bundle), **read_sidecar(bundle)})
+        with bundle_folder(bundle) as folder:
+            print_json({"bundle": str(bundle), **read_manifest(folder).to_dict()})
     else:
         print(f"{bundle}\nnext: fedspine-edge run {bundle} 'some text'")
     return 0

@@ -16,19 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fedspine_edge.bundle.archive import opened
-    from fedspine_edge.bundle.bundle import PLAN, TIMINGS, damage_of, load_bundle, read_sidecar
+    from fedspine_edge.bundle.archive import bundle_folder
+    from fedspine_edge.bundle.bundle import PLAN, TIMING_CACHE, damage_of, load_bundle, read_manifest
     from fedspine_edge.cli.main import print_json
 
-    with opened(arguments.bundle) as folder:
+    with bundle_folder(arguments.bundle) as folder:
         if arguments.json:
-            print_json(read_sidecar(folder))
+            print_json(read_manifest(folder).to_dict())
             return 0
-        bundle = load_bundle(folder, ignore=(PLAN, TIMINGS))  # files that can be rebuilt do not hide the rest
+        bundle = load_bundle(folder, ignore=(PLAN, TIMING_CACHE))  # files that can be rebuilt do not hide the rest
         manifest, engine = bundle.manifest, bundle.manifest.engine
         damaged = [
             f"{name} {problem}"
-            for name in (PLAN, TIMINGS)
+            for name in (PLAN, TIMING_CACHE)
             if (entry := manifest.files.get(name)) and (problem := damage_of(folder / name, entry))
         ]
     health = "; ".join(damaged) or "all hashes correct"

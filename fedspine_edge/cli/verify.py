@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import msgspec
 
-    from fedspine_edge.bundle.archive import opened
+    from fedspine_edge.bundle.archive import bundle_folder
     from fedspine_edge.bundle.bundle import load_bundle
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.errors import ConfigError, ExportMismatch
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data is not None and arguments.model is None:
         raise ConfigError("--data needs --model.", remedy="Add --model MODEL_FOLDER to compare with.")
     data = None if arguments.data is None else data_settings(arguments.data, arguments)
-    with opened(arguments.bundle) as folder:
+    with bundle_folder(arguments.bundle) as folder:
         bundle = load_bundle(folder)
         found, problem, accuracy = [], "", None
         if arguments.model is not None:

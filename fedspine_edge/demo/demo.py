@@ -29,7 +29,7 @@ from fedspine_edge.demo.setup import FleetInputs, FleetSetup, write_fleet
 from fedspine_edge.demo.supervisor import Supervisor
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.export.finished_model import build_finished_model
+from fedspine_edge.export.fleet_model import build_finished_model
 from fedspine_edge.monitoring.report import write_report
 from fedspine_edge.monitoring.run_view import RunView, idle_share, peek_run, read_run
 from fedspine_edge.runtime.session import Session, compare_latency

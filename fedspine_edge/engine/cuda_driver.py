@@ -1,10 +1,10 @@
-"""The few CUDA driver calls that running an engine needs, through NVIDIA's cuda-python or through pycuda.
+"""The CUDA driver calls that an engine needs, through NVIDIA's cuda-python or through pycuda.
 
-Both drive the device's *primary* context, retained and pushed around every use and popped after it, so that
-torch in the same process keeps working; nothing is initialised on import. `device_info` asks the driver
-library directly and needs neither package.
+Both use the device's *primary* context. It is retained, pushed before every use and popped after it, so that torch in
+the same process keeps working. Nothing is initialized on import. `device_info` calls the driver library directly and
+needs neither package.
 
-Names and semantics are those of the CUDA driver API reference (groups CTX, MEM, STREAM and GRAPH).
+Names and semantics follow the CUDA driver API reference (groups CTX, MEM, STREAM and GRAPH).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """A GPU: its name, its SM number such as "87" and, on a Jetson, its L4T release."""
+    """A GPU: its name, its SM number (such as "87") and, on a Jetson, its L4T release."""
 
     name: str
     sm: str
@@ -34,18 +34,18 @@ class DeviceInfo:
 
 
 def device_info(index: int = 0) -> DeviceInfo | None:
-    """The GPU with this index, or None when there is no driver or no such device."""
-    found = _ask_driver(index)
+    """Return the GPU with this index, or None if there is no driver or no such device."""
+    found = _query_driver(index)
     return found if isinstance(found, DeviceInfo) else None
 
 
 def why_no_device(index: int = 0) -> str:
-    """Why `device_info` finds nothing, for an error message; empty when it does find a GPU."""
-    found = _ask_driver(index)
+    """Return the reason why `device_info` finds no GPU, for an error message; empty if it finds one."""
+    found = _query_driver(index)
     return found if isinstance(found, str) else ""
 
 
-def _ask_driver(index: int) -> DeviceInfo | str:
+def _query_driver(index: int) -> DeviceInfo | str:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -60,15 +60,15 @@ def _ask_driver(index: int) -> DeviceInfo | str:
         ("cuDeviceGetAttribute", lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)),
         ("cuDeviceGetAttribute", lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)),
     )
-    for call, ask in calls:
-        error = ask()
+    for call, function in calls:
+        error = function()
         if error != 0:
-            return f"the driver is there, but {call} answers error {error}"
+            return f"the driver is installed, but {call} returns error {error}"
     return DeviceInfo(name.value.decode(errors="replace"), f"{major.value}{minor.value}", l4t_release())
 
 
 def l4t_release(path: str = "/etc/nv_tegra_release") -> str:
-    """The Jetson Linux release such as "36.4.3"; empty on anything else."""
+    """Return the Jetson Linux release, such as "36.4.3"; empty on other machines."""
     try:
         first = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()[0]
         release, revision = first.split(",")[:2]
@@ -78,16 +78,17 @@ def l4t_release(path: str = "/etc/nv_tegra_release") -> str:
 
 
 class Cuda(Protocol):
-    """What the engine runner needs. All but `active` and `close` are called inside `with cuda.active()`.
+    """CUDA operations that the engine runner needs.
 
-    Addresses are device addresses. `pinned` memory is page-locked host memory, so that copies are asynchronous.
+    All methods except `active` and `close` must be called inside `with cuda.active()`. Addresses are device addresses.
+    `pinned` memory is page-locked host memory, which makes copies asynchronous.
     """
 
     name: str
     unified: bool
-    """CPU and GPU share one memory, as on a Jetson: `address_of` pinned memory takes the place of copies."""
+    """Whether CPU and GPU share one memory, as on a Jetson. Then `address_of` pinned memory replaces copies."""
     graphs: bool
-    """Whether `capture` works."""
+    """Whether `capture` is supported."""
 
     def active(self) -> AbstractContextManager[None]: ...
     def stream(self) -> int: ...
@@ -107,35 +108,37 @@ class Cuda(Protocol):
 
 
 def open_cuda(index: int = 0) -> Cuda:
-    """cuda-python where it is installed, for it captures graphs; else pycuda.
+    """Open the device with cuda-python, which supports CUDA graphs, or with pycuda if cuda-python is not installed.
 
-    Raises `MissingDependency` when neither can be imported, `DeployError` when the driver refuses.
+    Raises:
+        MissingDependency: Neither package can be imported.
+        DeployError: The driver is missing or reports an error.
     """
     failures = []
     for backend in (CudaPython, PyCuda):
         try:
             return backend(index)
         except (ImportError, RuntimeError) as error:
-            # Without a driver cuda-python raises the latter, and pycuda cannot be imported.
+            # Without a driver, cuda-python raises RuntimeError and pycuda raises ImportError.
             if isinstance(error, RuntimeError) or "libcuda" in str(error):
                 raise DeployError(
-                    f"{backend.name} is installed, but not the NVIDIA driver: {error}",
-                    remedy="Install or load the driver (a Jetson has it from JetPack); see: fedspine-edge doctor",
+                    f"{backend.name} is installed, but the NVIDIA driver is not: {error}",
+                    remedy="Install or load the driver (JetPack contains it), then run: fedspine-edge doctor",
                 ) from error
             failures.append(f"{backend.name}: {error}")
     raise MissingDependency(
         f"Running an engine needs cuda-python or pycuda ({'; '.join(failures)}).",
-        remedy="Install one: pip install cuda-python, of the driver's CUDA version (12.6 on JetPack 6), or "
-        "pip install pycuda, which needs the CUDA toolkit.",
+        remedy="Install cuda-python for the driver's CUDA version (12.6 on JetPack 6) with pip install cuda-python, or "
+        "install pycuda, which needs the CUDA toolkit, with pip install pycuda.",
     )
 
 
 def _failure(name: str) -> DeployError:
-    """An error for a driver call that failed, by the name the driver gives it."""
+    """Return the exception for a failed driver call, given the driver's name of the error."""
     if "OUT_OF_MEMORY" in name or "out of memory" in name:
         return DeployError(
             f"The GPU is out of memory ({name}).",
-            remedy="Close other programs, or build the engine with a smaller largest batch and fewer tokens.",
+            remedy="Close other programs, or build the engine with a smaller maximum batch and fewer tokens.",
         )
     return DeployError(f"A CUDA driver call failed: {name}.", remedy="Check the GPU with: fedspine-edge doctor")
 
@@ -214,13 +217,13 @@ class CudaPython:
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
         driver = self._driver
-        # Thread-local: another thread that allocates meanwhile disturbs nothing.
+        # Thread-local, so that other threads can allocate memory during the capture.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call(driver.cuStreamBeginCapture(stream, mode))
         try:
             work()
         except BaseException:
-            # The stream must leave capture mode whatever happened; the graph, if there is one, is of no use.
+            # The stream must leave capture mode after any error. An incomplete graph is useless.
             error, graph = driver.cuStreamEndCapture(stream)
             if int(error) == 0 and int(graph) != 0:
                 driver.cuGraphDestroy(graph)
@@ -229,7 +232,7 @@ class CudaPython:
         try:
             return int(self._call(driver.cuGraphInstantiate(graph, 0)))
         finally:
-            self._call(driver.cuGraphDestroy(graph))  # the instance is a copy of its own
+            self._call(driver.cuGraphDestroy(graph))  # the instance is an independent copy
 
     def launch(self, graph: int, stream: int) -> None:
         self._call(self._driver.cuGraphLaunch(graph, stream))
@@ -242,7 +245,7 @@ class CudaPython:
 
 
 class PyCuda:
-    """`Cuda` through pycuda, which has no CUDA graphs; never pycuda.autoinit, which would make its own context."""
+    """`Cuda` through pycuda, which has no CUDA graphs. It avoids pycuda.autoinit, which creates its own context."""
 
     name = "pycuda"
     graphs = False
@@ -259,7 +262,7 @@ class PyCuda:
             self._context = device.retain_primary_context()
         except driver.Error as error:
             raise _failure(str(error)) from error
-        # pycuda frees what its objects stand for when their last reference goes, so they are kept here.
+        # pycuda frees a resource when the last reference to its object is dropped, so references are kept here.
         self._streams: dict[int, Any] = {}
         self._buffers: dict[int, Any] = {}
 
@@ -320,8 +323,9 @@ class PyCuda:
         raise NotImplementedError
 
     def close(self) -> None:
-        # pycuda's detach() of a primary context pushes it and counts on a pop that cuDevicePrimaryCtxRelease does not
-        # do; off the thread that made the context it does nothing. So: make it active, pop it ourselves, let go.
+        # pycuda's detach() of a primary context pushes it and relies on a pop that cuDevicePrimaryCtxRelease does not
+        # perform; on a thread other than the one that created the context it does nothing. Therefore push the context,
+        # pop it through the driver, and then detach.
         self._context.push()
         ctypes.CDLL("libcuda.so.1").cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
         self._context.detach()

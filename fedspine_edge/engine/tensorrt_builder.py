@@ -1,7 +1,7 @@
-"""An ONNX file becomes a serialized plan: parse, profile, build; with progress, and an end when Ctrl-C is pressed.
+"""Builds a serialized TensorRT engine (a plan) from an ONNX file, with progress reports and support for Ctrl-C.
 
-TensorRT builds on a thread of its own here. It lets go of the interpreter meanwhile, so the main thread goes on
-hearing Ctrl-C; the builder is then told to stop at its next step, and nothing is left half done.
+TensorRT builds on a separate thread and releases the GIL meanwhile, so the main thread still receives Ctrl-C. The
+builder is then asked to stop at its next step, and the build ends cleanly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+import msgspec
 
 from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, TensorInfo
 from fedspine_edge.engine import tensorrt_api
@@ -17,61 +19,77 @@ from fedspine_edge.engine.build_errors import explain_build_failure, parser_erro
 from fedspine_edge.engine.cuda_driver import DeviceInfo
 from fedspine_edge.errors import EngineBuildError
 
+BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
+BACKENDS: tuple[str, ...] = get_args(BackendChoice)
 OnStep = Callable[[str, float], None]
-"""Called with what the builder does and the share of the work done, 0 to 1."""
-_CANCEL_WITHIN_S = 120.0
-"""A builder that has not ended by then after it was told to stop is left behind."""
+"""Called with the builder's current phase and the share of the build that is done, 0 to 1."""
+_CANCEL_TIMEOUT_S = 120.0
+"""A builder that is still running this long after it was asked to stop is abandoned."""
 
 
-class Built(NamedTuple):
-    """A plan, what it was made by and for, and the timings that make the next build of a like model quicker."""
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of an engine build."""
+
+    backend: BackendChoice = "auto"
+    profiles: tuple[OptimizationProfile, ...] | None = None
+    """Shapes to optimize for; None selects the default profiles of the model."""
+    compute_capabilities: tuple[str, ...] = ()
+    """SM numbers, such as "86", to build for without that GPU (TensorRT-RTX only)."""
+    workspace_bytes: int | None = None
+    """Limit of the builder's scratch memory. None selects half of the available memory on a board whose CPU and GPU
+    share it, and TensorRT's default elsewhere."""
+    flags: tuple[str, ...] = ()
+    """Names of additional builder flags, such as "TF32". TF32 is off unless it is named, so that fp32 means fp32."""
+
+
+class OnnxModel(msgspec.Struct, frozen=True, kw_only=True):
+    """An ONNX file to build an engine from. External weights are expected beside it."""
+
+    path: Path
+    inputs: tuple[TensorInfo, ...]
+    opset: int = 17
+
+
+class BuildResult(NamedTuple):
+    """A plan, the record of its build, and the timing cache that speeds up the next build of a similar model."""
 
     plan: bytes
     info: EngineInfo
-    timings: bytes
+    timing_cache: bytes
 
 
 def build_plan(
     backend: tensorrt_api.Backend,
-    model: Path,
-    inputs: Sequence[TensorInfo],
-    profiles: Sequence[OptimizationProfile],
+    model: OnnxModel,
+    options: EngineOptions,
     *,
     device: DeviceInfo | None,
-    compute_capabilities: Sequence[str] = (),
-    workspace_bytes: int | None = None,
-    flags: Sequence[str] = (),
-    opset: int = 17,
-    timings: bytes = b"",
+    timing_cache: bytes = b"",
     progress: Callable[[str], None] | None = None,
     on_step: OnStep | None = None,
-) -> Built:
-    """Parses an ONNX file and builds a serialized plan.
+) -> BuildResult:
+    """Parse an ONNX file and build a plan.
 
     Args:
-        model: The ONNX file; external weights are looked up beside it.
-        inputs: The model's inputs; the profiles size their dynamic axes.
-        profiles: Shapes to optimise for; at least one.
+        backend: TensorRT or TensorRT-RTX.
+        model: The ONNX file.
+        options: Settings of the build; `profiles` must be given.
         device: The GPU of this machine, or None.
-        compute_capabilities: SM numbers such as "86" to build for without that GPU; TensorRT-RTX only.
-        workspace_bytes: Scratch memory the builder may use; None takes half of what is available on a board whose CPU
-            and GPU share it, and TensorRT's default elsewhere.
-        flags: Further builder flags by name, such as "TF32". TF32 is off unless named, so that fp32 means fp32.
-        opset: Of the file.
-        timings: Timing cache of an earlier build; refused ones are not used.
-        progress: Called with a line per step.
-        on_step: Called while the engine is built.
+        timing_cache: Timing cache of an earlier build. It is ignored if TensorRT rejects it.
+        progress: Called with one line per step.
+        on_step: Called repeatedly while the engine is built.
 
     Raises:
-        EngineBuildError: With TensorRT's own words and what to do about them.
-        KeyboardInterrupt: Ctrl-C was pressed; the builder has stopped.
+        EngineBuildError: TensorRT failed; the error contains its messages and a remedy.
+        KeyboardInterrupt: Ctrl-C was pressed and the builder has stopped.
     """
     name, version = backend.name, backend.version
     report = progress or (lambda line: None)
-    if opset > tensorrt_api.newest_opset(backend):
+    if model.opset > tensorrt_api.newest_opset(backend):
         raise EngineBuildError(
-            f"{name} {version} reads opset {tensorrt_api.newest_opset(backend)} at most; {model.name} has {opset}.",
-            remedy="Export anew without naming an opset, or update TensorRT.",
+            f"{name} {version} supports opsets up to {tensorrt_api.newest_opset(backend)}; "
+            f"{model.path.name} has opset {model.opset}.",
+            remedy="Export the model again without setting an opset, or update TensorRT.",
         )
     log: list[str] = []
     logger = tensorrt_api.make_logger(backend, log)
@@ -82,34 +100,30 @@ def build_plan(
         return value
 
     builder = checked(backend.module.Builder(logger), "could not create a builder")
-    flag_bits = tensorrt_api.network_flags(backend.module)
-    network = builder.create_network(flag_bits)
+    network = builder.create_network(tensorrt_api.network_flags(backend.module))
     if network is None:
         raise explain_build_failure(name, version, log, "could not create a network")
     parser = backend.module.OnnxParser(network, logger)
-    report(f"{name} {version}: parsing {model.name}")
-    if not parser.parse_from_file(str(model)):
-        raise explain_build_failure(name, version, parser_errors(parser) or log, f"could not parse {model}")
+    report(f"{name} {version}: parsing {model.path.name}")
+    if not parser.parse_from_file(str(model.path)):
+        raise explain_build_failure(name, version, parser_errors(parser) or log, f"could not parse {model.path}")
     config = checked(builder.create_builder_config(), "could not create a builder configuration")
-    tensorrt_api.set_flags(backend, config, flags)
+    tensorrt_api.set_flags(backend, config, options.flags)
+    workspace_bytes = options.workspace_bytes
     if workspace_bytes is None and device is not None and device.l4t:
         workspace_bytes = available_bytes() // 2
     if workspace_bytes:
         config.set_memory_pool_limit(backend.module.MemoryPoolType.WORKSPACE, workspace_bytes)
+    profiles = options.profiles or ()
     for profile in profiles:
-        optimization_profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            shapes = [tensor.sized(profile.sizes(corner)) for corner in range(3)]
-            if shapes[0] != tensor.shape:  # a fixed shape takes no profile
-                optimization_profile.set_shape(tensor.name, *shapes)
-        if config.add_optimization_profile(optimization_profile) < 0:
-            raise explain_build_failure(name, version, log, f"refused the profile {profile}")
-    targets = tensorrt_api.set_targets(backend, config, device, compute_capabilities, log)
-    if tensorrt_api.keeps_timings(backend):
-        reused = tensorrt_api.use_timings(config, timings)
-        report(f"{name} {version}: " + ("reusing the bundle's timings" if reused else "timing kernels anew"))
+        if config.add_optimization_profile(_trt_profile(builder, model.inputs, profile)) < 0:
+            raise explain_build_failure(name, version, log, f"rejected the profile {profile}")
+    targets = tensorrt_api.set_targets(backend, config, device, options.compute_capabilities, log)
+    if tensorrt_api.has_timing_cache(backend):
+        reused = tensorrt_api.load_timing_cache(config, timing_cache)
+        report(f"{name} {version}: " + ("reusing the timing cache of the bundle" if reused else "timing kernels"))
     report(f"{name} {version}: building for SM {', '.join(targets)}")
-    plan = _built(backend, builder, network, config, on_step)
+    plan = _build_serialized_network(backend, builder, network, config, on_step)
     if plan is None or plan.nbytes == 0:
         raise explain_build_failure(name, version, log, "could not build an engine")
     members = backend.module.BuilderFlag.__members__
@@ -124,11 +138,12 @@ def build_plan(
         workspace_bytes=workspace_bytes or 0,
         not_verified="not run yet",
     )
-    return Built(bytes(plan), info, tensorrt_api.timings_of(config) if tensorrt_api.keeps_timings(backend) else b"")
+    new_cache = tensorrt_api.serialize_timing_cache(config) if tensorrt_api.has_timing_cache(backend) else b""
+    return BuildResult(bytes(plan), info, new_cache)
 
 
 def available_bytes(path: str = "/proc/meminfo") -> int:
-    """Memory that programs can still have without swapping, as Linux estimates it; 0 where it does not say."""
+    """Return Linux's estimate of the memory that programs can use without swapping, or 0 if it is not available."""
     try:
         for line in Path(path).read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -138,82 +153,98 @@ def available_bytes(path: str = "/proc/meminfo") -> int:
     return 0
 
 
-def _built(backend: tensorrt_api.Backend, builder: Any, network: Any, config: Any, on_step: OnStep | None) -> Any:
-    """The serialized network, or None. Ctrl-C, or an error of `on_step`, stops the builder and is raised again."""
-    share = Share()
-    cancelled, ended = threading.Event(), threading.Event()
-    failed: list[BaseException] = []
+def _trt_profile(builder: Any, inputs: Sequence[TensorInfo], profile: OptimizationProfile) -> Any:
+    """Return TensorRT's optimization profile for `profile`."""
+    trt_profile = builder.create_optimization_profile()
+    for tensor in inputs:
+        shapes = [tensor.sized(profile.sizes(corner)) for corner in range(3)]
+        if shapes[0] != tensor.shape:  # inputs of a fixed shape take no profile
+            trt_profile.set_shape(tensor.name, *shapes)
+    return trt_profile
+
+
+def _build_serialized_network(
+    backend: tensorrt_api.Backend, builder: Any, network: Any, config: Any, on_step: OnStep | None
+) -> Any:
+    """Return the serialized network, or None. Ctrl-C or an exception from `on_step` stops the builder and is raised."""
+    progress = BuildProgress()
+    cancelled, finished = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
     result: list[Any] = []
 
-    def tell(phase: str) -> None:
+    def notify(phase: str) -> None:
         if on_step is not None and not cancelled.is_set():
             try:
-                on_step(phase, share.done)
-            except BaseException as error:  # it must not cross TensorRT's frames
-                failed.append(error)
+                on_step(phase, progress.done)
+            except BaseException as error:  # an exception must not pass through TensorRT's stack frames
+                errors.append(error)
                 cancelled.set()
 
-    def started(phase: str, parent: str, steps: int) -> None:
-        share.start(phase, parent, steps)
-        tell(phase)
+    def on_phase_start(phase: str, parent: str, steps: int) -> None:
+        progress.start(phase, parent, steps)
+        notify(phase)
 
-    def stepped(phase: str, step: int) -> bool:
-        share.step(phase, step)
-        tell(phase)
+    def on_step_complete(phase: str, step: int) -> bool:
+        progress.step(phase, step)
+        notify(phase)
         return not cancelled.is_set()
 
     def build() -> None:
         try:
             result.append(builder.build_serialized_network(network, config))
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
         finally:
-            ended.set()
+            finished.set()
 
-    config.progress_monitor = watcher = tensorrt_api.monitor(backend, started, stepped, share.finish)
+    config.progress_monitor = monitor = tensorrt_api.make_progress_monitor(
+        backend, on_phase_start, on_step_complete, progress.finish
+    )
     thread = threading.Thread(target=build, name="tensorrt-builder", daemon=True)
     try:
         thread.start()
-        while not ended.wait(0.2):
+        while not finished.wait(0.2):
             pass
     except KeyboardInterrupt:
         cancelled.set()
-        if thread in threading.enumerate():  # it may have been about to start
-            ended.wait(_CANCEL_WITHIN_S)
+        if thread in threading.enumerate():  # Ctrl-C may have come before the thread started
+            finished.wait(_CANCEL_TIMEOUT_S)
         raise
     finally:
-        del watcher  # TensorRT holds it by a plain pointer: it must live until here
-    if failed:
-        raise failed[0]
+        del monitor  # TensorRT holds only a plain pointer to it, so it must live until here
+    if errors:
+        raise errors[0]
     return result[0]
 
 
-class Share:
-    """How much of a build is done, from phases within phases.
+class BuildProgress:
+    """Computes the completed share of a build from TensorRT's nested phases.
 
-    A phase that runs inside another is a part of that one's current step.
+    A phase inside another phase is part of the outer phase's current step.
     """
 
     def __init__(self) -> None:
         self._phases: dict[str, tuple[str, int, int]] = {}
         self.done = 0.0
-        """0 to 1; it never falls."""
+        """Completed share, 0 to 1. It never decreases."""
 
     def start(self, phase: str, parent: str, steps: int) -> None:
+        """Record that `phase`, which has `steps` steps, started inside `parent`."""
         self._phases[phase] = (parent, max(1, steps), 0)
 
     def step(self, phase: str, step: int) -> float:
-        """The share done after a step."""
+        """Record that a step of `phase` is complete, and return the completed share of the build."""
         if phase in self._phases:
             parent, steps, _ = self._phases[phase]
             self._phases[phase] = (parent, steps, min(steps, step + 1))
         share = 0.0
         while phase in self._phases:
-            parent, steps, done = self._phases[phase]
-            share = min(1.0, (done + share) / steps)
+            parent, steps, completed = self._phases[phase]
+            share = min(1.0, (completed + share) / steps)
             phase = parent
         self.done = max(self.done, share)
         return self.done
 
     def finish(self, phase: str) -> None:
+        """Record that `phase` has ended."""
         self._phases.pop(phase, None)

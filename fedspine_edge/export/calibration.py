@@ -1,6 +1,6 @@
-"""The user's own examples as a model's inputs: to calibrate on, to size profiles by, and to measure accuracy with.
+"""The user's examples as inputs of a model: for calibration, for the default profile and for measuring accuracy.
 
-Read as `EdgeTuner` reads them, tokenised as `Session` tokenises them. No torch.
+Examples are read as by `EdgeTuner` and tokenized as by `Session`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,14 +21,15 @@ from fedspine_edge.data.loading import Data, read_examples
 from fedspine_edge.data.targets import IGNORED, truncate_prompt_and_answer, word_targets
 from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.files import TOKENIZER
-from fedspine_edge.runtime.onnxruntime_runner import empty_past
+from fedspine_edge.runtime.kv_cache import empty_kv_cache
 
 Inputs = dict[str, Array]
 
-CALIBRATED_EXAMPLES = 128
-"""More change the ranges little: the largest of a few thousand tokens is seen after a hundred sentences."""
-MEASURED_EXAMPLES = 1000
-"""Of these one is 0.1 points; the 95 % interval of an accuracy of 85 % is ±2 points, of a paired difference less."""
+CALIBRATION_EXAMPLES = 128
+"""More examples barely change the ranges: 128 sentences contain the largest of several thousand tokens."""
+ACCURACY_EXAMPLES = 1000
+"""One example is 0.1 percentage points. The 95% interval of an accuracy of 85% is ±2 points, and that of a paired
+difference is smaller."""
 BATCH_TOKENS = 1024
 
 _METRICS: dict[Task, Metric] = {
@@ -38,88 +39,103 @@ _METRICS: dict[Task, Metric] = {
 }
 
 
+class ModelDescription(Protocol):
+    """Properties of a model that determine its inputs; an `ExportedModel` and a `BundleManifest` have them."""
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int: ...
+    @property
+    def num_labels(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Token inputs (batch, tokens) and what the model should answer: (batch,) classes, or (batch, tokens) classes or
-    next tokens with IGNORED where nothing counts."""
+    """A batch of examples.
+
+    Attributes:
+        tokens: Token inputs of shape (batch, tokens).
+        labels: Classes (batch,), or classes or next tokens (batch, tokens) with IGNORED at positions that do not count.
+    """
 
     tokens: Inputs = field(repr=False)
     labels: Array = field(repr=False)
 
     def inputs(self, tensors: Sequence[TensorInfo], adapter: Mapping[str, Array] | None) -> Inputs:
-        """All that a model with these inputs takes: tokens, an empty KV cache in its type, and its adapter."""
-        return self.tokens | empty_past(tensors, len(self.labels)) | dict(adapter or {})
+        """Return all inputs of a model: the tokens, an empty KV cache of the model's type, and the adapter."""
+        return self.tokens | empty_kv_cache(tensors, len(self.labels)) | dict(adapter or {})
 
 
 @dataclass(frozen=True)
 class UserData:
-    """Examples for calibration and, disjoint where there are enough, for measuring."""
+    """Examples for calibration and for measuring accuracy.
+
+    Attributes:
+        calibration: Batches for calibration.
+        measured: Batches for measuring accuracy.
+        lengths: Number of tokens of every example in ascending order.
+        held_out: Whether no example is in both parts.
+    """
 
     calibration: tuple[Batch, ...]
     measured: tuple[Batch, ...]
     lengths: tuple[int, ...]
-    """Tokens of every example, shortest first."""
     held_out: bool
-    """Whether no example is in both parts."""
 
 
-def read_data(
-    data: Data,
-    folder: Path,
-    *,
-    task: Task,
-    num_labels: int,
-    inputs: Sequence[TensorInfo],
-    max_tokens: int,
-    pad_token_id: int,
-    calibrate: bool = True,
-    seed: int = 0,
+def read_user_data(
+    data: Data, folder: Path, model: ModelDescription, *, calibrate: bool = True, seed: int = 0
 ) -> UserData:
-    """Reads examples, tokenises them with `folder`/tokenizer.json and forms batches.
+    """Read examples, tokenize them with `folder`/tokenizer.json and form batches.
 
     Args:
-        data: A file, 'module:function', examples, or a callable that returns examples, with columns text and label
-            unless it is a `DataSettings` that names others.
-        folder: Holds tokenizer.json.
-        task: Decides what an example is, as for `EdgeTuner`.
-        num_labels: Classes; labels beyond are refused.
-        inputs: The model's inputs.
-        max_tokens: Longer texts are cut to it.
-        pad_token_id: Fills short rows.
-        calibrate: Keep some of the examples for calibration.
-        seed: Of the split.
+        data: A file, 'module:function', examples, or a callable that returns examples. Columns are called text and
+            label unless it is a `DataSettings` that names others.
+        folder: Folder that contains tokenizer.json.
+        model: The model: its task, inputs and limits.
+        calibrate: Whether to use some of the examples for calibration.
+        seed: Seed of the split.
 
-    Raises `DataError` naming file, row and column, never a text; `DeployError` without a tokenizer.json.
+    Raises:
+        DataError: An example is invalid; the error names the file, row and column, but never contains a text.
+        DeployError: There is no tokenizer.json.
     """
-    encoder = _Encoder(folder, task, max_tokens)
-    examples = read_examples(data, DataSettings(path="", num_labels=num_labels), task)
+    encoder = _Encoder(folder, model.task, model.max_tokens)
+    examples = read_examples(data, DataSettings(path="", num_labels=model.num_labels), model.task)
     order = np.random.default_rng(seed).permutation(len(examples))
-    encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATED_EXAMPLES + MEASURED_EXAMPLES]]
-    cut = min(CALIBRATED_EXAMPLES, len(encoded) // 2)
-    held_out = cut >= 8 or not calibrate  # of a handful, both parts take all
+    encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATION_EXAMPLES + ACCURACY_EXAMPLES]]
+    split = min(CALIBRATION_EXAMPLES, len(encoded) // 2)
+    held_out = split >= 8 or not calibrate  # very few examples are used for both parts
     parts = (encoded, encoded)
     if not calibrate:
         parts = ([], encoded)
     elif held_out:
-        parts = (encoded[:cut], encoded[cut:])
-    calibration, measured = (tuple(_batches(part, inputs, pad_token_id)) for part in parts)
+        parts = (encoded[:split], encoded[split:])
+    calibration, measured = (tuple(_batches(part, model.inputs, model.pad_token_id)) for part in parts)
     return UserData(calibration, measured, tuple(sorted(len(ids) for ids, _, _ in encoded)), held_out)
 
 
-def profile_of(
+def profile_for_lengths(
     lengths: Sequence[int], max_tokens: int, *, batch: tuple[int, int, int] = (1, 1, 8)
 ) -> OptimizationProfile:
-    """An engine's shapes from the lengths of the user's examples: best at the median, room for a quarter more than
-    the longest."""
+    """Return a profile for examples of the given lengths, in ascending order.
+
+    The optimum is the median length, and the maximum leaves a margin of a quarter above the longest example.
+    """
     longest = min(max_tokens, -(-lengths[-1] * 5 // 4 // 8) * 8)
     return OptimizationProfile(batch=batch, tokens=(1, min(lengths[len(lengths) // 2], longest), longest))
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Raises `DeployError` unless `folder` holds a tokenizer.json."""
+    """Raise `DeployError` unless `folder` contains a tokenizer.json."""
     if not (folder / TOKENIZER).is_file():
         raise DeployError(
-            f"The model has no {TOKENIZER}, so examples cannot be turned into tokens.",
+            f"The model has no {TOKENIZER}, so examples cannot be tokenized.",
             remedy="Put the tokenizer's tokenizer.json into the model folder.",
         )
 
@@ -136,21 +152,21 @@ class _Encoder:
         self._task, self._max_tokens = task, max_tokens
 
     def encode(self, example: Example) -> tuple[list[int], list[int], Any]:
-        """(token ids, segment ids, label or one label per token), cut as training cuts."""
+        """Return (token ids, segment ids, label or one label per token), truncated as in training."""
         self._tokenizer.enable_truncation(self._max_tokens)
         if self._task == "token_classification":
-            found = self._tokenizer.encode(list(example.words), is_pretokenized=True)
-            return found.ids, found.type_ids, word_targets(found.word_ids, example.word_labels)
+            encoding = self._tokenizer.encode(list(example.words), is_pretokenized=True)
+            return encoding.ids, encoding.type_ids, word_targets(encoding.word_ids, example.word_labels)
         if self._task == "causal_lm":
             prompt, answer = self._prompt_and_answer(example)
             ids = [*prompt, *answer]
-            # The token after each position; of a prompt with an answer only the answer counts.
+            # The label of a position is the next token. If there is an answer, only its tokens count.
             first = len(prompt) - 1 if answer else 0
-            labels = [token if place >= first else IGNORED for place, token in enumerate(ids[1:])]
+            labels = [token if position >= first else IGNORED for position, token in enumerate(ids[1:])]
             return ids, [0] * len(ids), [*labels, IGNORED]
         pair = (example.text,) if example.text_pair is None else (example.text, example.text_pair)
-        found = self._tokenizer.encode(*pair)
-        return found.ids, found.type_ids, example.label
+        encoding = self._tokenizer.encode(*pair)
+        return encoding.ids, encoding.type_ids, example.label
 
     def _prompt_and_answer(self, example: Example) -> tuple[list[int], list[int]]:
         if example.text_pair is None:
@@ -162,7 +178,7 @@ class _Encoder:
 
 
 def _batches(encoded: Sequence[tuple[list[int], list[int], Any]], tensors: Sequence[TensorInfo], pad: int) -> Any:
-    """Batches of similar length and at most `BATCH_TOKENS` tokens, with an empty KV cache."""
+    """Yield batches of similar length with at most `BATCH_TOKENS` tokens."""
     pending: list[tuple[list[int], list[int], Any]] = []
     for row in sorted(encoded, key=lambda row: len(row[0])):
         if pending and (len(pending) + 1) * len(row[0]) > BATCH_TOKENS:
@@ -192,7 +208,7 @@ def _batch(rows: Sequence[tuple[list[int], list[int], Any]], tensors: Sequence[T
     )
 
 
-def measure(
+def measure_accuracy(
     data: UserData,
     task: Task,
     before: Callable[[Inputs], Inputs],
@@ -201,28 +217,37 @@ def measure(
     inputs: Sequence[TensorInfo],
     adapter: Mapping[str, Array] | None = None,
 ) -> Accuracy:
-    """How often, and with which loss, two implementations give the right answer, and how often the same one."""
-    right = {"before": 0, "after": 0}
+    """Return the accuracy and loss of two implementations, and the share of examples that they answer identically.
+
+    Args:
+        data: Examples; `measured` is used.
+        task: Task of the model.
+        before: Function from inputs to outputs of the original model.
+        after: The same for the compiled model.
+        inputs: Inputs of the model.
+        adapter: Values of the adapter's inputs.
+    """
+    correct = {"before": 0, "after": 0}
     loss = {"before": 0.0, "after": 0.0}
     same = total = 0
     for batch in data.measured:
-        given = batch.inputs(inputs, adapter)
+        model_inputs = batch.inputs(inputs, adapter)
         answers = {}
         counted = batch.labels != IGNORED
         labels = batch.labels[counted]
         for name, run in (("before", before), ("after", after)):
-            logits = run(given)["logits"][counted].astype(np.float64)
+            logits = run(model_inputs)["logits"][counted].astype(np.float64)
             answers[name] = logits.argmax(axis=-1)
             top = logits.max(axis=-1, keepdims=True)
             log_sum = np.log(np.exp(logits - top).sum(axis=-1)) + top[:, 0]
             loss[name] += float((log_sum - np.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]).sum())
-            right[name] += int((answers[name] == labels).sum())
+            correct[name] += int((answers[name] == labels).sum())
         same += int((answers["before"] == answers["after"]).sum())
         total += len(labels)
     return Accuracy(
         metric=_METRICS[task],
-        before=right["before"] / total,
-        after=right["after"] / total,
+        before=correct["before"] / total,
+        after=correct["after"] / total,
         loss_before=loss["before"] / total,
         loss_after=loss["after"] / total,
         agreement=same / total,

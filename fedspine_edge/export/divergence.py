@@ -1,9 +1,9 @@
-"""Which layer of an exported file is the first whose output differs from torch's?
+"""Finds the first layer of an exported file whose output differs from torch's.
 
-Torch's modules are watched by hooks, in the order in which they run. The tensor that the file computes for a
-module is the last one inside the module's scope, which the exporter writes into the names of nodes
-(/model/bert/encoder/layer.0/attention/self/query/Add). All of them come out of one run of both, so there is no need
-to halve the graph again and again; docs/decisions/0062-one-pass-names-the-failing-layer.md.
+Forward hooks record the outputs of torch's modules in execution order. The corresponding tensor in the file is the last
+one inside the module's scope, which the exporter writes into the names of nodes
+(/model/bert/encoder/layer.0/attention/self/query/Add). One run of each yields all of them, so that no bisection of the
+graph is needed; see docs/decisions/0062-one-pass-names-the-failing-layer.md.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROOT = "/model/"
-"""The scope that tracing puts around the model (`graphs._Traced.model`)."""
+"""Scope that tracing adds around the model (`tracing._TracedModule.model`)."""
 
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """A module whose output differs: its canonical name ("layers.3.q"), its path in torch, and by how much."""
+    """A module whose output differs: its canonical name ("layers.3.q"), its path in torch, and the difference."""
 
     name: str
     path: str
@@ -42,41 +42,41 @@ class LayerDifference:
 
     def __str__(self) -> str:
         where = self.name if self.name == self.path else f"{self.name} ({self.path})"
-        return f"{where}: it differs by {self.max_abs_diff:.3g} where the largest value is {self.largest:.3g}"
+        return f"{where}: it differs by {self.max_abs_diff:.3g}, and its largest value is {self.largest:.3g}"
 
 
 def first_divergent_layer(
     model: Path, module: nn.Module, inputs: dict[str, Array], run: Callable[[], object], *, tolerance: float
 ) -> LayerDifference | None:
-    """The first module whose output in the file differs from torch's by more than `tolerance` × its largest value.
+    """Return the first module whose output in the file differs from torch's by more than the tolerance.
 
     Args:
         model: The exported file.
-        module: The module it was made from.
+        module: The module that was exported.
         inputs: One batch for the file.
-        run: Runs `module` once on the same batch.
-        tolerance: Relative to the module's largest output.
+        run: Function that runs `module` once on the same batch.
+        tolerance: Accepted difference relative to the module's largest output.
 
-    Returns None where all agree: the difference is then in how the outputs are put together.
+    Returns None if all modules agree; the difference is then in how the outputs are assembled.
     """
-    ours = _intermediate_tensors(model, [path for path, _ in module.named_modules() if path], inputs)
+    actual = _intermediate_tensors(model, [path for path, _ in module.named_modules() if path], inputs)
     mask = inputs["attention_mask"] > 0
     names = canonical_names(module)
     for path, reference in _module_outputs(module, run):
-        tensor = ours.get(path)
+        tensor = actual.get(path)
         if tensor is None or tensor.shape != reference.shape:
             continue
-        if reference.shape[:2] == mask.shape:  # what stands at padding is nobody's business
+        if reference.shape[:2] == mask.shape:  # ignore values at padded positions
             tensor, reference = tensor[mask], reference[mask]
         difference = float(np.abs(tensor.astype(np.float32) - reference).max(initial=0.0))
         largest = float(np.abs(reference).max(initial=0.0))
-        if not difference <= tolerance * largest:  # also where it is not a number
+        if not difference <= tolerance * largest:  # also true for NaN
             return LayerDifference(names.get(path, path), path, difference, largest)
     return None
 
 
 def canonical_names(module: nn.Module) -> dict[str, str]:
-    """Path in torch → this package's name: layers.3, layers.3.q; parts kept as one matrix are "layers.3.q+k+v"."""
+    """Return this package's name for every path in torch: "layers.3", "layers.3.q", or "layers.3.q+k+v" if fused."""
     from fedspine_edge.model.families import architecture_of
 
     architecture = architecture_of(module.config)
@@ -94,35 +94,35 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
 
 
 def _module_outputs(module: nn.Module, run: Callable[[], object]) -> Iterator[tuple[str, Array]]:
-    """Path and output of every module that gives one float tensor, in the order in which they finish."""
+    """Yield the path and the output of every module that returns a single float tensor, in execution order."""
     import torch
 
-    found: list[tuple[str, Array]] = []
+    outputs: list[tuple[str, Array]] = []
 
-    def watch(path: str) -> Any:
+    def record(path: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            every = output if isinstance(output, tuple) else (output,)
-            tensors = [one for one in every if isinstance(one, torch.Tensor) and one.is_floating_point()]
-            if len(tensors) == 1:  # of several (a rotary embedding's), none is the last in the file
-                found.append((path, tensors[0].detach().float().cpu().numpy()))
+            values = output if isinstance(output, tuple) else (output,)
+            tensors = [one for one in values if isinstance(one, torch.Tensor) and one.is_floating_point()]
+            if len(tensors) == 1:  # with several, as from a rotary embedding, none is the last in the file
+                outputs.append((path, tensors[0].detach().float().cpu().numpy()))
 
         return hook
 
-    handles = [child.register_forward_hook(watch(path)) for path, child in module.named_modules() if path]
+    handles = [child.register_forward_hook(record(path)) for path, child in module.named_modules() if path]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
     calls: dict[str, int] = {}
-    for path, _ in found:
+    for path, _ in outputs:
         calls[path] = calls.get(path, 0) + 1
-    # A module that runs twice (DeBERTa projects its positions too) has no one output to compare.
-    return (entry for entry in found if calls[entry[0]] == 1)
+    # A module that runs twice (DeBERTa also projects its positions) has no single output to compare.
+    return (entry for entry in outputs if calls[entry[0]] == 1)
 
 
 def _intermediate_tensors(model: Path, paths: list[str], inputs: dict[str, Array]) -> dict[str, Array]:
-    """By module path, what the file computes as the module's output."""
+    """Return the output that the file computes for every module, by module path."""
     import onnx
 
     proto = onnx.load(model)
@@ -146,7 +146,7 @@ def _intermediate_tensors(model: Path, paths: list[str], inputs: dict[str, Array
     for name in dict.fromkeys(last.values()):
         if name not in known:
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, types[name], None))
-    with tempfile.TemporaryDirectory(prefix="fedspine-locate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fedspine-divergence-") as folder:
         copy = Path(folder) / "model.onnx"
         onnx.save(proto, copy, save_as_external_data=True, size_threshold=1 << 16)
         runner = OnnxRuntimeRunner(copy, threads=1)

@@ -1,13 +1,14 @@
-"""Turns a float32 ONNX graph into a mixed one: 16-bit weights and products, float32 norms and softmax.
+"""Converts a float32 ONNX graph to mixed precision: 16-bit weights and products, float32 norms and softmax.
 
-Strongly typed TensorRT takes precision from the graph, so it is decided here, node by node:
+Strongly typed TensorRT networks take the precision from the graph, so it is chosen here for every node:
 
-- what does not descend from an embedding (masks, position angles) stays float32;
-- LayerNormalization, decomposed RMSNorm and softmax with the mask addition before it stay float32, because
-  float16 loses them (squares overflow at 256, a mask of -3e38 becomes -inf) and bfloat16 has 8 bits for a sum;
-- all else that computes in floats becomes float16 or bfloat16, what QuantizeLinear and DequantizeLinear scale too;
-- a decoder's KV cache goes in and out in float16, but in float32 for bfloat16, which numpy does not have; other
-  outputs are cast back to float32.
+- Nodes that do not depend on an embedding (masks, rotary angles) stay in float32.
+- LayerNormalization, decomposed RMSNorm, and softmax with the preceding mask addition stay in float32. In float16 they
+  overflow (squares at 256, and a mask of -3e38 becomes -inf), and bfloat16 has only 8 bits for a sum.
+- All other nodes that compute floats, including the scales of QuantizeLinear and DequantizeLinear, become float16 or
+  bfloat16.
+- The KV cache of a decoder is an input and output in float16. With bfloat16, which numpy does not support, it stays in
+  float32. All other outputs are cast back to float32.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from fedspine_edge.runtime.bf16_emulation import tensor_types
 
 Kind = Literal["fp16", "bf16"]
 LARGEST: dict[Kind, float] = {"fp16": 65504.0, "bf16": 3.3895e38}
-"""Constants beyond are cut to these: a mask's float32 minimum would round to infinity."""
+"""Constants are clipped to these values, because the float32 minimum in a mask would round to infinity."""
 _FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Reciprocal", "Cos", "Sin"})
 _SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _NORM_TAIL = frozenset({"Add", "Sqrt", "Div", "Reciprocal", "Mul"})
 
 
 def convert_to_16bit(model: Any, kind: Kind = "fp16") -> None:
-    """Converts an `onnx.ModelProto` in place. Raises `DeployError` for a graph with nested graphs."""
+    """Convert an `onnx.ModelProto` in place. Raises `DeployError` if a node contains a nested graph."""
     _Converter(model, kind).convert()
 
 
 def bfloat16_bits(value: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """The upper halves of float32 numbers, rounded to the nearest even."""
+    """Return the upper 16 bits of float32 numbers, rounded to nearest even."""
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
     rounded: np.ndarray[Any, np.dtype[np.uint16]] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return rounded
@@ -55,7 +56,10 @@ class _Converter:
         self.consumers: dict[str, list[int]] = defaultdict(list)
         for index, node in enumerate(self.nodes):
             if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-                raise DeployError(f"Node {node.name!r} ({node.op_type}) has a nested graph, which {kind} lacks.")
+                raise DeployError(
+                    f"Node {node.name!r} ({node.op_type}) contains a nested graph, which {kind} does not support.",
+                    remedy="Export in fp32.",
+                )
             for name in node.input:
                 self.consumers[name].append(index)
         self.floats = {name for name, found in tensor_types(model).items() if found == onnx.TensorProto.FLOAT}
@@ -77,7 +81,7 @@ class _Converter:
                 if is_half and name in self.floats:
                     if name in self.kept_outputs:
                         node.output[position] = self.casts[name, True] = f"{name}.{self.kind}"
-                        self.result.append(self._cast(node.output[position], name, convert_to_16bit=False))
+                        self.result.append(self._cast(node.output[position], name, to_half=False))
                     else:
                         self.half_tensors.add(name)
         self._tidy_initializers()
@@ -96,14 +100,14 @@ class _Converter:
                 node.input[position] = self._in_precision(name, is_half)
 
     def _in_precision(self, name: str, half: bool) -> str:
-        """The name of `name` in the other precision; made once."""
+        """Return the name of the tensor `name` in the other precision; it is created once."""
         key = (name, half)
         if key in self.casts:
             return self.casts[key]
         other = self.casts[key] = f"{name}.{self.kind}" if half else f"{name}.fp32"
         value = self._constant(name)
         if value is None:
-            self.result.append(self._cast(name, other, convert_to_16bit=half))
+            self.result.append(self._cast(name, other, to_half=half))
         else:
             self.graph.initializer.append(self._rounded(value, other))
         return other
@@ -114,7 +118,7 @@ class _Converter:
         return self.onnx.TensorProto(name=name, data_type=self.half_type, dims=value.shape, raw_data=raw.tobytes())
 
     def _constant(self, name: str) -> Any:
-        """The value of an initialiser or of a Constant node, else None."""
+        """Return the value of an initializer or of a Constant node, or None for any other tensor."""
         if name in self.initializers:
             return self.onnx.numpy_helper.to_array(self.initializers[name])
         index = self.producer.get(name)
@@ -123,12 +127,12 @@ class _Converter:
         attribute = self.nodes[index].attribute[0]
         return self.onnx.numpy_helper.to_array(attribute.t) if attribute.name == "value" else None
 
-    def _cast(self, source: str, target: str, *, convert_to_16bit: bool) -> Any:
-        kind = self.half_type if convert_to_16bit else self.onnx.TensorProto.FLOAT
+    def _cast(self, source: str, target: str, *, to_half: bool) -> Any:
+        kind = self.half_type if to_half else self.onnx.TensorProto.FLOAT
         return self.onnx.helper.make_node("Cast", [source], [target], name=f"Cast.{target}", to=kind)
 
     def _descendants_of_embeddings(self) -> set[int]:
-        """Nodes that compute floats from an embedding table's rows."""
+        """Return the nodes that compute floats from the rows of an embedding table."""
         roots = [
             index
             for index, node in enumerate(self.nodes)
@@ -143,10 +147,10 @@ class _Converter:
                 node = self.nodes[index]
                 follow = [name for name in node.output if name in self.floats or node.op_type == "QuantizeLinear"]
                 pending.extend(consumer for name in follow for consumer in self.consumers[name])
-        # Comparisons and such yield no floats: their inputs stay in float32. Weights that are dequantised descend
-        # from no embedding, but are multiplied with what does.
-        quantised = {index for index, node in enumerate(self.nodes) if node.op_type in _SCALED}
-        return quantised | {i for i in found if any(name in self.floats for name in self.nodes[i].output)}
+        # Nodes without float outputs, such as comparisons, keep float32 inputs. Dequantized weights do not depend on an
+        # embedding, but they are multiplied with tensors that do.
+        quantized = {index for index, node in enumerate(self.nodes) if node.op_type in _SCALED}
+        return quantized | {i for i in found if any(name in self.floats for name in self.nodes[i].output)}
 
     def _kept_in_fp32(self) -> set[int]:
         kept = {index for index, node in enumerate(self.nodes) if node.op_type in _FP32_OPS}
@@ -162,7 +166,7 @@ class _Converter:
         return {index for index in indices if self.nodes[index].op_type in ops}
 
     def _norm_tail(self, mean: int) -> set[int]:
-        """The rest of a decomposed RMSNorm after its mean: + eps, square root, 1/x, up to x · (1/rms)."""
+        """Return the nodes of a decomposed RMSNorm after its mean: + eps, square root, 1/x, up to x · (1/rms)."""
         tail: set[int] = set()
         index = mean
         while True:
@@ -175,7 +179,7 @@ class _Converter:
                 return tail
 
     def _tidy_initializers(self) -> None:
-        """Drops what nothing reads any more; a weight needed in float16 alone keeps its name."""
+        """Remove unused initializers and constants. A weight that is used only in 16 bits keeps its original name."""
         used = {name for node in self.result for name in node.input}
         self.result = [node for node in self.result if node.op_type != "Constant" or node.output[0] in used]
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]

@@ -1,12 +1,12 @@
-"""A float32 ONNX file gets 8- or 4-bit linears: QuantizeLinear and DequantizeLinear around the layers' weights.
+"""Quantizes the linears of a float32 ONNX file to 8 or 4 bits with QuantizeLinear and DequantizeLinear nodes.
 
-- int8, fp8: weights per output channel, activations per tensor, symmetric, scaled by calibration on the user's
-  data. Placed by nvidia-modelopt where it is installed, else by ONNX Runtime's quantizer.
-- int4: weights alone, one scale per block of input channels; needs no data.
+- int8, fp8: symmetric, with one scale per output channel for weights and one per tensor for activations, which are
+  calibrated on the user's data. nvidia-modelopt places the nodes if it is installed, or else ONNX Runtime's quantizer.
+- int4: weights only, with one scale per block of input channels. It needs no data.
 
-Only the linears inside the layers are quantised: embeddings and heads cost little and lose most. What is left is
-float16 afterwards (`half.to_half`), as TensorRT's strongly typed networks want it. Measured numbers and why:
-docs/decisions/0063-int8-and-int4.md.
+Only the linears inside the layers are quantized, because embeddings and heads are cheap and lose the most accuracy. The
+rest of the graph is converted to float16 afterwards (`mixed_precision.convert_to_16bit`), as strongly typed TensorRT
+networks require. docs/decisions/0063-int8-and-int4.md has measurements and reasons.
 """
 
 from __future__ import annotations
@@ -30,32 +30,34 @@ Inputs = dict[str, Array]
 
 QUANTIZED: tuple[Precision, ...] = ("int8", "fp8", "int4")
 BLOCK_SIZES = (128, 64, 32, 16)
-"""Of int4, largest that divides a linear's inputs; a narrower one costs a 16-bit scale per fewer weights."""
+"""Block sizes of int4. The largest that divides a linear's inputs is used, because each block has a 16-bit scale."""
 _LARGEST_FP8, _LARGEST_INT8, _LARGEST_INT4 = 448.0, 127.0, 7.0
 _CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Shares of a block's largest weight at which its scale may end: cutting one outlier can serve the other weights."""
+"""Candidate ranges as shares of a block's largest weight, because clipping an outlier can improve the other weights."""
 
 
 def quantize(
     source: Path, target: Path, precision: Precision, scope: str, calibration: Sequence[Inputs] = ()
 ) -> Quantization:
-    """Writes `source` with quantised linears to `target`; all else stays float32.
+    """Write `source` with quantized linears to `target`; everything else stays in float32.
 
     Args:
         source: A float32 file of opset 19 or 20.
-        target: Where the result goes.
+        target: File to write.
         precision: One of `QUANTIZED`.
-        scope: Names of nodes inside the layers begin with it, "/model/bert/encoder/layer.".
-        calibration: Inputs to take the ranges of activations from (int8, fp8).
+        scope: Prefix of the names of nodes inside the layers, such as "/model/bert/encoder/layer.".
+        calibration: Inputs that determine the ranges of activations (int8, fp8).
 
-    Raises `DeployError` where nothing can be quantised.
+    Raises `DeployError` if no linear can be quantized.
     """
     import onnx
 
     proto = onnx.load(source)
     linears = _linears(proto.graph, scope)
     if not linears:
-        raise DeployError(f"{source.name} has no linear inside {scope!r} to quantise.")
+        raise DeployError(
+            f"{source.name} has no linear inside {scope!r} to quantize.", remedy="Set `precision` to fp16."
+        )
     if precision == "int4":
         return _weights_in_int4(proto, linears, target)
     names = [node.name for node in linears]
@@ -71,7 +73,7 @@ def quantize(
 
 
 def _linears(graph: Any, scope: str) -> list[Any]:
-    """Nodes inside the layers that multiply with a weight matrix of the file."""
+    """Return the nodes inside the layers that multiply with a weight matrix."""
     matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     return [
         node
@@ -104,7 +106,7 @@ def _with_onnxruntime(source: Path, target: Path, names: list[str], calibration:
         import onnxruntime
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
     except ImportError as error:
-        raise MissingDependency.of("onnxruntime", extra="export", purpose="Quantising a model") from error
+        raise MissingDependency.of("onnxruntime", extra="export", purpose="Quantizing a model") from error
     with _quiet():
         quantize_static(
             source,
@@ -116,7 +118,7 @@ def _with_onnxruntime(source: Path, target: Path, names: list[str], calibration:
             per_channel=True,
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={
-                # TensorRT takes symmetric scales, and quantised inputs of products but not their outputs.
+                # TensorRT supports symmetric scales, and quantized inputs of products but not outputs.
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
@@ -139,7 +141,7 @@ def _with_modelopt(source: Path, target: Path, names: list[str], calibration: Se
             op_types_to_quantize=["MatMul", "Gemm"],
             nodes_to_quantize=names,
             high_precision_dtype="fp32",
-            dq_only=True,  # weights in 8 bits in the file
+            dq_only=True,  # stores the weights in 8 bits
             output_path=str(target),
         )
     return f"nvidia-modelopt {metadata.version('nvidia-modelopt')}"
@@ -147,17 +149,17 @@ def _with_modelopt(source: Path, target: Path, names: list[str], calibration: Se
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Both tools report every tensor to the root logger."""
-    before = logging.root.manager.disable
+    """Suppress logging, because both tools report every tensor to the root logger."""
+    previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(previous)
 
 
 def _int8_to_fp8(path: Path, weights: dict[str, Array]) -> None:
-    """Turns symmetric int8 into float8 (e4m3): the same ranges, other steps; weights are rounded from the originals."""
+    """Convert symmetric int8 to float8 (e4m3) with the same ranges. Weights are rounded from the original values."""
     import ml_dtypes
     import onnx
 
@@ -175,13 +177,13 @@ def _int8_to_fp8(path: Path, weights: dict[str, Array]) -> None:
             scale.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), scale.name))
         if zero.data_type != fp8:
             zero.CopyFrom(onnx.TensorProto(name=zero.name, data_type=fp8, dims=zero.dims, raw_data=b"\0" * _size(zero)))
-        quantised = tensors.get(node.input[0])
-        if quantised is not None and quantised.data_type == onnx.TensorProto.INT8:
-            original = weights[quantised.name.removesuffix("_quantized")]
-            steps = _along(onnx.numpy_helper.to_array(scale), node, original.ndim)
+        quantized = tensors.get(node.input[0])
+        if quantized is not None and quantized.data_type == onnx.TensorProto.INT8:
+            original = weights[quantized.name.removesuffix("_quantized")]
+            steps = _broadcastable(onnx.numpy_helper.to_array(scale), node, original.ndim)
             values = np.clip(original / steps, -_LARGEST_FP8, _LARGEST_FP8).astype(ml_dtypes.float8_e4m3fn)
-            raw = onnx.TensorProto(name=quantised.name, data_type=fp8, dims=original.shape, raw_data=values.tobytes())
-            quantised.CopyFrom(raw)
+            raw = onnx.TensorProto(name=quantized.name, data_type=fp8, dims=original.shape, raw_data=values.tobytes())
+            quantized.CopyFrom(raw)
     onnx.save(proto, path)
 
 
@@ -189,8 +191,8 @@ def _size(tensor: Any) -> int:
     return int(np.prod(tensor.dims, dtype=np.int64))
 
 
-def _along(scale: Array, node: Any, dimensions: int) -> Array:
-    """A scale per channel, shaped to divide a weight."""
+def _broadcastable(scale: Array, node: Any, dimensions: int) -> Array:
+    """Return a scale per channel, reshaped to divide a weight."""
     axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
     shape = [1] * dimensions
     if scale.size > 1:
@@ -199,7 +201,7 @@ def _along(scale: Array, node: Any, dimensions: int) -> Array:
 
 
 def _weights_in_int4(proto: Any, linears: Sequence[Any], target: Path) -> Quantization:
-    """DequantizeLinear in blocks along the inputs of every linear, which opset 21 brought."""
+    """Insert blocked DequantizeLinear nodes along the inputs of every linear, which requires opset 21."""
     import onnx
 
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -240,13 +242,13 @@ def _weights_in_int4(proto: Any, linears: Sequence[Any], target: Path) -> Quanti
         node.input[1] = nodes[name].output[0]
     if not used:
         raise DeployError(
-            f"No linear's inputs are a multiple of {BLOCK_SIZES[-1]}, so int4 has no blocks.",
-            remedy="Prune with `round_to` 16 or wider, or use `precision` int8.",
+            f"No linear has a number of inputs that is a multiple of {BLOCK_SIZES[-1]}, so int4 has no blocks.",
+            remedy="Prune with `round_to` 16 or a multiple of it, or set `precision` to int8.",
         )
     ordered = [*nodes.values(), *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(ordered)
-    # Opset 21 only adds types to the operators used here, so the version can be raised without converting them.
+    # Opset 21 only adds types to the operators that are used here, so raising the version needs no conversion.
     proto.opset_import[0].version = max(21, proto.opset_import[0].version)
     proto.ir_version = max(10, proto.ir_version)
     onnx.save(proto, target)
@@ -254,9 +256,9 @@ def _weights_in_int4(proto: Any, linears: Sequence[Any], target: Path) -> Quanti
 
 
 def int4_blocks(weight: Array, axis: int, block: int) -> tuple[Array, Array]:
-    """(codes −8..7 of the weight's shape, float32 scales with `axis` divided by `block`).
+    """Return codes −8..7 of the weight's shape, and float32 scales whose size along `axis` is divided by `block`.
 
-    Per block the scale with the smallest squared error among a few that cut the largest weight.
+    Each block gets the scale with the smallest squared error among a few candidates that clip its largest weight.
     """
     moved = np.moveaxis(weight, axis, -1)
     blocks = moved.reshape(*moved.shape[:-1], -1, block).astype(np.float32)
@@ -264,7 +266,7 @@ def int4_blocks(weight: Array, axis: int, block: int) -> tuple[Array, Array]:
     best = np.full(largest.shape, np.inf, np.float32)
     scale = np.ones_like(largest)
     for share in _CLIPPED:
-        # Rounded to float16 first: that is what the finished file divides by.
+        # Round to float16 first, because the final file contains float16 scales.
         candidate = np.maximum(largest * np.float32(share / _LARGEST_INT4), 1e-6).astype(np.float16).astype(np.float32)
         codes = np.clip(np.rint(blocks / candidate[..., None]), -8, 7)
         error = ((codes * candidate[..., None] - blocks) ** 2).sum(axis=-1)

@@ -1,17 +1,18 @@
-"""What is traced: a transformers task model behind the inputs that the ONNX file will have.
+"""Wraps a transformers task model as a traceable module whose inputs and outputs are those of the ONNX file.
 
-Classifiers take tokens and mask. Decoders also take each layer's KV cache and give it back one run longer:
+Classifiers take tokens and an attention mask. Decoders also take the KV cache of every layer and return it with the new
+tokens appended:
 
     past_key_values.{i}.key|value   (batch, kept KV heads of layer i, past, head_dim)
     present.{i}.key|value           (batch, kept KV heads of layer i, past + sequence, head_dim)
     attention_mask                  (batch, past + sequence)
 
-With an empty cache that is the ordinary full pass, so one graph serves prompt and steps. With `lora="inputs"`
-every adapted linear reads its factors, and the task head its weights, from inputs too:
+With an empty cache this is an ordinary full pass, so one ONNX graph serves the prompt and the steps. With
+`lora="inputs"`, every adapted linear reads its factors, and the task head its weights, from inputs too:
 
-    lora.{linear}.A   (in, rank)      lora.{linear}.B   (rank, out), scaling folded in      head.{parameter}
+    lora.{linear}.A   (in, rank)      lora.{linear}.B   (rank, out), multiplied by the scaling      head.{parameter}
 
-The factors lie transposed so that the graph multiplies them as they come.
+The factors are stored transposed, so that the graph multiplies them without a transpose.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from fedspine_edge.bundle.bundle import AdapterSpec, LoraModule, TensorInfo
 from fedspine_edge.config import Task
 from fedspine_edge.model.architecture import task_of
-from fedspine_edge.model.families import SUPPORTED, architecture_of
-from fedspine_edge.model.layout import module_names, split_name
+from fedspine_edge.model.families import SUPPORTED, architecture_of, max_tokens_of
+from fedspine_edge.model.layout import Layout, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
 from fedspine_edge.model.pooled_token import only_pooled_token
 from fedspine_edge.model.prunable import PrunableModel
@@ -52,8 +53,8 @@ class RuntimeLora(nn.Module):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Graph:
-    """A traceable module with its example inputs and the description of what goes in and out."""
+class TaskGraph:
+    """A traceable module with example inputs and the description of its inputs and outputs."""
 
     module: nn.Module
     example: tuple[Tensor, ...]
@@ -62,86 +63,87 @@ class Graph:
     task: Task
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Per tensor the positions of its dynamic axes and their names."""
+        """Return the positions and names of the dynamic axes of every tensor."""
         return {
             tensor.name: {index: axis for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
             for tensor in (*self.inputs, *self.outputs)
         }
 
 
-class _Traced(nn.Module):  # type: ignore[misc]
-    """Calls the task model with named tensors instead of keyword arguments, cache objects and parameters."""
+class _TracedModule(nn.Module):  # type: ignore[misc]
+    """Calls a task model with named tensors instead of keyword arguments, cache objects and parameters."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, input_names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
-        self._names = tuple(names)
+        self._input_names = tuple(input_names)
 
     def forward(self, *tensors: Tensor) -> Any:
-        given = dict(zip(self._names, tensors))
-        factors = {name: value for name, value in given.items() if name.startswith("lora.")}
+        inputs = dict(zip(self._input_names, tensors))
+        factors = {name: value for name, value in inputs.items() if name.startswith("lora.")}
         for path, child in self.model.named_modules():
             if isinstance(child, RuntimeLora):
                 child.factors = (factors[f"lora.{path}.A"], factors[f"lora.{path}.B"])
-        head = {name.removeprefix("head."): value for name, value in given.items() if name.startswith("head.")}
-        past = [value for name, value in given.items() if name.startswith("past_key_values.")]
+        head = {name.removeprefix("head."): value for name, value in inputs.items() if name.startswith("head.")}
+        past = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
         if past:
-            return self._decode(given["input_ids"], given["attention_mask"], past, head)
-        tokens = {name: value for name, value in given.items() if not name.startswith(("lora.", "head."))}
+            return self._decode(inputs["input_ids"], inputs["attention_mask"], past, head)
+        tokens = {name: value for name, value in inputs.items() if not name.startswith(("lora.", "head."))}
         return self._call(tokens, head).logits
 
     def _call(self, arguments: dict[str, Any], head: dict[str, Tensor]) -> Any:
-        # torch.func.functional_call does not trace; these are plain attributes since `with_runtime_lora`.
-        before = {name: get_attribute(self.model, name) for name in head}
+        # torch.func.functional_call cannot be traced. `with_runtime_lora` made these parameters plain attributes.
+        original = {name: get_attribute(self.model, name) for name in head}
         try:
             for name, value in head.items():
                 _set_attribute(self.model, name, value)
-            with reading(self.model, arguments):
+            with pooled_token_only(self.model, arguments):
                 return self.model(**arguments)
         finally:
-            for name, value in before.items():
+            for name, value in original.items():
                 _set_attribute(self.model, name, value)
 
     def _decode(self, ids: Tensor, mask: Tensor, past: list[Tensor], head: dict[str, Tensor]) -> tuple[Tensor, ...]:
         length, total = ids.shape[1], mask.shape[1]
         query = torch.arange(length, device=ids.device)[:, None] + (total - length)
         key = torch.arange(total, device=ids.device)[None]
-        seen = (key <= query)[None] & (mask[:, None, :] > 0)
-        # The position of a token is the number of tokens before it that it sees: right with padding on either side.
-        positions = (seen.to(torch.float32).sum(-1) - 1).clamp(min=0).to(torch.int64)
-        arguments = {"input_ids": ids, "attention_mask": self._bias(seen, query - key), "position_ids": positions}
+        visible = (key <= query)[None] & (mask[:, None, :] > 0)
+        # The position of a token is the number of visible tokens before it, which is right for padding on either side.
+        positions = (visible.to(torch.float32).sum(-1) - 1).clamp(min=0).to(torch.int64)
+        mask_bias = self._attention_bias(visible, query - key)
+        arguments = {"input_ids": ids, "attention_mask": mask_bias, "position_ids": positions}
         out = self._call(arguments | {"past_key_values": _filled_cache(past), "use_cache": True}, head)
         return (out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)))
 
-    def _bias(self, seen: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
-        """What is added to attention scores, (batch, 1, sequence, total); per kind of layer where layers differ.
+    def _attention_bias(self, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the bias of the attention scores, (batch, 1, sequence, total), or one per attention type.
 
-        A mask that is given is taken as it is, so a sliding window is cut here: a token sees those less than
-        `sliding_window` before it.
+        transformers uses a given mask unchanged, so sliding windows are applied here: a token sees those that are less
+        than `sliding_window` positions before it.
         """
         config = self.model.config
-        whole, kinds, window = _added(seen), getattr(config, "layer_types", None), None
-        if kinds is None or "sliding_attention" in kinds:
+        full, layer_types, window = _additive_mask(visible), getattr(config, "layer_types", None), None
+        if layer_types is None or "sliding_attention" in layer_types:
             window = getattr(config, "sliding_window", None)
         if window is None:
-            return whole
-        near = _added(seen & (distance < window)[None])
-        return near if kinds is None else {"full_attention": whole, "sliding_attention": near}
+            return full
+        windowed = _additive_mask(visible & (distance < window)[None])
+        return windowed if layer_types is None else {"full_attention": full, "sliding_attention": windowed}
 
 
-def reading(module: nn.Module, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """While entered, a classifier computes in its last layer the token that it reads: what its graph holds."""
+def pooled_token_only(module: nn.Module, arguments: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the last layer of a classifier computes only the pooled token, as in its ONNX graph."""
     if task_of(module) != "classification" or module.config.model_type not in SUPPORTED:
         return contextlib.nullcontext()
     return only_pooled_token(module, architecture_of(module.config), arguments["input_ids"])
 
 
-def _added(seen: Tensor) -> Tensor:
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+def _additive_mask(visible: Tensor) -> Tensor:
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
 def _filled_cache(past: Sequence[Tensor]) -> Any:
-    """transformers' cache around tensors that exist already: its own way in would concatenate them to empty ones."""
+    """Return a transformers cache that contains `past`. Its own update would concatenate them with empty tensors."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache()
@@ -155,7 +157,7 @@ def _filled_cache(past: Sequence[Tensor]) -> Any:
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
-    """A possibly nested attribute such as classifier.weight."""
+    """Return a nested attribute, such as classifier.weight."""
     owner, _, attribute = name.rpartition(".")
     return getattr(module.get_submodule(owner), attribute)
 
@@ -165,69 +167,65 @@ def _set_attribute(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(module.get_submodule(owner), attribute, value)
 
 
-def kv_heads(module: nn.Module) -> tuple[tuple[int, ...], int]:
-    """Kept KV heads of every layer, and head_dim, read off the weights: configs cannot state unequal widths."""
-    config = module.config
-    architecture = architecture_of(config)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    layers = len(module.get_submodule(f"{architecture.backbone}.{architecture.layers}"))
-    widths = (_out_features(module, architecture.path(f"layers.{layer}.k")) for layer in range(layers))
-    return tuple(width // head_dim for width in widths), head_dim
+def task_graph(module: nn.Module, layout: Layout | None, adapter: AdapterSpec | None = None) -> TaskGraph:
+    """Return the traceable graph of a task model.
 
-
-def _out_features(module: nn.Module, path: str) -> int:
-    """Rows of a linear, which may be one of the equal thirds of a fused `c_attn`."""
-    try:
-        linear = module.get_submodule(path)
-    except AttributeError:
-        fused = module.get_submodule(path.rpartition(".")[0])
-        return int(fused.bias.shape[0]) // 3
-    return int(getattr(linear, "base", linear).weight.shape[0])
-
-
-def task_graph(module: nn.Module, *, max_tokens: int, adapter: AdapterSpec | None = None) -> Graph:
-    """The graph of a float32 task model in eval mode; `adapter` names the factors that become inputs."""
+    Args:
+        module: A float32 transformers task model in eval mode.
+        layout: Kept heads of every layer, which size the KV cache. Only decoders need it.
+        adapter: Description of the adapter factors that become inputs.
+    """
     config, task = module.config, task_of(module)
     tokens = ("batch", "sequence")
     inputs = [TensorInfo(name="input_ids", dtype="int64", shape=tokens, limit=int(config.vocab_size))]
-    last = int(config.vocab_size if task == "causal_lm" else config.num_labels)
-    outputs = [
-        TensorInfo(
-            name="logits", dtype="float32", shape=("batch", last) if task == "classification" else (*tokens, last)
-        )
-    ]
+    num_logits = int(config.vocab_size if task == "causal_lm" else config.num_labels)
+    logits_shape = ("batch", num_logits) if task == "classification" else (*tokens, num_logits)
+    outputs = [TensorInfo(name="logits", dtype="float32", shape=logits_shape)]
     if task == "causal_lm":
+        if layout is None:
+            raise ValueError("The graph of a decoder needs its layout.")
         inputs.append(TensorInfo(name="attention_mask", dtype="int64", shape=("batch", "total"), limit=2))
-        heads, head_dim = kv_heads(module)
-        for layer, count in enumerate(heads):
-            for kind in ("key", "value"):
-                past, total = ("batch", count, "past", head_dim), ("batch", count, "total", head_dim)
-                inputs.append(TensorInfo(name=f"past_key_values.{layer}.{kind}", dtype="float32", shape=past))
-                outputs.append(TensorInfo(name=f"present.{layer}.{kind}", dtype="float32", shape=total))
+        past, present = _cache_tensors(layout)
+        inputs += past
+        outputs += present
     else:
         inputs.append(TensorInfo(name="attention_mask", dtype="int64", shape=tokens, limit=2))
-        types = int(getattr(config, "type_vocab_size", 0) or 0)
-        if types > 1:  # RoBERTa has one type: an input that can only be zero
-            inputs.append(TensorInfo(name="token_type_ids", dtype="int64", shape=tokens, default=0, limit=types))
+        token_types = int(getattr(config, "type_vocab_size", 0) or 0)
+        if token_types > 1:  # RoBERTa has a single type, so the input could only be zero
+            inputs.append(TensorInfo(name="token_type_ids", dtype="int64", shape=tokens, default=0, limit=token_types))
     if adapter is not None:
         inputs += adapter_inputs(adapter)
-    traced = _Traced(module, [tensor.name for tensor in inputs])
-    return Graph(traced.eval(), _example(module, inputs, max_tokens), tuple(inputs), tuple(outputs), task)
+    traced = _TracedModule(module, [tensor.name for tensor in inputs])
+    return TaskGraph(traced.eval(), _example_inputs(module, inputs), tuple(inputs), tuple(outputs), task)
+
+
+def _cache_tensors(layout: Layout) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Return the inputs and the outputs of the KV cache."""
+    past, present, head_dim = [], [], layout.spec.head_dim
+    for layer, (kv_heads, _) in enumerate(layout.counts):
+        for kind in ("key", "value"):
+            name = f"{layer}.{kind}"
+            shape = ("batch", kv_heads, "past", head_dim)
+            past.append(TensorInfo(name=f"past_key_values.{name}", dtype="float32", shape=shape))
+            shape = ("batch", kv_heads, "total", head_dim)
+            present.append(TensorInfo(name=f"present.{name}", dtype="float32", shape=shape))
+    return past, present
 
 
 def adapter_inputs(adapter: AdapterSpec) -> list[TensorInfo]:
-    """The inputs that carry an adapter: two per linear and one per head parameter."""
-    found = []
+    """Return the inputs of an adapter: two per linear and one per parameter of the head."""
+    tensors = []
     for entry in adapter.modules:
-        found.append(TensorInfo(name=f"lora.{entry.path}.A", dtype="float32", shape=(entry.in_features, "rank")))
-        found.append(TensorInfo(name=f"lora.{entry.path}.B", dtype="float32", shape=("rank", entry.out_features)))
-    found += [TensorInfo(name=f"head.{name}", dtype="float32", shape=tuple(s)) for name, s in adapter.head.items()]
-    return found
+        tensors.append(TensorInfo(name=f"lora.{entry.path}.A", dtype="float32", shape=(entry.in_features, "rank")))
+        tensors.append(TensorInfo(name=f"lora.{entry.path}.B", dtype="float32", shape=("rank", entry.out_features)))
+    tensors += [TensorInfo(name=f"head.{name}", dtype="float32", shape=tuple(s)) for name, s in adapter.head.items()]
+    return tensors
 
 
-def _example(module: nn.Module, inputs: Sequence[TensorInfo], max_tokens: int) -> tuple[Tensor, ...]:
-    """Two rows, one of them padded: a mask of ones alone could be optimised away while tracing."""
+def _example_inputs(module: nn.Module, inputs: Sequence[TensorInfo]) -> tuple[Tensor, ...]:
+    """Return inputs of two rows, one of them padded, because tracing could remove a mask that consists of ones."""
     device = next(module.parameters()).device
+    max_tokens = max_tokens_of(module.config)
     length = min(8, max_tokens)
     past = 3 if any(tensor.kind == "past" for tensor in inputs) and max_tokens > length + 3 else 0
     sizes = {"batch": 2, "sequence": length, "past": past, "total": length + past, "rank": 2}
@@ -247,8 +245,8 @@ def _example(module: nn.Module, inputs: Sequence[TensorInfo], max_tokens: int) -
     return tuple(example)
 
 
-def _in_file_order(model: PrunableModel) -> list[str]:
-    """Names of the linears; those that files keep as one matrix in the order of its rows, which adapters follow."""
+def _linears_in_file_order(model: PrunableModel) -> list[str]:
+    """Return the names of all linears. Parts of a fused matrix are in the order of its rows, as in adapter files."""
     fused = model.architecture.fused
     order = {f"{path}.{part}": row for path, parts in fused.items() for row, part in enumerate(parts)}
     return sorted(
@@ -258,14 +256,14 @@ def _in_file_order(model: PrunableModel) -> list[str]:
 
 
 def with_runtime_lora(model: PrunableModel) -> tuple[nn.Module, AdapterSpec, dict[str, Tensor]]:
-    """A copy of the model whose adapters are inputs, their description, and the model's own adapter as inputs.
+    """Return a copy of the model whose adapters are inputs, their description, and the values of the model's adapter.
 
-    A model without an adapter gets one of rank 0: the base as it is.
+    A model without an adapter gets an adapter of rank 0.
     """
     shared = {id(p): p for p in model.module.parameters()}
     module = copy.deepcopy(model.module, shared)
     modules, values = [], {}
-    for name in _in_file_order(model):
+    for name in _linears_in_file_order(model):
         path = model.architecture.path(name)
         linear = model.linear(name)
         base = linear.base_layer if isinstance(linear, LoraLinear) else linear

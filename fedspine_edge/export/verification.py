@@ -1,47 +1,36 @@
-"""Does the exported file compute what torch computes? Whole passes, and decoders step by step with their KV cache."""
+"""Compares an exported file with torch: full passes, and decoders step by step on their KV cache."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import AdapterSpec, Bundle, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Verification
 from fedspine_edge.data.loading import Data
 from fedspine_edge.errors import ExportMismatch
-from fedspine_edge.export.calibration import UserData, measure, read_data
+from fedspine_edge.export.calibration import UserData, measure_accuracy, read_user_data
 from fedspine_edge.export.divergence import first_divergent_layer
-from fedspine_edge.export.onnx_export import Exported, merged_module
+from fedspine_edge.export.onnx_export import ExportedModel, merged_module
+from fedspine_edge.export.tracing import RuntimeLora, get_attribute, pooled_token_only
 from fedspine_edge.model.architecture import task_of
 from fedspine_edge.runtime.adapters import bundled_adapter
 from fedspine_edge.runtime.comparison import TOLERANCE, Inputs, compare, logits_of, random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
-if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = [
-    "SHAPES",
-    "TOLERANCE",
-    "compare",
-    "random_inputs",
-    "verify_adapters",
-    "verify_bundle",
-    "verify_cache",
-    "verify_onnx",
-]
-
 SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 16), (3, 33))
-"""(batch, tokens) compared unless others are given; lengths beyond the model's limit are cut to it."""
+"""Default (batch, tokens) of the random inputs. Lengths above the model's limit are reduced to it."""
 
 
 def verify_onnx(
-    exported: Exported,
+    exported: ExportedModel,
     module: nn.Module,
     *,
     inputs: Sequence[Inputs] | None = None,
@@ -49,17 +38,17 @@ def verify_onnx(
     adapter: Mapping[str, Array] | None = None,
     seed: int = 0,
 ) -> Verification:
-    """Runs an exported file on ONNX Runtime and the module in torch, and compares.
+    """Compare an exported file on ONNX Runtime with its module in torch.
 
     Args:
-        exported: What `export_onnx` returned.
-        module: The float32 transformers module it was made from, in eval mode.
-        inputs: Inputs to compare on; default random ones with padding.
+        exported: Result of `export_onnx`.
+        module: The float32 transformers module that was exported, in eval mode.
+        inputs: Inputs to compare on (default: random inputs with padding).
         shapes: (batch, tokens) of the random inputs.
-        adapter: Values of the adapter's inputs, where the file has them.
-        seed: Of the random inputs.
+        adapter: Values of the adapter's inputs, if the file has them.
+        seed: Seed of the random inputs.
 
-    Raises `ExportMismatch`, naming the worst output, the numbers, and the first layer that differs.
+    Raises `ExportMismatch`, which names the worst output, its difference, and the first layer that differs.
     """
     runner = OnnxRuntimeRunner(exported.path, threads=1)
     if inputs is None:
@@ -77,14 +66,14 @@ def verify_onnx(
             reference="torch",
         )
     except ExportMismatch as error:
-        where = _first_layer(exported, module, inputs)
+        where = _describe_divergence(exported, module, inputs)
         raise ExportMismatch(f"{error.message} {where}", remedy=error.remedy) from error
     finally:
         runner.close()
 
 
-def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]) -> str:
-    """A sentence on the first layer that differs, on the first inputs where one does."""
+def _describe_divergence(exported: ExportedModel, module: nn.Module, inputs: Sequence[Inputs]) -> str:
+    """Return a sentence that names the first layer whose output differs on any of the inputs."""
     for batch in inputs:
         found = first_divergent_layer(
             exported.path,
@@ -95,11 +84,11 @@ def _first_layer(exported: Exported, module: nn.Module, inputs: Sequence[Inputs]
         )
         if found is not None:
             return f"The first layer that differs is {found}."
-    return "Every layer by itself agrees: the outputs are put together differently."
+    return "Every layer matches on its own; the difference is in how the outputs are assembled."
 
 
 def verify_cache(
-    exported: Exported,
+    exported: ExportedModel,
     module: nn.Module,
     *,
     prompt: int = 5,
@@ -107,10 +96,20 @@ def verify_cache(
     adapter: Mapping[str, Array] | None = None,
     seed: int = 1,
 ) -> Verification:
-    """Runs a decoder as generating does, a prompt and then token by token with its cache, against torch without one.
+    """Compare a decoder that runs as in generation, a prompt and then single tokens on its cache, with torch.
 
-    The logits of every step are compared with torch's full pass over all tokens: one row alone, and three rows
-    with padding on the right and then on the left. Raises `ExportMismatch`.
+    The logits of every step are compared with torch's full pass over all tokens, which uses no cache: first for a
+    single row, then for three rows with padding on the right, and then on the left.
+
+    Args:
+        exported: Result of `export_onnx`.
+        module: The float32 transformers module that was exported, in eval mode.
+        prompt: Number of tokens in the prompt.
+        steps: Number of single tokens after the prompt.
+        adapter: Values of the adapter's inputs, if the file has them.
+        seed: Seed of the random tokens.
+
+    Raises `ExportMismatch`.
     """
     runner = OnnxRuntimeRunner(exported.path, threads=1)
     shapes = [(1, prompt + steps), (3, prompt + steps)]
@@ -133,17 +132,24 @@ def verify_cache(
 
 
 def verify_adapters(
-    exported: Exported, module: nn.Module, adapter: AdapterSpec, *, ranks: Sequence[int] = (0, 1, 64), seed: int = 2
+    exported: ExportedModel,
+    module: nn.Module,
+    adapter: AdapterSpec,
+    *,
+    ranks: Sequence[int] = (0, 1, 64),
+    seed: int = 2,
 ) -> Verification:
-    """Compares random adapters of several ranks in the exported file with the same ones in torch.
+    """Compare random adapters of several ranks in the exported file with the same adapters in torch.
 
-    `module` is what `with_runtime_lora` returned: its linears take the factors that the file takes as inputs.
+    Args:
+        exported: Result of `export_onnx`.
+        module: Result of `with_runtime_lora`, whose linears take the factors that are inputs of the file.
+        adapter: Description of the adapters.
+        ranks: Ranks to compare.
+        seed: Seed of the random adapters and tokens.
+
     Raises `ExportMismatch`.
     """
-    import torch
-
-    from fedspine_edge.export.tracing import RuntimeLora, get_attribute
-
     rng = np.random.default_rng(seed)
     linears = {path: child for path, child in module.named_modules() if isinstance(child, RuntimeLora)}
     head = {f"head.{name}": get_attribute(module, name).numpy() for name in adapter.head}
@@ -182,45 +188,39 @@ def verify_adapters(
 
 
 def verify_bundle(bundle: Bundle, model: str | Path, examples: Data | None = None) -> list[Verification]:
-    """Compares a bundle's model.onnx with the model folder it was made from, decoders step by step too.
+    """Compare a bundle's model.onnx with the model folder that it was made from; decoders also step by step.
 
-    Whole passes are compared on `examples` where they are given, else on random tokens, which are harder for 8 and 4
-    bits than what a model was calibrated on.
+    Full passes are compared on `examples` if they are given, or else on random tokens. Random tokens are harder for 8
+    and 4 bits than the examples that a model was calibrated on.
 
-    Raises `ExportMismatch`: the bundle was made from another model, or computes something else.
+    Raises `ExportMismatch` if the bundle was made from another model or computes different outputs.
     """
     manifest = bundle.manifest
     module = merged_module(model)
-    exported = Exported(
-        bundle.model_path,
-        manifest.inputs,
-        manifest.outputs,
-        manifest.task,
-        manifest.precision,
-        manifest.opset,
-        manifest.max_tokens,
-        manifest.pad_token_id,
-    )
+    exported = ExportedModel.from_bundle(bundle)
     adapter = bundled_adapter(bundle.folder, manifest)
     if task_of(module) != manifest.task or module.config.vocab_size != manifest.inputs[0].limit:
-        raise ExportMismatch(f"{model} is another kind of model than the one in {bundle.folder}.")
-    # Where some rows may differ, a few are too few to tell how many do.
+        raise ExportMismatch(
+            f"{model} has another task or vocabulary than the model in {bundle.folder}.",
+            remedy="Give the model folder that the bundle was made from.",
+        )
+    # Quantized models may differ in some rows, and a few rows are not enough to measure how many.
     shapes = ((64, 16), (64, 33)) if manifest.quantization is not None else SHAPES
-    batches = _examples_of(bundle, examples).measured[:8] if examples is not None else ()
+    batches = _read_examples(bundle, examples).measured[:8] if examples is not None else ()
     inputs = [batch.inputs(manifest.inputs, adapter) for batch in batches] or None
-    found = [verify_onnx(exported, module, inputs=inputs, shapes=shapes, adapter=adapter)]
+    results = [verify_onnx(exported, module, inputs=inputs, shapes=shapes, adapter=adapter)]
     if manifest.cache_verification is not None and manifest.quantization is None:
-        found.append(verify_cache(exported, module, adapter=adapter))
-    return found
+        results.append(verify_cache(exported, module, adapter=adapter))
+    return results
 
 
 def measure_bundle(bundle: Bundle, model: str | Path, examples: Data) -> Accuracy:
-    """Accuracy of the model folder in torch and of the bundle on ONNX Runtime, on the user's examples."""
+    """Return the accuracy of the model folder in torch and of the bundle on ONNX Runtime, on the user's examples."""
     manifest, module = bundle.manifest, merged_module(model)
-    data = _examples_of(bundle, examples)
+    data = _read_examples(bundle, examples)
     runner = OnnxRuntimeRunner(bundle.model_path)
     try:
-        return measure(
+        return measure_accuracy(
             data,
             manifest.task,
             lambda batch: run_torch(module, batch, manifest.inputs),
@@ -232,22 +232,12 @@ def measure_bundle(bundle: Bundle, model: str | Path, examples: Data) -> Accurac
         runner.close()
 
 
-def _examples_of(bundle: Bundle, examples: Data) -> UserData:
-    manifest = bundle.manifest
-    return read_data(
-        examples,
-        bundle.folder,
-        task=manifest.task,
-        num_labels=max(2, len(manifest.labels)),
-        inputs=manifest.inputs,
-        max_tokens=manifest.max_tokens,
-        pad_token_id=manifest.pad_token_id,
-        calibrate=False,
-    )
+def _read_examples(bundle: Bundle, examples: Data) -> UserData:
+    return read_user_data(examples, bundle.folder, bundle.manifest, calibrate=False)
 
 
 class _StepByStep:
-    """Computes all positions' logits by a prompt and single steps."""
+    """Computes the logits of all positions with a pass over the prompt and single steps."""
 
     def __init__(self, runner: OnnxRuntimeRunner, tensors: Sequence[TensorInfo], prompt: int) -> None:
         self._runner, self._prompt = runner, prompt
@@ -256,29 +246,32 @@ class _StepByStep:
     def run(self, inputs: Inputs) -> Inputs:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         adapter = {name: inputs[name] for name in self._adapter}
-        found, state, start = [], None, 0
+        logits, state, start = [], None, 0
         for end in (*range(self._prompt, ids.shape[1]), ids.shape[1]):
             step = {"input_ids": np.ascontiguousarray(ids[:, start:end]), "attention_mask": mask[:, :end].copy()}
-            logits, state = self._runner.step(step | adapter, state)
-            found.append(logits)
+            step_logits, state = self._runner.step(step | adapter, state)
+            logits.append(step_logits)
             start = end
-        return {"logits": np.concatenate(found, axis=1)}
+        return {"logits": np.concatenate(logits, axis=1)}
 
 
 def run_torch(module: nn.Module, inputs: Inputs, tensors: Sequence[TensorInfo], *, as_exported: bool = False) -> Inputs:
-    """Logits of a task model for the inputs that are tokens; `as_exported` leaves out what its graph leaves out."""
-    import torch
+    """Return the logits of a task model.
 
-    from fedspine_edge.export.tracing import reading
-
+    Args:
+        module: A transformers task model.
+        inputs: Inputs; only tokens are used.
+        tensors: Descriptions of the inputs.
+        as_exported: Whether to skip the computations that the ONNX graph of a classifier skips.
+    """
     device = next(module.parameters()).device
-    given: dict[str, Any] = {
+    tokens: dict[str, Any] = {
         tensor.name: torch.from_numpy(inputs[tensor.name]).to(device) for tensor in tensors if tensor.kind == "tokens"
     }
     if task_of(module) == "causal_lm":
-        # As transformers' own generate counts them: GPT-2 alone would number padding on the left as well.
-        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        given |= {"use_cache": False, "position_ids": positions}
-    with torch.inference_mode(), reading(module, given) if as_exported else contextlib.nullcontext():
-        result = module(**given)
+        # Positions as in transformers' generate. By default, GPT-2 would also count padding on the left.
+        positions = (tokens["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        tokens |= {"use_cache": False, "position_ids": positions}
+    with torch.inference_mode(), pooled_token_only(module, tokens) if as_exported else contextlib.nullcontext():
+        result = module(**tokens)
     return {"logits": result.logits.float().cpu().numpy()}

@@ -1,7 +1,7 @@
-"""A bfloat16 graph as ONNX Runtime's CPU provider, which has no bfloat16 kernels, can run it.
+"""Emulates bfloat16 ONNX graphs in float32, because ONNX Runtime's CPU provider has no bfloat16 kernels.
 
-Every tensor that was bfloat16 is computed in float32 and rounded to bfloat16 and back, weights keep their rounded
-values: that is what a GPU's bfloat16 units do, which multiply rounded numbers and add in float32.
+Every bfloat16 tensor is computed in float32 and rounded to bfloat16 and back; weights keep their rounded values. This
+matches the bfloat16 units of GPUs, which multiply rounded numbers and accumulate in float32.
 """
 
 from __future__ import annotations
@@ -19,27 +19,24 @@ from fedspine_edge.errors import DeployError, MissingDependency
 
 @contextlib.contextmanager
 def emulated_copy(model: Path) -> Iterator[Path]:
-    """A temporary file that computes what the bfloat16 file `model` does.
-
-    Raises `MissingDependency` without the onnx package.
-    """
+    """Yield a temporary file that emulates the bfloat16 file `model`. Raises `MissingDependency` without onnx."""
     try:
         import onnx
     except ImportError as error:
         purpose = "Running a bfloat16 model on a CPU"
         raise MissingDependency.of("onnx", extra="export", purpose=purpose) from error
-    with tempfile.TemporaryDirectory(prefix="fedspine-widen-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fedspine-bf16-") as folder:
         path = Path(folder) / model.name
         onnx.save(emulate_bfloat16(onnx.load(model)), path, save_as_external_data=True, size_threshold=1 << 16)
         yield path
 
 
 def emulate_bfloat16(model: Any) -> Any:
-    """Converts an `onnx.ModelProto` in place and returns it; its inputs and outputs stay as they were."""
+    """Convert an `onnx.ModelProto` in place and return it. Its inputs and outputs are unchanged."""
     import onnx
 
     kinds, graph = onnx.TensorProto, model.graph
-    narrow = {name for name, kind in tensor_types(model).items() if kind == kinds.BFLOAT16}
+    bfloat16 = {name for name, kind in tensor_types(model).items() if kind == kinds.BFLOAT16}
     for tensor in graph.initializer:
         if tensor.data_type == kinds.BFLOAT16:
             bits = np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << 16
@@ -48,23 +45,25 @@ def emulate_bfloat16(model: Any) -> Any:
     for node in graph.node:
         nodes.append(node)
         for position, name in enumerate(node.output):
-            if name not in narrow:
+            if name not in bfloat16:
                 continue
-            if node.op_type == "Cast":  # its target type stays: the cast is the rounding
-                node.output[position] = f"{name}.narrow"
+            if node.op_type == "Cast":  # it already rounds to bfloat16
+                node.output[position] = f"{name}.rounded"
             else:
-                node.output[position] = f"{name}.wide"
-                nodes.append(onnx.helper.make_node("Cast", [f"{name}.wide"], [f"{name}.narrow"], to=kinds.BFLOAT16))
-            nodes.append(onnx.helper.make_node("Cast", [f"{name}.narrow"], [name], to=kinds.FLOAT))
+                node.output[position] = f"{name}.unrounded"
+                nodes.append(
+                    onnx.helper.make_node("Cast", [f"{name}.unrounded"], [f"{name}.rounded"], to=kinds.BFLOAT16)
+                )
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}.rounded"], [name], to=kinds.FLOAT))
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     return model
 
 
 def tensor_types(model: Any) -> dict[str, int]:
-    """ONNX element type of every tensor, found by shape inference on a copy without the weights.
+    """Return the ONNX element type of every tensor, found by shape inference on a copy without the weights.
 
-    Raises `DeployError`, naming the tensor, where a type cannot be inferred.
+    Raises `DeployError`, which names the tensor, if a type cannot be inferred.
     """
     import onnx
 
@@ -78,7 +77,7 @@ def tensor_types(model: Any) -> dict[str, int]:
     graph.output.extend(model.graph.output)
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT64:
-            graph.initializer.append(tensor)  # shapes: small, and needed to infer others
+            graph.initializer.append(tensor)  # shapes, which are small and needed for the inference
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     inferred = onnx.shape_inference.infer_shapes(skeleton).graph
@@ -89,5 +88,8 @@ def tensor_types(model: Any) -> dict[str, int]:
     }
     unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
     if unknown:
-        raise DeployError(f"The type of the tensor {unknown[0]!r} cannot be inferred, which 16-bit precisions need.")
+        raise DeployError(
+            f"The type of the tensor {unknown[0]!r} cannot be inferred, but 16-bit precisions need it.",
+            remedy="Export in fp32, and report the model.",
+        )
     return types

@@ -1,28 +1,34 @@
-"""Where an engine's tensors lie: buffers that the host sees, and the KV cache that it does not."""
+"""Memory of an engine's inputs and outputs: device buffers with pinned host memory for the copies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedspine_edge.arrays import Array
-from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.engine.cuda_driver import Bytes, Cuda
-from fedspine_edge.errors import DeployError
 
 ALIGNMENT = 256
-"""What cuMemAlloc aligns to, and TensorRT asks of its tensors' addresses."""
+"""Alignment of cuMemAlloc, which TensorRT requires of tensor addresses."""
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """An input or output tensor that stays on the device, such as a part of the KV cache."""
+
+    address: int
+    shape: tuple[int, ...]
+    is_input: bool
 
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """What the host wants of an output of (batch, tokens, ...): `rows` pieces of `row_bytes`, each the end of a stride.
+    """The part of an output of shape (batch, tokens, ...) that is copied to the host.
 
-    One row per sequence for the logits of last tokens; one row in all for everything.
+    It consists of `rows` pieces of `row_bytes` bytes, each at the end of a stride: one row per sequence for the logits
+    of the last tokens, or a single row for the whole output.
     """
 
     shape: tuple[int, ...]
@@ -32,11 +38,13 @@ class OutputSlice:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...], itemsize: int) -> OutputSlice:
+        """Return the slice that contains the whole output."""
         size = math.prod(shape) * itemsize
         return cls(shape, 1, size, size)
 
     @classmethod
     def last_tokens(cls, shape: tuple[int, ...], itemsize: int) -> OutputSlice:
+        """Return the slice that contains the last token of every sequence."""
         batch, tokens, *rest = shape
         row = math.prod(rest) * itemsize
         return cls((batch, 1, *rest), batch, row, tokens * row)
@@ -46,7 +54,7 @@ class OutputSlice:
         return self.rows * self.row_bytes
 
     def copies(self) -> list[tuple[int, int, int]]:
-        """(offset on the device, offset on the host, bytes) of each row."""
+        """Return (offset on the device, offset on the host, number of bytes) for each row."""
         skipped = self.stride_bytes - self.row_bytes
         return [
             (row * self.stride_bytes + skipped, row * self.row_bytes, self.row_bytes)
@@ -55,9 +63,10 @@ class OutputSlice:
 
 
 class Buffer:
-    """The device memory of one tensor and, as far as the host sees it, the pinned memory beside it.
+    """The device memory of one tensor and the pinned host memory that is copied to or from it.
 
-    It grows to what is needed, at least doubling, and never beyond `limit_bytes`.
+    Where CPU and GPU share memory, the pinned memory is used by both and nothing is copied. The buffer grows on
+    demand, by at least a factor of two and up to `limit_bytes`.
     """
 
     def __init__(self, cuda: Cuda, limit_bytes: int) -> None:
@@ -68,7 +77,7 @@ class Buffer:
         self.address = 0
 
     def reserve(self, device_bytes: int, host_bytes: int) -> bool:
-        """Makes room; True where the addresses are new. No run may be under way."""
+        """Grow to the given sizes if necessary, and return whether an address changed. No run may be in progress."""
         if self._cuda.unified:
             device_bytes = host_bytes = max(device_bytes, host_bytes)
         grew = False
@@ -87,8 +96,8 @@ class Buffer:
             grew = True
         return grew
 
-    def _grown(self, needed: int, present: int) -> int:
-        return max(needed, min(2 * present, self._limit), 1)
+    def _grown(self, needed: int, current: int) -> int:
+        return max(needed, min(2 * current, self._limit), 1)
 
     @property
     def host(self) -> Bytes:
@@ -96,28 +105,31 @@ class Buffer:
         return self._host
 
     def stage(self, array: Array) -> None:
-        """Puts an input where `upload` takes it from."""
+        """Copy an input into the pinned memory."""
         self.host[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     def upload(self, size_bytes: int, stream: int) -> None:
+        """Copy the first `size_bytes` bytes of the pinned memory to the device."""
         if size_bytes and not self._cuda.unified:
             self._cuda.to_device(self.address, self.host[:size_bytes], stream)
 
-    def download(self, part: OutputSlice, stream: int) -> None:
+    def download(self, output: OutputSlice, stream: int) -> None:
+        """Copy a slice of the output to the pinned memory."""
         if not self._cuda.unified:
-            for source, target, size in part.copies():
+            for source, target, size in output.copies():
                 self._cuda.to_host(self.host[target : target + size], self.address + source, stream)
 
-    def result(self, part: OutputSlice, dtype: str) -> Array:
-        """A copy of what `download` brought: the next run overwrites the pinned memory."""
-        rows = np.empty((part.rows, part.row_bytes), np.uint8)
-        for row, (source, target, size) in zip(rows, part.copies()):
+    def result(self, output: OutputSlice, dtype: str) -> Array:
+        """Return the downloaded slice as a new array, because the next run overwrites the pinned memory."""
+        rows = np.empty((output.rows, output.row_bytes), np.uint8)
+        for row, (source, target, size) in zip(rows, output.copies()):
             start = source if self._cuda.unified else target
             row[:] = self.host[start : start + size]
-        found: Array = rows.reshape(-1).view(dtype).reshape(part.shape)
-        return found
+        array: Array = rows.reshape(-1).view(dtype).reshape(output.shape)
+        return array
 
     def free(self) -> None:
+        """Free the host and the device memory."""
         self._free_host()
         self._free_device()
 
@@ -130,79 +142,3 @@ class Buffer:
         device, self._device = self._device, None
         if device is not None:
             self._cuda.free(device)
-
-
-@dataclass(frozen=True)
-class DeviceTensor:
-    """A tensor that is on the device already (`is_input`) or stays there: in the KV cache."""
-
-    address: int
-    shape: tuple[int, ...]
-    is_input: bool
-
-
-class KvCache:
-    """The KV cache of one text, in two halves on the device: a step reads one and writes the other.
-
-    present = past with the new tokens behind it, so every step writes the cache anew. For that reason the half to be
-    written can grow without copying a byte.
-    """
-
-    def __init__(self, cuda: Cuda, tensors: Sequence[tuple[TensorInfo, TensorInfo]], batch: int, limit: int) -> None:
-        self._cuda, self._tensors, self._batch, self._limit = cuda, tensors, batch, limit
-        self.tokens = 0
-        self._halves = [0, 0]
-        self._capacity = [0, 0]
-        try:
-            for half in (0, 1):
-                self._halves[half] = cuda.alloc(ALIGNMENT)  # an empty tensor needs an address, too
-        except BaseException:
-            self.free()
-            raise
-
-    def bind(self, tokens: int) -> dict[str, DeviceTensor]:
-        """Where the next step, of `tokens` new tokens, reads the cache and writes it."""
-        total = self.tokens + tokens
-        if total > self._limit:
-            raise DeployError(f"The KV cache holds at most {self._limit} tokens, not {total}.")
-        if total > self._capacity[1]:
-            self._grow(total)
-        kept = {}
-        for half, length in ((0, self.tokens), (1, total)):
-            addresses = self._addresses(half)
-            for pair in self._tensors:
-                tensor = pair[half]
-                shape = tensor.sized({"batch": self._batch, "past": length, "total": length})
-                kept[tensor.name] = DeviceTensor(next(addresses), shape, is_input=half == 0)
-        return kept
-
-    def advance(self, tokens: int) -> None:
-        """After the step: what it wrote is what the next one reads."""
-        self.tokens += tokens
-        self._halves.reverse()
-        self._capacity.reverse()
-
-    def _grow(self, total: int) -> None:
-        capacity = min(self._limit, max(2 * self._capacity[1], -(-total // 64) * 64))
-        address, self._halves[1], self._capacity[1] = self._halves[1], 0, 0
-        self._cuda.free(address)
-        self._halves[1] = self._cuda.alloc(sum(self._sizes(capacity)))
-        self._capacity[1] = capacity
-
-    def _sizes(self, capacity: int) -> list[int]:
-        sizes = {"batch": self._batch, "past": capacity, "total": capacity}
-        exact = [math.prod(past.sized(sizes)) * np.dtype(past.dtype).itemsize for past, _ in self._tensors]
-        return [-(-size // ALIGNMENT) * ALIGNMENT for size in exact]
-
-    def _addresses(self, half: int) -> Iterator[int]:
-        address = self._halves[half]
-        for size in self._sizes(self._capacity[half]):
-            yield address
-            address += size
-
-    def free(self) -> None:
-        with ExitStack() as stack:
-            for address in self._halves:
-                if address:
-                    stack.callback(self._cuda.free, address)
-            self._halves = [0, 0]

@@ -1,4 +1,4 @@
-"""Do two implementations compute the same? Compared over several shapes; padding does not count. No torch here."""
+"""Compares the outputs of two implementations of a model over several input shapes, ignoring padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import PLAN, BundleManifest, EngineInfo, Precision, TensorInfo
 from fedspine_edge.bundle.metrics import Verification
 from fedspine_edge.errors import DataError, ExportMismatch
-from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner, Runner, empty_past
+from fedspine_edge.runtime.kv_cache import empty_kv_cache
+from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
+from fedspine_edge.runtime.runner import Runner
 
 Inputs = dict[str, Array]
 
@@ -24,13 +26,15 @@ TOLERANCE: dict[Precision, float] = {
     "fp8": 0.5,
     "int4": 0.5,
 }
-"""Largest absolute difference, relative to the largest reference output where that exceeds 1. Measured: 4e-8 for
-MiniLM; for a 30-layer SmolLM2 with logits up to 35 the export differs from torch by 2e-4, as much as torch in
-float32 from torch in float64 (1e-4), and pruned without recovery both grow tenfold. float16 resolves 1e-3,
-bfloat16 8e-3. Of 8 and 4 bits the answers are judged, below; the largest of a thousand differences says little.
+"""Largest accepted absolute difference, relative to the largest reference output if that exceeds 1.
 
-ONNX Runtime's CPU provider computes float16 nodes in float32: there, fp16 shows the rounding of the weights but not
-all of a GPU's arithmetic. The engine is therefore compared again on the device that builds it (`verify_engine`)."""
+Measured: 4e-8 for MiniLM. For a 30-layer SmolLM2 with logits up to 35, the export differs from torch by 2e-4, and torch
+in float32 differs from torch in float64 by 1e-4; both are ten times as large after pruning without recovery. float16
+resolves 1e-3 and bfloat16 8e-3. In 8 and 4 bits the largest of a thousand differences is not informative, so cosine and
+answers are compared instead.
+
+ONNX Runtime's CPU provider computes float16 nodes in float32, so fp16 shows the rounding of the weights but not all of
+a GPU's arithmetic. Engines are therefore compared again on the device that builds them (`verify_engine`)."""
 
 MIN_COSINE: dict[Precision, float] = {
     "fp32": 0.9999,
@@ -40,7 +44,7 @@ MIN_COSINE: dict[Precision, float] = {
     "fp8": 0.97,
     "int4": 0.95,
 }
-"""Of the worst row; of all rows of a batch together where linears have 8 or 4 bits."""
+"""Smallest accepted cosine similarity: of the worst row, or of a whole batch if linears have 8 or 4 bits."""
 
 MIN_AGREEMENT: dict[Precision, float] = {
     "fp32": 1.0,
@@ -50,11 +54,13 @@ MIN_AGREEMENT: dict[Precision, float] = {
     "fp8": 0.9,
     "int4": 0.9,
 }
-"""Share of rows with the same largest output. Measured on a fine-tuned MiniLM: int8 0.97, fp8 0.99, int4 0.97."""
+"""Smallest accepted share of rows with the same largest output.
+
+Measured on a fine-tuned MiniLM: int8 0.97, fp8 0.99, int4 0.97."""
 
 
-class Runs(Protocol):
-    """What is compared: anything that computes outputs from inputs."""
+class Implementation(Protocol):
+    """Computes outputs from inputs."""
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]: ...
 
@@ -68,10 +74,10 @@ def random_inputs(
     pad: int = 0,
     adapter: Mapping[str, Array] | None = None,
 ) -> list[Inputs]:
-    """Random tokens for each (batch, tokens), an empty KV cache, and the adapter's inputs as given.
+    """Return random tokens for each (batch, tokens), an empty KV cache, and the given inputs of the adapter.
 
-    Rows after the first are right-padded to random lengths with the token `pad`, which occurs nowhere else: some
-    classifiers read the last token that is another.
+    Rows after the first are padded on the right to random lengths with the token `pad`. This token occurs nowhere else,
+    because some classifiers read the last token that differs from it.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -79,7 +85,7 @@ def random_inputs(
         mask = np.ones((batch, tokens), dtype=np.int64)
         for row in range(1, batch):
             mask[row, rng.integers(1, tokens + 1) :] = 0
-        inputs = empty_past(tensors, batch) | dict(adapter or {})
+        inputs = empty_kv_cache(tensors, batch) | dict(adapter or {})
         for tensor in tensors:
             if tensor.name == "attention_mask":
                 inputs[tensor.name] = mask
@@ -93,7 +99,7 @@ def random_inputs(
 
 
 def compare(
-    subject_runner: Runs,
+    implementation: Implementation,
     reference_run: Callable[[Inputs], dict[str, Array]],
     inputs: Sequence[Inputs],
     outputs: Sequence[TensorInfo],
@@ -102,26 +108,37 @@ def compare(
     subject: str,
     reference: str,
 ) -> Verification:
-    """Compares two implementations; positions that are padding do not count.
+    """Compare an implementation with a reference, ignoring padded positions.
 
-    A row is one set of logits: a sequence (classification) or a position (causal model). In 16 and 32 bits two rows
-    agree on their largest output also where the reference holds another that is as large within the tolerance.
+    A row is one set of logits: of a sequence (classification) or of a position (causal model). In 16 and 32 bits, a row
+    also counts as identical if the reference has another output that equals the largest within the tolerance.
+
+    Args:
+        implementation: Implementation to check.
+        reference_run: Function that computes the expected outputs.
+        inputs: Inputs to compare on.
+        outputs: Outputs to compare.
+        precision: Precision of the implementation, which determines the tolerances.
+        subject: Name of the implementation, for messages.
+        reference: Name of the reference, for messages.
+
+    Raises `ExportMismatch` if the difference exceeds a tolerance.
     """
     if not inputs:
-        raise DataError("There is nothing to compare: no inputs were given.")
+        raise DataError("No inputs were given, so there is nothing to compare.", remedy="Give at least one input.")
     worst, worst_tolerance, worst_place = 0.0, TOLERANCE[precision], ""
     coarse = precision in ("int8", "fp8", "int4")
     cosine, agreeing, rows = 1.0, 0, 0
     for batch in inputs:
-        ours, theirs = subject_runner.run(batch), reference_run(batch)
+        actual, expected = implementation.run(batch), reference_run(batch)
         shape = batch["input_ids"].shape
         for tensor in outputs:
-            a, b = _rows(ours[tensor.name], batch), _rows(theirs[tensor.name], batch)
+            a, b = _rows(actual[tensor.name], batch), _rows(expected[tensor.name], batch)
             place = f"{tensor.name} at (batch, tokens) = {shape}"
             if a.shape != b.shape or not np.isfinite(a).all():
                 raise ExportMismatch(
-                    f"{subject} against {reference}: {place} is {a.shape} with "
-                    f"{np.count_nonzero(~np.isfinite(a))} non-finite values; the reference is {b.shape}.",
+                    f"{subject} disagrees with {reference}: {place} has shape {a.shape} and "
+                    f"{np.count_nonzero(~np.isfinite(a))} non-finite values; the reference has shape {b.shape}.",
                     remedy=_REMEDY[precision],
                 )
             tolerance = TOLERANCE[precision] * max(1.0, float(np.abs(b).max()))
@@ -145,20 +162,21 @@ def compare(
     if worst > worst_tolerance or cosine < MIN_COSINE[precision] or not enough:
         raise ExportMismatch(
             f"{subject} disagrees with {reference}: {worst_place} differs by {worst:.3g} (tolerance "
-            f"{worst_tolerance:.3g}), smallest cosine {cosine:.6f} (at least {MIN_COSINE[precision]}), "
-            f"{rows - agreeing} of {rows} rows pick another class (at most {1 - MIN_AGREEMENT[precision]:.0%}).",
+            f"{worst_tolerance:.3g}), smallest cosine {cosine:.6f} (minimum {MIN_COSINE[precision]}), "
+            f"{rows - agreeing} of {rows} rows have another largest output (maximum "
+            f"{1 - MIN_AGREEMENT[precision]:.0%}).",
             remedy=_REMEDY[precision],
         )
     return verification
 
 
 _REMEDY: dict[Precision, str] = {
-    "fp32": "This is a defect of the export: please report it with the model's config.json.",
-    "fp16": "The model does not bear float16; use `precision` bf16 or fp32.",
-    "bf16": "The model does not bear bfloat16; use `precision` fp16 or fp32.",
-    "int8": "The model does not bear 8 bits as calibrated; calibrate on more of its own data, or use `precision` fp16.",
-    "fp8": "The model does not bear 8 bits as calibrated; calibrate on more of its own data, or use `precision` fp16.",
-    "int4": "The model does not bear 4-bit weights; use `precision` int8 or fp16.",
+    "fp32": "This is a defect of the export. Please report it with the model's config.json.",
+    "fp16": "The model loses too much accuracy in float16. Set `precision` to bf16 or fp32.",
+    "bf16": "The model loses too much accuracy in bfloat16. Set `precision` to fp16 or fp32.",
+    "int8": "The model loses too much accuracy in 8 bits. Calibrate on more examples, or set `precision` to fp16.",
+    "fp8": "The model loses too much accuracy in 8 bits. Calibrate on more examples, or set `precision` to fp16.",
+    "int4": "The model loses too much accuracy with 4-bit weights. Set `precision` to int8 or fp16.",
 }
 
 
@@ -170,7 +188,7 @@ def _rows(logits: Array, batch: Inputs) -> Array:
 
 
 def _smallest_cosine(a: Array, b: Array, tolerance: float) -> float:
-    """Over rows that are long enough to have a direction at this tolerance."""
+    """Return the smallest cosine of the rows whose norm is large enough for a meaningful direction."""
     norms = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
     long = np.minimum(*norms) > 100 * tolerance
     if not long.any():
@@ -180,14 +198,14 @@ def _smallest_cosine(a: Array, b: Array, tolerance: float) -> float:
 
 
 def _cosine(a: Array, b: Array) -> float:
-    """Of all rows as one long vector: a quantised model's small rows have no stable direction."""
+    """Return the cosine of all rows as one vector, because small rows of a quantized model have no stable direction."""
     flat = a.astype(np.float64).reshape(-1), b.astype(np.float64).reshape(-1)
     norms = float(np.linalg.norm(flat[0]) * np.linalg.norm(flat[1]))
     return min(1.0, float(flat[0] @ flat[1]) / norms) if norms else 1.0
 
 
 def logits_of(outputs: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
-    """What is compared: the KV cache shows in the logits of the steps after it."""
+    """Return the outputs to compare. Errors of the KV cache become visible in the logits of later steps."""
     return tuple(tensor for tensor in outputs if not tensor.name.startswith("present."))
 
 
@@ -200,13 +218,13 @@ def verify_engine(
     adapter: Mapping[str, Array] | None = None,
     seed: int = 0,
 ) -> Verification:
-    """Compares an engine with ONNX Runtime on the file it was built from, at the corners of its profiles.
+    """Compare an engine with ONNX Runtime on its ONNX file, at the corners of the engine's profiles.
 
-    Raises `ExportMismatch`, naming the worst output and the numbers.
+    Raises `ExportMismatch`, which names the worst output and its difference.
     """
-    # Profiles for steps after a cache are covered by generating; here every input starts with an empty one.
-    fresh = [profile for profile in info.profiles if profile.past[0] == 0]
-    shapes = [(profile.batch[i], profile.tokens[i]) for profile in fresh for i in range(3)]
+    # Only profiles that start with an empty cache are compared; generation covers the others.
+    initial = [profile for profile in info.profiles if profile.past[0] == 0]
+    shapes = [(profile.batch[i], profile.tokens[i]) for profile in initial for i in range(3)]
     reference = OnnxRuntimeRunner(model)
     try:
         return compare(
@@ -216,7 +234,7 @@ def verify_engine(
                 manifest.inputs, shapes, manifest.max_tokens, seed, pad=manifest.pad_token_id, adapter=adapter
             ),
             logits_of(manifest.outputs),
-            # An fp32 engine keeps the tight tolerance: the builder leaves TF32 off unless it is asked for.
+            # An fp32 engine keeps the tight tolerance, because TF32 is off unless it is requested.
             precision="fp16" if "TF32" in info.flags else manifest.precision,
             subject=f"{PLAN} on {info.backend} {info.version}",
             reference=f"{model.name} on ONNX Runtime",

@@ -1,18 +1,17 @@
-"""A bundle gets its engine: built from its own model.onnx, compared, published. No torch, no transformers."""
+"""Adds an engine to a bundle: builds it from the bundle's model.onnx, compares it with ONNX Runtime, publishes it."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from fedspine_edge.bundle.bundle import (
     MODEL,
     PLAN,
-    TIMINGS,
+    TIMING_CACHE,
     BundleManifest,
     EngineInfo,
     OptimizationProfile,
@@ -23,58 +22,49 @@ from fedspine_edge.bundle.bundle import (
 )
 from fedspine_edge.bundle.publish import seal, staging
 from fedspine_edge.engine import cuda_driver, tensorrt_api
-from fedspine_edge.engine.tensorrt_builder import OnStep, build_plan
+from fedspine_edge.engine.tensorrt_builder import BackendChoice, EngineOptions, OnnxModel, OnStep, build_plan
 from fedspine_edge.errors import ConfigError, DeployError, EngineIncompatible, MissingDependency
+from fedspine_edge.runtime.adapters import bundled_adapter
+from fedspine_edge.runtime.comparison import verify_engine
+from fedspine_edge.runtime.engine_runner import EngineRunner, Plan
 
-BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"]
-BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
 ProgressCallback = Callable[[str], None]
 
 
 def rebuild_engine(folder: Path, backend: BackendChoice = "auto", progress: ProgressCallback | None = None) -> None:
-    """Replaces the engine of a bundle by one built here, for the profiles that the old one had.
+    """Replace the engine of a bundle with one built on this machine, for the profiles of the old engine.
 
-    Raises `EngineBuildError`, `MissingDependency` or `EngineIncompatible`; the bundle is then as it was.
+    Raises `EngineBuildError`, `MissingDependency` or `EngineIncompatible`. The bundle is then unchanged.
     """
-    manifest = load_bundle(folder, ignore=(PLAN, TIMINGS)).manifest
+    manifest = load_bundle(folder, ignore=(PLAN, TIMING_CACHE)).manifest
     profiles = manifest.engine.profiles if manifest.engine is not None else None
     flags = manifest.engine.flags if manifest.engine is not None else ()
-    asked = ("TF32",) if "TF32" in flags else ()  # the others are the builder's own defaults
-    request = EngineRequest(
-        backend=backend, profiles=profiles, compute_capabilities=(), workspace_bytes=None, flags=asked
-    )
-    chosen = choose_backend(request)
+    # Of the recorded flags only TF32 was requested; the others are the builder's defaults.
+    options = EngineOptions(backend=backend, profiles=profiles, flags=("TF32",) if "TF32" in flags else ())
+    selected = select_backend(options)
     report = progress or (lambda line: None)
-    if isinstance(chosen, str):
+    if isinstance(selected, str):
         raise EngineIncompatible(
-            f"No engine can be built here: {chosen}.", remedy="Load it with `backend` onnxruntime."
+            f"No engine can be built here: {selected}.", remedy="Load the bundle with `backend` onnxruntime."
         )
-    with staging(folder) as draft:
-        manifest = copy_bundle(folder, draft, None, None)
-        manifest = add_engine(draft, manifest, request, chosen, rebuild_command(folder), report)
-        seal(draft, manifest)
+    with staging(folder) as staged:
+        manifest = copy_bundle(folder, staged, None, None)
+        manifest = add_engine(staged, manifest, options, selected, rebuild_command(folder), report)
+        seal(staged, manifest)
 
 
-class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    backend: BackendChoice
-    profiles: tuple[OptimizationProfile, ...] | None
-    compute_capabilities: tuple[str, ...]
-    workspace_bytes: int | None
-    flags: tuple[str, ...]
-
-
-def choose_backend(request: EngineRequest) -> tensorrt_api.Backend | str:
-    """The TensorRT to build with, or the reason why there is none."""
-    if request.backend == "onnxruntime":
-        return "only ONNX Runtime was asked for"
-    if request.backend != "auto":
-        return tensorrt_api.find_backend(request.backend)
-    if cuda_driver.device_info() is None and not request.compute_capabilities:
-        return "this machine has no GPU that CUDA can see, and no compute capability was named"
+def select_backend(options: EngineOptions) -> tensorrt_api.Backend | str:
+    """Return the TensorRT to build with, or the reason why there is none."""
+    if options.backend == "onnxruntime":
+        return "only ONNX Runtime was requested"
+    if options.backend != "auto":
+        return tensorrt_api.find_backend(options.backend)
+    if cuda_driver.device_info() is None and not options.compute_capabilities:
+        return "this machine has no GPU that CUDA can see, and no compute capability was given"
     reasons = []
-    # TensorRT proper builds for the GPU of this machine alone.
+    # TensorRT, unlike TensorRT-RTX, builds only for the GPU of this machine.
     names: tuple[tensorrt_api.BackendName, ...] = (
-        ("tensorrt_rtx",) if request.compute_capabilities else ("tensorrt", "tensorrt_rtx")
+        ("tensorrt_rtx",) if options.compute_capabilities else ("tensorrt", "tensorrt_rtx")
     )
     for name in names:
         try:
@@ -84,118 +74,134 @@ def choose_backend(request: EngineRequest) -> tensorrt_api.Backend | str:
     return "; ".join(reasons)
 
 
-def copy_bundle(folder: Path, draft: Path, precision: Precision | None, labels: Sequence[str] | None) -> BundleManifest:
-    """The bundle without its plan. A damaged plan does not matter: it is what will be replaced.
+def copy_bundle(
+    folder: Path, target: Path, precision: Precision | None, labels: Sequence[str] | None
+) -> BundleManifest:
+    """Copy a bundle without its plan, which is about to be replaced and may therefore be damaged.
 
-    The timings stay: TensorRT refuses those of another release or chip. Damaged ones are left behind.
+    The timing cache is copied unless it is damaged; TensorRT rejects one of another release or chip.
+
+    Args:
+        folder: Bundle to copy.
+        target: Empty folder.
+        precision: Requested precision; it must be that of the bundle, or None.
+        labels: New class names, or None to keep the bundle's.
+
+    Returns the manifest of the copy, which has no engine.
     """
-    bundle = load_bundle(folder, ignore=(PLAN, TIMINGS))
+    bundle = load_bundle(folder, ignore=(PLAN, TIMING_CACHE))
     manifest = bundle.manifest
     if precision not in (None, manifest.precision):
         raise ConfigError(
-            f"{folder} is a bundle in {manifest.precision}; it cannot become {precision}.",
-            remedy="Compile the model folder it was made from.",
+            f"{folder} is a bundle in {manifest.precision}; it cannot be converted to {precision}.",
+            remedy="Compile the model folder that it was made from.",
         )
     if labels is not None and len(labels) != len(manifest.labels):
-        raise ConfigError(f"{len(labels)} labels were given for a model with {len(manifest.labels)} classes.")
+        raise ConfigError(
+            f"{len(labels)} labels were given for a model with {len(manifest.labels)} classes.",
+            remedy="Give one label per class, in the order of the logits.",
+        )
     for name, entry in manifest.files.items():
-        if name != PLAN and (name != TIMINGS or not damage_of(folder / name, entry)):
-            shutil.copyfile(folder / name, draft / name)
+        if name != PLAN and (name != TIMING_CACHE or not damage_of(folder / name, entry)):
+            shutil.copyfile(folder / name, target / name)
     return msgspec.structs.replace(
         manifest, engine=None, engine_absent="", labels=tuple(labels) if labels is not None else manifest.labels
     )
 
 
 def add_engine(
-    draft: Path,
+    folder: Path,
     manifest: BundleManifest,
-    request: EngineRequest,
-    chosen: tensorrt_api.Backend | str,
+    options: EngineOptions,
+    selected: tensorrt_api.Backend | str,
     rebuild: str,
     report: ProgressCallback,
     on_step: OnStep | None = None,
 ) -> BundleManifest:
-    if isinstance(chosen, str):
-        report(f"no engine: {chosen}")
-        return msgspec.structs.replace(manifest, engine_absent=chosen)
+    """Build an engine from `folder`/model.onnx, verify it if this machine can run it, and write it to `folder`.
+
+    Args:
+        folder: Bundle that is being assembled.
+        manifest: Its manifest.
+        options: Settings of the build.
+        selected: Result of `select_backend`; with a reason instead of a backend, no engine is built.
+        rebuild: Command that rebuilds the engine, for error messages.
+        report: Called with one line per step.
+        on_step: Called repeatedly while the engine is built.
+
+    Returns the manifest with the engine, or with the reason for its absence.
+    """
+    if isinstance(selected, str):
+        report(f"no engine: {selected}")
+        return msgspec.structs.replace(manifest, engine_absent=selected)
     device = cuda_driver.device_info()
-    timings = (draft / TIMINGS).read_bytes() if (draft / TIMINGS).is_file() else b""
-    plan, info, timings = build_plan(
-        chosen,
-        draft / MODEL,
-        manifest.inputs,
-        _profiles_for(request.profiles, manifest),
+    timing_cache = (folder / TIMING_CACHE).read_bytes() if (folder / TIMING_CACHE).is_file() else b""
+    result = build_plan(
+        selected,
+        OnnxModel(path=folder / MODEL, inputs=manifest.inputs, opset=manifest.opset),
+        msgspec.structs.replace(options, profiles=_profiles_for(options.profiles, manifest)),
         device=device,
-        compute_capabilities=request.compute_capabilities,
-        workspace_bytes=request.workspace_bytes,
-        flags=request.flags,
-        opset=manifest.opset,
-        timings=timings,
+        timing_cache=timing_cache,
         progress=report,
         on_step=on_step,
     )
-    if timings:
-        (draft / TIMINGS).write_bytes(timings)
-    (draft / PLAN).write_bytes(plan)
-    info = _verify_plan(draft, plan, manifest, info, chosen, device, rebuild, report)
-    producer = manifest.producer | {chosen.name: chosen.version}
+    if result.timing_cache:
+        (folder / TIMING_CACHE).write_bytes(result.timing_cache)
+    (folder / PLAN).write_bytes(result.plan)
+    info = _verify_plan(folder, Plan(result.plan, result.info, rebuild), manifest, selected, device, report)
+    producer = manifest.producer | {selected.name: selected.version}
     return msgspec.structs.replace(manifest, engine=info, producer=producer)
 
 
 def _profiles_for(
-    wanted: tuple[OptimizationProfile, ...] | None, manifest: BundleManifest
+    requested: tuple[OptimizationProfile, ...] | None, manifest: BundleManifest
 ) -> tuple[OptimizationProfile, ...]:
     max_tokens = manifest.max_tokens
-    if wanted is None:
-        low, common, high = (min(tokens, max_tokens) for tokens in OptimizationProfile().tokens)
-        whole = manifest.default_profile or OptimizationProfile(tokens=(low, common, high))
+    if requested is None:
+        low, optimum, high = (min(tokens, max_tokens) for tokens in OptimizationProfile().tokens)
+        full_pass = manifest.default_profile or OptimizationProfile(tokens=(low, optimum, high))
         if manifest.task != "causal_lm" or max_tokens < 2:
-            return (whole,)
+            return (full_pass,)
         longest = min(max_tokens, 1024) - 1
-        return whole, OptimizationProfile(tokens=(1, 1, 1), past=(1, min(256, longest), longest))
-    if not wanted:
-        raise ConfigError("profiles is empty.", remedy="Leave it out for the default.")
-    for profile in wanted:
+        return full_pass, OptimizationProfile(tokens=(1, 1, 1), past=(1, min(256, longest), longest))
+    if not requested:
+        raise ConfigError("`profiles` is empty.", remedy="Omit it to use the default profiles.")
+    for profile in requested:
         longest = profile.tokens[2] + profile.past[2]
         if profile.tokens[2] > max_tokens or profile.past[2] > max_tokens:
-            raise ConfigError(f"A profile asks for {longest} tokens; the model allows {max_tokens}.")
-    return wanted
+            raise ConfigError(
+                f"A profile has {longest} tokens; the model allows {max_tokens}.", remedy="Reduce its maximum."
+            )
+    return requested
 
 
 def _verify_plan(
-    draft: Path,
-    plan: bytes,
+    folder: Path,
+    plan: Plan,
     manifest: BundleManifest,
-    info: EngineInfo,
     backend: tensorrt_api.Backend,
     device: cuda_driver.DeviceInfo | None,
-    rebuild: str,
     report: ProgressCallback,
 ) -> EngineInfo:
-    """Runs the plan where this machine can, and writes down why where it cannot."""
-    from fedspine_edge.runtime.adapters import bundled_adapter
-    from fedspine_edge.runtime.comparison import verify_engine
-    from fedspine_edge.runtime.engine_runner import EngineRunner
-
+    """Compare the plan with ONNX Runtime if this machine can run it, and record the result or the obstacle."""
+    info = plan.info
     if device is None or device.sm not in info.compute_capabilities:
         here = f"this machine's GPU is SM {device.sm}" if device is not None else "built on a machine without a GPU"
         return msgspec.structs.replace(
-            info, not_verified=f"{here}; it is for SM {', '.join(info.compute_capabilities)}"
+            info, not_verified=f"{here}; the engine is for SM {', '.join(info.compute_capabilities)}"
         )
     try:
         driver = cuda_driver.open_cuda()
     except MissingDependency as error:
-        report(f"the engine was not run: {error.message}")
+        report(f"the engine was not verified: {error.message}")
         return msgspec.structs.replace(info, not_verified=error.message)
     report("comparing the engine with ONNX Runtime")
     try:
-        runner = EngineRunner(
-            plan, info, manifest.inputs, manifest.outputs, backend=backend, cuda=driver, rebuild=rebuild
-        )
+        runner = EngineRunner(plan, manifest, backend=backend, cuda=driver)
     except EngineIncompatible as error:
-        raise DeployError(f"The engine that was just built does not load: {error.message}") from error
+        raise DeployError(f"The engine that was just built cannot be loaded: {error.message}") from error
     try:
-        verification = verify_engine(runner, draft / MODEL, manifest, info, adapter=bundled_adapter(draft, manifest))
+        verification = verify_engine(runner, folder / MODEL, manifest, info, adapter=bundled_adapter(folder, manifest))
     finally:
         runner.close()
     return msgspec.structs.replace(info, verification=verification, not_verified="")

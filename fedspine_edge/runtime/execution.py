@@ -1,11 +1,12 @@
-"""Where an engine's runs take place: a stream, buffers, contexts, CUDA graphs. One run at a time per lane.
+"""Execution slots: a CUDA stream with the buffers, execution contexts and CUDA graphs that one run at a time needs.
 
-A run is: stage the inputs in pinned memory, copy them to the device, execute, copy the wanted outputs back, wait. On
-a board whose CPU and GPU share memory the engine reads and writes the pinned memory itself and nothing is copied.
+A run stages the inputs in pinned memory, copies them to the device, executes the engine, copies the requested outputs
+back and waits. On a board whose CPU and GPU share memory, the engine reads and writes the pinned memory and nothing is
+copied.
 
-A shape that comes a second time gets a context of its own and a CUDA graph of the whole run, which takes the place of
-the single calls from the third time on. One context per graph, all of a lane on the same scratch memory, is what
-NVIDIA's guide asks for: a graph is void once its context has seen another shape.
+The second run of a shape gets its own context and a CUDA graph of the whole run, which replaces the individual calls
+from the third run on. Each graph has its own context, as NVIDIA's guide recommends, because a graph becomes invalid
+when its context is used with another shape. All contexts of a slot share one block of scratch memory.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from fedspine_edge.engine.tensorrt_api import OpenEngine
 from fedspine_edge.errors import DeployError
 from fedspine_edge.runtime.buffers import Buffer, DeviceTensor, OutputSlice
 
-MAX_GRAPHS = 8
-"""Graphs a lane keeps; the one unused for longest makes room. Texts of any length would otherwise fill the memory."""
+MAX_CUDA_GRAPHS = 8
+"""CUDA graphs that a slot keeps. The least recently used one is evicted, because texts come in many lengths."""
 
 
 @dataclass(frozen=True)
@@ -32,40 +33,47 @@ class InferenceRequest:
     """One run of the engine.
 
     Attributes:
-        profile: Index of the optimisation profile that covers the shapes.
-        inputs: From the host.
-        kept: Inputs and outputs that stay on the device.
-        outputs: What the host wants to have, and which part of it.
-        sizes: The size of every dynamic axis.
-        repeats: Whether the same shapes are likely to come again, so that a CUDA graph pays.
+        profile: Index of the optimization profile that covers the shapes.
+        inputs: Inputs that are copied from the host.
+        device_tensors: Inputs and outputs that stay on the device.
+        outputs: Outputs to copy to the host, with the slice of each.
+        sizes: Size of every dynamic axis.
+        cacheable: Whether the same shapes are likely to recur, so that a CUDA graph pays off.
     """
 
     profile: int
     inputs: Mapping[str, Array]
-    kept: Mapping[str, DeviceTensor]
+    device_tensors: Mapping[str, DeviceTensor]
     outputs: Mapping[str, OutputSlice]
     sizes: Mapping[str, int]
-    repeats: bool = True
+    cacheable: bool = True
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """Key of the CUDA graph for these shapes."""
         return (self.profile, *((name, array.shape) for name, array in self.inputs.items()), *self.outputs.items())
 
 
 @dataclass
-class _Graph:
+class _CudaGraph:
     handle: int
     context: Any  # must outlive the graph, which uses its state
 
 
 class ExecutionSlot:
-    """One stream with its buffers, scratch memory, contexts and graphs.
+    """One stream with its buffers, scratch memory, contexts and CUDA graphs.
 
-    All methods need an active CUDA context and one caller at a time. After an error the lane must be freed: what is
-    still on the stream is unknown.
+    All methods need an active CUDA context and one caller at a time. After an error the slot must be freed, because
+    the state of its stream is unknown.
+
+    Args:
+        cuda: Driver.
+        engine: Deserialized engine.
+        tensors: Inputs and outputs that are copied from or to the host.
+        limits: Largest size in bytes of each of them.
 
     Attributes:
-        no_graphs: Why this lane captures no CUDA graphs; empty where it does.
+        no_cuda_graphs: Reason why this slot captures no CUDA graphs; empty if it does.
     """
 
     def __init__(
@@ -73,141 +81,144 @@ class ExecutionSlot:
     ) -> None:
         self._cuda, self._engine, self._tensors = cuda, engine, tensors
         self._contexts: dict[int, Any] = {}
-        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
-        self._seen: Counter[tuple[Any, ...]] = Counter()
-        self._resident: dict[str, Array] = {}
+        self._cuda_graphs: OrderedDict[tuple[Any, ...], _CudaGraph] = OrderedDict()
+        self._run_counts: Counter[tuple[Any, ...]] = Counter()
+        self._uploaded_adapter: dict[str, Array] = {}
         self._buffers = {name: Buffer(cuda, limits[name]) for name in tensors}
-        self.no_graphs = "" if cuda.graphs else f"{cuda.name} has no CUDA graphs"
-        if engine.captures_itself:
-            self.no_graphs = "TensorRT-RTX captures them by itself"
-        self._memory = 0
+        self.no_cuda_graphs = "" if cuda.graphs else f"{cuda.name} does not support CUDA graphs"
+        if engine.captures_graphs_internally:
+            self.no_cuda_graphs = "TensorRT-RTX captures CUDA graphs internally"
+        self._scratch = 0
         self._stream = cuda.stream()
         try:
-            self._memory = cuda.alloc(engine.memory_bytes)
+            self._scratch = cuda.alloc(engine.memory_bytes)
         except BaseException:
             cuda.destroy_stream(self._stream)
             raise
 
     def reserve(self, sizes_bytes: Mapping[str, int]) -> None:
-        """Makes room for inputs and outputs before they come, so that no run has to."""
+        """Allocate buffers of the given sizes in advance, so that typical runs do not have to."""
         for name, size in sizes_bytes.items():
             self._buffers[name].reserve(size, size)
 
-    def run(self, job: InferenceRequest) -> dict[str, Array]:
-        """The outputs that `job` wants, as copies; after an error nothing of the run is under way any more."""
+    def run(self, request: InferenceRequest) -> dict[str, Array]:
+        """Run the engine and return copies of the requested outputs. After an error the stream is idle."""
         try:
-            return self._run(job)
+            return self._run(request)
         except BaseException:
             with suppress(DeployError):
                 self._cuda.synchronize(self._stream)
             raise
 
-    def _run(self, job: InferenceRequest) -> dict[str, Array]:
-        self._make_room(job)
-        self._stage(job)
-        graph = self._graphs.get(job.key)
+    def _run(self, request: InferenceRequest) -> dict[str, Array]:
+        self._reserve_for(request)
+        self._stage(request)
+        graph = self._cuda_graphs.get(request.key)
         if graph is not None:
-            self._graphs.move_to_end(job.key)
+            self._cuda_graphs.move_to_end(request.key)
             self._cuda.launch(graph.handle, self._stream)
-        elif self._wants_graph(job):
-            context = self._engine.context(job.profile, self._memory, self._stream)
-            self._bind(context, job)
-            self._enqueue(context, job)  # before capturing: the first run after a change of shape sets things up
-            self._keep_graph(context, job)
+        elif self._should_capture(request):
+            context = self._engine.context(request.profile, self._scratch, self._stream)
+            self._bind(context, request)
+            self._enqueue(context, request)  # the first run after a change of shape performs setup, so run it first
+            self._capture(context, request)
         else:
-            context = self._contexts.get(job.profile)
+            context = self._contexts.get(request.profile)
             if context is None:
-                context = self._engine.context(job.profile, self._memory, self._stream)
-                self._contexts[job.profile] = context
-            self._bind(context, job)
-            self._enqueue(context, job)
+                context = self._engine.context(request.profile, self._scratch, self._stream)
+                self._contexts[request.profile] = context
+            self._bind(context, request)
+            self._enqueue(context, request)
         self._cuda.synchronize(self._stream)
-        return {name: self._buffers[name].result(part, self._tensors[name].dtype) for name, part in job.outputs.items()}
+        return {
+            name: self._buffers[name].result(output, self._tensors[name].dtype)
+            for name, output in request.outputs.items()
+        }
 
-    def _make_room(self, job: InferenceRequest) -> None:
-        needed = {name: (array.nbytes, array.nbytes) for name, array in job.inputs.items()}
-        for name, part in job.outputs.items():
-            needed[name] = (part.rows * part.stride_bytes, part.size_bytes)
+    def _reserve_for(self, request: InferenceRequest) -> None:
+        needed = {name: (array.nbytes, array.nbytes) for name, array in request.inputs.items()}
+        for name, output in request.outputs.items():
+            needed[name] = (output.rows * output.stride_bytes, output.size_bytes)
         grown = [name for name, sizes in needed.items() if self._buffers[name].reserve(*sizes)]
         if grown:
-            self._drop_graphs(0)  # they hold the old addresses
+            self._evict_cuda_graphs(0)  # they contain the old addresses
             for name in grown:
-                self._resident.pop(name, None)
+                self._uploaded_adapter.pop(name, None)
 
-    def _stage(self, job: InferenceRequest) -> None:
-        """Inputs into pinned memory; an adapter goes to the device at once, and stays until another is set."""
-        for name, array in job.inputs.items():
+    def _stage(self, request: InferenceRequest) -> None:
+        """Copy inputs to pinned memory. Adapters are uploaded at once and stay on the device until they change."""
+        for name, array in request.inputs.items():
             if self._tensors[name].kind != "adapter":
                 self._buffers[name].stage(array)
-            elif self._resident.get(name) is not array:
+            elif self._uploaded_adapter.get(name) is not array:
                 self._buffers[name].stage(array)
                 self._buffers[name].upload(array.nbytes, self._stream)
-                self._resident[name] = array
+                self._uploaded_adapter[name] = array
 
-    def _bind(self, context: Any, job: InferenceRequest) -> None:
-        for name, array in job.inputs.items():
-            self._check(context.set_input_shape(name, array.shape), f"take {name} of {array.shape}")
-            self._check(context.set_tensor_address(name, self._buffers[name].address), f"take the address of {name}")
-        for name, tensor in job.kept.items():
+    def _bind(self, context: Any, request: InferenceRequest) -> None:
+        for name, array in request.inputs.items():
+            self._check(context.set_input_shape(name, array.shape), f"set the shape of {name} to {array.shape}")
+            self._check(context.set_tensor_address(name, self._buffers[name].address), f"set the address of {name}")
+        for name, tensor in request.device_tensors.items():
             if tensor.is_input:
-                self._check(context.set_input_shape(name, tensor.shape), f"take {name} of {tensor.shape}")
-            self._check(context.set_tensor_address(name, tensor.address), f"take the address of {name}")
-        for name in job.outputs:
-            self._check(context.set_tensor_address(name, self._buffers[name].address), f"take the address of {name}")
-            given, expected = tuple(context.get_tensor_shape(name)), self._tensors[name].sized(dict(job.sizes))
-            self._check(given == expected, f"give {name} of {expected}: it would give {given}")
+                self._check(context.set_input_shape(name, tensor.shape), f"set the shape of {name} to {tensor.shape}")
+            self._check(context.set_tensor_address(name, tensor.address), f"set the address of {name}")
+        for name in request.outputs:
+            self._check(context.set_tensor_address(name, self._buffers[name].address), f"set the address of {name}")
+            actual, expected = tuple(context.get_tensor_shape(name)), self._tensors[name].sized(dict(request.sizes))
+            self._check(actual == expected, f"produce {name} of shape {expected}: its shape is {actual}")
 
-    def _enqueue(self, context: Any, job: InferenceRequest) -> None:
-        for name, array in job.inputs.items():
+    def _enqueue(self, context: Any, request: InferenceRequest) -> None:
+        for name, array in request.inputs.items():
             if self._tensors[name].kind != "adapter":
                 self._buffers[name].upload(array.nbytes, self._stream)
         self._check(context.execute_async_v3(self._stream), "start the engine")
-        for name, part in job.outputs.items():
-            self._buffers[name].download(part, self._stream)
+        for name, output in request.outputs.items():
+            self._buffers[name].download(output, self._stream)
 
-    def _wants_graph(self, job: InferenceRequest) -> bool:
-        if not job.repeats or self.no_graphs:
+    def _should_capture(self, request: InferenceRequest) -> bool:
+        if not request.cacheable or self.no_cuda_graphs:
             return False
-        if len(self._seen) > 16 * MAX_GRAPHS:
-            self._seen.clear()
-        self._seen[job.key] += 1
-        return self._seen[job.key] == 2
+        if len(self._run_counts) > 16 * MAX_CUDA_GRAPHS:
+            self._run_counts.clear()
+        self._run_counts[request.key] += 1
+        return self._run_counts[request.key] == 2
 
-    def _keep_graph(self, context: Any, job: InferenceRequest) -> None:
+    def _capture(self, context: Any, request: InferenceRequest) -> None:
         self._cuda.synchronize(self._stream)
         if not self._engine.capturable(context, self._stream):
             return
         try:
-            handle = self._cuda.capture(self._stream, lambda: self._enqueue(context, job))
+            handle = self._cuda.capture(self._stream, lambda: self._enqueue(context, request))
         except DeployError as error:
-            self.no_graphs = error.message  # the run itself is done; it stays with single calls from now on
+            self.no_cuda_graphs = error.message  # the run itself has succeeded; later runs use individual calls
             return
-        self._graphs[job.key] = _Graph(handle, context)
-        self._drop_graphs(MAX_GRAPHS)
+        self._cuda_graphs[request.key] = _CudaGraph(handle, context)
+        self._evict_cuda_graphs(MAX_CUDA_GRAPHS)
 
-    def _drop_graphs(self, most: int) -> None:
-        """Drops the graphs unused for longest until `most` are left; such a shape may earn one again."""
-        while len(self._graphs) > most:
-            key, graph = self._graphs.popitem(last=False)
-            self._seen.pop(key, None)
+    def _evict_cuda_graphs(self, keep: int) -> None:
+        """Destroy the least recently used CUDA graphs until `keep` remain. Their shapes can be captured again."""
+        while len(self._cuda_graphs) > keep:
+            key, graph = self._cuda_graphs.popitem(last=False)
+            self._run_counts.pop(key, None)
             self._cuda.destroy_graph(graph.handle)
 
-    def _check(self, done: object, action: str) -> None:
-        # set_tensor_address, set_input_shape and execute_async_v3 answer False and leave the reason in the log.
-        if not done:
-            raise self._engine.refused(action)
+    def _check(self, succeeded: object, action: str) -> None:
+        # set_tensor_address, set_input_shape and execute_async_v3 return False and write the reason to the log.
+        if not succeeded:
+            raise self._engine.failure(action)
 
     def free(self) -> None:
-        """Gives everything back, also where the device refuses some of it; then raises the last refusal."""
+        """Free everything, even if the driver fails to free some of it; then raise the last error."""
         with ExitStack() as stack:
             stack.callback(self._cuda.destroy_stream, self._stream)
-            stack.callback(self._cuda.free, self._memory)
+            stack.callback(self._cuda.free, self._scratch)
             for buffer in self._buffers.values():
                 stack.callback(buffer.free)
             stack.callback(self._contexts.clear)
-            handles = [graph.handle for graph in self._graphs.values()]
-            stack.callback(self._graphs.clear)
+            handles = [graph.handle for graph in self._cuda_graphs.values()]
+            stack.callback(self._cuda_graphs.clear)
             for handle in handles:
                 stack.callback(self._cuda.destroy_graph, handle)
-            # Last in, first out: nothing is freed before the device has stopped using it.
+            # Callbacks run in reverse order, so nothing is freed before the device has stopped using it.
             stack.callback(self._cuda.synchronize, self._stream)

@@ -1,58 +1,51 @@
-"""Generating text with a decoder bundle: prompt once, then token by token on the KV cache. No torch.
-
-for piece in session.stream("Once upon a time", max_new_tokens=50):
-    print(piece, end="", flush=True)
-"""
+"""Text generation with a decoder: one pass over the prompt, then one step per token on the KV cache."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
 from fedspine_edge.arrays import Array
 from fedspine_edge.errors import ConfigError, DataError, DeployError
+from fedspine_edge.runtime.loaded_model import LoadedModel
+from fedspine_edge.runtime.results import FinishReason, Generation
 from fedspine_edge.runtime.text import TextStream
-
-if TYPE_CHECKING:
-    from fedspine_edge.runtime.session import Session
-
-Finish = Literal["end", "stop", "length"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen. Temperature 0 is greedy: the largest logit, always."""
+    """Selection of the next token. Temperature 0 is greedy: it always selects the largest logit."""
 
     temperature: float = 0.0
     top_k: int = 0
-    """Only the k largest logits; 0 means all."""
+    """Sample only from the k largest logits; 0 means all."""
     top_p: float = 1.0
-    """Only the smallest set of tokens whose probabilities reach this sum."""
+    """Sample only from the smallest set of tokens whose probabilities sum to at least this value."""
     seed: int = 0
-    """Same seed, prompt and model: same text."""
+    """Seed of the random draws. The same seed, prompt and model give the same text."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.temperature) and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ConfigError(
-                f"temperature {self.temperature}, top_k {self.top_k} and top_p {self.top_p} cannot be sampled with.",
+                f"temperature {self.temperature}, top_k {self.top_k} and top_p {self.top_p} are not valid.",
                 remedy="Give `temperature` ≥ 0, `top_k` ≥ 0 and `top_p` in (0, 1].",
             )
         if self.seed < 0:
             raise ConfigError(f"`seed` is {self.seed}.", remedy="Give at least 0.")
 
-    def chooser(self) -> Callable[[Array], int]:
-        """A function from logits (vocabulary,) to a token; it carries the random state of one text."""
+    def sampler(self) -> Callable[[Array], int]:
+        """Return a function from logits (vocabulary,) to a token, which holds the random state of one text."""
         rng = np.random.default_rng(self.seed)
-        return lambda logits: self._choose(logits, rng)
+        return lambda logits: self._sample(logits, rng)
 
-    def _choose(self, logits: Array, rng: np.random.Generator) -> int:
+    def _sample(self, logits: Array, rng: np.random.Generator) -> int:
         if self.temperature == 0:
             return int(logits.argmax())
-        # Sorted by value, then by index, so that equal logits cannot depend on the sort.
+        # Sort by value and then by index, so that the order of equal logits is well defined.
         order = np.lexsort((np.arange(logits.size), -logits))
         if self.top_k:
             order = order[: self.top_k]
@@ -62,139 +55,120 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         if self.top_p < 1:
             kept = int(np.searchsorted(np.cumsum(weights), self.top_p)) + 1
             order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
-        return int(
-            order[
-                np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right").clip(max=order.size - 1)
-            ]
-        )
+        drawn = np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right")
+        return int(order[drawn.clip(max=order.size - 1)])
 
 
-class Generation(msgspec.Struct, frozen=True, kw_only=True):
-    """A generated text and how it came about; times are wall time on this machine."""
+class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one generated text; see `Session.generate`."""
 
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    finish: Finish
-    """"end": the model ended the text; "stop": a stop string came; "length": max_new_tokens or the model's limit."""
-    first_token_ms: float
-    tokens_per_s: float
-    """Of the tokens after the first; 0 when there is only one."""
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        values: dict[str, Any] = msgspec.to_builtins(self)
-        return values
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"`max_new_tokens` is {self.max_new_tokens}.", remedy="Give at least 1.")
+        if "" in self.stop:
+            raise ConfigError("A `stop` string is empty, so it would end every text at once.", remedy="Leave it out.")
 
 
-class _Run:
-    """One text being generated; what is known of it so far."""
+@dataclass
+class _Progress:
+    """State of one text that is being generated."""
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.prompt_tokens = 0
-        self.finish: Finish = "length"
-        self.first_token_ms = 0.0
-        self.steps_s = 0.0
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    finish: FinishReason = "length"
+    first_token_ms: float = 0.0
+    steps_s: float = 0.0
 
 
-def generate(session: Session, prompt: str | Sequence[int], **settings: Any) -> Generation:
-    """All of `pieces` at once, with what is known of the run."""
-    run = _Run()
-    text = "".join(pieces(session, prompt, run=run, **settings))
-    later = len(run.tokens) - 1
+def generate(model: LoadedModel, prompt: str | Sequence[int], settings: GenerationSettings) -> Generation:
+    """Generate a whole text; see `Session.generate`."""
+    progress = _Progress()
+    text = "".join(stream(model, prompt, settings, progress))
+    later = len(progress.tokens) - 1
     return Generation(
         text=text,
-        tokens=tuple(run.tokens),
-        prompt_tokens=run.prompt_tokens,
-        finish=run.finish,
-        first_token_ms=run.first_token_ms,
-        tokens_per_s=later / run.steps_s if later > 0 and run.steps_s > 0 else 0.0,
+        tokens=tuple(progress.tokens),
+        prompt_tokens=progress.prompt_tokens,
+        finish=progress.finish,
+        first_token_ms=progress.first_token_ms,
+        tokens_per_s=later / progress.steps_s if later > 0 and progress.steps_s > 0 else 0.0,
     )
 
 
-def pieces(
-    session: Session,
+def stream(
+    model: LoadedModel,
     prompt: str | Sequence[int],
-    *,
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop: Sequence[str],
-    run: _Run | None = None,
+    settings: GenerationSettings,
+    progress: _Progress | None = None,
 ) -> Iterator[str]:
-    """Text as it is generated; see `Session.generate` for the arguments and errors."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if max_new_tokens < 1:
-        raise ConfigError(f"`max_new_tokens` is {max_new_tokens}.", remedy="Give at least 1.")
-    if "" in stop:
-        raise ConfigError("an empty `stop` string would end every text at once.", remedy="Leave it out.")
-    if session.manifest.task != "causal_lm":
-        raise DeployError(f"This bundle holds a {session.manifest.task} model, which does not generate.")
-    ids = _prompt_ids(session, prompt)
-    return _pieces(session, ids, sampling, max_new_tokens, stop, run or _Run())
+    """Validate the arguments at once, and return an iterator over the pieces of the generated text."""
+    if model.manifest.task != "causal_lm":
+        raise DeployError(
+            f"This bundle contains a {model.manifest.task} model, which cannot generate text.",
+            remedy="Compile a causal language model.",
+        )
+    ids = _prompt_ids(model, prompt)
+    return _pieces(model, ids, settings, progress or _Progress())
 
 
-def _prompt_ids(session: Session, prompt: str | Sequence[int]) -> list[int]:
-    ids = session.codec.encode([prompt])[0].ids if isinstance(prompt, str) else [int(token) for token in prompt]
-    limit = session.manifest.max_tokens
-    vocabulary = session.manifest.inputs[0].limit or 2**63
+def _prompt_ids(model: LoadedModel, prompt: str | Sequence[int]) -> list[int]:
+    ids = model.codec.encode([prompt])[0].ids if isinstance(prompt, str) else [int(token) for token in prompt]
+    limit = model.manifest.max_tokens
+    vocabulary = model.manifest.inputs[0].limit or 2**63
     if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-        raise DataError("The prompt is empty or holds a token outside the vocabulary.", remedy="Give a text.")
+        raise DataError("The prompt is empty or contains a token outside the vocabulary.", remedy="Give a text.")
     if len(ids) >= limit:
         raise DataError(
-            f"The prompt has {len(ids)} tokens; the model allows {limit}, the answer included.",
+            f"The prompt has {len(ids)} tokens; the model allows {limit}, including the answer.",
             remedy="Shorten the prompt.",
         )
     return list(ids)
 
 
-def _pieces(
-    session: Session, ids: list[int], sampling: Sampling, max_new_tokens: int, stop: Sequence[str], run: _Run
-) -> Iterator[str]:
-    choose, ends = sampling.chooser(), frozenset(session.manifest.end_token_ids)
-    stream = TextStream(session.codec, stop)
-    run.prompt_tokens = len(ids)
-    with closing(_tokens(session, ids, choose, ends, max_new_tokens, run)) as tokens:
+def _pieces(model: LoadedModel, ids: list[int], settings: GenerationSettings, progress: _Progress) -> Iterator[str]:
+    text_stream = TextStream(model.codec, settings.stop)
+    progress.prompt_tokens = len(ids)
+    with closing(_tokens(model, ids, settings, progress)) as tokens:
         for token in tokens:
-            piece = stream.feed(token)
+            piece = text_stream.feed(token)
             if piece:
                 yield piece
-            if stream.stopped:
-                run.finish = "stop"
+            if text_stream.stopped:
+                progress.finish = "stop"
                 return
-    rest = stream.finish()
-    if stream.stopped:
-        run.finish = "stop"
+    rest = text_stream.finish()
+    if text_stream.stopped:
+        progress.finish = "stop"
     if rest:
         yield rest
 
 
 def _tokens(
-    session: Session,
-    ids: list[int],
-    choose: Callable[[Array], int],
-    ends: frozenset[int],
-    max_new_tokens: int,
-    run: _Run,
+    model: LoadedModel, ids: list[int], settings: GenerationSettings, progress: _Progress
 ) -> Generator[int, None, None]:
-    """Tokens as they are chosen; the cache's memory goes back when the caller stops asking."""
-    runner, state = session.live_runner(), None
-    adapter = session.adapter_inputs()  # one text, one adapter, whatever is set meanwhile
+    """Yield tokens as they are selected. Closing the generator releases the memory of the KV cache."""
+    runner, state = model.runner, None
+    adapter = model.adapter  # one adapter for the whole text, even if another one is set meanwhile
+    sample, end_tokens = settings.sampling.sampler(), frozenset(model.manifest.end_token_ids)
     tokens, total = np.array([ids], dtype=np.int64), len(ids)
     start = time.perf_counter()
     try:
-        while len(run.tokens) < max_new_tokens and total <= session.manifest.max_tokens:
+        while len(progress.tokens) < settings.max_new_tokens and total <= model.manifest.max_tokens:
             inputs = {"input_ids": tokens, "attention_mask": np.ones((1, total), dtype=np.int64)}
             logits, state = runner.step(inputs | adapter, state, last=True)
-            token = choose(logits[0, -1])
-            if not run.tokens:
-                run.first_token_ms = (time.perf_counter() - start) * 1e3
-            if token in ends:
-                run.finish = "end"
+            token = sample(logits[0, -1])
+            if not progress.tokens:
+                progress.first_token_ms = (time.perf_counter() - start) * 1e3
+            if token in end_tokens:
+                progress.finish = "end"
                 return
-            run.tokens.append(token)
-            run.steps_s = time.perf_counter() - start - run.first_token_ms / 1e3
+            progress.tokens.append(token)
+            progress.steps_s = time.perf_counter() - start - progress.first_token_ms / 1e3
             yield token
             tokens, total = np.array([[token]], dtype=np.int64), total + 1
     finally:
-        runner.forget(state)
+        runner.release(state)

@@ -1,4 +1,4 @@
-"""The arrays that a model takes: checked, completed, or made up for timing."""
+"""Validation of a model's token inputs, and random tokens for timing."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fedspine_edge.bundle.bundle import BundleManifest, TensorInfo
 from fedspine_edge.errors import DataError
 
 
-def checked_tokens(manifest: BundleManifest, given: Mapping[str, Array]) -> dict[str, Array]:
-    """Every token input of the model, contiguous and of its type; what may be left out is filled in.
+def validate_tokens(manifest: BundleManifest, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Return every token input of the model as a contiguous array of its type; optional inputs get their default.
 
-    Raises `DataError`: an input is missing, unknown, of the wrong type or shape, out of range, or too long.
+    Raises `DataError` if an input is missing, unknown, out of range, too long, or of the wrong type or shape.
     """
     known = {tensor.name: tensor for tensor in manifest.inputs if tensor.kind == "tokens"}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
-        raise DataError(f"The model has no input {unknown[0]!r}.", remedy=f"Its inputs: {', '.join(known)}")
+        raise DataError(f"The model has no input {unknown[0]!r}.", remedy=f"Its inputs are: {', '.join(known)}")
     shape: tuple[int, ...] | None = None
     for name, array in given.items():
-        _check_array(known[name], array, manifest.max_tokens)
+        _validate_array(known[name], array, manifest.max_tokens)
         if shape is not None and array.shape != shape:
             raise DataError(
-                f"{name} has shape {array.shape}, another input {shape}.",
-                remedy="All inputs must have the same (batch, tokens).",
+                f"{name} has shape {array.shape}, but another input has shape {shape}.",
+                remedy="Give all inputs the same shape (batch, tokens).",
             )
         shape = array.shape
     checked = {}
@@ -43,44 +43,47 @@ def checked_tokens(manifest: BundleManifest, given: Mapping[str, Array]) -> dict
     return checked
 
 
-def _check_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
-    """Raises `DataError` unless `array` can be the integer input `tensor`."""
+def _validate_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
+    """Raise `DataError` unless `array` is a valid value of the integer input `tensor`."""
     name = tensor.name
     if not isinstance(array, np.ndarray):
         raise DataError(f"{name} is a {type(array).__name__}.", remedy="Pass a numpy array, np.array(...).")
     if array.dtype.kind not in "iu":
-        raise DataError(f"{name} has dtype {array.dtype}.", remedy=f"Pass {tensor.dtype} (any integer type will do).")
+        raise DataError(f"{name} has dtype {array.dtype}.", remedy=f"Pass {tensor.dtype} or another integer type.")
     if array.ndim != 2 or 0 in array.shape:
-        raise DataError(f"{name} has shape {array.shape}.", remedy="Pass (batch, tokens), neither of them 0.")
+        raise DataError(f"{name} has shape {array.shape}.", remedy="Pass a non-empty array of shape (batch, tokens).")
     if array.shape[1] > max_tokens:
         raise DataError(
             f"{name} has {array.shape[1]} tokens; the model allows {max_tokens}.",
-            remedy="Cut the text; classify() does so by itself.",
+            remedy="Shorten the text. classify() truncates texts automatically.",
         )
     low, high = int(array.min()), int(array.max())
     if low < 0 or (tensor.limit is not None and high >= tensor.limit):
         raise DataError(
-            f"{name} holds {low if low < 0 else high}; it must be within 0..{(tensor.limit or 2**63) - 1}.",
+            f"{name} contains {low if low < 0 else high}; it must be within 0..{(tensor.limit or 2**63) - 1}.",
             remedy="Use the tokenizer of this bundle.",
         )
 
 
 def check_length(tokens: int, max_tokens: int, new_tokens: int = 0) -> None:
-    """Raises `DataError` if made-up sequences of `tokens`, and the `new_tokens` after them, do not fit the model."""
+    """Raise `DataError` if sequences of `tokens` tokens, followed by `new_tokens`, exceed the model's limit."""
     if tokens + new_tokens > max_tokens:
-        asked = f"{tokens} `tokens` and {new_tokens} `new_tokens`" if new_tokens else f"{tokens} `tokens`"
-        raise DataError(f"{asked} were asked for; the model allows {max_tokens}.", remedy="Time shorter sequences.")
+        requested = f"{tokens} `tokens` and {new_tokens} `new_tokens`" if new_tokens else f"{tokens} `tokens`"
+        raise DataError(f"{requested} were requested; the model allows {max_tokens}.", remedy="Time shorter sequences.")
 
 
 def random_tokens(manifest: BundleManifest, batch: int, tokens: int) -> dict[str, Array]:
-    """Random tokens of shape (batch, tokens) without padding, the same every time. Raises `DataError` if too long."""
+    """Return random tokens of shape (batch, tokens) without padding; they are the same in every call.
+
+    Raises `DataError` if the sequences are too long.
+    """
     check_length(tokens, manifest.max_tokens)
     rng = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for tensor in manifest.inputs:
         if tensor.kind != "tokens":
             continue
-        # A full mask, and only tokens that cannot be padding: padding would shorten the sequence.
+        # Padding tokens would shorten the sequence, so the mask is full and the padding token is not drawn.
         if tensor.name == "input_ids":
             allowed = np.setdiff1d(np.arange(tensor.limit or 2), [manifest.pad_token_id])
             inputs[tensor.name] = rng.choice(allowed, size=(batch, tokens)).astype(np.int64)

@@ -1,62 +1,31 @@
-"""What runs a bundle, behind one small interface; and ONNX Runtime, the runner that works everywhere."""
+"""Runs model.onnx on ONNX Runtime's CPU provider, which is available on every machine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fedspine_edge.arrays import Array
-from fedspine_edge.bundle.bundle import TensorInfo
 from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.runtime.bf16_emulation import emulated_copy
-
-
-def empty_past(tensors: Sequence[TensorInfo], batch: int) -> dict[str, Array]:
-    """The KV cache of nothing: every cache input with 0 tokens."""
-    sizes = {"batch": batch, "past": 0}
-    return {t.name: np.zeros(t.sized(sizes), dtype=t.dtype) for t in tensors if t.kind == "past"}
-
-
-def past_name(present: str) -> str:
-    """The input that takes an output of the previous step: present.0.key → past_key_values.0.key."""
-    return present.replace("present.", "past_key_values.", 1)
-
-
-class Runner(Protocol):
-    """Runs checked inputs; safe to call from several threads.
-
-    `run` computes every output but the KV cache. `step` computes the logits of a decoder's next tokens, (batch,
-    tokens, vocabulary) or with `last` those of the last token, (batch, 1, vocabulary): its inputs lack the cache,
-    which is the opaque state that the step before returned (None at first). `forget` gives a state's memory back.
-
-    `max_batch` and `max_tokens` are the largest shape it can take, None where only the model limits it.
-    """
-
-    max_batch: int | None
-    max_tokens: int | None
-
-    def run(self, inputs: dict[str, Array]) -> dict[str, Array]: ...
-    def step(self, inputs: dict[str, Array], state: Any, *, last: bool = False) -> tuple[Array, Any]: ...
-    def forget(self, state: Any) -> None: ...
-    def close(self) -> None: ...
+from fedspine_edge.runtime.kv_cache import past_name
 
 
 class OnnxRuntimeRunner:
-    """model.onnx on ONNX Runtime's CPU provider.
+    """Implements `Runner` with ONNX Runtime.
 
     Args:
-        model: The ONNX file.
-        threads: Threads within an operator; None takes ONNX Runtime's default, one per core.
-        spinning: Whether they spin while they wait for work: see `Session.load`.
+        model: Path of the ONNX file.
+        threads: Threads within an operator; None selects ONNX Runtime's default, one per core.
+        spin_wait: Whether threads spin while they wait for work; see `Session.load`.
     """
 
     max_batch: int | None = None
     max_tokens: int | None = None
 
-    def __init__(self, model: Path, *, threads: int | None = None, spinning: bool = True) -> None:
+    def __init__(self, model: Path, *, threads: int | None = None, spin_wait: bool = True) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -66,7 +35,7 @@ class OnnxRuntimeRunner:
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
-        if not spinning:
+        if not spin_wait:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
         def load(path: Path) -> Any:
@@ -75,48 +44,48 @@ class OnnxRuntimeRunner:
         try:
             try:
                 self._session: Any = load(model)
-            except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:  # no bfloat16 kernels on the CPU
+            except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented:  # the CPU has no bfloat16 kernels
                 with emulated_copy(model) as copy:
                     self._session = load(copy)
         except MissingDependency:
             raise
-        except Exception as error:  # onnxruntime's exceptions share no base class but this
+        except Exception as error:  # onnxruntime's exceptions have no other common base class
             raise DeployError(
                 f"ONNX Runtime {onnxruntime.__version__} could not load {model}: {error}",
-                remedy="Update onnxruntime, or export the model anew with an older opset (17).",
+                remedy="Update onnxruntime, or export the model again with an older opset (17).",
             ) from error
-        self._value: Any = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._results = [name for name in self._outputs if not name.startswith("present.")]
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        self._past = [
-            (cache.name, kinds[cache.type], cache.shape)
-            for cache in self._session.get_inputs()
-            if cache.name.startswith("past_key_values.")
+        self._to_value: Any = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._output_names = [output.name for output in self._session.get_outputs()]
+        self._run_outputs = [name for name in self._output_names if not name.startswith("present.")]
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self._past_inputs = [
+            (tensor.name, dtypes[tensor.type], tensor.shape)
+            for tensor in self._session.get_inputs()
+            if tensor.name.startswith("past_key_values.")
         ]
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        return dict(zip(self._results, self._live().run(self._results, inputs)))
+        return dict(zip(self._run_outputs, self._open_session().run(self._run_outputs, inputs)))
 
     def step(
         self, inputs: dict[str, Array], state: dict[str, Any] | None, *, last: bool = False
     ) -> tuple[Array, dict[str, Any]]:
-        feeds = {name: self._value(array) for name, array in inputs.items()}
+        feeds = {name: self._to_value(array) for name, array in inputs.items()}
         if state is None:
             batch = len(inputs["input_ids"])
-            for name, kind, (_, heads, _, head_dim) in self._past:
-                feeds[name] = self._value(np.zeros((batch, heads, 0, head_dim), kind))
+            for name, dtype, (_, heads, _, head_dim) in self._past_inputs:
+                feeds[name] = self._to_value(np.zeros((batch, heads, 0, head_dim), dtype))
         else:
             feeds |= state
-        # The cache stays in ONNX Runtime's own memory from step to step: numpy would copy it twice.
-        values = dict(zip(self._outputs, self._live().run_with_ort_values(self._outputs, feeds)))
+        # The cache stays in ONNX Runtime's memory from step to step; numpy arrays would be copied twice.
+        values = dict(zip(self._output_names, self._open_session().run_with_ort_values(self._output_names, feeds)))
         logits: Array = values.pop("logits").numpy()
         return logits[:, -1:] if last else logits, {past_name(name): value for name, value in values.items()}
 
-    def forget(self, state: Any) -> None:
-        """Nothing to do: the values go with their last reference."""
+    def release(self, state: Any) -> None:
+        """Do nothing: ONNX Runtime frees the values with their last reference."""
 
-    def _live(self) -> Any:
+    def _open_session(self) -> Any:
         session = self._session
         if session is None:
             raise DeployError("This session is closed.", remedy="Load the bundle again.")

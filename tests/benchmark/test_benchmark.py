@@ -1,4 +1,4 @@
-"""Benchmarks: turns, figures that add up, memory of one's own process, energy from a board's files, a plot."""
+"""Benchmarks: interleaved runs, consistent statistics, memory per process, energy from sensor files, and the plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fedspine_edge.benchmark import benchmark
-from fedspine_edge.benchmark.benchmark import Subject, run_benchmark
+from fedspine_edge.benchmark.benchmark import Candidate, run_benchmark
 from fedspine_edge.benchmark.power import PowerMeter, PowerSensor
 from fedspine_edge.bundle.bundle import load_bundle
 from fedspine_edge.cli.main import main
@@ -16,7 +16,7 @@ from fedspine_edge.errors import CheckpointError, ConfigError, DataError, Deploy
 
 
 def board(root, rails):
-    """sysfs as a Jetson shows its INA3221: label → (millivolts, milliamperes)."""
+    """Write the sysfs files of a Jetson's INA3221: label → (millivolts, milliamperes)."""
     folder = root / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3"
     folder.mkdir(parents=True)
     for number, (label, (voltage, current)) in enumerate(rails.items(), start=1):
@@ -26,14 +26,14 @@ def board(root, rails):
     return root
 
 
-def test_bundles_and_torch_are_timed_in_one_run(shared_bundle, model_folder, tmp_path, capsys, monkeypatch):
+def test_bench_times_bundles_and_torch_in_one_run(shared_bundle, model_folder, tmp_path, capsys, monkeypatch):
     dense = shutil.copytree(shared_bundle, tmp_path / "dense.bundle")
     command = ["bench", str(shared_bundle), "--against", str(dense), "--torch", str(model_folder)]
     command += ["--batch", "1", "3", "--tokens", "8", "--repeats", "6", "--threads", "1", "--backend", "onnxruntime"]
     assert main([*command, "--json", "--plot", str(tmp_path / "plot.png")]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [contender["name"] for contender in report["contenders"]] == ["dense", "bert", "torch bert"]
-    assert [(row["subject"], row["batch"]) for row in report["rows"]] == [
+    assert [candidate["name"] for candidate in report["candidates"]] == ["dense", "bert", "torch bert"]
+    assert [(row["candidate"], row["batch"]) for row in report["rows"]] == [
         (name, batch) for batch in (1, 3) for name in ("dense", "bert", "torch bert")
     ]
     for row in report["rows"]:
@@ -43,17 +43,17 @@ def test_bundles_and_torch_are_timed_in_one_run(shared_bundle, model_folder, tmp
         assert row["tokens_per_s"] == pytest.approx(8 * row["sequences_per_s"])
         assert row["unsteady"] == (row["p99_ms"] > 1.3 * row["p50_ms"])
     assert report["rows"][0]["ratio"] == 1
-    memory = {contender["name"]: contender["peak_bytes"] for contender in report["contenders"]}
-    assert 20e6 < memory["bert"] < memory["torch bert"] - 50e6  # the runtime loads no torch
-    assert {contender["joules_per_turn"] for contender in report["contenders"]} == {None}
+    memory = {candidate["name"]: candidate["peak_bytes"] for candidate in report["candidates"]}
+    assert 20e6 < memory["bert"] < memory["torch bert"] - 50e6  # the process of a bundle does not import torch
+    assert {candidate["joules_per_run"] for candidate in report["candidates"]} == {None}
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_decoder_has_a_prompt_and_steps(decoder_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "SPIN_S", 0.1)
+def test_decoder_is_timed_by_prompt_and_token(decoder_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ENERGY_RUN_S", 0.1)
     root = board(tmp_path, {"VDD_IN": (5000, 2000)})
     report = run_benchmark(
-        [Subject(name="a", path=str(decoder_bundle))],
+        [Candidate(name="a", path=str(decoder_bundle))],
         batches=[2],
         tokens=6,
         new_tokens=5,
@@ -63,64 +63,66 @@ def test_a_decoder_has_a_prompt_and_steps(decoder_bundle, tmp_path, monkeypatch)
     )
     assert [row.phase for row in report.rows] == ["prompt", "token"]
     assert report.rows[1].tokens_per_s == report.rows[1].sequences_per_s == pytest.approx(2e3 / report.rows[1].mean_ms)
-    (contender,) = report.contenders
+    (candidate,) = report.candidates
     assert report.power_rails == ("VDD_IN",)
-    assert contender.watts == pytest.approx(10)
-    assert 0 < contender.joules_per_turn < 1
+    assert candidate.watts == pytest.approx(10)
+    assert 0 < candidate.joules_per_run < 1
 
 
-def test_subjects_that_take_turns_do_not_spin_into_each_others(shared_bundle, monkeypatch):
-    asked = []
-    ask = benchmark._Worker.ask
+def test_interleaved_candidates_do_not_spin(shared_bundle, monkeypatch):
+    commands = []
+    request = benchmark._CandidateProcess.request
     monkeypatch.setattr(
-        benchmark._Worker, "ask", lambda worker, **command: asked.append(command) or ask(worker, **command)
+        benchmark._CandidateProcess,
+        "request",
+        lambda process, **command: commands.append(command) or request(process, **command),
     )
-    one, two = (Subject(name=name, path=str(shared_bundle)) for name in ("one", "two"))
-    for subjects in ([one], [one, two]):
-        run_benchmark(subjects, tokens=4, repeats=1, threads=2)
-    assert [command["spinning"] for command in asked if command["do"] == "load"] == [True, False, False]
+    one, two = (Candidate(name=name, path=str(shared_bundle)) for name in ("one", "two"))
+    for candidates in ([one], [one, two]):
+        run_benchmark(candidates, tokens=4, repeats=1, threads=2)
+    assert [command["spin_wait"] for command in commands if command["do"] == "load"] == [True, False, False]
 
 
-def test_what_fails_in_a_subject_is_said_with_its_place(shared_bundle, decoder_bundle, tmp_path):
-    one = Subject(name="one", path=str(shared_bundle))
+def test_failing_candidate_is_named(shared_bundle, decoder_bundle, tmp_path):
+    one = Candidate(name="one", path=str(shared_bundle))
     with pytest.raises(CheckpointError, match=r"absent does not exist"):
-        run_benchmark([one, Subject(name="two", path=str(tmp_path / "absent"))])
-    with pytest.raises(ConfigError, match="do not do the same"):
-        run_benchmark([one, Subject(name="two", path=str(decoder_bundle))])
+        run_benchmark([one, Candidate(name="two", path=str(tmp_path / "absent"))])
+    with pytest.raises(ConfigError, match="have different tasks"):
+        run_benchmark([one, Candidate(name="two", path=str(decoder_bundle))])
     for wrong in ({"repeats": 0}, {"batches": [0]}, {"tokens": 0}, {"threads": 0}):
         with pytest.raises(ConfigError, match=f"`{next(iter(wrong))}` is 0"):
             run_benchmark([one], **wrong)
 
 
-def test_sequences_longer_than_the_model_are_told_in_the_words_of_the_command(shared_bundle, model_folder, capsys):
+def test_sequences_beyond_the_limit_name_the_option(shared_bundle, model_folder, capsys):
     command = ["bench", str(shared_bundle), "--backend", "onnxruntime", "--tokens", "5000"]
     assert main(command) == 2
-    told = capsys.readouterr().err
-    assert "5000 --tokens were asked for; the model allows" in told
-    assert "classify" not in told
-    with pytest.raises(DataError, match="5000 `tokens` were asked for"):
-        run_benchmark([Subject(name="one", path=str(model_folder), kind="torch")], tokens=5000, repeats=1)
+    message = capsys.readouterr().err
+    assert "5000 --tokens were requested; the model allows" in message
+    assert "classify" not in message
+    with pytest.raises(DataError, match="5000 `tokens` were requested"):
+        run_benchmark([Candidate(name="one", path=str(model_folder), kind="torch")], tokens=5000, repeats=1)
 
 
-def test_a_prompt_leaves_room_for_the_new_tokens(decoder_bundle):
+def test_prompt_and_new_tokens_must_fit_the_model(decoder_bundle):
     limit = load_bundle(decoder_bundle).manifest.max_tokens
     with pytest.raises(
-        DataError, match=f"{limit} `tokens` and 1 `new_tokens` were asked for; the model allows {limit}"
+        DataError, match=f"{limit} `tokens` and 1 `new_tokens` were requested; the model allows {limit}"
     ):
-        run_benchmark([Subject(name="a", path=str(decoder_bundle))], tokens=limit, new_tokens=1, repeats=1)
+        run_benchmark([Candidate(name="a", path=str(decoder_bundle))], tokens=limit, new_tokens=1, repeats=1)
 
 
-def test_a_subject_that_dies_or_hangs_ends_the_benchmark(shared_bundle, monkeypatch):
-    with benchmark._Worker(Subject(name="one", path=str(shared_bundle)), "auto", 1) as worker:
-        worker._process.kill()
-        with pytest.raises(DeployError, match="runs one ended with code -9"):
-            worker.ask(do="turn")
+def test_candidate_process_that_dies_or_hangs_raises(shared_bundle, monkeypatch):
+    with benchmark._CandidateProcess(Candidate(name="one", path=str(shared_bundle)), "auto", 1) as process:
+        process._process.kill()
+        with pytest.raises(DeployError, match="candidate one exited with code -9"):
+            process.request(do="run")
     monkeypatch.setattr(benchmark, "ANSWER_TIMEOUT_S", 0.01)
     with pytest.raises(DeployError, match="did not answer"):
-        benchmark._Worker(Subject(name="one", path=str(shared_bundle)), "auto", 1)
+        benchmark._CandidateProcess(Candidate(name="one", path=str(shared_bundle)), "auto", 1)
 
 
-def test_power_is_the_whole_boards_or_none(tmp_path):
+def test_power_sensor_measures_the_whole_board_or_nothing(tmp_path):
     assert PowerSensor.find(tmp_path) is None
     nano = board(tmp_path / "nano", {"VDD_IN": (5096, 1200), "VDD_CPU_GPU_CV": (5088, 400), "VDD_SOC": (5088, 300)})
     assert PowerSensor.find(nano).watts() == pytest.approx(6.1152)

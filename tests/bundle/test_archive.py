@@ -1,4 +1,4 @@
-"""One file instead of a folder, engines rebuilt on load, runs in the background."""
+"""Packed bundles, engines that are rebuilt on load, and asynchronous runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedspine_edge.runtime.session import Session
 INPUTS = {"input_ids": np.arange(2, 9)[None], "attention_mask": np.ones((1, 7), np.int64)}
 
 
-def test_a_packed_bundle_runs_and_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
+def test_packed_bundle_runs_and_leaves_no_files(bundle, tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     packed = pack(bundle, tmp_path / "model.zip")
@@ -35,7 +35,7 @@ def test_a_packed_bundle_runs_and_leaves_nothing_behind(bundle, tmp_path, monkey
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_compile_writes_one_file(model_folder, tmp_path):
+def test_compile_writes_zip_file(model_folder, tmp_path):
     out = compile_engine(model_folder, tmp_path / "model.zip", backend="onnxruntime")
     assert out == tmp_path / "model.zip"
     assert {path.name for path in tmp_path.iterdir()} == {"model.zip"}
@@ -45,7 +45,7 @@ def test_compile_writes_one_file(model_folder, tmp_path):
         assert session.run(**INPUTS).shape == (1, 3)
 
 
-def test_foreign_files_are_not_replaced(model_folder, bundle, tmp_path):
+def test_pack_does_not_replace_other_files(model_folder, bundle, tmp_path):
     (tmp_path / "photos.zip").write_bytes(b"precious")
     for call in (
         lambda: pack(bundle, tmp_path / "photos.zip"),
@@ -75,14 +75,14 @@ def rewritten(packed, out, name=lambda n: n, data=lambda n, d: d, compression=zi
         (lambda p, o: o, "does not exist"),
     ],
 )
-def test_damaged_files_are_refused(bundle, tmp_path, damage, words):
+def test_load_rejects_damaged_zip(bundle, tmp_path, damage, words):
     bad = damage(pack(bundle, tmp_path / "good.zip"), tmp_path / "bad.zip")
     with pytest.raises(CheckpointError, match=words):
         Session.load(bad)
 
 
-def stale(bundle):
-    """The bundle with a plan of another TensorRT-RTX."""
+def with_stale_engine(bundle):
+    """Add a plan of another TensorRT-RTX to the bundle."""
     (bundle / "engine.plan").write_bytes(b"plan of long ago")
     info = EngineInfo(
         backend="tensorrt_rtx",
@@ -95,18 +95,19 @@ def stale(bundle):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path, monkeypatch, packed):
+def test_load_rebuild_keeps_profiles_of_old_engine(bundle, tmp_path, monkeypatch, packed):
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
     if cuda_driver.device_info() is not None:
-        pytest.skip("with a GPU the rebuilt engine runs; this test is about a machine without one")
-    target = pack(stale(bundle), tmp_path / "model.zip") if packed else stale(bundle)
+        pytest.skip("this test needs a machine without a GPU")
+    target = pack(with_stale_engine(bundle), tmp_path / "model.zip") if packed else with_stale_engine(bundle)
     real = engine_build.build_plan
 
-    def for_sm86(*arguments, **settings):  # what a machine with such a GPU would ask for; this one may have none
-        return real(*arguments, **(settings | {"device": None, "compute_capabilities": ("86",)}))
+    def for_sm86(backend, model, options, **settings):  # as on a machine with such a GPU
+        options = msgspec.structs.replace(options, compute_capabilities=("86",))
+        return real(backend, model, options, **(settings | {"device": None}))
 
     monkeypatch.setattr(engine_build, "build_plan", for_sm86)
-    monkeypatch.setattr(cuda_driver, "open_cuda", lambda index=0: pytest.fail("nothing can be run here"))
+    monkeypatch.setattr(cuda_driver, "open_cuda", lambda index=0: pytest.fail("no engine can run here"))
     with Session.load(target, backend="auto", rebuild=True) as session:
         assert session.backend == "onnxruntime"
         assert "no GPU" in session.why
@@ -122,16 +123,16 @@ def test_rebuild_replaces_a_stale_engine_for_the_same_profiles(bundle, tmp_path,
     assert info.profiles == (OptimizationProfile(tokens=(1, 8, 16)),)
 
 
-def test_rebuild_without_tensorrt_falls_back_and_says_why(bundle, monkeypatch):
+def test_load_rebuild_without_tensorrt_falls_back(bundle, monkeypatch):
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
-    before = (stale(bundle) / "engine.plan").read_bytes()
+    before = (with_stale_engine(bundle) / "engine.plan").read_bytes()
     with Session.load(bundle, rebuild=True) as session:
         assert session.backend == "onnxruntime"
     assert (bundle / "engine.plan").read_bytes() == before
 
 
-def test_runs_in_the_background_and_in_asyncio(bundle):
+def test_run_async_works_with_asyncio(bundle):
     async def both(session):
         runs = [asyncio.wrap_future(session.run_async(**INPUTS)) for _ in range(8)]
         return await asyncio.gather(*runs)
@@ -146,7 +147,7 @@ def test_runs_in_the_background_and_in_asyncio(bundle):
         session.run_async(**INPUTS)
 
 
-def test_the_runtime_imports_neither_torch_nor_transformers_even_to_generate():
+def test_runtime_modules_import_no_torch():
     code = (
         "import sys, fedspine_edge.runtime.session, fedspine_edge.runtime.engine_build\n"
         "import fedspine_edge.runtime.adapters\n"

@@ -1,4 +1,4 @@
-"""A bundle on disk: every way it can be damaged is found and named, and a failed build changes nothing."""
+"""Bundles on disk: all kinds of damage are detected and named, and a failed build changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedspine_edge.bundle.bundle import (
     is_bundle,
     load_bundle,
     producer_versions,
-    read_sidecar,
+    read_manifest,
 )
 from fedspine_edge.bundle.publish import seal, staging
 from fedspine_edge.errors import CheckpointError, ConfigError, EngineIncompatible
@@ -28,7 +28,7 @@ def snapshot(folder):
 
 
 def with_plan(bundle):
-    """The bundle with a (meaningless) plan in it."""
+    """Add a meaningless plan to the bundle."""
     (bundle / "engine.plan").write_bytes(b"plan" * 100)
     info = EngineInfo(
         backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=(OptimizationProfile(),)
@@ -38,7 +38,7 @@ def with_plan(bundle):
     return bundle
 
 
-def test_sidecar_says_what_the_model_is(bundle):
+def test_manifest_describes_model(bundle):
     manifest = load_bundle(bundle).manifest
     assert manifest.task == "classification"
     assert manifest.labels == ("bad", "mixed", "good")
@@ -50,10 +50,10 @@ def test_sidecar_says_what_the_model_is(bundle):
     assert manifest.engine_absent
     assert {"python", "torch", "onnx", "onnxruntime"} <= manifest.producer.keys()
     assert set(manifest.files) == {path.name for path in bundle.iterdir()} - {"bundle.json"}
-    assert read_sidecar(bundle)["labels"] == ["bad", "mixed", "good"]
+    assert read_manifest(bundle).to_dict()["labels"] == ["bad", "mixed", "good"]
 
 
-def test_producer_versions_leave_out_what_is_absent():
+def test_producer_versions_omits_missing_packages():
     assert "no-such-package" not in producer_versions("no-such-package")
 
 
@@ -66,21 +66,21 @@ def test_producer_versions_leave_out_what_is_absent():
         (lambda data: b"", "has 0 bytes"),
     ],
 )
-def test_damaged_files_are_named_with_the_way_out(bundle, name, damage, words):
+def test_load_bundle_names_damaged_file_and_remedy(bundle, name, damage, words):
     (bundle / name).write_bytes(damage((bundle / name).read_bytes()))
     with pytest.raises(CheckpointError, match=f"{re.escape(name)} .*{words}") as caught:
         load_bundle(bundle)
     assert "fedspine-edge compile" in caught.value.remedy
 
 
-def test_a_missing_file_is_named(bundle):
+def test_load_bundle_names_missing_file(bundle):
     (bundle / "model.onnx").unlink()
     with pytest.raises(CheckpointError, match=r"model\.onnx is missing"):
         load_bundle(bundle)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[::-1]])
-def test_a_damaged_plan_names_the_rebuild_command(bundle, damage):
+def test_load_bundle_damaged_plan_names_rebuild_command(bundle, damage):
     path = with_plan(bundle) / "engine.plan"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(EngineIncompatible, match=r"engine\.plan") as caught:
@@ -98,7 +98,7 @@ def test_a_damaged_plan_names_the_rebuild_command(bundle, damage):
         (lambda path: path.unlink(), "is missing"),
     ],
 )
-def test_damaged_timings_are_a_warning_to_run_and_an_error_to_check(bundle, caplog, damage, words, backend):
+def test_damaged_timing_cache_warns_on_load(bundle, caplog, damage, words, backend):
     timings = bundle / "timing.cache"
     timings.write_bytes(b"timings")
     seal(bundle, load_bundle(bundle).manifest)
@@ -127,7 +127,7 @@ def test_damaged_timings_are_a_warning_to_run_and_an_error_to_check(bundle, capl
         ('"sha256"', '"md5"'),
     ],
 )
-def test_an_edited_sidecar_is_refused(bundle, old, new):
+def test_manifest_edited_is_rejected(bundle, old, new):
     text = (bundle / "bundle.json").read_text()
     assert old in text
     (bundle / "bundle.json").write_text(text.replace(old, new))
@@ -136,21 +136,21 @@ def test_an_edited_sidecar_is_refused(bundle, old, new):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -2])
-def test_a_truncated_sidecar_is_refused(bundle, keep):
+def test_manifest_truncated_is_rejected(bundle, keep):
     data = (bundle / "bundle.json").read_bytes()
     (bundle / "bundle.json").write_bytes(data[:keep])
     with pytest.raises(CheckpointError, match=r"bundle\.json"):
         load_bundle(bundle)
 
 
-def test_a_sidecar_of_another_format_names_both(bundle):
+def test_manifest_of_other_version_names_both_versions(bundle):
     values = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps(values | {"format_version": 9, "new_field": 1}))
-    with pytest.raises(CheckpointError, match="format 9; this release reads format 2"):
+    with pytest.raises(CheckpointError, match="format version 9; this release reads version 2"):
         load_bundle(bundle)
 
 
-def test_a_sidecar_cannot_reach_outside_its_folder(bundle):
+def test_manifest_rejects_paths_outside_folder(bundle):
     values = json.loads((bundle / "bundle.json").read_text())
     values["files"]["../secret"] = values["files"]["model.onnx"]
     (bundle / "bundle.json").write_text(json.dumps(values))
@@ -158,14 +158,14 @@ def test_a_sidecar_cannot_reach_outside_its_folder(bundle):
         load_bundle(bundle)
 
 
-def test_a_huge_sidecar_is_not_parsed(bundle):
+def test_manifest_above_size_limit_is_not_parsed(bundle):
     with (bundle / "bundle.json").open("ab") as file:
         file.truncate(5 * 1024**2)
     with pytest.raises(CheckpointError, match="larger than"):
         load_bundle(bundle)
 
 
-def test_folders_that_are_no_bundle(tmp_path):
+def test_load_bundle_rejects_other_folders(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_bundle(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="is not a bundle"):
@@ -173,7 +173,7 @@ def test_folders_that_are_no_bundle(tmp_path):
     assert not is_bundle(tmp_path)
 
 
-def test_a_failed_build_leaves_the_old_bundle_and_no_rubbish(bundle):
+def test_staging_error_keeps_old_bundle_and_cleans_up(bundle):
     before = snapshot(bundle)
 
     def fail():
@@ -187,7 +187,7 @@ def test_a_failed_build_leaves_the_old_bundle_and_no_rubbish(bundle):
     assert os.listdir(bundle.parent) == [bundle.name]
 
 
-def test_a_failed_rename_brings_the_old_bundle_back(bundle, monkeypatch):
+def test_staging_failed_rename_restores_old_bundle(bundle, monkeypatch):
     from pathlib import Path
 
     before = snapshot(bundle)
@@ -206,7 +206,7 @@ def test_a_failed_rename_brings_the_old_bundle_back(bundle, monkeypatch):
     assert os.listdir(bundle.parent) == [bundle.name]
 
 
-def test_a_good_build_replaces_the_old_bundle_whole(bundle):
+def test_staging_replaces_all_files_of_old_bundle(bundle):
     manifest = load_bundle(bundle).manifest
     with staging(bundle) as draft:
         (draft / "model.onnx").write_bytes(b"new")
@@ -216,7 +216,7 @@ def test_a_good_build_replaces_the_old_bundle_whole(bundle):
     assert os.listdir(bundle.parent) == [bundle.name]
 
 
-def test_foreign_folders_are_not_replaced(tmp_path):
+def test_staging_does_not_replace_other_folders(tmp_path):
     precious = tmp_path / "home"
     precious.mkdir()
     (precious / "thesis.txt").write_text("do not delete")
@@ -226,12 +226,12 @@ def test_foreign_folders_are_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("shapes", [{"batch": (2, 1, 4)}, {"tokens": (1, 64, 32)}, {"batch": (0, 1, 1)}])
-def test_profiles_must_be_in_order(shapes):
-    with pytest.raises(ConfigError, match="not in order"):
+def test_profile_out_of_order_raises(shapes):
+    with pytest.raises(ConfigError, match="not in ascending order"):
         OptimizationProfile(**shapes)
 
 
-def test_profiles_cover_what_lies_between():
+def test_profile_covers_shapes_in_range():
     profile = OptimizationProfile(batch=(2, 2, 4), tokens=(8, 16, 32))
     assert profile.covers(2, 8)
     assert profile.covers(4, 32)

@@ -93,7 +93,7 @@ def test_run_accepts_texts_before_and_after_options(compiled, capsys):
     ("arguments", "expected"),
     [
         (["compile", "FILE"], "FILE is a file, not a model folder.\n  "),
-        (["inspect", "FILE"], "FILE is not a bundle: it has no bundle.json.\n  "),
+        (["inspect", "FILE"], "FILE is not a bundle: it contains no bundle.json.\n  "),
         (
             ["bench", "nowhere", "--plot", "no/folder.png"],
             "the folder of no/folder.png does not exist.\n  Create it, or change --plot",
@@ -123,7 +123,7 @@ def test_int8_is_calibrated_inspected_and_verified(tmp_path, capsys):
     assert main([*compile_it, "--calibrate", str(data), *columns]) == 0
     log = capsys.readouterr().err
     assert "calibrating on 32 examples" in log
-    assert "answered alike" in log
+    assert "answered identically" in log
     bundle = str(tmp_path / "model.bundle")
     assert main(["inspect", bundle]) == 0
     text = capsys.readouterr().out

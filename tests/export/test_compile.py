@@ -1,4 +1,4 @@
-"""compile_engine: what it writes, what it refuses, and real TensorRT-RTX builds where that package is installed."""
+"""`compile_engine`: its output, its errors, and real TensorRT-RTX builds if that package is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiny_deploy import tiny_model
 from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo, load_bundle
 from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.engine.build_errors import explain_build_failure
-from fedspine_edge.engine.tensorrt_builder import build_plan
+from fedspine_edge.engine.tensorrt_builder import EngineOptions, OnnxModel, build_plan
 from fedspine_edge.errors import (
     CheckpointError,
     ConfigError,
@@ -24,28 +24,28 @@ from fedspine_edge.runtime.session import Session
 
 
 def rtx() -> tensorrt_api.Backend:
-    """TensorRT-RTX, or skip."""
+    """Return TensorRT-RTX, or skip the test."""
     try:
         return tensorrt_api.find_backend("tensorrt_rtx")
     except MissingDependency as error:
         pytest.skip(error.message)
 
 
-def test_the_public_face():
+def test_public_names_are_exported():
     import fedspine_edge
 
     assert fedspine_edge.compile_engine is compile_engine
     assert fedspine_edge.Session is Session
 
 
-def test_steps_are_reported_in_order(model_folder, tmp_path):
+def test_compile_reports_steps_in_order(model_folder, tmp_path):
     lines: list[str] = []
     compile_engine(model_folder, tmp_path / "out", backend="onnxruntime", progress=lines.append)
-    starts = ["loading", "exporting", "comparing", "whole passes", "no engine", "writing"]
+    starts = ["loading", "exporting", "comparing", "full passes", "no engine", "writing"]
     assert [line.startswith(start) for line, start in zip(lines, starts)] == [True] * 6
 
 
-def test_labels_come_from_the_model_unless_given(model_folder, tmp_path):
+def test_compile_labels_default_to_model(model_folder, tmp_path):
     out = compile_engine(model_folder, tmp_path / "out", backend="onnxruntime")
     assert load_bundle(out).manifest.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     with pytest.raises(ConfigError, match="2 labels were given for a model with 3"):
@@ -54,7 +54,7 @@ def test_labels_come_from_the_model_unless_given(model_folder, tmp_path):
     assert load_bundle(out).manifest.labels == ("a", "b", "c")
 
 
-def test_fp16_halves_the_weights(tmp_path):
+def test_compile_fp16_halves_weights(tmp_path):
     save_model(tiny_model("bert", layers=8), tmp_path / "model")
     sizes = {}
     for precision in ("fp32", "fp16"):
@@ -68,19 +68,19 @@ def test_fp16_halves_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"backend": "onnx"}, "backend is 'onnx'"),
-        ({"precision": "int3"}, "precision is 'int3'"),
+        ({"backend": "onnx"}, "`backend` is 'onnx'"),
+        ({"precision": "int3"}, "`precision` is 'int3'"),
         ({"precision": "int8"}, "int8 needs examples"),
-        ({"opset": 9}, "opset is 9"),
+        ({"opset": 9}, "`opset` is 9"),
     ],
 )
-def test_wrong_arguments_are_named(model_folder, tmp_path, arguments, words):
+def test_compile_invalid_arguments_raise(model_folder, tmp_path, arguments, words):
     with pytest.raises(ConfigError, match=words):
         compile_engine(model_folder, tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_that_are_not_bundles_are_not_replaced(model_folder, tmp_path):
+def test_compile_does_not_replace_other_outputs(model_folder, tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ConfigError, match="not a bundle"):
         compile_engine(model_folder, tmp_path / "file")
@@ -89,28 +89,28 @@ def test_outputs_that_are_not_bundles_are_not_replaced(model_folder, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_missing_models_are_named(tmp_path):
+def test_compile_names_missing_model(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         compile_engine(tmp_path / "nowhere")
 
 
-def test_a_mismatch_leaves_the_old_bundle(model_folder, bundle, monkeypatch):
-    from fedspine_edge.export import verification
+def test_compile_mismatch_keeps_old_bundle(model_folder, bundle, monkeypatch):
+    from fedspine_edge.runtime import comparison
 
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
-    monkeypatch.setitem(verification.TOLERANCE, "fp32", 1e-12)
+    monkeypatch.setitem(comparison.TOLERANCE, "fp32", 1e-12)
     with pytest.raises(ExportMismatch, match="logits"):
         compile_engine(model_folder, bundle, backend="onnxruntime")
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 
 
-def test_a_bundle_keeps_its_precision(bundle):
-    with pytest.raises(ConfigError, match="in fp32; it cannot become fp16"):
+def test_compile_bundle_rejects_other_precision(bundle):
+    with pytest.raises(ConfigError, match="in fp32; it cannot be converted to fp16"):
         compile_engine(bundle, precision="fp16", backend="onnxruntime")
 
 
-def test_auto_builds_no_engine_without_a_gpu_and_says_why(model_folder, tmp_path, monkeypatch):
+def test_compile_auto_without_gpu_records_reason(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_driver, "device_info", lambda: None)
     out = compile_engine(model_folder, tmp_path / "out")
     assert "no GPU" in load_bundle(out).manifest.engine_absent
@@ -118,7 +118,7 @@ def test_auto_builds_no_engine_without_a_gpu_and_says_why(model_folder, tmp_path
         assert "no GPU" in session.why
 
 
-def test_tensorrt_that_is_not_installed_is_said_before_any_work(model_folder, tmp_path, monkeypatch):
+def test_compile_reports_missing_tensorrt_first(model_folder, tmp_path, monkeypatch):
     import sys
 
     lines: list[str] = []
@@ -129,7 +129,7 @@ def test_tensorrt_that_is_not_installed_is_said_before_any_work(model_folder, tm
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_tensorrt_rtx_builds_for_named_chips_without_a_gpu(model_folder, tmp_path, precision):
+def test_rtx_builds_for_compute_capabilities_without_gpu(model_folder, tmp_path, precision):
     backend = rtx()
     out = compile_engine(
         model_folder,
@@ -155,7 +155,7 @@ def test_tensorrt_rtx_builds_for_named_chips_without_a_gpu(model_folder, tmp_pat
             Session.load(out, backend="tensorrt_rtx")
 
 
-def test_a_bundle_gets_an_engine_later_even_when_its_plan_is_damaged(bundle):
+def test_compile_replaces_damaged_plan_of_bundle(bundle):
     rtx()
     model = (bundle / "model.onnx").read_bytes()
     compile_engine(bundle, backend="tensorrt_rtx", compute_capabilities=["86"], flags=["TF32"])
@@ -169,10 +169,10 @@ def test_a_bundle_gets_an_engine_later_even_when_its_plan_is_damaged(bundle):
     assert (bundle / "model.onnx").read_bytes() == model
 
 
-def build(backend, path, **arguments):
+def build(backend, path, **options):
     inputs = (TensorInfo(name="x", dtype="float32", shape=("batch", "sequence")),)
-    arguments = {"device": None, "compute_capabilities": ["86"]} | arguments
-    return build_plan(backend, path, inputs, [OptimizationProfile()], **arguments)
+    options = EngineOptions(**{"profiles": (OptimizationProfile(),), "compute_capabilities": ("86",)} | options)
+    return build_plan(backend, OnnxModel(path=path, inputs=inputs), options, device=None)
 
 
 def save_graph(path, operator, domain=""):
@@ -184,32 +184,32 @@ def save_graph(path, operator, domain=""):
     return path
 
 
-def test_an_operator_that_cannot_be_parsed_is_explained(tmp_path):
+def test_build_error_names_unsupported_operator(tmp_path):
     path = save_graph(tmp_path / "odd.onnx", "Frobnicate", "custom")
-    with pytest.raises(EngineBuildError, match=r"operator this release cannot parse.*Frobnicate") as caught:
+    with pytest.raises(EngineBuildError, match=r"operator that this release cannot parse.*Frobnicate") as caught:
         build(rtx(), path)
-    assert "without naming an opset" in caught.value.remedy
+    assert "without setting an opset" in caught.value.remedy
 
 
-def test_builds_without_a_target_or_for_an_unknown_one(tmp_path):
+def test_build_without_or_with_unknown_target_raises(tmp_path):
     backend, path = rtx(), save_graph(tmp_path / "ok.onnx", "Tanh")
     with pytest.raises(EngineBuildError, match="needs a GPU to build for"):
-        build(backend, path, compute_capabilities=[])
+        build(backend, path, compute_capabilities=())
     with pytest.raises(EngineBuildError, match="cannot build for SM87") as caught:
-        build(backend, path, compute_capabilities=["8.7"])
+        build(backend, path, compute_capabilities=("8.7",))
     assert "SM86" in caught.value.remedy
     with pytest.raises(ConfigError, match="no builder flag 'FP16'") as unknown:
-        build(backend, path, flags=["FP16"])
+        build(backend, path, flags=("FP16",))
     assert "TF32" in unknown.value.remedy
 
 
-def test_a_file_that_is_not_onnx_is_a_build_error(tmp_path):
+def test_build_of_invalid_onnx_file_raises(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
     with pytest.raises(EngineBuildError, match="could not parse"):
         build(rtx(), tmp_path / "bad.onnx")
 
 
-def test_profiles_beyond_the_model_are_refused(bundle):
+def test_compile_rejects_profile_above_model_limit(bundle):
     rtx()
     with pytest.raises(ConfigError, match="67 tokens; the model allows 66"):
         compile_engine(
@@ -224,18 +224,18 @@ def test_profiles_beyond_the_model_are_refused(bundle):
     ("line", "cause", "remedy"),
     [
         ("error: 10: Could not find any implementation for node {ForeignNode[x]}.", "ran out of memory", "workspace"),
-        ("error: Cuda Runtime (out of memory)", "ran out of memory", "never train while building"),
+        ("error: Cuda Runtime (out of memory)", "ran out of memory", "do not train while building"),
         (
             "error: No importer registered for op: Attention. Attempting to import as plugin.",
             "operator",
-            "without naming an opset",
+            "without setting an opset",
         ),
-        ("error: Elementwise inputs must have the same type", "mixes types", "anew"),
+        ("error: Elementwise inputs must have the same type", "mixes types", "again"),
         ("error: (cudaError 35: CUDA driver version is insufficient)", "no usable CUDA driver", "doctor"),
-        ("error: something new", "reason of its own", "onnxruntime"),
+        ("error: something new", "cause is unknown", "onnxruntime"),
     ],
 )
-def test_what_tensorrt_says_is_translated(line, cause, remedy):
+def test_tensorrt_messages_are_explained(line, cause, remedy):
     error = explain_build_failure("tensorrt", "10.3.0", ["warning: harmless", line], "could not build")
     assert cause in error.message
     assert line in error.message

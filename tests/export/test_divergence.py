@@ -1,4 +1,4 @@
-"""A mismatch names the layer: one weight of the exported file is altered, and the error says whose."""
+"""`ExportMismatch` names the layer when one weight of the exported file is altered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedspine_edge.export.verification import verify_onnx
 
 
 def corrupt(path, weight: str) -> None:
-    """Adds to one column of the initialiser that belongs to a parameter of torch's."""
+    """Change one column of the initializer of a torch parameter."""
     proto = onnx.load(path)
     found = [tensor for tensor in proto.graph.initializer if tensor.name.removesuffix(".T") == weight]
     assert len(found) == 1, [tensor.name for tensor in proto.graph.initializer]
@@ -50,30 +50,30 @@ def corrupt(path, weight: str) -> None:
         ("roberta", "classifier.out_proj.weight", "classifier.out_proj", "fp32"),
     ],
 )
-def test_an_altered_weight_is_named(kind, weight, name, precision, tmp_path):
+def test_divergence_names_layer_of_altered_weight(kind, weight, name, precision, tmp_path):
     model = prunable(kind)
     model.compact(random_layout(model, seed=3))
     exported = export_onnx(model, tmp_path / "model.onnx", precision=precision)
     corrupt(exported.path, weight)
     with pytest.raises(ExportMismatch, match="first layer that differs") as caught:
         verify_onnx(exported, merged_module(model))
-    said = caught.value.message.partition("first layer that differs is ")[2]
-    assert name in said.split(":")[0]
+    layer = caught.value.message.partition("first layer that differs is ")[2]
+    assert name in layer.split(":")[0]
 
 
-def test_a_tie_that_only_the_outputs_show_says_so(tmp_path):
-    """An output that no module computes: the logits are swapped after the last one."""
+def test_divergence_only_in_outputs_is_reported(tmp_path):
+    """The logits are negated after the last module, so no module has a different output."""
     model = prunable("bert")
     exported = export_onnx(model, tmp_path / "model.onnx")
     proto = onnx.load(exported.path)
     next(node for node in proto.graph.node if "logits" in node.output).output[0] = "straight"
     proto.graph.node.append(onnx.helper.make_node("Neg", ["straight"], ["logits"], name="after"))
     onnx.save(proto, exported.path)
-    with pytest.raises(ExportMismatch, match="Every layer by itself agrees"):
+    with pytest.raises(ExportMismatch, match="Every layer matches on its own"):
         verify_onnx(exported, merged_module(model))
 
 
-def test_canonical_names_cover_every_linear_of_every_layer():
+def test_canonical_names_cover_every_linear():
     model = prunable("llama_lm")
     names = canonical_names(model.module)
     assert {name for name in names.values() if name.startswith("layers.1")} == {

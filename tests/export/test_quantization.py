@@ -1,9 +1,10 @@
-"""8- and 4-bit linears: what the files hold, what they compute, what is measured on the user's examples."""
+"""Quantization to 8 and 4 bits: file content, outputs, and accuracy on the user's examples."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo, load_bundle
 from fedspine_edge.data.examples import Example
 from fedspine_edge.engine import tensorrt_api
-from fedspine_edge.engine.tensorrt_builder import build_plan
+from fedspine_edge.engine.tensorrt_builder import EngineOptions, OnnxModel, build_plan
 from fedspine_edge.errors import ConfigError, DataError, DeployError, EngineBuildError, MissingDependency
-from fedspine_edge.export.calibration import profile_of, read_data
+from fedspine_edge.export.calibration import profile_for_lengths, read_user_data
 from fedspine_edge.export.compile import compile_engine
-from fedspine_edge.export.onnx_export import export_onnx, merged_module, quantized
+from fedspine_edge.export.onnx_export import export_onnx, merged_module, quantize_export
 from fedspine_edge.export.quantization import int4_blocks
 from fedspine_edge.export.verification import run_torch, verify_bundle
 from fedspine_edge.model.checkpoint import save_model
@@ -38,20 +39,20 @@ def sentences(count: int, seed: int = 0) -> list[tuple[str, int]]:
 
 
 def wide_model(kind: str = "bert"):
-    """Wide enough for blocks of 16 and for quantisation noise to average out."""
+    """Return a model that is wide enough for blocks of 16 and for quantization noise to average out."""
     return prunable(kind, heads=4, head_dim=16, channels=96)
 
 
 def finished(model, precision, path):
-    """(float32 export, quantised file, its description, module)."""
+    """Return (float32 export, quantized export, quantization record, module)."""
     module = merged_module(model)
     exported = export_onnx(module, path / "float.onnx", opset=19)
     calibration = random_inputs(exported.inputs, [(8, 24)], exported.max_tokens, seed=1)
-    return (exported, *quantized(exported, path / "model.onnx", precision, module, calibration), module)
+    return (exported, *quantize_export(exported, path / "model.onnx", precision, module, calibration), module)
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("int8", "INT8"), ("fp8", "FLOAT8E4M3FN"), ("int4", "INT4")])
-def test_linears_of_the_layers_are_stored_narrow_and_all_else_in_float16(precision, kind, tmp_path):
+def test_quantized_file_stores_only_linears_narrow(precision, kind, tmp_path):
     _, exported, info, _ = finished(wide_model(), precision, tmp_path)
     proto = onnx.load(exported.path)
     onnx.checker.check_model(proto, full_check=True)
@@ -69,7 +70,7 @@ def test_linears_of_the_layers_are_stored_narrow_and_all_else_in_float16(precisi
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2_lm", marks=pytest.mark.slow)])
-def test_quantised_models_answer_like_torch(kind, precision, tmp_path):
+def test_quantized_outputs_are_close_to_torch(kind, precision, tmp_path):
     if precision == "fp8" and sys.version_info < (3, 11):
         pytest.skip("the last ONNX Runtime for Python 3.10 transposes float8 where the opset does not allow it")
     original, exported, _, module = finished(wide_model(kind), precision, tmp_path)
@@ -85,7 +86,7 @@ def test_quantised_models_answer_like_torch(kind, precision, tmp_path):
     assert cosine < 0.99999
 
 
-def test_blocks_of_int4_are_as_good_as_their_steps():
+def test_int4_blocks_error_is_within_step_size():
     weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     codes, scale = int4_blocks(weight, 0, 16)
     assert codes.min() >= -8
@@ -99,12 +100,18 @@ def test_blocks_of_int4_are_as_good_as_their_steps():
     np.testing.assert_array_equal(int4_blocks(weight.T, 1, 16)[0], codes.T)
 
 
-def test_widths_without_blocks_stay_in_float16_and_are_counted(tmp_path):
+def test_int4_counts_linears_without_blocks(tmp_path):
     model = prunable("bert", heads=4, head_dim=8, channels=24)  # 24 is no multiple of 16
     info = finished(model, "int4", tmp_path)[2]
     assert (info.linears, info.left_out, info.block_size) == (10, 2, 32)
     with pytest.raises(DeployError, match="no blocks"):
         finished(prunable("bert", heads=3, head_dim=8, channels=24), "int4", tmp_path)
+
+
+def build(backend, exported, sm):
+    model = OnnxModel(path=exported.path, inputs=exported.inputs, opset=exported.opset)
+    options = EngineOptions(profiles=(OptimizationProfile(tokens=(1, 8, 16)),), compute_capabilities=(sm,))
+    return build_plan(backend, model, options, device=None)
 
 
 def rtx() -> tensorrt_api.Backend:
@@ -122,17 +129,13 @@ def rtx() -> tensorrt_api.Backend:
         pytest.param("int4", "86", marks=pytest.mark.slow),
     ],
 )
-def test_tensorrt_rtx_builds_them(precision, sm, tmp_path):
+def test_rtx_builds_quantized_models(precision, sm, tmp_path):
     backend = rtx()
     exported = finished(wide_model(), precision, tmp_path)[1]
-    build = {"device": None, "compute_capabilities": [sm]}
-    built = build_plan(
-        backend, exported.path, exported.inputs, [OptimizationProfile(tokens=(1, 8, 16))], opset=exported.opset, **build
-    )
-    assert len(built.plan) > 100_000
+    assert len(build(backend, exported, sm).plan) > 100_000
 
 
-def test_compile_calibrates_measures_and_sizes_the_profile(model_folder, tmp_path):
+def test_compile_int8_records_accuracy_and_profile(model_folder, tmp_path):
     lines: list[str] = []
     out = compile_engine(
         model_folder,
@@ -155,7 +158,7 @@ def test_compile_calibrates_measures_and_sizes_the_profile(model_folder, tmp_pat
     assert verify_bundle(load_bundle(out), model_folder)[0].argmax_agreement >= 0.9
 
 
-def test_decoders_are_quantised_and_measured_by_their_next_tokens(tmp_path):
+def test_int4_decoder_records_next_token_accuracy(tmp_path):
     save_model(tiny_model("llama", "causal_lm"), tmp_path / "model")
     write_byte_tokenizer(tmp_path / "model")
     texts = ["the quick brown fox", "jumps over", "the lazy dog and runs"] * 8
@@ -167,9 +170,9 @@ def test_decoders_are_quantised_and_measured_by_their_next_tokens(tmp_path):
         assert session.generate("the", max_new_tokens=3).tokens
 
 
-def test_examples_that_cannot_be_used_are_named_before_the_export(model_folder, tmp_path, monkeypatch):
+def test_compile_reports_bad_examples_before_export(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fedspine_edge.export.export_bundle.export_onnx", lambda *_, **__: pytest.fail("it exported first")
+        "fedspine_edge.export.export_bundle.export_onnx", lambda *_, **__: pytest.fail("the model was exported first")
     )
     with pytest.raises(DataError, match="label 7 is out of range"):
         compile_engine(model_folder, tmp_path / "out", precision="int8", calibrate=[("good", 7)] * 4)
@@ -178,12 +181,10 @@ def test_examples_that_cannot_be_used_are_named_before_the_export(model_folder, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_examples_are_split_without_overlap_and_batched_by_length(model_folder):
-    exported_inputs = load_inputs(model_folder)
-    data = read_data(
-        sentences(200), model_folder, task="classification", num_labels=3, inputs=exported_inputs, max_tokens=66,
-        pad_token_id=0,
-    )  # fmt: skip
+def test_user_data_is_split_and_batched_by_length(model_folder):
+    data = read_user_data(
+        sentences(200), model_folder, description("classification", load_inputs(model_folder), max_tokens=66)
+    )
     assert sum(len(batch.labels) for batch in data.calibration) == 100
     assert sum(len(batch.labels) for batch in data.measured) == 100
     assert data.held_out
@@ -193,18 +194,17 @@ def test_examples_are_split_without_overlap_and_batched_by_length(model_folder):
     assert "good" not in repr(data)
 
 
-def test_prompts_and_answers_are_cut_as_training_cuts_them(tmp_path):
-    """And together never longer than the model reads."""
+def test_user_data_truncates_prompts_as_in_training(tmp_path):
+    """Prompt and answer together never exceed the model's limit."""
     write_byte_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(single="= $A =", special_tokens=[("=", ord("="))])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     inputs = [TensorInfo(name="input_ids", dtype="int64", shape=("batch", "sequence"))]
     limit = 8
-    data = read_data(
-        [("a long prompt", "not"), ("b", "and no")] * 8, tmp_path, task="causal_lm", num_labels=0, inputs=inputs,
-        max_tokens=limit, pad_token_id=0,
-    )  # fmt: skip
+    data = read_user_data(
+        [("a long prompt", "not"), ("b", "and no")] * 8, tmp_path, description("causal_lm", inputs, max_tokens=limit)
+    )
     rows = {bytes(r[r > 0].tolist()) for batch in data.measured for r in batch.tokens["input_ids"]}
     fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     examples = [Example("a long prompt", 0, "not"), Example("b", 0, "and no")]
@@ -216,38 +216,41 @@ def load_inputs(folder):
     from fedspine_edge.export.onnx_export import load_folder
     from fedspine_edge.export.tracing import task_graph
 
-    return task_graph(merged_module(load_folder(folder)), max_tokens=66).inputs
+    return task_graph(merged_module(load_folder(folder)), None).inputs
+
+
+def description(task, inputs, *, max_tokens):
+    return SimpleNamespace(task=task, inputs=tuple(inputs), max_tokens=max_tokens, pad_token_id=0, num_labels=3)
 
 
 @pytest.mark.parametrize(
     ("lengths", "limit", "tokens"),
     [([4, 9, 30], 512, (1, 9, 40)), ([4, 60, 500], 512, (1, 60, 512)), ([1], 1, (1, 1, 1))],
 )
-def test_profiles_follow_the_lengths(lengths, limit, tokens):
-    assert profile_of(lengths, limit).tokens == tokens
+def test_profile_for_lengths(lengths, limit, tokens):
+    assert profile_for_lengths(lengths, limit).tokens == tokens
 
 
-def test_a_chip_without_float8_is_explained(tmp_path):
+def test_fp8_build_for_old_gpu_explains_number_format(tmp_path):
     exported = finished(wide_model(), "fp8", tmp_path)[1]
-    build = {"device": None, "compute_capabilities": ["86"]}
-    with pytest.raises(EngineBuildError, match="number format that this GPU lacks") as caught:
-        build_plan(rtx(), exported.path, exported.inputs, [OptimizationProfile(tokens=(1, 8, 16))], **build)
+    with pytest.raises(EngineBuildError, match="number format that this GPU does not support") as caught:
+        build(rtx(), exported, "86")
     assert "int8" in caught.value.remedy
 
 
 @pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="needs nvidia-modelopt[onnx]")
-def test_modelopt_is_used_where_it_is_installed(tmp_path):
-    """Then every test above runs on its files."""
+def test_quantization_uses_modelopt_if_installed(tmp_path):
+    """With nvidia-modelopt installed, every test above uses its files."""
     assert finished(wide_model(), "int8", tmp_path)[2].tool.startswith("nvidia-modelopt")
 
 
-def test_without_examples_int8_says_what_to_pass(model_folder, tmp_path):
+def test_compile_int8_without_examples_raises(model_folder, tmp_path):
     with pytest.raises(ConfigError, match="int8 needs examples") as caught:
         compile_engine(model_folder, tmp_path / "out", precision="int8")
     assert "`calibrate`" in caught.value.remedy
 
 
-def test_a_bfloat16_bundle_runs_where_there_are_no_bfloat16_kernels(model_folder, tmp_path):
+def test_bf16_bundle_runs_without_bf16_kernels(model_folder, tmp_path):
     out = compile_engine(model_folder, tmp_path / "out", precision="bf16", backend="onnxruntime")
     weights = {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer if len(t.dims) == 2}
     assert onnx.TensorProto.BFLOAT16 in weights

@@ -1,6 +1,6 @@
-"""Real engines on a real GPU: the answers of ONNX Runtime, from graphs and threads too, and no memory lost.
+"""Engines on a real GPU: agreement with ONNX Runtime, CUDA graphs, threads and memory.
 
-Skipped with the reason where there is no GPU, no driver package or no TensorRT. scripts/gpu_check runs them.
+These tests are skipped without a GPU, a driver package or TensorRT. scripts/gpu_check runs them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def inputs_of(batch, tokens, seed=0):
 
 
 def free_bytes():
-    """What cuMemGetInfo says is free on the device."""
+    """Return the free device memory reported by cuMemGetInfo."""
     driver = ctypes.CDLL("libcuda.so.1")
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     opened = cuda_driver.open_cuda()
@@ -72,7 +72,7 @@ def free_bytes():
     return free.value
 
 
-def test_every_shape_agrees_with_onnxruntime_before_and_after_it_is_a_graph(sessions):
+def test_engine_agrees_before_and_after_graph_capture(sessions):
     engine, reference = sessions
     for _ in range(4):
         for batch, tokens in [(1, 1), (1, 8), (2, 4), (4, 32), (3, 17)]:
@@ -80,7 +80,7 @@ def test_every_shape_agrees_with_onnxruntime_before_and_after_it_is_a_graph(sess
             np.testing.assert_allclose(engine.run(**inputs), reference.run(**inputs), atol=1e-3)
 
 
-def test_threads_do_not_mix_their_results(sessions):
+def test_threads_get_their_own_results(sessions):
     engine, reference = sessions
     work = [inputs_of(1 + n % 2, 1 + n % 8, seed=n) for n in range(100)]
     with ThreadPoolExecutor(4) as pool:
@@ -88,7 +88,7 @@ def test_threads_do_not_mix_their_results(sessions):
             np.testing.assert_allclose(logits, reference.run(**inputs), atol=1e-3)
 
 
-def test_no_memory_is_lost(sessions):
+def test_engine_memory_is_constant_over_runs(sessions):
     engine, _ = sessions
     for number in range(200):
         engine.run(**inputs_of(1 + number % 2, 1 + number % 8))
@@ -98,7 +98,7 @@ def test_no_memory_is_lost(sessions):
     assert before - free_bytes() < 4 * 2**20
 
 
-def test_a_decoder_writes_what_onnxruntime_writes(backend, tmp_path):
+def test_engine_generates_same_tokens_as_onnxruntime(backend, tmp_path):
     save_model(tiny_model("llama", "causal_lm", kv_heads=4), tmp_path / "model")
     write_byte_tokenizer(tmp_path / "model")
     bundle = compile_engine(tmp_path / "model", backend=backend, profiles=STEPS)

@@ -1,4 +1,4 @@
-"""A session on an engine, on the driver and the TensorRT of test_deploy_engine.py: text, adapters, the KV cache."""
+"""Sessions on an engine, with a fake driver and a fake TensorRT: text, adapters and the KV cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = (
 
 @pytest.fixture
 def on_engine(driver, tmp_path, monkeypatch):
-    """Loads a bundle on the fake engine: (bundle, profiles) → session."""
+    """Return a function (bundle, profiles) → session that loads a bundle on the fake engine."""
     sessions = []
 
     def load(bundle, profiles, **kind):
@@ -51,7 +51,7 @@ def on_engine(driver, tmp_path, monkeypatch):
     assert driver.alive() == {}
 
 
-def test_a_session_takes_the_engine_and_says_why(on_engine, shared_bundle):
+def test_session_uses_engine_and_gives_reason(on_engine, shared_bundle):
     session = on_engine(shared_bundle, PROFILES)
     assert session.backend == "tensorrt"
     assert "built for this GPU" in session.why
@@ -62,19 +62,19 @@ def test_a_session_takes_the_engine_and_says_why(on_engine, shared_bundle):
             assert (a.label, a.probability) == (b.label, pytest.approx(b.probability, abs=1e-6))
 
 
-def test_damaged_timings_do_not_keep_a_bundle_from_its_engine(on_engine, shared_bundle, caplog):
+def test_damaged_timing_cache_keeps_engine_usable(on_engine, shared_bundle, caplog):
     session = on_engine(shared_bundle, PROFILES)
-    timings = session.bundle.folder / "timing.cache"
-    timings.write_bytes(b"timings")
-    seal(timings.parent, session.manifest)
-    timings.write_bytes(b"damaged")
-    with Session.load(timings.parent) as again:
+    timing_cache = session.bundle.folder / "timing.cache"
+    timing_cache.write_bytes(b"timings")
+    seal(timing_cache.parent, session.manifest)
+    timing_cache.write_bytes(b"damaged")
+    with Session.load(timing_cache.parent) as again:
         assert again.backend == "tensorrt"
-    assert f"{timings} was altered" in caplog.text
+    assert f"{timing_cache} was altered" in caplog.text
 
 
 @pytest.mark.parametrize("unified", [0, 1])
-def test_text_is_onnxruntimes_and_the_cache_stays_on_the_device(driver, on_engine, decoder_bundle, unified):
+def test_engine_generation_keeps_cache_on_device(driver, on_engine, decoder_bundle, unified):
     driver.set("unified", unified)
     session = on_engine(decoder_bundle, STEPS)
     with Session.load(decoder_bundle, threads=1) as plain:
@@ -87,21 +87,21 @@ def test_text_is_onnxruntimes_and_the_cache_stays_on_the_device(driver, on_engin
         assert up == down == 0
     else:
         masks = sum(range(prompt, prompt + steps))
-        assert up == 8 * (prompt + steps - 1 + masks)  # tokens and masks, nothing else
-        assert down == 4 * VOCAB * steps  # the logits of last tokens, nothing else
+        assert up == 8 * (prompt + steps - 1 + masks)  # only tokens and masks
+        assert down == 4 * VOCAB * steps  # only the logits of the last tokens
     allocations = driver.count("cuMemAlloc_v2")
     assert session.generate("Once upon", max_new_tokens=40).tokens == expected.tokens
-    assert driver.count("cuMemAlloc_v2") - allocations == 4  # the two halves of its cache, each grown once
+    assert driver.count("cuMemAlloc_v2") - allocations == 4  # the two buffers of its cache, each grown once
 
 
-def test_the_full_pass_of_a_decoder_gives_all_logits(on_engine, decoder_bundle):
+def test_engine_full_pass_of_decoder_returns_all_logits(on_engine, decoder_bundle):
     session = on_engine(decoder_bundle, STEPS)
     inputs = {"input_ids": np.arange(10, 19)[None], "attention_mask": np.ones((1, 9), np.int64)}
     with Session.load(decoder_bundle, threads=1) as plain:
         np.testing.assert_allclose(session.run(**inputs), plain.run(**inputs), atol=1e-5)
 
 
-def test_two_texts_at_once_keep_their_caches_apart(on_engine, decoder_bundle):
+def test_concurrent_texts_have_separate_caches(on_engine, decoder_bundle):
     session = on_engine(decoder_bundle, STEPS)
     alone = [session.generate(prompt, max_new_tokens=20).text for prompt in ("one", "other")]
     streams = [session.stream(prompt, max_new_tokens=20) for prompt in ("one", "other")]
@@ -111,7 +111,7 @@ def test_two_texts_at_once_keep_their_caches_apart(on_engine, decoder_bundle):
     assert together == alone
 
 
-def test_a_text_that_is_given_up_gives_its_memory_back(driver, on_engine, decoder_bundle):
+def test_closed_stream_frees_kv_cache(driver, on_engine, decoder_bundle):
     session = on_engine(decoder_bundle, STEPS)
     before = driver.alive()
     for _ in range(3):
@@ -128,7 +128,7 @@ def test_a_text_that_is_given_up_gives_its_memory_back(driver, on_engine, decode
         list(unfinished)
 
 
-def test_a_step_that_fails_gives_the_cache_back(driver, on_engine, decoder_bundle):
+def test_failed_step_frees_kv_cache(driver, on_engine, decoder_bundle):
     session = on_engine(decoder_bundle, STEPS)
     before = driver.alive()["device"]
     for ahead in (1, 4):
@@ -140,7 +140,7 @@ def test_a_step_that_fails_gives_the_cache_back(driver, on_engine, decoder_bundl
         assert driver.alive()["device"] == before
 
 
-def test_an_adapter_goes_to_the_device_once(driver, on_engine, model_folder, tmp_path):
+def test_adapter_is_uploaded_once(driver, on_engine, model_folder, tmp_path):
     bundle = compile_engine(model_folder, tmp_path / "adapters", backend="onnxruntime", lora="inputs")
     session = on_engine(bundle, PROFILES)
     with Session.load(bundle, threads=1) as plain:

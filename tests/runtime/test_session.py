@@ -1,4 +1,4 @@
-"""The runtime: backends and why, input checks, text, timing; and that it needs neither torch nor transformers."""
+"""Sessions: choice of the backend, input validation, text, timing, and imports."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ids(*shape):
     return np.random.default_rng(0).integers(1, 100, shape)
 
 
-def test_run_gives_what_torch_gives(session, model_folder):
+def test_run_agrees_with_torch(session, model_folder):
     inputs = {"input_ids": ids(2, 9), "attention_mask": np.array([[1] * 9, [1] * 6 + [0] * 3])}
     logits = session.run(**inputs)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_run_gives_what_torch_gives(session, model_folder):
     np.testing.assert_allclose(logits, expected.numpy(), atol=2e-6)
 
 
-def test_token_types_count_and_default_to_zero(session):
+def test_token_type_ids_default_to_zero(session):
     inputs = {"input_ids": ids(1, 5), "attention_mask": np.ones((1, 5), np.int64)}
     zero = session.run(**inputs, token_type_ids=np.zeros((1, 5), np.int64))
     one = session.run(**inputs, token_type_ids=np.ones((1, 5), np.int64))
@@ -60,7 +60,7 @@ def test_token_types_count_and_default_to_zero(session):
     assert np.abs(zero - one).max() > 1e-4
 
 
-def test_any_integer_type_and_memory_order_will_do(session):
+def test_run_accepts_any_integer_type_and_memory_order(session):
     mask = np.ones((2, 6), np.int64)
     expected = session.run(input_ids=ids(2, 6), attention_mask=mask)
     actual = session.run(input_ids=np.asfortranarray(ids(2, 6).astype(np.uint16)), attention_mask=mask.astype(np.int8))
@@ -79,14 +79,14 @@ def test_any_integer_type_and_memory_order_will_do(session):
         ({"input_ids": ids(6)}, r"input_ids has shape \(6,\)"),
         ({"input_ids": ids(2, 6, 1)}, r"input_ids has shape \(2, 6, 1\)"),
         ({"input_ids": ids(0, 6)}, r"input_ids has shape \(0, 6\)"),
-        ({"attention_mask": np.ones((2, 7), np.int64)}, r"shape \(2, 7\), another input \(2, 6\)"),
-        ({"input_ids": np.full((2, 6), 120)}, r"input_ids holds 120; it must be within 0\.\.119"),
-        ({"input_ids": np.full((2, 6), -1)}, "input_ids holds -1"),
-        ({"attention_mask": np.full((2, 6), 2)}, "attention_mask holds 2"),
+        ({"attention_mask": np.ones((2, 7), np.int64)}, r"shape \(2, 7\), but another input has shape \(2, 6\)"),
+        ({"input_ids": np.full((2, 6), 120)}, r"input_ids contains 120; it must be within 0\.\.119"),
+        ({"input_ids": np.full((2, 6), -1)}, "input_ids contains -1"),
+        ({"attention_mask": np.full((2, 6), 2)}, "attention_mask contains 2"),
         ({"input_ids": ids(2, 67)}, "67 tokens; the model allows 66"),
     ],
 )
-def test_wrong_inputs_are_named(session, change, words):
+def test_run_invalid_inputs_raise(session, change, words):
     inputs = {"input_ids": ids(2, 6), "attention_mask": np.ones((2, 6), np.int64)} | change
     with pytest.raises(DataError, match=words):
         session.run(**{name: value for name, value in inputs.items() if value is not None})
@@ -107,7 +107,7 @@ def test_classify_agrees_with_run(session):
     }
 
 
-def test_lists_keep_their_order_whatever_the_batches(session):
+def test_classify_list_keeps_order_for_any_batch_size(session):
     texts = ["good", "a very very very bad film", "not good", "the the the board", "bad"] * 3
     alone = [session.classify(text) for text in texts]
     for batch_size in (1, 4, 100):
@@ -116,7 +116,7 @@ def test_lists_keep_their_order_whatever_the_batches(session):
         np.testing.assert_allclose([p.probability for p in together], [p.probability for p in alone], atol=1e-5)
 
 
-def test_pairs_carry_their_token_types(session):
+def test_tokenize_pairs_sets_token_types(session):
     inputs = session.tokenize([("good film", "bad"), ("a", "the")])
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
     assert inputs["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
@@ -124,17 +124,17 @@ def test_pairs_carry_their_token_types(session):
     assert session.classify(("good film", "bad")).label in ("bad", "mixed", "good")
 
 
-def test_long_texts_are_cut_to_the_model(session):
+def test_tokenize_truncates_long_texts(session):
     assert session.tokenize(["good " * 500])["input_ids"].shape == (1, 66)
 
 
 @pytest.mark.parametrize("texts", [[], [3], [("a", "b", "c")], [None]])
-def test_what_is_no_text_is_refused(session, texts):
+def test_classify_invalid_input_raises(session, texts):
     with pytest.raises(DataError):
         session.classify(texts)
 
 
-def test_threads_share_a_session(session):
+def test_session_is_thread_safe(session):
     inputs = [{"input_ids": ids(1, n), "attention_mask": np.ones((1, n), np.int64)} for n in range(1, 40)]
     expected = [session.run(**each) for each in inputs]
     with ThreadPoolExecutor(4) as pool:
@@ -143,8 +143,8 @@ def test_threads_share_a_session(session):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_threads_that_may_not_spin_leave_the_processor_alone(shared_bundle):
-    with Session.load(shared_bundle, "onnxruntime", threads=2, spinning=False) as session:
+def test_spin_wait_false_leaves_cpu_idle(shared_bundle):
+    with Session.load(shared_bundle, "onnxruntime", threads=2, spin_wait=False) as session:
         inputs = session.random_inputs(8, 32)
         used = []
         for _ in range(5):
@@ -152,10 +152,10 @@ def test_threads_that_may_not_spin_leave_the_processor_alone(shared_bundle):
             before = time.process_time()
             time.sleep(0.03)
             used.append(time.process_time() - before)
-    assert np.median(used) < 0.005  # spinning threads take all of it, or what other programs leave them
+    assert np.median(used) < 0.005  # spinning threads would use all of the time that other programs leave
 
 
-def test_a_closed_session_says_so(shared_bundle):
+def test_closed_session_raises(shared_bundle):
     with Session.load(shared_bundle) as session:
         pass
     session.close()
@@ -163,7 +163,7 @@ def test_a_closed_session_says_so(shared_bundle):
         session.run(input_ids=ids(1, 2), attention_mask=np.ones((1, 2), np.int64))
 
 
-def test_bench_counts_what_it_says(session):
+def test_bench_reports_requested_shape_and_repeats(session):
     latency = session.bench(batch=2, tokens=8, repeats=7, warmup=1)
     assert (latency.batch, latency.tokens, latency.repeats, latency.backend) == (2, 8, 7, "onnxruntime")
     assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.p99_ms
@@ -173,12 +173,13 @@ def test_bench_counts_what_it_says(session):
         session.bench(tokens=67)
 
 
-def test_sessions_are_timed_in_alternation(shared_bundle, monkeypatch):
+def test_compare_latency_interleaves_runs(shared_bundle, monkeypatch):
     order = []
     with Session.load(shared_bundle, threads=1) as first, Session.load(shared_bundle, threads=1) as second:
         for name, session in (("first", first), ("second", second)):
-            run = session._runner.run
-            monkeypatch.setattr(session._runner, "run", lambda x, n=name, r=run: order.append(n) or r(x))
+            runner = session.model.runner
+            run = runner.run
+            monkeypatch.setattr(runner, "run", lambda x, n=name, r=run: order.append(n) or r(x))
         result = compare_latency(first, second, tokens=4, repeats=5)
     assert order == ["first", "second"] * 15
     assert result.first.repeats == result.second.repeats == 5
@@ -186,19 +187,19 @@ def test_sessions_are_timed_in_alternation(shared_bundle, monkeypatch):
     assert result.to_dict()["ratio"] == result.ratio
 
 
-def test_auto_takes_onnxruntime_where_no_engine_was_built(session):
+def test_load_auto_without_engine_uses_onnxruntime(session):
     assert session.backend == "onnxruntime"
     assert "has no engine" in session.why
 
 
-def test_requests_that_cannot_be_met_are_errors(shared_bundle):
+def test_load_invalid_requests_raise(shared_bundle):
     for backend in ("tensorrt", "tensorrt_rtx"):
         with pytest.raises(EngineIncompatible, match="has no engine") as caught:
             Session.load(shared_bundle, backend=backend)
         assert "fedspine-edge compile" in caught.value.remedy
     with pytest.raises(ConfigError, match="cuda"):
         Session.load(shared_bundle, backend="cuda")
-    with pytest.raises(ConfigError, match="threads is 0"):
+    with pytest.raises(ConfigError, match="`threads` is 0"):
         Session.load(shared_bundle, threads=0)
     with pytest.raises(CheckpointError, match="nowhere"):
         Session.load("nowhere")
@@ -237,19 +238,19 @@ def with_engine(bundle, **changes):
         ),
     ],
 )
-def test_plans_for_another_machine_are_never_deserialised(bundle, monkeypatch, changes, device, words):
+def test_plan_of_other_machine_is_not_deserialized(bundle, monkeypatch, changes, device, words):
     monkeypatch.setattr(tensorrt_api, "find_backend", lambda name: tensorrt_api.Backend(name, sys, "10.3.0"))
     monkeypatch.setattr(cuda_driver, "device_info", lambda: device)
     with_engine(bundle, **changes)
     with pytest.raises(EngineIncompatible, match=words) as caught:
         Session.load(bundle, backend="tensorrt")
     assert f"fedspine-edge compile {bundle} --out {bundle}" in caught.value.remedy
-    with Session.load(bundle) as session:  # auto falls back and says why
+    with Session.load(bundle) as session:  # auto falls back and gives the reason
         assert session.backend == "onnxruntime"
         assert "this machine" in session.why or "built" in session.why
 
 
-def test_without_a_driver_the_remedy_is_a_driver_and_auto_falls_back(bundle, monkeypatch):
+def test_engine_without_driver_names_driver(bundle, monkeypatch):
     if cuda_driver.device_info() is not None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(tensorrt_api, "find_backend", lambda name: tensorrt_api.Backend(name, sys, "10.3.0"))
@@ -262,13 +263,13 @@ def test_without_a_driver_the_remedy_is_a_driver_and_auto_falls_back(bundle, mon
         assert "no GPU that CUDA can see" in session.why
 
 
-def test_the_other_tensorrt_is_not_taken_for_the_one_asked_for(bundle):
+def test_load_rejects_engine_of_other_backend(bundle):
     with_engine(bundle)
     with pytest.raises(EngineIncompatible, match="engine for tensorrt, not for tensorrt_rtx"):
         Session.load(bundle, backend="tensorrt_rtx")
 
 
-def test_a_missing_tensorrt_names_the_way_to_get_it(bundle, monkeypatch):
+def test_load_on_missing_tensorrt_names_jetpack(bundle, monkeypatch):
     with_engine(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependency, match="tensorrt") as caught:
@@ -276,7 +277,7 @@ def test_a_missing_tensorrt_names_the_way_to_get_it(bundle, monkeypatch):
     assert "JetPack" in caught.value.remedy
 
 
-def test_causal_models_run_and_do_not_classify(tmp_path):
+def test_classify_on_causal_model_raises(tmp_path):
     model = tiny_model("llama", "causal_lm")
     save_model(model, tmp_path / "model")
     out = compile_engine(tmp_path / "model", backend="onnxruntime")
@@ -288,7 +289,7 @@ def test_causal_models_run_and_do_not_classify(tmp_path):
             session.classify("good")
 
 
-def test_padding_of_a_llama_classifier_does_not_move_its_answer(tmp_path):
+def test_llama_classifier_ignores_padding(tmp_path):
     save_model(tiny_model("llama"), tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
@@ -296,7 +297,7 @@ def test_padding_of_a_llama_classifier_does_not_move_its_answer(tmp_path):
         assert short.probability == pytest.approx(session.classify("good").probability, abs=1e-5)
 
 
-def test_a_bundle_without_tokenizer_still_runs(tmp_path):
+def test_session_without_tokenizer_runs_token_ids(tmp_path):
     save_model(tiny_model("bert"), tmp_path / "model")
     with Session.load(compile_engine(tmp_path / "model", backend="onnxruntime")) as session:
         assert session.run(input_ids=ids(1, 2), attention_mask=np.ones((1, 2), np.int64)).shape == (1, 3)
@@ -304,7 +305,7 @@ def test_a_bundle_without_tokenizer_still_runs(tmp_path):
             session.classify("good")
 
 
-def test_runtime_and_rebuild_need_neither_torch_nor_transformers(shared_bundle, tmp_path):
+def test_runtime_and_rebuild_need_no_torch(shared_bundle, tmp_path):
     program = f"""
 import sys
 for name in ("torch", "transformers", "peft", "onnx"):

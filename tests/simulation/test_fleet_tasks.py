@@ -13,7 +13,7 @@ from fedspine_edge import Session, compile_engine
 from fedspine_edge.cli.main import main
 from fedspine_edge.config import DataSettings, DeviceConfig, FleetConfig, convert
 from fedspine_edge.errors import ConfigError, DataError
-from fedspine_edge.export.finished_model import build_finished_model
+from fedspine_edge.export.fleet_model import build_finished_model
 from fedspine_edge.monitoring.run_view import by_round, read_run
 from fedspine_edge.simulation.evaluation import evaluate_finished_model
 from fedspine_edge.simulation.virtual_fleet import simulate

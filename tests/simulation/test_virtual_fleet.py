@@ -11,8 +11,7 @@ from fedspine_edge.cli.main import main
 from fedspine_edge.config import DeviceConfig
 from fedspine_edge.demo.setup import FleetInputs, FleetSetup, write_fleet
 from fedspine_edge.errors import CheckpointError, ConfigError
-from fedspine_edge.export.finished_model import build_finished_model
-from fedspine_edge.export.fleet_model import load_fleet_model
+from fedspine_edge.export.fleet_model import build_finished_model, load_fleet_model
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.monitoring.run_view import by_round, read_run
 from fedspine_edge.server.server import RunResult
