@@ -73,10 +73,9 @@ def _print(report: BenchmarkReport) -> None:
     width = max(len(candidate.name) for candidate in report.candidates)
     print(f"{'':{width}}  phase  batch    p50 ms    p90 ms    p99 ms  sequences/s   tokens/s  ratio")
     for row in report.rows:
-        print(
-            f"{row.candidate:{width}}  {row.phase:6} {row.batch:5} {row.p50_ms:9.3f} {row.p90_ms:9.3f} {row.p99_ms:9.3f}"
-            f" {row.sequences_per_s:12.1f} {row.tokens_per_s:10.1f}  {row.ratio:5.3f}"
-        )
+        times = f"{row.p50_ms:9.3f} {row.p90_ms:9.3f} {row.p99_ms:9.3f}"
+        rates = f"{row.sequences_per_s:12.1f} {row.tokens_per_s:10.1f}"
+        print(f"{row.candidate:{width}}  {row.phase:6} {row.batch:5} {times} {rates}  {row.ratio:5.3f}")
     print()
     for candidate in report.candidates:
         energy = "energy not reported by this machine"

@@ -92,7 +92,7 @@ def test_slow_class_takes_longer(tmp_path: Path, tiny_model: Path, tiny_csv: Pat
 
 
 def test_damaged_or_foreign_run_raises(tmp_path: Path, tiny_model: Path, tiny_csv: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no finished run"):
+    with pytest.raises(ConfigError, match="contains no finished run"):
         build_finished_model(tmp_path, tiny_model, tmp_path / "model")
     setup = small_fleet(tmp_path, tiny_model, tiny_csv)
     run(setup)
