@@ -158,3 +158,10 @@ def test_missing_form_raises(example: Path) -> None:
     example.write_text(example.read_text().replace("[quick]", "[full]"))
     with pytest.raises(ConfigError, match=r"no \[quick\]"):
         load_experiment(str(example), quick=True)
+
+
+def test_old_key_of_device_classes_is_accepted_with_warning(example: Path, caplog: pytest.LogCaptureFixture) -> None:
+    current = load_experiment(str(example), quick=True).jobs
+    example.write_text(example.read_text().replace("device_classes =", "profiles ="))
+    assert load_experiment(str(example), quick=True).jobs == current
+    assert caplog.text.count("`profiles` is now called `device_classes`") == 1
