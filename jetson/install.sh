@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Installs fedspine_edge on a Jetson with JetPack 6 or 7, beside the board's own torch and TensorRT.
+# Installs fedspine_edge on a Jetson with JetPack 6 or 7, and keeps the torch and TensorRT of the board.
 #
 #   jetson/install.sh             into .venv of this folder
-#   jetson/install.sh --dry-run   prints every step and does none; runs on any machine
-#   jetson/install.sh --service   into /opt/fedspine-edge, and installs the systemd unit of the device agent
-#   jetson/install.sh --no-apt    touches no system package
+#   jetson/install.sh --dry-run   prints the steps without running them; works on any machine
+#   jetson/install.sh --service   into /opt/fedspine-edge, with the systemd unit of the device agent
+#   jetson/install.sh --no-apt    installs no system packages
 #
-# Exit codes: 0 installed and usable; 1 installed, doctor found something; 2 nothing to build on, with the remedy.
-# For tests: FEDSPINE_TEGRA_RELEASE and FEDSPINE_BOARD_MODEL name the files that tell L4T and board.
+# Exit codes: 0 installed and usable; 1 installed, but doctor found a problem; 2 not installed, with the remedy.
+# For tests: FEDSPINE_TEGRA_RELEASE and FEDSPINE_BOARD_MODEL are the files with the L4T release and the board model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,13 +20,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 dry_run=false service=false apt=true venv="$PWD/.venv"
 
-say() { echo "install: $*"; }
-fail() { # $1 what is wrong, $2 what to do
+log() { echo "install: $*"; }
+fail() { # $1: problem; $2: remedy
   echo "install: error: $1" >&2
   echo "install:   $2" >&2
   exit 2
 }
-run() { # a step: printed as it could be typed, and done unless this is a dry run
+run() { # prints a step as a shell command and, unless this is a dry run, runs it
   printf '+'
   printf ' %q' "$@"
   printf '\n'
@@ -54,14 +54,14 @@ done
 if [ -r "$RELEASE_FILE" ]; then
   release="$(cat "$RELEASE_FILE")"
 elif $dry_run; then
-  say "$RELEASE_FILE is not there, so this is no Jetson: showing what would be done on an Orin with L4T 36.5"
+  log "$RELEASE_FILE does not exist, so this is not a Jetson; showing the steps for an Orin with L4T 36.5"
   release='# R36 (release), REVISION: 5.0'
 else
-  fail "$RELEASE_FILE is not there, so this is no Jetson." \
-    "Elsewhere use scripts/bootstrap, or add --dry-run to see the steps."
+  fail "$RELEASE_FILE does not exist, so this is not a Jetson." \
+    "On other machines use scripts/bootstrap, or add --dry-run to see the steps."
 fi
 [[ $release =~ R([0-9]+)\ *\(release\),\ *REVISION:\ *([0-9]+) ]] ||
-  fail "$RELEASE_FILE does not tell an L4T release." "Expected: # R36 (release), REVISION: 4.3, ..."
+  fail "$RELEASE_FILE contains no L4T release." "Expected: # R36 (release), REVISION: 4.3, ..."
 l4t="${BASH_REMATCH[1]}" l4t_minor="${BASH_REMATCH[2]}"
 board=unknown
 if [ -r "$MODEL_FILE" ]; then board="$(tr -d '\0' <"$MODEL_FILE")"; fi
@@ -71,25 +71,25 @@ case "$l4t" in
   38 | 39) jetpack=7 python=python3.12 torch_index=https://pypi.jetson-ai-lab.io/sbsa/cu130 ;;
   *)
     if [ "$l4t" -lt 36 ]; then
-      fail "L4T $l4t.$l4t_minor (JetPack 5 or older) has Python older than 3.10, which fedspine_edge needs." \
+      fail "L4T $l4t.$l4t_minor (JetPack 5 or older) has a Python older than 3.10, which fedspine_edge needs." \
         "Orin: flash JetPack 6 or 7. TX2 and Xavier have neither; they can only be simulated."
     fi
-    fail "L4T $l4t.$l4t_minor is not known to this script." "Known: 36 (JetPack 6), 38 and 39 (JetPack 7)."
+    fail "L4T $l4t.$l4t_minor is not supported by this script." "Supported: 36 (JetPack 6), 38 and 39 (JetPack 7)."
     ;;
 esac
-# JetPack 7.2 (L4T 39) runs on both; before it, the release alone tells the chip.
+# JetPack 7.2 (L4T 39) supports both chips; before it, the release determines the chip.
 case "$board" in
   *Thor*) sm=110 ;;
   *Orin*) sm=87 ;;
   *) if [ "$l4t" = 36 ]; then sm=87; else sm=110; fi ;;
 esac
-say "L4T $l4t.$l4t_minor, JetPack $jetpack, board: $board, $python, sm_$sm"
+log "L4T $l4t.$l4t_minor, JetPack $jetpack, board: $board, $python, sm_$sm"
 
-# ---- system packages: added, never upgraded --------------------------------------------------------------------
+# ---- system packages: installed, never upgraded --------------------------------------------------------------------
 packages=("$python-venv" "$python-dev" g++ git)
 cuda_bin=/usr/local/cuda/bin
 if $dry_run || [ ! -x "$cuda_bin/nvcc" ] || ! "$python" -c 'import tensorrt' 2>/dev/null; then
-  packages+=(nvidia-jetpack) # CUDA toolkit and TensorRT with its Python, of this JetPack
+  packages+=(nvidia-jetpack) # CUDA toolkit and TensorRT with its Python package
 fi
 wanted=()
 for package in "${packages[@]}"; do
@@ -100,27 +100,27 @@ if [ ${#wanted[@]} -gt 0 ]; then
     as_root apt-get update
     as_root apt-get install --yes --no-upgrade "${wanted[@]}"
   else
-    say "not installed because of --no-apt: sudo apt-get install --no-upgrade ${wanted[*]}"
+    log "skipped because of --no-apt: sudo apt-get install --no-upgrade ${wanted[*]}"
   fi
 fi
 
-# ---- the environment, which sees the board's packages -----------------------------------------------------------
+# ---- the environment, with access to the board's packages -----------------------------------------------------------
 if $service; then as_root install -d -o "$(id -un)" "$PREFIX"; fi
 if $dry_run || [ ! -x "$venv/bin/python" ]; then
   run "$python" -m venv --system-site-packages "$venv"
 elif ! grep -q 'include-system-site-packages = true' "$venv/pyvenv.cfg"; then
-  fail "$venv hides the board's packages." "Remove it and run this again: rm -r $venv"
+  fail "$venv cannot access the board's packages." "Remove it and run this script again: rm -r $venv"
 fi
 
-# ---- torch: the board's own, never the index's ------------------------------------------------------------------
+# ---- torch: that of the board, never that of the index ------------------------------------------------------------------
 launch_kernel='import torch; assert float(torch.ones(8, device="cuda").sum()) == 8.0'
-torch_remedy="Install NVIDIA's wheel for JetPack $jetpack and run this again:
+torch_remedy="Install NVIDIA's wheel for JetPack $jetpack and run this script again:
 install:     $venv/bin/pip install --index-url $torch_index torch
 install:   or one of https://docs.nvidia.com/deeplearning/frameworks/install-pytorch-jetson-platform/"
 run "$venv/bin/python" -c "$launch_kernel" ||
-  fail "there is no torch here that runs a CUDA kernel (the index's aarch64 wheel is made for servers)." "$torch_remedy"
+  fail "no installed torch runs a CUDA kernel (the index's aarch64 wheel is built for servers)." "$torch_remedy"
 
-# Whatever is installed from now on must leave these as they are.
+# The following installations must not change these versions.
 constraints="$venv/board-constraints.txt"
 write_constraints='import importlib.metadata as m, sys
 for name in ("torch", "tensorrt"):
@@ -129,14 +129,14 @@ for name in ("torch", "tensorrt"):
     except m.PackageNotFoundError:
         print(f"note: no metadata of {name}", file=sys.stderr)'
 if $dry_run; then
-  say "would write the versions of the board's torch and TensorRT to $constraints"
+  log "would write the versions of the board's torch and TensorRT to $constraints"
 else
   "$venv/bin/python" -c "$write_constraints" >"$constraints"
-  say "kept as they are: $(tr '\n' ' ' <"$constraints")"
+  log "keeping: $(tr '\n' ' ' <"$constraints")"
 fi
 
-# torch is left out of the requirements, not only constrained: NVIDIA's pre-releases such as 2.5.0a0 do not satisfy
-# torch>=2.5 although they have what is needed, and pip would refuse or replace them.
+# torch is removed from the requirements, not only constrained: NVIDIA's pre-releases such as 2.5.0a0 do not satisfy
+# torch>=2.5 although they work, and pip would refuse or replace them.
 read -r -d '' list_requirements <<'PYTHON' || true
 import re
 from pip._vendor import tomli
@@ -147,24 +147,24 @@ print("\n".join(r for r in wanted if re.split(r"[^A-Za-z0-9_.-]", r)[0] not in (
 PYTHON
 requirements="$venv/board-requirements.txt"
 if $dry_run; then
-  say "would write the requirements of pyproject.toml except torch to $requirements"
+  log "would write the requirements of pyproject.toml except torch to $requirements"
 else
   "$venv/bin/python" -c "$list_requirements" >"$requirements"
 fi
 run "$venv/bin/python" -m pip install --constraint "$constraints" --requirement "$requirements"
 
-# NVIDIA's JetPack 6 wheels are built against numpy 1, and hand nothing over to numpy 2.
+# NVIDIA's wheels for JetPack 6 are built against numpy 1 and do not work with numpy 2.
 if $dry_run; then
-  say "would install numpy<2 if this torch cannot hand tensors to the numpy that is there"
+  log "would install numpy<2 if this torch does not work with the installed numpy"
 elif ! "$venv/bin/python" -c 'import torch; torch.ones(1).numpy()' 2>/dev/null; then
   run "$venv/bin/python" -m pip install --constraint "$constraints" 'numpy>=1.26,<2'
 fi
 
-# transformers asks for a newer torch from time to time, and then imports without its models.
+# New releases of transformers may need a newer torch, and can then be imported only without models.
 has_models='import transformers, transformers.generation.utils; assert transformers.is_torch_available()'
 old_torch='transformers>=5.15,<5.16'
 if $dry_run; then
-  say "would install $old_torch if the newest one does not work with this torch"
+  log "would install $old_torch if the newest release does not work with this torch"
 elif ! "$venv/bin/python" -c "$has_models" 2>/dev/null; then
   run "$venv/bin/python" -m pip install --constraint "$constraints" "$old_torch"
 fi
@@ -186,9 +186,9 @@ if $service; then
   fi
   as_root install -m 0644 jetson/fedspine-edge-device.service /etc/systemd/system/
   as_root systemctl daemon-reload
-  say "next: edit $CONFIG_DIR/device.toml, then: sudo systemctl enable --now fedspine-edge-device"
+  log "next: edit $CONFIG_DIR/device.toml, then: sudo systemctl enable --now fedspine-edge-device"
 fi
 
-# From another folder, so that the installed package is looked at and not the source beside this script.
+# From another folder, so that doctor checks the installed package and not the source tree.
 cd /
 run "$venv/bin/fedspine-edge" doctor --role device

@@ -60,7 +60,7 @@ def run(program, bundle, text):
     return subprocess.run([program, bundle], input=text, capture_output=True, text=True, timeout=60)
 
 
-def test_it_agrees_with_the_session(program, bundle):
+def test_program_agrees_with_session(program, bundle):
     rows = [np.random.default_rng(n).integers(1, 120, n).tolist() for n in (1, 9, 66)]
     done = run(program, bundle, "".join(" ".join(map(str, ids)) + "\n" for ids in rows))
     assert done.returncode == 0, done.stderr
@@ -81,13 +81,13 @@ def test_it_agrees_with_the_session(program, bundle):
         ("5000\n", "ONNX Runtime: "),
     ],
 )
-def test_wrong_ids_are_named(program, bundle, text, words):
+def test_invalid_token_ids_are_named(program, bundle, text, words):
     done = run(program, bundle, text)
     assert done.returncode == 2
     assert words in done.stderr
 
 
-def test_wrong_bundles_are_named(program, bundle, tmp_path):
+def test_unusable_bundles_are_named(program, bundle, tmp_path):
     assert "cannot read" in run(program, tmp_path / "absent", "1\n").stderr
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -140,7 +140,7 @@ def with_engine(bundle, tmp_path):
     return make
 
 
-def test_the_tensorrt_program_sets_shapes_addresses_and_profiles(on_tensorrt, with_engine):
+def test_tensorrt_program_sets_shapes_and_profiles(on_tensorrt, with_engine):
     rows = [[5, 6, 7], list(range(1, 21)), [9], list(range(1, 10))]
     done = run(on_tensorrt, with_engine(), "".join(" ".join(map(str, ids)) + "\n" for ids in rows))
     assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_the_tensorrt_program_sets_shapes_addresses_and_profiles(on_tensorrt, wi
         ({"backend": "tensorrt_rtx"}, "is for tensorrt_rtx, not TensorRT"),
     ],
 )
-def test_a_plan_for_another_machine_is_refused_with_the_command(on_tensorrt, with_engine, changes, words):
+def test_plan_for_another_machine_is_refused_with_command(on_tensorrt, with_engine, changes, words):
     folder = with_engine(**changes)
     done = run(on_tensorrt, folder, "1 2\n")
     assert done.returncode == 2
@@ -164,7 +164,7 @@ def test_a_plan_for_another_machine_is_refused_with_the_command(on_tensorrt, wit
     assert f"fedspine-edge compile {folder} --out {folder}" in done.stderr
 
 
-def test_what_tensorrt_and_cuda_refuse_is_an_error(on_tensorrt, with_engine, bundle, monkeypatch):
+def test_tensorrt_and_cuda_failures_are_errors(on_tensorrt, with_engine, bundle, monkeypatch):
     assert "the bundle has no engine" in run(on_tensorrt, bundle, "1\n").stderr
     assert "no profile for one sequence of 33 tokens" in run(on_tensorrt, with_engine(), "1 " * 33).stderr
     damaged = run(on_tensorrt, with_engine(plan=b"something"), "1\n").stderr

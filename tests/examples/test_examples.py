@@ -63,13 +63,13 @@ def test_readme_one_device_program_runs(tmp_path: Path) -> None:
     assert (tmp_path / "model.bundle" / "bundle.json").exists()
 
 
-def test_the_local_example_runs(workplace: Path) -> None:
+def test_local_example_runs(workplace: Path) -> None:
     out = run(ROOT / "examples" / "local.py", "train.csv", "--model", "base-model", "--out", "out", cwd=workplace)
     assert "accuracy" in out
     assert (workplace / "out" / "layout.json").exists()
 
 
-def test_the_example_criterion_prunes_by_scores_of_its_own(workplace: Path) -> None:
+def test_criterion_example_prunes_by_its_scores(workplace: Path) -> None:
     out = run(ROOT / "examples" / "my_criterion.py", "train.csv", "--model", "base-model", cwd=workplace)
     assert re.search(r"pruning ratio 0\.(4[5-9]|5)", out)
     check = """
@@ -91,7 +91,7 @@ assert gone.size and before.channels[1][kept].min() >= before.channels[1][gone].
 
 
 @pytest.mark.broker
-def test_the_fleet_example_runs(workplace: Path) -> None:
+def test_fleet_example_runs(workplace: Path) -> None:
     out = run(ROOT / "examples" / "fleet.py", workplace / "base-model", workplace, cwd=workplace)
     assert "finished after 5 rounds" in out
     assert re.search(r"(LABEL_)?\d\t0\.\d+", out)

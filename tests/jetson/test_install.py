@@ -1,4 +1,4 @@
-"""jetson/: what can be checked without a board. The script's steps in a dry run, and the unit by systemd itself."""
+"""Checks of jetson/ without a board: the steps of the script in a dry run, and the unit by systemd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNIT = ROOT / "jetson" / "fedspine-edge-device.service"
 
 
 def install(tmp_path: Path, l4t: str, *options: str, board: str = "") -> subprocess.CompletedProcess[str]:
-    """The script on a board that says it has L4T `l4t`, such as 36.5."""
+    """Run the script with the release file of a board with L4T `l4t`, such as 36.5."""
     major, minor = l4t.split(".")
     release, model = tmp_path / "nv_tegra_release", tmp_path / "model"
     release.write_text(f"# R{major} (release), REVISION: {minor}.0, GCID: 1, BOARD: generic, EABI: aarch64\n")
@@ -42,7 +42,7 @@ def install(tmp_path: Path, l4t: str, *options: str, board: str = "") -> subproc
         ("38.2", "", "python3.12", 110, "sbsa/cu130"),
     ],
 )
-def test_every_jetpack_gets_its_python_and_the_sm_of_its_board(
+def test_dry_run_selects_python_and_sm_by_board(
     tmp_path: Path, l4t: str, board: str, python: str, sm: int, index: str
 ) -> None:
     done = install(tmp_path, l4t, "--dry-run", board=board)
@@ -55,7 +55,7 @@ def test_every_jetpack_gets_its_python_and_the_sm_of_its_board(
 
 
 @pytest.mark.parametrize("l4t", ["32.7", "35.6"])
-def test_a_board_that_is_too_old_is_refused_with_the_reason(tmp_path: Path, l4t: str) -> None:
+def test_unsupported_old_board_is_refused_with_reason(tmp_path: Path, l4t: str) -> None:
     done = install(tmp_path, l4t, "--dry-run")
     assert done.returncode == 2
     assert f"L4T {l4t}" in done.stderr
@@ -64,13 +64,13 @@ def test_a_board_that_is_too_old_is_refused_with_the_reason(tmp_path: Path, l4t:
     assert "+" not in done.stdout  # not one step
 
 
-def test_a_release_that_came_later_is_refused_rather_than_guessed(tmp_path: Path) -> None:
+def test_unknown_release_is_refused(tmp_path: Path) -> None:
     done = install(tmp_path, "41.0", "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
     assert "not known" in done.stderr
 
 
-def test_a_dry_run_writes_nothing_and_no_step_can_replace_torch(tmp_path: Path) -> None:
+def test_dry_run_writes_nothing_and_never_replaces_torch(tmp_path: Path) -> None:
     before = sorted(path.name for path in ROOT.iterdir())
     done = install(tmp_path, "36.5", "--dry-run", "--service")
     assert sorted(path.name for path in ROOT.iterdir()) == before
@@ -85,7 +85,7 @@ def test_a_dry_run_writes_nothing_and_no_step_can_replace_torch(tmp_path: Path) 
     assert all("--no-upgrade" in line for line in apt)
 
 
-def test_the_requirements_it_installs_are_ours_without_torch() -> None:
+def test_requirements_are_those_of_pyproject_without_torch() -> None:
     code = re.search(r"<<'PYTHON' \|\| true\n(.*?)\nPYTHON\n", SCRIPT.read_text(), flags=re.DOTALL)
     assert code
     done = subprocess.run([sys.executable, "-c", code.group(1)], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -94,7 +94,7 @@ def test_the_requirements_it_installs_are_ours_without_torch() -> None:
     assert not {"torch", "tensorrt", "fedspine-edge"} & names
 
 
-def test_an_old_torch_gets_the_transformers_that_doctor_names() -> None:
+def test_old_torch_gets_the_transformers_that_doctor_names() -> None:
     assert f"old_torch='{TRANSFORMERS_FOR_OLD_TORCH}'" in SCRIPT.read_text()
     code = re.search(r"has_models='(.*)'", SCRIPT.read_text())
     assert code
@@ -104,7 +104,7 @@ def test_an_old_torch_gets_the_transformers_that_doctor_names() -> None:
         assert (done.returncode == 0) is works, done.stderr
 
 
-def test_the_service_is_installed_only_when_asked_for(tmp_path: Path) -> None:
+def test_service_is_installed_only_on_request(tmp_path: Path) -> None:
     plain, service = install(tmp_path, "36.5", "--dry-run"), install(tmp_path, "36.5", "--dry-run", "--service")
     assert "systemctl" not in plain.stdout
     assert "install -m 0644 jetson/fedspine-edge-device.service /etc/systemd/system/" in service.stdout
@@ -112,32 +112,32 @@ def test_the_service_is_installed_only_when_asked_for(tmp_path: Path) -> None:
     assert "/opt/fedspine-edge/venv" in service.stdout
 
 
-def test_without_apt_the_line_is_printed(tmp_path: Path) -> None:
+def test_no_apt_prints_the_command(tmp_path: Path) -> None:
     done = install(tmp_path, "36.5", "--dry-run", "--no-apt")
     assert "+ apt-get" not in done.stdout
     assert "+ sudo apt-get" not in done.stdout
     assert "sudo apt-get install --no-upgrade python3.10-venv" in done.stdout
 
 
-def test_off_a_board_only_a_dry_run_is_possible(tmp_path: Path) -> None:
+def test_other_machine_allows_dry_run_only(tmp_path: Path) -> None:
     environment = {**os.environ, "FEDSPINE_TEGRA_RELEASE": str(tmp_path / "absent")}
     command = ["bash", str(SCRIPT)]
     refused = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert refused.returncode == 2
-    assert "no Jetson" in refused.stderr
+    assert "not a Jetson" in refused.stderr
     assert "--dry-run" in refused.stderr
     shown = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, env=environment)
     assert shown.returncode == 0
     assert "showing what would be done" in shown.stdout
 
 
-def test_an_unknown_option_is_named(tmp_path: Path) -> None:
+def test_unknown_option_is_named(tmp_path: Path) -> None:
     done = install(tmp_path, "36.5", "--dryrun")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--dryrun" in done.stderr
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_passes() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
@@ -158,7 +158,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert not [line for line in done.stderr.splitlines() if UNIT.stem in line or "Unknown key" in line], done.stderr
 
 
-def test_the_unit_starts_a_command_that_exists_and_restarts_it() -> None:
+def test_unit_starts_an_existing_command_and_restarts_it() -> None:
     lines = UNIT.read_text().splitlines()
     (start,) = (line.removeprefix("ExecStart=") for line in lines if line.startswith("ExecStart="))
     arguments = make_parser().parse_args(start.split()[1:])

@@ -1,4 +1,4 @@
-"""scripts/bootstrap on a machine that lacks something: one line that says what, one apt line that brings it."""
+"""scripts/bootstrap on a machine with missing tools: one line names the tool, one the apt command to install it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ TOOLS = ("bash", "dirname", "env", "id", "find", "sort", "xargs", "cat", "sha256
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A bin folder with everyday tools, but neither Python nor a compiler; and a copy of the project's scripts."""
+    """Return a folder with common tools but neither Python nor a compiler, and a copy of the scripts."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in TOOLS:
@@ -49,18 +49,18 @@ def refused(machine: Path) -> str:
     return done.stderr
 
 
-def test_without_python(machine: Path) -> None:
+def test_missing_python_is_named(machine: Path) -> None:
     message = refused(machine)
     assert "no python3 found" in message
     assert "sudo apt install python3 python3-venv python3-dev" in message
 
 
-def test_with_a_python_that_is_too_old(machine: Path) -> None:
+def test_old_python_is_named(machine: Path) -> None:
     script(machine / "bin" / "python3", 'if [ "$1" = -V ]; then echo Python 3.9.2; else exit 1; fi')
     assert "is Python 3.9.2; Python >= 3.10 is needed" in refused(machine)
 
 
-def test_without_the_venv_module(machine: Path) -> None:
+def test_missing_venv_module_is_named(machine: Path) -> None:
     # as on a bare Debian, where python3 comes without ensurepip
     script(
         machine / "bin" / "python3",
@@ -71,7 +71,7 @@ def test_without_the_venv_module(machine: Path) -> None:
     assert "sudo apt install python3-venv" in message
 
 
-def test_without_a_compiler(machine: Path) -> None:
+def test_missing_compiler_is_named(machine: Path) -> None:
     (machine / "bin" / "python3").symlink_to(sys.executable)
     message = refused(machine)
     assert "no C++ compiler found" in message
