@@ -1,4 +1,4 @@
-"""Importance finds what matters, by the formula it documents."""
+"""Importance scores follow their documented formula and find the groups that matter."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def plant(model, layer, head, channels):
     [(kind, 2 if SUPPORTED[tiny.task_of(kind)[0]].free_head_dim else 4) for kind in tiny.FAMILIES]
     + [("llama", 4), ("llama_lm", 1), ("bert_tokens", 4)],
 )
-def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
+def test_criterion_keeps_the_one_group_that_matters(kind, kv_heads, metric, scope):
     """With GQA the survivor is the right KV group."""
     model = tiny.prunable(kind, kv_heads=kv_heads, live_b=False)
     head, channels = kv_heads - 1, [1, 5, 9, 13, 17, 18, 19, 23]
@@ -70,7 +70,7 @@ def test_the_one_group_that_matters_survives(kind, kv_heads, metric, scope):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(group=st.integers(0, 3), head=st.integers(0, 5), seed=st.integers(0, 99))
-def test_pruning_to_the_groups_that_matter_changes_no_answer(kind, group, head, seed):
+def test_pruning_unused_groups_keeps_the_logits(kind, group, head, seed):
     """All others are silent: had a wrong KV group, query head or channel been kept, the logits would tell.
 
     Adapters start at B = 0: a live B gives silent rows a share through the gradient of A, which all rows share.
@@ -119,7 +119,7 @@ def test_scores_follow_the_formula_by_hand(metric):
         np.testing.assert_allclose(scores.channels[layer], channels[layer], rtol=1e-4, atol=1e-6)
 
 
-def test_what_a_random_adapter_adds_to_the_gradient_cancels_within_a_group():
+def test_random_adapter_terms_cancel_within_a_group():
     """A fresh adapter (B = 0) shows dL/dW through A'A alone. In a sum over columns of W of one group that noise
     cancels, in a sum of absolute values it counts: only the first finds the group whose removal would cost most.
     """
@@ -142,7 +142,7 @@ def test_what_a_random_adapter_adds_to_the_gradient_cancels_within_a_group():
     assert absolute.max() < 1.5 * absolute.median()
 
 
-def test_scores_are_smoothed_and_do_not_depend_on_how_many_iterations_there_were():
+def test_scores_are_smoothed_and_corrected_for_their_start():
     model = tiny.prunable("bert")
     single, many = ImportanceTracker(model), ImportanceTracker(model)
     backward(model)
@@ -172,7 +172,7 @@ def test_lora_importance_is_the_mean_of_b_times_its_gradient():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_step_is_skipped_and_counted(bad):
+def test_tracker_skips_and_counts_a_non_finite_step(bad):
     model = tiny.prunable("bert")
     tracker = ImportanceTracker(model)
     backward(model)
@@ -184,14 +184,14 @@ def test_a_non_finite_step_is_skipped_and_counted(bad):
     np.testing.assert_array_equal(tracker.scores().heads[1], before.heads[1])
 
 
-def test_update_without_gradients_says_when_to_call_it():
+def test_update_without_gradients_raises():
     with pytest.raises(ModelError, match=r"after loss\.backward"):
         ImportanceTracker(tiny.prunable("bert")).update()
     with pytest.raises(ModelError, match="no training step was scored"):
         ImportanceTracker(tiny.prunable("bert")).scores()
 
 
-def test_magnitude_ranks_by_weight_and_needs_no_step():
+def test_magnitude_ranks_by_weight_without_a_step():
     model = tiny.prunable("bert", live_b=False)
     with torch.no_grad():
         for part in ("q", "k", "v"):
@@ -200,7 +200,7 @@ def test_magnitude_ranks_by_weight_and_needs_no_step():
     assert scores.heads[0].argmax() == 1
 
 
-def test_random_is_seeded_and_keeps_its_order_over_a_prune():
+def test_random_is_seeded_and_keeps_its_order_after_compact():
     model = tiny.prunable("bert")
     tracker = ImportanceTracker(model, criterion="random", seed=4)
     before = tracker.scores()
@@ -213,7 +213,7 @@ def test_random_is_seeded_and_keeps_its_order_over_a_prune():
     np.testing.assert_array_equal(tracker.scores().channels[1], before.channels[1][layout.channels[1]])
 
 
-def test_state_survives_a_restart_and_a_wrong_one_is_refused():
+def test_tracker_state_round_trips_and_rejects_others():
     model = tiny.prunable("llama")
     tracker = ImportanceTracker(model)
     backward(model)

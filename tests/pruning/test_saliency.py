@@ -1,4 +1,4 @@
-"""Criterion "apt": activation times gradient on the inputs of o and down."""
+"""Criterion "apt": activation times gradient at the inputs of o and down."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def iterate(model, tracker, seed=0, scored=True):
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_scores_are_activation_times_gradient_by_group(kind):
+def test_apt_scores_are_activation_times_gradient_by_group(kind):
     """Against inputs and gradients that are recorded by other means."""
     model = tiny.prunable(kind)
     seen = {}
@@ -45,7 +45,7 @@ def test_scores_are_activation_times_gradient_by_group(kind):
             np.testing.assert_allclose(actual, groups / np.linalg.norm(groups), rtol=1e-4)
 
 
-def test_a_head_that_is_not_read_scores_nothing():
+def test_apt_scores_an_unused_head_zero():
     model = tiny.prunable("llama", live_b=False)
     model.linear("layers.0.o").base_layer.weight.data[:, :16] = 0
     tracker = ImportanceTracker(model, criterion="apt")
@@ -55,7 +55,7 @@ def test_a_head_that_is_not_read_scores_nothing():
     assert order_from_scores(tracker.scores(), model.layout).heads[0].tolist() == [1, 0]
 
 
-def test_only_scored_iterations_count_and_a_prune_is_followed():
+def test_apt_counts_scored_iterations_and_follows_compact():
     model, other = tiny.prunable("bert"), tiny.prunable("bert")
     tracker, plain = ImportanceTracker(model, criterion="apt"), ImportanceTracker(other, criterion="apt")
     assert not tracker.ready
@@ -71,7 +71,7 @@ def test_only_scored_iterations_count_and_a_prune_is_followed():
     assert iterate(model, tracker, seed=5)
 
 
-def test_a_forgotten_begin_after_loading_is_told_and_a_dropped_tracker_leaves_no_hooks():
+def test_apt_without_begin_raises_and_leaves_no_hooks():
     model = tiny.prunable("bert")
     tracker = ImportanceTracker(model, criterion="apt")
     model.load_adapter(model.adapter_state())

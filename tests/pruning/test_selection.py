@@ -1,4 +1,4 @@
-"""From scores to layouts: ratios met, orders nested, ties decided. numpy only."""
+"""Selection of layouts from scores: ratios, nested orders and ties."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ shapes = st.builds(
     scope=st.sampled_from(["layer", "global"]),
     seed=st.integers(0, 99),
 )
-def test_plans_shrink_keep_something_and_meet_the_ratio(model, ratio, step, scope, seed):
+def test_select_layout_shrinks_and_meets_the_ratio(model, ratio, step, scope, seed):
     layout = select_layout(random_scores(Layout.full(model), seed), Layout.full(model), ratio, scope=scope)
     again = select_layout(random_scores(layout, seed + 1), layout, max(ratio, step), scope=scope)
     assert again.is_within(layout)
@@ -71,7 +71,7 @@ def test_plans_shrink_keep_something_and_meet_the_ratio(model, ratio, step, scop
         assert channels == model.intermediate_size or channels % 8 == 0
 
 
-def test_layer_scope_keeps_the_best_of_each_layer_and_ties_keep_the_lower_index():
+def test_layer_scope_keeps_the_best_and_the_lower_index_of_ties():
     model = spec(layers=2)
     scores = GroupScores(
         [np.array([1, 3, 2], np.float32), np.array([5, 5, 5], np.float32)],
@@ -107,7 +107,7 @@ def test_order_ranks_kept_groups_and_appends_removed_ones_by_index():
     assert set(second.heads[0][:2]) == set(first.heads[0][:2])
 
 
-def test_impossible_plans_are_refused():
+def test_select_layout_rejects_impossible_requests():
     full = Layout.full(spec())
     scores = random_scores(full, 0)
     with pytest.raises(ConfigError, match=r"`pruning_ratio` is 1\.2"):

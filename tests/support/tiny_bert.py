@@ -1,4 +1,4 @@
-"""A tiny BERT with a WordPiece tokenizer and made-up sentences, written once per session; also run as a program."""
+"""A tiny BERT with a WordPiece tokenizer and synthetic sentences, written once per session. Also a program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random decoders: in memory, or as a folder with a tokenizer and made-up instructions to learn."""
+"""Tiny random decoders in memory, or as a folder with a tokenizer and synthetic instructions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and what a masked full model is."""
+"""Tiny random models of every family, and masked full models."""
 
 from __future__ import annotations
 

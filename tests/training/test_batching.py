@@ -1,4 +1,4 @@
-"""Batches repeat exactly, cover the data and hold little padding."""
+"""Batches are reproducible, cover the data and have little padding."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from fedspine_edge.training import batching
     batch_size=st.integers(1, 9),
     seed=st.integers(0, 2**32),
 )
-def test_batches_are_a_pure_function_of_seed_and_step_and_cover_an_epoch(lengths, batch_size, seed):
+def test_batch_order_is_reproducible_and_covers_an_epoch(lengths, batch_size, seed):
     order = batching.BatchOrder(lengths, batch_size, seed)
     epoch = [order.indices(step) for step in range(order.batches_per_epoch)]
     seen = np.concatenate(epoch)
@@ -24,14 +24,14 @@ def test_batches_are_a_pure_function_of_seed_and_step_and_cover_an_epoch(lengths
     np.testing.assert_array_equal(order.indices(order.batches_per_epoch + 1), late)
 
 
-def test_batches_hold_little_padding():
+def test_batch_order_leaves_little_padding():
     lengths = np.random.default_rng(0).integers(3, 48, 1000)
     order = batching.BatchOrder(lengths.tolist(), 8, 0)
     padded = sum(lengths[order.indices(step)].max() * 8 for step in range(order.batches_per_epoch))
     assert padded < 1.15 * lengths.sum()
 
 
-def test_collate_pads_to_the_longest_of_the_batch():
+def test_collate_pads_to_the_longest_example():
     first, second = batching.Encoded([5, 6, 7], 1, [0, 0, 1]), batching.Encoded([8], 0, [0])
     encoded = [first, second, batching.Encoded([9] * 9, 0, [0] * 9)]
     batch = batching.collate(encoded, [1, 0], pad_id=4)
@@ -42,7 +42,7 @@ def test_collate_pads_to_the_longest_of_the_batch():
     assert sorted(np.concatenate(list(batching.evaluation_batches(encoded, 2))).tolist()) == [0, 1, 2]
 
 
-def test_texts_are_cut_at_the_longest_allowed_length(tiny_folder):
+def test_encode_truncates_to_the_maximum_length(tiny_folder):
     from fedspine_edge.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_folder)

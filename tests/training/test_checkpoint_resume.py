@@ -1,4 +1,4 @@
-"""A fit that is killed goes on from its checkpoint and ends with the same bits."""
+"""A fit that was killed continues from its checkpoint and ends with the same bits."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def child(folder, work, kill_fit=0, kill_step=0):
     )
 
 
-def test_a_killed_fit_ends_with_the_same_bits(tiny_folder, tmp_path):
+def test_fit_after_a_kill_ends_with_the_same_bits(tiny_folder, tmp_path):
     assert child(tiny_folder, tmp_path / "straight").returncode == 0
     assert child(tiny_folder, tmp_path / "killed", 2, 17).returncode == -9
     last = child(tiny_folder, tmp_path / "killed")
@@ -38,7 +38,7 @@ def test_a_killed_fit_ends_with_the_same_bits(tiny_folder, tmp_path):
         assert all((straight[key] == killed[key]).all() for key in straight)
 
 
-def test_the_checkpoint_of_another_fit_is_refused_and_a_damaged_one_told(tiny_folder, tmp_path):
+def test_checkpoint_of_another_fit_or_damaged_is_rejected(tiny_folder, tmp_path):
     tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
     losses = []
     data = tiny_bert.sentences(40)
@@ -59,7 +59,7 @@ def test_the_checkpoint_of_another_fit_is_refused_and_a_damaged_one_told(tiny_fo
     assert bytes(content) == state.read_bytes()
 
 
-def test_what_a_callback_raises_ends_the_fit(tiny_folder):
+def test_exception_in_a_callback_ends_the_fit(tiny_folder):
     tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
 
     def stop(step, loss):

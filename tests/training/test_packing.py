@@ -1,4 +1,4 @@
-"""Examples that share a row are trained on exactly as if each had its own, and less is computed on padding."""
+"""Packed examples give the same loss and gradients as padded ones, with less padding."""
 
 import numpy as np
 import pytest
@@ -32,20 +32,23 @@ def gradients(model, batch):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("answers", [False, True], ids=["texts", "answers"])
-def test_packed_loss_and_gradients_equal_the_unpacked_ones(family, answers):
+def test_packed_loss_and_gradients_equal_unpacked_ones(family, answers):
     model, encoded = tiny_lm.model(family), examples(answers=answers)
     packed = batching.pack(encoded, range(7), 0, 24)
     padded = batching.collate(encoded, range(7), 0)
     assert packed["input_ids"].shape[0] < 7
     assert num_targets(packed, "causal_lm") == num_targets(padded, "causal_lm")
-    (loss, right, ours), (expected, expected_right, theirs) = gradients(model, packed), gradients(model, padded)
+    (loss, right, values), (expected, expected_right, expected_values) = (
+        gradients(model, packed),
+        gradients(model, padded),
+    )
     assert loss == pytest.approx(expected, rel=1e-5)
     assert right == expected_right
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for name, value in expected_values.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_token_sees_its_own_example_only():
+def test_packed_token_attends_to_its_own_example_only():
     model, encoded = tiny_lm.model("llama"), examples(3)
     batch = batching.pack(encoded, range(3), 0, 99)
     assert batch["input_ids"].shape[0] == 1
@@ -57,7 +60,7 @@ def test_a_token_sees_its_own_example_only():
 
 
 @pytest.mark.parametrize("max_tokens", [14, 20, 60])
-def test_rows_are_filled_but_never_beyond_their_length(max_tokens):
+def test_pack_fills_rows_up_to_the_maximum(max_tokens):
     encoded = examples(40, seed=3)
     batch, padded = batching.pack(encoded, range(40), 0, max_tokens), batching.collate(encoded, range(40), 0)
     tokens = sum(len(x.input_ids) for x in encoded)
@@ -69,12 +72,12 @@ def test_rows_are_filled_but_never_beyond_their_length(max_tokens):
     assert (batch["labels"][starts] == IGNORED).all()
 
 
-def test_examples_of_one_length_gain_nothing_and_lose_nothing():
+def test_pack_of_equal_lengths_equals_collate():
     encoded = [batching.Encoded([5] * 10, 0)] * 8
     assert batching.pack(encoded, range(8), 0, 16)["input_ids"].size == 80
 
 
-def test_a_window_shorter_than_a_row_and_other_tasks_are_not_packed():
+def test_can_pack_excludes_short_windows_and_other_tasks():
     assert can_pack(tiny_lm.model("llama"), 1000)
     windowed = tiny_lm.model("mistral")
     assert windowed.module.config.sliding_window == 8
@@ -84,16 +87,16 @@ def test_a_window_shorter_than_a_row_and_other_tasks_are_not_packed():
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * tiny_lm.VOCAB, LOGITS_PER_CHUNK])
-def test_the_loss_in_pieces_is_transformers_loss(at_once, monkeypatch):
+def test_chunked_loss_equals_transformers_loss(at_once, monkeypatch):
     monkeypatch.setattr("fedspine_edge.training.loss.LOGITS_PER_CHUNK", at_once)
     model, encoded = tiny_lm.model("llama"), examples(answers=True)
     batch = batching.collate(encoded, range(7), 0)
-    ours = gradients(model, batch)
+    values = gradients(model, batch)
     inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
     output = model(**inputs)
     (output.loss * num_targets(batch, "causal_lm")).backward()
-    assert ours[0] == pytest.approx(float(output.loss.detach()) * num_targets(batch, "causal_lm"), rel=1e-5)
+    assert values[0] == pytest.approx(float(output.loss.detach()) * num_targets(batch, "causal_lm"), rel=1e-5)
     hits = (output.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:]).sum()
-    assert ours[1] == int(hits)
+    assert values[1] == int(hits)
     for name, parameter in model.trainable_parameters().items():
-        torch.testing.assert_close(ours[2][name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(values[2][name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)

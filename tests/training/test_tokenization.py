@@ -1,4 +1,4 @@
-"""What a fleet's device says of its task, and which data, tokens and lengths it refuses before they reach the model."""
+"""Tasks, data, tokens and lengths that a model cannot read are rejected before they reach it."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def fleet():
     return Fleet()
 
 
-def test_a_language_models_round_sends_adapters_and_no_head(fleet, instructed, monkeypatch):
+def test_round_of_a_language_model_sends_no_head(fleet, instructed, monkeypatch):
     trainers: list[Trainer] = []
     made = LocalRound._trainer
 
@@ -78,7 +78,7 @@ class PowerLoss(BaseException):
     """What no handler of errors may catch."""
 
 
-def test_power_lost_between_steps_of_packed_rows_changes_nothing(instructed, tmp_path, monkeypatch):
+def test_power_loss_between_packed_steps_keeps_the_bits(instructed, tmp_path, monkeypatch):
     def round_in(folder):
         fleet = Fleet()
         settings = msgspec.structs.replace(instructed, state_dir=str(tmp_path / folder))
@@ -110,7 +110,7 @@ def test_power_lost_between_steps_of_packed_rows_changes_nothing(instructed, tmp
         np.testing.assert_array_equal(value, undisturbed[1][name], err_msg=name)
 
 
-def test_a_language_models_simulated_time_counts_its_logits():
+def test_simulated_time_of_a_language_model_counts_logits():
     model = tiny_lm.model()
     examples = [Encoded([3, 4, 5, 6], 0, None, [IGNORED, IGNORED, 5, 6])] * 3
     simulated = SimulatedSettings(flops_per_s=1.0, step_s=0.0)
@@ -121,7 +121,7 @@ def test_a_language_models_simulated_time_counts_its_logits():
     assert meter.completion_s() == layers + 2 * 6 * tiny_lm.VOCAB * 32  # two tokens of each of three answers
 
 
-def test_a_folder_of_another_task_is_not_continued(fleet, instructed, tiny_csv, tmp_path):
+def test_device_rejects_the_state_of_another_task(fleet, instructed, tiny_csv, tmp_path):
     driven = fleet.device(instructed).start()
     fleet.send(adapter=fleet.offer(round_tensors(driven.device.spec)))
     driven.settle()
@@ -131,7 +131,7 @@ def test_a_folder_of_another_task_is_not_continued(fleet, instructed, tiny_csv, 
         fleet.device(plain).start()
 
 
-def test_a_tokenizer_of_another_model_ends_the_device_before_it_connects(fleet, instructed, tmp_path):
+def test_device_with_another_tokenizer_fails_before_connecting(fleet, instructed, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(instructed.model, broken)
     tokenizer = json.loads((broken / "tokenizer.json").read_text())
@@ -146,7 +146,7 @@ def test_a_tokenizer_of_another_model_ends_the_device_before_it_connects(fleet, 
 
 
 @pytest.mark.parametrize("words", [40, 80])
-def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fleet, tiny_folder, tmp_path, words):
+def test_plan_with_texts_beyond_the_positions_fails(fleet, tiny_folder, tmp_path, words):
     rows = [("film " * words, 0), *tiny_bert.sentences(80)]
     settings = config(tiny_folder, tiny_bert.write_csv(tmp_path / "long.csv", rows), tmp_path / "state")
     driven = fleet.device(settings).start()
@@ -163,7 +163,7 @@ def test_a_plan_with_texts_beyond_the_models_positions_fails_with_the_reason(fle
     driven.device.close()
 
 
-def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
+def test_texts_without_tokens_are_counted_not_quoted(language_model):
     tokenizer = load_tokenizer(language_model)
     tokenizer.backend_tokenizer.normalizer = Replace("zanzibar", "")
     texts = TextEncoder.from_model(load_base(language_model, task="causal_lm"), tokenizer)
@@ -174,7 +174,7 @@ def test_texts_of_which_nothing_is_left_are_counted_not_quoted(language_model):
     assert len(texts.encode(examples[::2], 24)) == 2
 
 
-def test_lengths_are_what_the_positions_allow(tiny_folder, language_model):
+def test_text_encoder_limits_lengths_to_the_positions(tiny_folder, language_model):
     model = load_base(tiny_folder)
     texts = TextEncoder.from_model(model, load_tokenizer(tiny_folder))
     assert texts.max_length_tokens() == 64
@@ -185,7 +185,7 @@ def test_lengths_are_what_the_positions_allow(tiny_folder, language_model):
     assert (rotary.max_length_tokens(), rotary.max_length_tokens(4000)) == (128, 4000)
 
 
-def test_a_refusal_is_told_in_the_devices_log_once(fleet, tiny_folder, tiny_csv, tiny_base, tmp_path, caplog):
+def test_rejection_is_logged_once_by_the_device(fleet, tiny_folder, tiny_csv, tiny_base, tmp_path, caplog):
     driven = fleet.device(config(tiny_folder, tiny_csv, tmp_path / "state"), model=tiny_base).start()
     for _ in range(2):  # the server answers every status
         fleet.publish(WaitPlan(run_id="run", device_id="d1", reason="it has num_labels = 2, the fleet 3."))
@@ -197,7 +197,7 @@ def test_a_refusal_is_told_in_the_devices_log_once(fleet, tiny_folder, tiny_csv,
     driven.device.close()
 
 
-def test_the_made_up_instructions_fit_their_tokenizer(language_model):
+def test_tiny_instructions_fit_their_tokenizer(language_model):
     tokenizer = load_tokenizer(language_model)
     words = " ".join(f"{prompt} {answer}" for prompt, answer in tiny_lm.instructions(200))
     assert tokenizer.unk_token_id not in tokenizer(words)["input_ids"]

@@ -1,4 +1,4 @@
-"""Training repeats bit for bit, across a restore and a compaction; bad steps are skipped; memory may run out."""
+"""Training is reproducible across restore and compaction, skips bad steps, and survives a lack of memory."""
 
 import math
 
@@ -45,7 +45,7 @@ def halved(layout):
     )
 
 
-def test_it_learns_and_pruned_training_goes_on(make):
+def test_trainer_learns_before_and_after_pruning(make):
     trainer = make()
     before = trainer.evaluate()
     trainer.run(30, scored=True)
@@ -66,7 +66,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("interrupted_at", [3, 12])
-def test_a_restored_trainer_ends_with_the_same_bits(make, interrupted_at):
+def test_restored_trainer_ends_with_the_same_bits(make, interrupted_at):
     def run(trainer, until):
         trainer.run(min(until, 8), scored=True)
         if trainer.step == 8 and until > 8 and trainer.model.layout.pruning_ratio == 0:
@@ -98,7 +98,7 @@ def test_a_restored_trainer_ends_with_the_same_bits(make, interrupted_at):
     assert straight.tracker.lora_importance() == second.tracker.lora_importance()
 
 
-def test_the_learning_rate_rises_each_round_under_one_cosine():
+def test_learning_rate_warms_up_each_round_under_one_cosine():
     training = OptimizerSettings(learning_rate=1.0, warmup_ratio=0.1, first_step=40, total_steps=80)
     rates = [learning_rate(training, step, 40) for step in range(40)]
     assert rates[0] == pytest.approx(0.25 * 0.5)
@@ -113,7 +113,7 @@ def test_the_learning_rate_rises_each_round_under_one_cosine():
     assert learning_rate(OptimizerSettings(learning_rate=1.0, total_steps=5), 50, 10) == 0.0
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(make):
+def test_trainer_skips_and_counts_a_non_finite_step(make):
     trainer = make()
     trainer.run(2, scored=True)
     before = trainer.model.adapter_state()
@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(make):
     assert math.isfinite(trainer.train_loss)
 
 
-def test_a_step_whose_gradient_is_far_above_the_usual_is_skipped_and_counted(make):
+def test_trainer_skips_and_counts_a_gradient_spike(make):
     trainer = make()
     trainer.run(10)
     before = trainer.model.adapter_state()
@@ -144,7 +144,7 @@ def test_a_step_whose_gradient_is_far_above_the_usual_is_skipped_and_counted(mak
     assert trainer.last_step.learning_rate == learning_rate(TRAINING, 12, 30)
 
 
-def test_a_gradient_that_is_not_even_clipped_is_no_spike(make):
+def test_step_below_the_clipping_norm_is_never_a_spike(make):
     """Late in a training the usual gradient is tiny, and a hard example's is many times that."""
     trainer = make(training=msgspec.structs.replace(TRAINING, max_grad_norm=1e6))
     trainer.run(10)
@@ -154,7 +154,7 @@ def test_a_gradient_that_is_not_even_clipped_is_no_spike(make):
     assert (trainer.spikes, trainer.tracker.steps) == (0, 2)
 
 
-def test_gradients_that_stay_larger_are_accepted_in_the_end(make):
+def test_lasting_larger_gradients_are_accepted(make):
     trainer = make()
     trainer.run(10)
     real = trainer._forward
@@ -164,16 +164,16 @@ def test_gradients_that_stay_larger_are_accepted_in_the_end(make):
     assert trainer.last_loss > 1
 
 
-def test_float16_gradients_are_scaled_up_on_their_way_and_down_at_their_end(make):
+def test_float16_gradients_are_scaled_and_unscaled(make):
     trainer = make()
     trainer.model.set_base_dtype("float16")
     trainer = Trainer(trainer.model, trainer._train, trainer._holdout, TRAINING, round_steps=30)
     exact = make()
     assert trainer._loss_scale == 2**15
     examples = trainer._order.indices(0)
-    (loss, ours, _), (expected, theirs, _) = (one._gradients(examples, False) for one in (trainer, exact))
+    (loss, values, _), (expected, expected_values, _) = (one._gradients(examples, False) for one in (trainer, exact))
     assert loss == pytest.approx(expected, rel=1e-2)
-    flat, truth = (torch.cat([g.flatten() for g in gradients]) for gradients in (ours, theirs))
+    flat, truth = (torch.cat([g.flatten() for g in gradients]) for gradients in (values, expected_values))
     assert float((flat - truth).norm() / truth.norm()) < 0.02
     trainer._loss_scale = 2.0**60  # overflows on the way back: halved until it does not, no step is lost
     trainer.run(1)
@@ -181,7 +181,7 @@ def test_float16_gradients_are_scaled_up_on_their_way_and_down_at_their_end(make
     assert 1.0 < trainer._loss_scale < 2.0**60
 
 
-def test_gradients_are_clipped_to_the_norm(make):
+def test_trainer_clips_gradients_to_the_norm(make):
     seen = []
     trainer = make(OptimizerSettings(learning_rate=1e-3, batch_size=8, max_grad_norm=0.01, total_steps=60))
     trainer.optimizer.step = lambda: seen.append(
@@ -191,7 +191,7 @@ def test_gradients_are_clipped_to_the_norm(make):
     assert seen == [pytest.approx(0.01, rel=1e-4)]
 
 
-def test_when_memory_runs_out_smaller_pieces_accumulate_the_same_gradient(make):
+def test_out_of_memory_halves_the_micro_batch(make):
     whole, pieces = make(), make()
     real = pieces._forward
 
@@ -210,7 +210,7 @@ def test_when_memory_runs_out_smaller_pieces_accumulate_the_same_gradient(make):
     assert pieces.evaluate().loss == pytest.approx(whole.evaluate().loss, rel=1e-4)
 
 
-def test_when_not_even_one_example_fits_that_is_an_error_with_a_remedy(make):
+def test_out_of_memory_with_one_example_raises(make):
     trainer = make()
 
     def full(batch):
@@ -222,7 +222,7 @@ def test_when_not_even_one_example_fits_that_is_an_error_with_a_remedy(make):
     assert "max_length_tokens" in caught.value.remedy
 
 
-def test_other_runtime_errors_are_not_taken_for_lack_of_memory(make):
+def test_other_runtime_errors_are_not_out_of_memory(make):
     trainer = make()
 
     def broken(batch):
@@ -234,7 +234,7 @@ def test_other_runtime_errors_are_not_taken_for_lack_of_memory(make):
     assert trainer.micro_batch == 8
 
 
-def test_no_examples_is_a_data_error(make, tiny_base):
+def test_trainer_without_examples_raises_data_error(make, tiny_base):
     with pytest.raises(DataError, match="no training examples"):
         Trainer(tiny_base, [], [], TRAINING, round_steps=1)
     with pytest.raises(DataError, match="evaluate"):
@@ -242,7 +242,7 @@ def test_no_examples_is_a_data_error(make, tiny_base):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_that_is_not_there_is_a_config_error():
+def test_missing_cuda_raises_config_error():
     assert choose_torch_device("auto") == "cpu"
     with pytest.raises(ConfigError, match="CUDA does not work here"):
         choose_torch_device("cuda")

@@ -1,4 +1,4 @@
-"""Words with labels, prompts with answers, pairs of texts: each task learns what it is told and nothing else."""
+"""Token classification, prompts with answers and pairs of texts: each task learns its targets only."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def language_model(tmp_path, tiny_folder):
     return tmp_path / "llama"
 
 
-def test_words_are_classified_pruned_saved_and_read_back(tiny_folder, tmp_path):
+def test_tuner_classifies_words_prunes_saves_and_reloads(tiny_folder, tmp_path):
     options = {"task": "token_classification", "num_labels": 3, "torch_device": "cpu"}
     tuner = EdgeTuner.from_pretrained(tiny_folder, r=4, learning_rate=1e-2, **options)
     test = tagged(50, seed=9)
@@ -71,7 +71,7 @@ def test_only_the_first_token_of_a_word_carries_its_label(tiny_folder):
     assert encoded.token_labels == [-100, 1, -100, 2, -100, -100]
 
 
-def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
+def test_only_the_answer_of_a_prompt_is_learned(language_model):
     tuner = EdgeTuner.from_pretrained(language_model, task="causal_lm", r=4, torch_device="cpu", learning_rate=1e-2)
     pairs = [(f"the {w}", "good good") for w in tiny_bert.FILLER]
     before = tuner.evaluate(pairs)
@@ -85,7 +85,7 @@ def test_of_a_prompt_with_an_answer_only_the_answer_is_learned(language_model):
     assert trainer.evaluate(examples).loss == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_a_long_prompt_loses_its_beginning_and_never_the_answer(language_model):
+def test_encode_truncates_a_long_prompt_at_its_beginning(language_model):
     tokenizer = load_tokenizer(language_model)
     pair = Example("film " * 40 + "bad", 0, "good fine")
     [encoded] = batching.encode([pair], tokenizer, 10, causal=True)
@@ -96,8 +96,8 @@ def test_a_long_prompt_loses_its_beginning_and_never_the_answer(language_model):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_pairs_of_texts_are_told_apart(family, tiny_folder, tmp_path):
-    """The label is the first text's alone: who cannot tell the two apart is right three times in four at best."""
+def test_encode_separates_pairs_of_texts(family, tiny_folder, tmp_path):
+    """The label is that of the first text; a model that cannot separate them is right in 75 % at best."""
     folder = tiny_folder
     if family == "roberta":
         folder = tmp_path / "roberta"

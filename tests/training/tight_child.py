@@ -1,4 +1,4 @@
-"""Trains a few steps in an address space that is limited once the model is there; prints what came of it."""
+"""Child process that trains a few steps in a limited address space and prints the result."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Fits with a checkpoint, prunes, fits again; kills itself with SIGKILL after a given step if told to."""
+"""Child process that fits with a checkpoint, prunes and fits again, and can kill itself after a given step."""
 
 import os
 import signal

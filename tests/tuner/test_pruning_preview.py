@@ -1,4 +1,4 @@
-"""A plan says what would go and why, changes nothing, and is carried out as it says; memory can be traded for time."""
+"""A preview explains what pruning removes without changing anything, and `prune` follows it."""
 
 import json
 
@@ -16,7 +16,7 @@ def tuner_of(folder, **options):
 
 
 @pytest.mark.parametrize(("criterion", "scope"), [("lora", "layer"), ("apt", "global")])
-def test_a_plan_explains_itself_changes_nothing_and_is_carried_out(tiny_folder, criterion, scope):
+def test_preview_changes_nothing_and_prune_follows_it(tiny_folder, criterion, scope):
     tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion=criterion, scope=scope))
     tuner.fit(tiny_bert.sentences(80), steps=8)
     size, layout = tuner.model.num_parameters(), tuner.layout
@@ -48,7 +48,7 @@ def test_a_plan_explains_itself_changes_nothing_and_is_carried_out(tiny_folder, 
     tuner.fit(tiny_bert.sentences(80), steps=2)
 
 
-def test_a_plan_needs_scores_a_possible_ratio_and_the_model_it_was_made_for(tiny_folder):
+def test_preview_needs_scores_a_valid_ratio_and_its_model(tiny_folder):
     tuner = tuner_of(tiny_folder)
     with pytest.raises(DataError, match="a preview needs scores"):
         tuner.preview(0.5)
@@ -65,7 +65,7 @@ def test_a_plan_needs_scores_a_possible_ratio_and_the_model_it_was_made_for(tiny
 
 
 @pytest.mark.parametrize("criterion", ["lora", "apt"])
-def test_recomputing_layers_trains_the_same_and_keeps_less(tiny_folder, criterion):
+def test_gradient_checkpointing_trains_the_same_in_less_memory(tiny_folder, criterion):
     data = tiny_bert.sentences(40)
     kept: dict[bool, int] = {}
     results = {}
@@ -99,7 +99,7 @@ def test_recomputing_layers_trains_the_same_and_keeps_less(tiny_folder, criterio
     assert kept[True] < 0.5 * kept[False]
 
 
-def test_a_measured_latency_is_what_a_plan_predicts_from(tiny_folder):
+def test_preview_predicts_from_a_measured_latency(tiny_folder):
     tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion="magnitude"))
     with pytest.raises(ConfigError, match="needs a measured latency"):
         tuner.preview(0.5).predicted_latency_ms()
@@ -121,7 +121,7 @@ def test_a_measured_latency_is_what_a_plan_predicts_from(tiny_folder):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_minimum_widths_stay_at_any_ratio(tiny_folder, scope):
+def test_minimum_widths_are_kept_at_any_ratio(tiny_folder, scope):
     tuner = tuner_of(
         tiny_folder, pruning=PruningSettings(criterion="magnitude", scope=scope, min_heads=3, min_channels=20)
     )
@@ -135,7 +135,7 @@ def test_minimum_widths_stay_at_any_ratio(tiny_folder, scope):
             tuner_of(tiny_folder, pruning=PruningSettings(**wrong))
 
 
-def test_channels_alone_go_where_all_heads_must_stay(tiny_folder, tmp_path):
+def test_min_heads_prunes_channels_only(tiny_folder, tmp_path):
     """So that a BERT remains a checkpoint that transformers reads by itself."""
     from transformers import AutoModelForSequenceClassification
 
@@ -143,15 +143,15 @@ def test_channels_alone_go_where_all_heads_must_stay(tiny_folder, tmp_path):
     tuner.fit(tiny_bert.sentences(40), steps=2).prune(0.3, stages=2, steps=1)
     assert {heads for heads, _ in tuner.layout.counts} == {4}
     assert tuner.layout.pruning_ratio == pytest.approx(0.3, abs=0.05)
-    alone = AutoModelForSequenceClassification.from_pretrained(tuner.save(tmp_path / "out", merged=True)).eval()
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tuner.save(tmp_path / "out", merged=True)).eval()
     inputs = dict(tuner.tokenizer("a good film", return_tensors="pt"))
     with torch.no_grad():
-        torch.testing.assert_close(alone(**inputs).logits, tuner.model(**inputs).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reloaded(**inputs).logits, tuner.model(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("stages", [2, 3])
-def test_pruning_in_parts_ends_at_the_widths_of_pruning_at_once(tiny_folder, ratio, stages):
+def test_pruning_in_stages_ends_at_the_widths_of_one_stage(tiny_folder, ratio, stages):
     """The rounding of an early part to whole heads must not take channels that the end would keep."""
     tuner = tuner_of(tiny_folder, pruning=PruningSettings(criterion="magnitude"))
     expected = tuner.preview(ratio).after.counts
@@ -160,7 +160,7 @@ def test_pruning_in_parts_ends_at_the_widths_of_pruning_at_once(tiny_folder, rat
 
 
 @pytest.mark.parametrize("metric", ["square", "signed"])
-def test_other_sums_of_the_lora_criterion_rank_otherwise(tiny_folder, metric):
+def test_importance_metrics_rank_differently(tiny_folder, metric):
     scores = []
     for one in ("abs", metric):
         tuner = tuner_of(tiny_folder, pruning=PruningSettings(importance_metric=one)).fit(

@@ -1,4 +1,4 @@
-"""The SDK for one device: three lines, natural mistakes, and what is saved can be read back."""
+"""`EdgeTuner` from loading to a saved model, with the errors of common mistakes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def tuner(tiny_folder):
     return EdgeTuner.from_pretrained(tiny_folder, r=4, learning_rate=1e-2, torch_device="cpu")
 
 
-def test_fit_prune_fit_save_and_load_again(tuner, tmp_path):
+def test_tuner_fits_prunes_saves_and_reloads(tuner, tmp_path):
     data, test = tiny_bert.sentences(240), tiny_bert.sentences(60, seed=9)
     before = tuner.evaluate(test)
     assert tuner.fit(data, steps=60) is tuner
@@ -33,7 +33,7 @@ def test_fit_prune_fit_save_and_load_again(tuner, tmp_path):
     again.fit(data, steps=2)
 
 
-def test_pruning_without_a_fit_says_so_and_scores_first(tuner, caplog):
+def test_prune_without_a_fit_warns_and_scores_first(tuner, caplog):
     with pytest.raises(DataError, match="pruning needs data"):
         tuner.prune(0.5)
     tuner.prune(0.5, tiny_bert.sentences(40), steps=3)
@@ -41,7 +41,7 @@ def test_pruning_without_a_fit_says_so_and_scores_first(tuner, caplog):
     assert tuner.layout.pruning_ratio == pytest.approx(0.5, abs=0.02)
 
 
-def test_pruning_is_absolute_and_never_goes_back(tuner):
+def test_prune_is_absolute_and_never_grows(tuner):
     tuner.fit(tiny_bert.sentences(40), steps=3)
     tuner.prune(0.5, stages=1)
     counts = tuner.layout.counts
@@ -53,7 +53,7 @@ def test_pruning_is_absolute_and_never_goes_back(tuner):
         tuner.prune(1.2)
 
 
-def test_epochs_count_passes_over_the_data(tuner):
+def test_fit_counts_epochs_as_passes_over_the_data(tuner):
     tuner.fit(tiny_bert.sentences(40), epochs=2)
     assert tuner._steps_taken == 10
     with pytest.raises(ConfigError, match="not both"):
@@ -62,7 +62,7 @@ def test_epochs_count_passes_over_the_data(tuner):
         tuner.fit(tiny_bert.sentences(40), steps=0)
 
 
-def test_the_same_seed_gives_the_same_adapter(tiny_folder):
+def test_fit_with_the_same_seed_gives_the_same_adapter(tiny_folder):
     def adapter(seed):
         tuner = EdgeTuner.from_pretrained(tiny_folder, r=4, torch_device="cpu", seed=seed)
         return tuner.fit(tiny_bert.sentences(40), steps=5).model.adapter_state()
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_adapter(tiny_folder):
     assert any((value != other[name]).any() for name, value in first.items())
 
 
-def test_merging_gives_a_plain_model_of_the_same_answers(tuner, tmp_path):
+def test_merge_gives_a_plain_model_with_equal_logits(tuner, tmp_path):
     import torch
 
     tuner.fit(tiny_bert.sentences(40), steps=5)
@@ -85,7 +85,7 @@ def test_merging_gives_a_plain_model_of_the_same_answers(tuner, tmp_path):
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
-def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
+def test_tuner_reads_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
     tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
     assert tuner.evaluate(tiny_csv)["num_examples"] == 96
     assert tuner.evaluate([("good", "bad", 1), ("a", "b", 0)])["num_examples"] == 2
@@ -94,7 +94,7 @@ def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"r": 0}, "`r` is 0"),
         ({"batch_size": 0}, "batch_size"),
@@ -105,8 +105,8 @@ def test_files_pairs_and_column_names(tiny_folder, tiny_csv, tmp_path):
         ({"max_length_tokens": 65}, "positions for 64 tokens"),
     ],
 )
-def test_impossible_settings_are_config_errors(tiny_folder, options, told):
-    with pytest.raises(ConfigError, match=told):
+def test_from_pretrained_rejects_impossible_settings(tiny_folder, options, message):
+    with pytest.raises(ConfigError, match=message):
         EdgeTuner.from_pretrained(tiny_folder, **{"torch_device": "cpu", **options})
 
 
@@ -161,12 +161,12 @@ def test_old_method_names_work_with_a_warning(tuner, tmp_path):
     assert not (folder / "adapter_config.json").exists()
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_from_pretrained_names_a_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         EdgeTuner.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_language_model_learns_texts_without_labels(tmp_path, tiny_folder):
+def test_tuner_trains_a_language_model_on_texts(tmp_path, tiny_folder):
     import shutil
 
     import torch
@@ -197,7 +197,7 @@ def test_a_language_model_learns_texts_without_labels(tmp_path, tiny_folder):
     assert after["num_examples"] == sum(len(tuner.tokenizer(text)["input_ids"]) - 1 for text in texts)
 
 
-def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_folder, tmp_path):
+def test_model_card_states_what_is_known_and_measured(tuner, tiny_folder, tmp_path):
     tuner.fit(tiny_bert.sentences(40), steps=4)
     assert "not measured" in (tuner.save(tmp_path / "out") / "README.md").read_text()
     tuner.prune(0.5, stages=1)
@@ -205,7 +205,7 @@ def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_fol
     latency = tuner.measure_latency(length_tokens=16, repeats=2)
     card = (tuner.save(tmp_path / "out") / "README.md").read_text()
     heads, channels = tuner.layout.counts[0]
-    for said in (
+    for phrase in (
         f"base model: {tiny_folder.name}, weights with sha256 {tuner.model.spec.base_sha256}",
         "trained on: 40 examples, 4 steps",
         f"kept per layer: {heads}/4 heads and {channels}/64 channels",
@@ -216,7 +216,7 @@ def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_fol
         "fedspine_edge.load_model",
         "because transformers alone cannot build layers of these widths",
     ):
-        assert said in card
+        assert phrase in card
     again = EdgeTuner.from_pretrained(tmp_path / "out", torch_device="cpu").fit(tiny_bert.sentences(60), steps=2)
     card = (again.save(tmp_path / "again") / "README.md").read_text()
     assert f"base model: {tiny_folder.name}" in card  # what was known of the base and its training goes along
@@ -224,7 +224,7 @@ def test_the_model_card_says_what_is_known_and_what_was_measured(tuner, tiny_fol
     assert "accuracy |" not in card  # what was measured was of the weights before this fit
 
 
-def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folder, tmp_path):
+def test_fit_with_another_tokenizer_fails_before_the_first_step(tiny_folder, tmp_path):
     from transformers import BertConfig, BertModel
 
     config = BertConfig.from_pretrained(tiny_folder, vocab_size=20)
@@ -237,21 +237,21 @@ def test_a_tokenizer_of_another_model_is_found_before_a_step_is_taken(tiny_folde
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"num_labels": 3}, "not for classification with 3"),
         ({"task": "token_classification"}, "was saved"),
     ],
 )
-def test_a_saved_model_is_not_opened_for_another_task(tuner, tmp_path, options, told):
+def test_from_pretrained_rejects_a_saved_model_of_another_task(tuner, tmp_path, options, message):
     folder = tuner.save(tmp_path / "out")
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         EdgeTuner.from_pretrained(folder, torch_device="cpu", **options)
     assert caught.value.remedy
 
 
 @pytest.mark.parametrize("label", [2, -1, 7])
-def test_labels_out_of_range_are_found_before_a_step_is_taken(tuner, label):
+def test_fit_rejects_labels_out_of_range_before_the_first_step(tuner, label):
     with pytest.raises(DataError, match=f"row 2: label {label} is out of range") as caught:
         tuner.fit([("good", 1), ("bad", label)], steps=1)
     assert caught.value.remedy

@@ -1,4 +1,4 @@
-"""The tuner's means against a small memory: fewer bits, an estimate; and what a fit leaves for TensorBoard."""
+"""Base dtypes, memory estimates and TensorBoard curves of the tuner."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def tuner_of(folder, **options):
 
 
 @pytest.mark.parametrize("base_dtype", ["bfloat16", "int4"])
-def test_a_base_in_fewer_bits_learns_prunes_and_is_read_back(base_dtype, tiny_folder, tmp_path):
+def test_tuner_with_a_smaller_base_dtype_prunes_and_reloads(base_dtype, tiny_folder, tmp_path):
     data, test = tiny_bert.sentences(240), tiny_bert.sentences(60, seed=9)
     tuner = tuner_of(tiny_folder, memory=MemorySettings(base_dtype=base_dtype))
     assert tuner.model.base_dtype == base_dtype
@@ -28,12 +28,12 @@ def test_a_base_in_fewer_bits_learns_prunes_and_is_read_back(base_dtype, tiny_fo
     )
 
 
-def test_an_unknown_base_dtype_is_told_before_anything_is_loaded(tmp_path):
+def test_unknown_base_dtype_raises_before_loading(tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)'int5' is unknown.*int4"):
         tuner_of(tmp_path / "nowhere", memory=MemorySettings(base_dtype="int5"))
 
 
-def test_the_estimate_follows_batch_and_data(tiny_folder):
+def test_tuner_estimate_follows_batch_and_data(tiny_folder):
     tuner = tuner_of(tiny_folder, batch_size=16)
     whole = tuner.estimate()
     assert whole.micro_batch == 16
@@ -45,7 +45,7 @@ def test_the_estimate_follows_batch_and_data(tiny_folder):
     assert any((value != before[name]).any() for name, value in tuner.model.adapter_state().items())
 
 
-def test_a_fit_writes_its_curves_and_a_second_one_continues_them(tiny_folder, tmp_path):
+def test_fit_writes_curves_and_a_second_fit_continues_them(tiny_folder, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,12 +67,12 @@ def test_a_fit_writes_its_curves_and_a_second_one_continues_them(tiny_folder, tm
     assert {tag.removeprefix("train/") for tag in events.Tags()["scalars"]} == expected
 
 
-def test_without_tensorboard_the_extra_is_named(tiny_folder, tmp_path, monkeypatch):
+def test_missing_tensorboard_names_the_extra(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependency, match=r"fedspine-edge\[tensorboard\]"):
         tuner_of(tiny_folder).fit(tiny_bert.sentences(20), steps=1, log_dir=tmp_path)
 
 
-def test_packing_is_used_for_language_models_only(tiny_folder):
+def test_trainer_packs_language_models_only(tiny_folder):
     tuner = tuner_of(tiny_folder, pack=True)
     assert not tuner._trainer(tuner._encoded(tiny_bert.sentences(20)), 1)._pack

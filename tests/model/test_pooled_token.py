@@ -1,4 +1,4 @@
-"""A classifier's last layer computes the token that is read: the same logits, losses, gradients and scores for less."""
+"""The last layer of a classifier computes the pooled token only, with equal logits, losses, gradients and scores."""
 
 import copy
 import threading
@@ -59,11 +59,13 @@ def results(model, forward, inputs):
     return found | {"loss": output.loss.detach(), "logits": output.logits.detach()}
 
 
-def assert_same(ours, theirs):
+def assert_same(values, expected_values):
     # the scores of "apt" are summed in float32
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert values.keys() == expected_values.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(
+            value, expected_values[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def rows_seen(model, forward, inputs):
@@ -87,20 +89,20 @@ def called(model, inputs):
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "all"])
-def test_results_are_those_of_every_token(model, padding):
+def test_pooled_token_equals_computing_every_token(model, padding):
     model = exact(model)
     inputs = batch(model, padding)
     assert_same(results(model, called, inputs), results(model, whole, inputs))
 
 
-def test_results_are_those_of_every_token_in_a_pruned_model(model):
+def test_pooled_token_equals_every_token_in_a_pruned_model(model):
     model = exact(model)
     model.compact(tiny.random_layout(model, 1))
     inputs = batch(model)
     assert_same(results(model, called, inputs), results(model, whole, inputs))
 
 
-def test_one_row_and_no_padding_token(model):
+def test_one_row_without_padding_token_reads_the_last_token(model):
     model = exact(model)
     if model.architecture.last_token_pools:
         model.module.config.pad_token_id = None  # then transformers reads the last token of the one row it takes
@@ -108,7 +110,7 @@ def test_one_row_and_no_padding_token(model):
     assert_same(results(model, called, inputs), results(model, whole, inputs))
 
 
-def test_what_follows_attention_in_the_last_layer_takes_one_token_a_row(model):
+def test_last_layer_computes_one_token_per_row_after_attention(model):
     inputs = batch(model)
     rows, tokens = inputs["input_ids"].shape
     seen, all_seen = rows_seen(model, called, inputs), rows_seen(model, whole, inputs)
@@ -128,14 +130,14 @@ def test_other_tasks_compute_every_token(kind):
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_whoever_asks_for_hidden_states_gets_every_token(family):
+def test_hidden_states_have_every_token(family):
     model = tiny.prunable(family)
     inputs = batch(model)
-    theirs = whole(model, inputs | {"output_hidden_states": True}).hidden_states[-1]
+    expected_values = whole(model, inputs | {"output_hidden_states": True}).hidden_states[-1]
     asked = model(**inputs, output_hidden_states=True).hidden_states[-1]
-    assert torch.equal(asked, theirs)
+    assert torch.equal(asked, expected_values)
     model.module.config.output_hidden_states = True
-    assert torch.equal(model(**inputs).hidden_states[-1], theirs)
+    assert torch.equal(model(**inputs).hidden_states[-1], expected_values)
 
 
 def test_mean_pooling_computes_every_token():
@@ -146,7 +148,7 @@ def test_mean_pooling_computes_every_token():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_debertas_convolution_over_the_embeddings_is_added_to_what_is_read(layers):
+def test_deberta_convolution_is_added_to_the_pooled_token(layers):
     module = tiny.module("deberta-v2", layers=layers)
     module.config.conv_kernel_size = 3
     module = type(module)(module.config).eval()
@@ -159,7 +161,7 @@ def test_debertas_convolution_over_the_embeddings_is_added_to_what_is_read(layer
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
-def test_a_feed_forward_network_that_takes_the_tokens_in_pieces(family):
+def test_chunked_feed_forward_computes_every_token(family):
     model = exact(tiny.prunable(family))
     for module in model.module.modules():
         if hasattr(module, "chunk_size_feed_forward"):
@@ -168,7 +170,7 @@ def test_a_feed_forward_network_that_takes_the_tokens_in_pieces(family):
     assert_same(results(model, called, inputs), results(model, whole, inputs))
 
 
-def test_an_input_that_is_not_rows_of_all_tokens_stays_as_it_is():
+def test_select_pooled_token_keeps_other_shapes():
     with PooledToken(0, 7):
         for shape in ((21, 4), (3, 2, 4)):
             x = torch.randn(shape)
@@ -176,7 +178,7 @@ def test_an_input_that_is_not_rows_of_all_tokens_stays_as_it_is():
         assert select_pooled_token(torch.randn(3, 7, 4)).shape == (3, 1, 4)
 
 
-def test_recomputed_layers_read_what_their_forward_pass_read():
+def test_checkpointed_layers_select_the_same_tokens():
     model = exact(tiny.prunable("llama"))
     short, long = batch(model), batch(model, "left")
     expected = {}
@@ -194,7 +196,7 @@ def test_recomputed_layers_read_what_their_forward_pass_read():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-9)
 
 
-def test_two_threads_read_their_own_tokens():
+def test_two_threads_select_their_own_tokens():
     model = exact(tiny.prunable("qwen2"))
     batches = [batch(model), batch(model, "left")]
     expected = [whole(model, inputs).logits for inputs in batches]
@@ -214,16 +216,16 @@ def test_two_threads_read_their_own_tokens():
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_copy_and_a_loaded_adapter_read_one_token_too():
+def test_copies_and_loaded_adapters_keep_the_pooled_token():
     model = tiny.prunable("llama")
     inputs = batch(model)
     expected = rows_seen(model, called, inputs)
-    twin = copy.deepcopy(model)
-    twin.load_adapter(model.adapter_state())
-    assert rows_seen(twin, called, inputs) == expected
+    copied_model = copy.deepcopy(model)
+    copied_model.load_adapter(model.adapter_state())
+    assert rows_seen(copied_model, called, inputs) == expected
 
 
-def test_the_mark_of_a_call_ends_with_it_even_when_it_fails():
+def test_pooled_token_context_ends_after_a_failed_call():
     model = tiny.prunable("bert")
     inputs = batch(model)
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""A test for every way in which files can be wrong: the error names file and remedy, and nothing is written."""
+"""One test per malformed input: the error names the file and the remedy, and nothing is written."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("damage", MALFORMED)
-def test_malformed_base_weights(base, damage):
+def test_load_base_rejects_malformed_weights(base, damage):
     data = (base / WEIGHTS).read_bytes()
     (base / WEIGHTS).write_bytes(MALFORMED[damage](data))
     refused(re.escape(f"{base / WEIGHTS} cannot be read"), load_base, base)
@@ -85,14 +85,14 @@ def test_malformed_base_weights(base, damage):
 
 @pytest.mark.parametrize("name", [WEIGHTS, ADAPTER])
 @pytest.mark.parametrize("damage", MALFORMED)
-def test_malformed_weights_of_a_saved_model_whose_hash_was_forged(saved, name, damage):
+def test_load_model_rejects_malformed_weights_with_a_forged_hash(saved, name, damage):
     forge(saved, name, MALFORMED[damage]((saved / name).read_bytes()))
     refused(re.escape(f"{saved / name} cannot be read"), load_model, saved)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, ADAPTER, "adapter_config.json", "config.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_every_altered_file_of_a_saved_model(saved, name, damage):
+def test_load_model_rejects_every_altered_file(saved, name, damage):
     path = saved / name
     data = bytearray(path.read_bytes())
     if damage == "remove":
@@ -104,7 +104,7 @@ def test_every_altered_file_of_a_saved_model(saved, name, damage):
 
 
 @pytest.mark.parametrize("damage", ["empty", "body cut", "tensors overlap"])
-def test_a_malformed_shard_is_named(tmp_path, damage):
+def test_load_base_names_a_malformed_shard(tmp_path, damage):
     tiny.module("llama_lm").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.write_bytes(MALFORMED[damage](shard.read_bytes()))
@@ -112,7 +112,7 @@ def test_a_malformed_shard_is_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(base, saved, bad):
+def test_load_base_rejects_non_finite_weights(base, saved, bad):
     tensors = load_file(base / WEIGHTS)
     name = "encoder.layer.1.attention.self.query.weight"
     tensors[name][2, 3] = bad
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite(base, saved, bad):
         forge(saved, file, good)
 
 
-def test_weights_that_are_not_those_of_the_config(base):
+def test_load_base_rejects_weights_of_another_config(base):
     tensors = load_file(base / WEIGHTS)
     name = "encoder.layer.1.attention.self.query.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, base / WEIGHTS, metadata={"format": "pt"})
@@ -150,10 +150,10 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.ckpt"])
-def test_pickled_weights_are_refused_by_name_and_never_run(base, tmp_path, name):
+def test_pickled_weights_are_rejected_by_name_and_never_run(base, tmp_path, name):
     trap = pickle.dumps(Payload(tmp_path / "ran"))
     (base / name).write_bytes(trap)
-    load_base(base)  # beside safetensors a pickle is left alone
+    load_base(base)  # a pickle beside safetensors is ignored
     (base / WEIGHTS).unlink()
     refused(f"(?s)pickled weights .{name}.*Convert", load_base, base)
     adapter = tmp_path / "adapter"
@@ -165,7 +165,7 @@ def test_pickled_weights_are_refused_by_name_and_never_run(base, tmp_path, name)
     assert not (tmp_path / "ran").exists()
 
 
-def test_missing_and_misplaced_folders(base, saved, tmp_path):
+def test_loading_rejects_missing_and_misplaced_folders(base, saved, tmp_path):
     refused("does not exist", load_base, tmp_path / "no/such/folder")
     refused("does not exist", load_model, tmp_path / "none")
     with pytest.raises(CheckpointError, match="hf download some-org/some-model"):
@@ -173,7 +173,7 @@ def test_missing_and_misplaced_folders(base, saved, tmp_path):
     refused("was not saved by this package", load_model, base)
     with pytest.raises(CheckpointError) as caught:
         load_model(base)
-    assert "`tune`" in caught.value.remedy  # what `fedspine-edge compile` says of a plain folder
+    assert "`tune`" in caught.value.remedy  # as in the error of `fedspine-edge compile` for a plain folder
     refused("saved by this package, not a plain one", load_base, saved)
     refused("is a file", load_base, base / "config.json")
     refused("has no file 'x.gguf'", load_base, base, gguf_file="x.gguf")
@@ -181,7 +181,7 @@ def test_missing_and_misplaced_folders(base, saved, tmp_path):
     refused("no model.safetensors", load_base, base)
 
 
-def test_a_config_that_is_missing_damaged_or_of_an_unknown_model(base):
+def test_load_base_rejects_missing_damaged_and_unknown_configs(base):
     edit_json(base / "config.json", model_type="mamba")
     refused(f"(?s)'mamba' is not supported.*{', '.join(sorted(SUPPORTED))}", load_base, base, error=UnknownArchitecture)
     for text in ("{", "[]", '"bert"', "\xff"):
@@ -196,7 +196,7 @@ def test_a_config_that_is_missing_damaged_or_of_an_unknown_model(base):
     refused("has no config.json", load_base, base)
 
 
-def test_a_tokenizer_that_is_missing_damaged_or_without_padding(base):
+def test_load_tokenizer_rejects_missing_damaged_and_unpadded(base):
     refused("(?s)has no tokenizer.*tokenizer.json", load_tokenizer, base)
     (base / "tokenizer.json").write_text('{"version": "1.0"')
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_is_missing_damaged_or_without_padding(base):
     refused("neither a padding nor an end token", load_tokenizer, base)
 
 
-def test_a_task_or_labels_that_the_model_does_not_have(base):
+def test_load_base_rejects_unsupported_tasks_and_labels(base):
     settings = [
         ({"task": "causal_lm"}, "(?s)bert models do not support task 'causal_lm'.*classification"),
         ({"num_labels": 1}, "`num_labels` is 1"),
@@ -235,13 +235,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("damage", LAYOUTS)
-def test_a_layout_that_does_not_match(saved, damage):
+def test_load_model_rejects_a_layout_that_does_not_match(saved, damage):
     changes, message = LAYOUTS[damage]
     edit_json(saved / "layout.json", **changes)
     refused(message, load_model, saved)
 
 
-def test_a_layout_that_is_cut_or_reaches_outside_its_folder(saved):
+def test_load_model_rejects_a_truncated_or_escaping_manifest(saved):
     text = (saved / "layout.json").read_text()
     edit_json(saved / "layout.json", sha256={**json.loads(text)["sha256"], "../config.json": "0" * 64})
     refused("outside its folder", load_model, saved)
@@ -249,7 +249,7 @@ def test_a_layout_that_is_cut_or_reaches_outside_its_folder(saved):
     refused("layout.json is damaged", load_model, saved)
 
 
-def test_a_layout_of_the_same_widths_but_for_another_model(saved, tmp_path):
+def test_compact_rejects_the_layout_of_another_model(saved, tmp_path):
     """Kept indices are not shapes: the weights' hash is what ties them together."""
     other = tiny.prunable("bert", seed=5)
     other.compact(load_model(saved).layout.__class__.from_dict(other.spec, load_model(saved).layout.to_dict()))
@@ -276,7 +276,7 @@ def bare_folder(adapter):
 
 
 @pytest.mark.parametrize("damage", MALFORMED)
-def test_malformed_adapter_weights(adapter, damage):
+def test_load_adapter_rejects_malformed_weights(adapter, damage):
     folder = bare_folder(adapter)
     (folder / ADAPTER).write_bytes(MALFORMED[damage]((folder / ADAPTER).read_bytes()))
     unchanged(r"adapter_model\.safetensors cannot be read", tiny.prunable("bert"), folder)
@@ -294,14 +294,14 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("damage", CONFIGS)
-def test_an_adapter_config_that_cannot_be_used(adapter, damage):
+def test_load_adapter_rejects_an_unusable_adapter_config(adapter, damage):
     changes, message = CONFIGS[damage]
     folder = bare_folder(adapter)
     edit_json(folder / "adapter_config.json", **changes)
     unchanged(message, tiny.prunable("bert"), folder)
 
 
-def test_an_adapter_without_its_config(adapter):
+def test_load_adapter_without_config_raises(adapter):
     folder = bare_folder(adapter)
     (folder / "adapter_config.json").write_text("[]")
     unchanged("is damaged", tiny.prunable("bert"), folder)
@@ -309,7 +309,7 @@ def test_an_adapter_without_its_config(adapter):
     unchanged(r"has no adapter_config\.json", tiny.prunable("bert"), folder)
 
 
-def test_an_adapter_of_another_base_is_told_by_shapes_names_and_the_digest(adapter):
+def test_load_adapter_rejects_the_adapter_of_another_base(adapter):
     first = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="b" * 64)
     unchanged(r"(?s)trained on base 000000000000; this model has base bbbb.*Load the base", first, adapter)
     folder = bare_folder(adapter)

@@ -1,4 +1,4 @@
-"""A compact model is the masked full model: outputs, gradients, training, generation."""
+"""Compact models equal masked full models in outputs, gradients, training and generation."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedspine_edge.errors import LayoutError
 from fedspine_edge.model.layout import Layout, module_names
-from fedspine_edge.pruning.importance import CRITERIA, ImportanceTracker
-from fedspine_edge.pruning.selection import select_layout
+from fedspine_edge.pruning.importance import ImportanceTracker
+from fedspine_edge.pruning.selection import CRITERIA, select_layout
 
 shapes = st.fixed_dictionaries(
     {
@@ -68,7 +68,7 @@ def test_compact_equals_masked_for_logits_and_gradients(kind, shape, group, pair
         assert_close(gradient, gathered(compact, layout, name, expected_gradients[name]))
 
 
-def test_the_mask_of_these_tests_changes_the_output():
+def test_mask_of_these_tests_changes_the_output():
     model = tiny.prunable("bert")
     inputs = tiny.batch(model)
     before = model(**inputs).logits.detach()
@@ -78,7 +78,7 @@ def test_the_mask_of_these_tests_changes_the_output():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_training_continues_across_a_prune_as_in_the_masked_model(kind, fused):
+def test_training_continues_as_in_the_masked_model(kind, fused):
     """Adam's moments follow the parameters: five steps, prune, five more give the same losses and weights."""
     masked, compact = tiny.prunable(kind), tiny.prunable(kind)
     layout = tiny.random_layout(masked, 5)
@@ -108,7 +108,7 @@ def test_training_continues_across_a_prune_as_in_the_masked_model(kind, fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_optimizer_holds_exactly_the_models_parameters_after_a_prune(fused):
+def test_optimizer_has_the_parameters_of_the_model_after_compact(fused):
     model = tiny.prunable("llama")
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), fused=fused)
     gradients(model, tiny.batch(model))
@@ -129,7 +129,7 @@ def test_the_optimizer_holds_exactly_the_models_parameters_after_a_prune(fused):
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(prunes=st.integers(2, 4), seed=st.integers(0, 1000))
-def test_several_prunes_are_one_prune_of_all_they_removed(kind, prunes, seed):
+def test_several_compactions_equal_one(kind, prunes, seed):
     """Weights, adapters, gradients, Adam moments and importance, bit for bit; indices are the unpruned model's."""
     several, once, full = (tiny.prunable(kind, seed=seed) for _ in range(3))
     optimizers, trackers = [], []
@@ -152,11 +152,11 @@ def test_several_prunes_are_one_prune_of_all_they_removed(kind, prunes, seed):
         assert torch.equal(a, b), name
     for name, value in trackers[0].state_dict().items():
         np.testing.assert_array_equal(value, trackers[1].state_dict()[name], err_msg=name)
-    theirs = once.trainable_parameters()
+    expected_values = once.trainable_parameters()
     for name, parameter in several.trainable_parameters().items():
-        assert torch.equal(parameter.grad, theirs[name].grad), name
+        assert torch.equal(parameter.grad, expected_values[name].grad), name
         for key, value in optimizers[0].state[parameter].items():
-            assert torch.equal(value, optimizers[1].state[theirs[name]][key]), (name, key)
+            assert torch.equal(value, optimizers[1].state[expected_values[name]][key]), (name, key)
     for name in module_names(full.spec):
         kept = full.linear(name).weight[layout.rows(name)][:, layout.cols(name)]
         assert torch.equal(several.linear(name).weight, kept), name
@@ -166,7 +166,7 @@ SCORES = ({"metric": "abs"}, {"metric": "square"}, {"metric": "signed"}, {"crite
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_importance_goes_on_across_a_prune_as_in_the_masked_model(kind):
+def test_importance_continues_as_in_the_masked_model(kind):
     """What is kept has the averages it would have had. (Scope "layer" divides by the norm over what is kept.)"""
     masked, compact = tiny.prunable(kind), tiny.prunable(kind)
     layout = tiny.random_layout(masked, 4)
@@ -198,7 +198,7 @@ def test_importance_goes_on_across_a_prune_as_in_the_masked_model(kind):
                 np.testing.assert_allclose(mine[layer], full[layer][kept[layer]], rtol=2e-3, atol=1e-4 * scale)
 
 
-def test_scoring_planning_and_pruning_draw_no_random_numbers():
+def test_scoring_and_pruning_draw_no_random_numbers():
     """Else the training after a prune would see other batches than without."""
     states = []
     for prune in (False, True):
@@ -217,7 +217,7 @@ def test_scoring_planning_and_pruning_draw_no_random_numbers():
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_sizes_are_what_the_layout_says(kind):
+def test_compact_sizes_follow_the_layout(kind):
     model = tiny.prunable(kind, bias=True)
     assert model.num_parameters() == model.spec.num_parameters
     layout = tiny.random_layout(model, 4)
@@ -225,7 +225,7 @@ def test_sizes_are_what_the_layout_says(kind):
     assert model.num_parameters() == model.spec.num_parameters - layout.removed_parameters
 
 
-def test_importance_follows_the_kept_groups():
+def test_compact_keeps_the_importance_of_kept_groups():
     model = tiny.prunable("llama")
     tracker = ImportanceTracker(model)
     gradients(model, tiny.batch(model))
@@ -245,7 +245,7 @@ def test_importance_follows_the_kept_groups():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind.endswith("_lm")])
-def test_a_compact_language_model_generates_with_a_cache_what_it_generates_without(kind, attention):
+def test_compact_language_model_generates_the_same_with_a_cache(kind, attention):
     model = tiny.prunable(kind, heads=6, kv_heads=3, layers=3, attention=attention)
     model.compact(tiny.random_layout(model, 2))
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -257,7 +257,7 @@ def test_a_compact_language_model_generates_with_a_cache_what_it_generates_witho
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_merging_equals_not_merging(kind):
+def test_merge_keeps_the_logits(kind):
     model = tiny.prunable(kind)
     model.compact(tiny.random_layout(model, 8))
     inputs = tiny.batch(model)
@@ -271,13 +271,13 @@ def test_merging_equals_not_merging(kind):
         assert torch.equal(model(**inputs).logits, before)
 
 
-def test_merging_before_adapters_gives_the_base():
+def test_merge_without_adapters_gives_the_base():
     model = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification")
     inputs = tiny.batch(model)
     assert torch.equal(model.merge()(**inputs).logits, model(**inputs).logits)
 
 
-def test_a_prune_without_adapters_equals_one_with():
+def test_compact_without_adapters_equals_compact_with_them():
     bare = tiny.PrunableModel.from_module(tiny.module("llama"), task="classification")
     adapted = tiny.prunable("llama", live_b=False)
     layout = tiny.random_layout(bare, 9)
@@ -287,7 +287,7 @@ def test_a_prune_without_adapters_equals_one_with():
     assert_close(adapted(**inputs).logits.detach(), bare(**inputs).logits.detach())
 
 
-def test_a_layout_that_would_grow_is_refused_and_changes_nothing():
+def test_compact_rejects_a_growing_layout_without_changes():
     model = tiny.prunable("bert")
     small = tiny.random_layout(model, 3)
     model.compact(small)
@@ -301,7 +301,7 @@ def test_a_layout_that_would_grow_is_refused_and_changes_nothing():
     assert model.linear("layers.0.q").weight.shape == shape
 
 
-def test_only_adapters_and_head_are_trainable_and_dropout_is_off():
+def test_only_adapters_and_head_are_trainable():
     for kind in tiny.FAMILIES:
         model = tiny.prunable(kind)
         trained = {id(p) for p in model.trainable_parameters().values()}
@@ -314,7 +314,7 @@ def test_only_adapters_and_head_are_trainable_and_dropout_is_off():
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_recomputing_layers_changes_no_gradient_before_and_after_a_prune(kind):
+def test_gradient_checkpointing_keeps_gradients(kind):
     plain, saving = tiny.prunable(kind), tiny.prunable(kind)
     saving.set_gradient_checkpointing(True)
     saving.module.train()

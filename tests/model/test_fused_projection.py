@@ -1,4 +1,4 @@
-"""q, k and v (or gate and up) computed together: the same numbers, and never a stale one."""
+"""Projections of one input are computed together, with equal results and never with an outdated one."""
 
 import copy
 
@@ -9,13 +9,13 @@ import torch
 from fedspine_edge.model.lora import FusedProjection
 
 
-def alone(model):
-    """The same model with every linear on its own."""
-    twin = copy.deepcopy(model)
-    for module in twin.module.modules():
+def separated(model):
+    """Return a copy of the model without fused projections."""
+    copied_model = copy.deepcopy(model)
+    for module in copied_model.module.modules():
         if hasattr(module, "fused_projection"):
             module.fused_projection = None
-    return twin
+    return copied_model
 
 
 def gradients(model, inputs):
@@ -39,17 +39,19 @@ def groups(model):
     return list(found.values())
 
 
-def test_outputs_and_gradients_equal_linears_on_their_own(model):
+def test_projection_equals_separate_linears(model):
     inputs = tiny.batch(model)
-    twin = alone(model)
-    torch.testing.assert_close(model(**inputs).logits, twin(**inputs).logits, rtol=1e-4, atol=1e-5)
-    ours, theirs = gradients(model, inputs), gradients(twin, inputs)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
+    copied_model = separated(model)
+    torch.testing.assert_close(model(**inputs).logits, copied_model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    values, expected_values = gradients(model, inputs), gradients(copied_model, inputs)
+    assert values.keys() == expected_values.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(
+            value, expected_values[name], rtol=1e-3, atol=1e-4 * float(expected_values[name].abs().max())
+        )
 
 
-def test_every_layer_shares_and_nothing_is_left_behind(model):
+def test_every_layer_is_fused_and_leaves_nothing_pending(model):
     per_layer = int(model.architecture.shared_attention_input) + int(model.spec.gated_ffn)
     expected = per_layer * model.spec.num_layers
     model(**tiny.batch(model))
@@ -57,14 +59,14 @@ def test_every_layer_shares_and_nothing_is_left_behind(model):
     assert all(group._pending is None for group in groups(model))
 
 
-def test_a_pruned_model_still_shares(model):
+def test_pruned_model_keeps_its_fused_projections(model):
     inputs = tiny.batch(model)
     model.compact(tiny.random_layout(model, 2))
-    torch.testing.assert_close(model(**inputs).logits, alone(model)(**inputs).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, separated(model)(**inputs).logits, rtol=1e-4, atol=1e-5)
     assert all(group._pending is None for group in groups(model))
 
 
-def test_a_write_between_two_calls_is_seen():
+def test_projection_recomputes_after_a_write():
     model = tiny.prunable("bert")
     q, k, v = (model.linear(f"layers.0.{part}") for part in "qkv")
     x = torch.randn(2, 5, q.weight.shape[1])
@@ -75,13 +77,13 @@ def test_a_write_between_two_calls_is_seen():
     assert not torch.equal(k(x), before)
     q(x)
     x.mul_(2.0)
-    torch.testing.assert_close(v(x), alone(model).linear("layers.0.v")(x))
+    torch.testing.assert_close(v(x), separated(model).linear("layers.0.v")(x))
     q(x)
     k.lora_B = torch.nn.Parameter(torch.zeros_like(k.lora_B))  # what compact does
     torch.testing.assert_close(k(x), torch.nn.functional.linear(x, k.weight, k.bias))
 
 
-def test_a_result_without_graph_is_not_handed_to_training():
+def test_result_without_graph_is_not_used_in_training():
     model = tiny.prunable("bert")
     q, k = model.linear("layers.0.q"), model.linear("layers.0.k")
     x = torch.randn(5, q.weight.shape[1])
@@ -93,7 +95,7 @@ def test_a_result_without_graph_is_not_handed_to_training():
         assert k(x).dtype == torch.bfloat16
 
 
-def test_a_tensor_that_is_written_in_inference_mode():
+def test_projection_of_an_inference_tensor_is_not_shared():
     model = tiny.prunable("bert")
     q, k = model.linear("layers.0.q"), model.linear("layers.0.k")
     with torch.inference_mode():
@@ -103,21 +105,21 @@ def test_a_tensor_that_is_written_in_inference_mode():
         torch.testing.assert_close(k(x), torch.nn.functional.linear(x, k.weight, k.bias))
 
 
-def test_a_copy_computes_with_its_own_adapters_even_with_a_result_pending():
+def test_copy_with_a_pending_result_uses_its_own_adapters():
     model = tiny.prunable("bert")
     q = model.linear("layers.0.q")
     x = torch.randn(5, q.weight.shape[1])
     q(x)  # leaves results of k and v, which belong to a graph
-    twin = copy.deepcopy(model)
-    copied = twin.linear("layers.0.q")
+    copied_model = copy.deepcopy(model)
+    copied = copied_model.linear("layers.0.q")
     assert isinstance(copied.fused_projection, FusedProjection)
     assert copied.fused_projection is not q.fused_projection
     assert copied.fused_projection.linears[0] is copied
-    assert twin.linear("layers.0.v").fused_projection is copied.fused_projection
+    assert copied_model.linear("layers.0.v").fused_projection is copied.fused_projection
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
+def test_foreign_gradient_checkpointing_computes_every_token(use_reentrant):
     model = tiny.prunable("llama")
     model.module.train()
     inputs = tiny.batch(model)
@@ -131,14 +133,14 @@ def test_gradient_checkpointing(use_reentrant):
     assert all(group._pending is None for group in groups(model))
 
 
-def test_threads_on_one_model_get_right_results():
+def test_threads_on_one_model_get_correct_results():
     from concurrent.futures import ThreadPoolExecutor
 
     model = tiny.prunable("llama")
     model.module.eval()
     inputs = [tiny.batch(model, seed=i) for i in range(4)]
-    twin = alone(model)
-    expected = [twin(**one).logits.detach() for one in inputs]
+    copied_model = separated(model)
+    expected = [copied_model(**one).logits.detach() for one in inputs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
             for y, truth in zip(pool.map(lambda one: model(**one).logits.detach(), inputs), expected):

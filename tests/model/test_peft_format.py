@@ -1,4 +1,4 @@
-"""Our adapters load in PEFT and PEFT's load here, with equal outputs."""
+"""Adapters of the package load in PEFT, and those of PEFT load here, with equal outputs."""
 
 import json
 
@@ -37,7 +37,7 @@ def peft_adapter(kind, folder, **settings):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_our_adapter_and_head_load_in_peft(kind, tmp_path):
+def test_peft_loads_a_saved_adapter_and_head(kind, tmp_path):
     model = tiny.prunable(kind, r=3)
     inputs = tiny.batch(model)
     folder = save_model(model, tmp_path / "ours")
@@ -58,7 +58,7 @@ def test_our_adapter_and_head_load_in_peft(kind, tmp_path):
     ],
     ids=["plain", "rslora", "mixed", "some"],
 )
-def test_a_peft_adapter_loads_here(kind, settings, tmp_path):
+def test_peft_adapter_gives_the_same_logits(kind, settings, tmp_path):
     """Mixed ranks and alphas, rank-stabilised scaling, and adapters on some modules only."""
     entry = SUPPORTED[tiny.task_of(kind)[0]]
     path = entry.linears["v"]
@@ -82,7 +82,7 @@ def test_a_peft_adapter_loads_here(kind, settings, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind not in tiny.FAMILIES])
-def test_the_head_that_peft_trained_comes_along(kind, tmp_path):
+def test_peft_head_is_loaded_with_the_adapter(kind, tmp_path):
     adapted = peft_adapter(kind, tmp_path)
     model = bare(kind)
     before = {n: p.clone() for n, p in model.trainable_parameters().items()}
@@ -92,7 +92,7 @@ def test_the_head_that_peft_trained_comes_along(kind, tmp_path):
     torch.testing.assert_close(model(**inputs).logits.detach(), adapted(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_modules_to_save_are_the_head(tmp_path):
+def test_peft_modules_to_save_are_the_head(tmp_path):
     adapted = peft_adapter("bert", tmp_path, modules_to_save=["classifier", "pooler"])
     model = bare("bert")
     load_adapter(model, tmp_path)
@@ -104,7 +104,7 @@ def test_modules_to_save_are_the_head(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2_lm", "llama_lm"])
-def test_from_peft_through_here_and_back_into_peft(kind, tmp_path):
+def test_peft_adapter_round_trips_through_save(kind, tmp_path):
     """Mixed ranks and alphas, evened out on the way."""
     path = SUPPORTED[tiny.task_of(kind)[0]].lora_targets[0]
     adapted = peft_adapter(kind, tmp_path / "first", rank_pattern={path: 2}, alpha_pattern={path: 5})
@@ -115,7 +115,7 @@ def test_from_peft_through_here_and_back_into_peft(kind, tmp_path):
     torch.testing.assert_close(again(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_peft_adapter_for_the_full_model_is_gathered_on_a_compact_one(tmp_path):
+def test_peft_adapter_of_the_full_model_is_gathered(tmp_path):
     peft_adapter("llama", tmp_path)
     first, second = bare("llama"), bare("llama")
     layout = tiny.random_layout(first, 3)
@@ -127,7 +127,7 @@ def test_a_peft_adapter_for_the_full_model_is_gathered_on_a_compact_one(tmp_path
     torch.testing.assert_close(first(**inputs).logits, second(**inputs).logits)
 
 
-def test_our_adapter_of_another_base_is_refused(tmp_path):
+def test_load_adapter_rejects_a_saved_adapter_of_another_base(tmp_path):
     first = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="a" * 64)
     second = tiny.PrunableModel.from_module(tiny.module("bert"), task="classification", base_sha256="b" * 64)
     first.attach_lora(2, 1.0, 0)

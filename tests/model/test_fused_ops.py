@@ -1,4 +1,4 @@
-"""A decoder's norms and gates run as the package's ops: the same numbers, and nothing of it in merged models."""
+"""Norms and gates of decoders run as ops of the package with equal results, and merged models have none of them."""
 
 import copy
 
@@ -29,7 +29,7 @@ def step(model, inputs):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_logits_and_gradients_are_those_of_transformers_modules(kind, monkeypatch):
+def test_fused_ops_equal_transformers_modules(kind, monkeypatch):
     monkeypatch.setattr(elementwise, "_CPU_MIN_NORM", 0)
     monkeypatch.setattr(elementwise, "_CPU_MIN_GATE", 0)
     model = tiny.prunable(kind)
@@ -38,11 +38,11 @@ def test_logits_and_gradients_are_those_of_transformers_modules(kind, monkeypatc
     mine = step(model, inputs)
     disable_fused_ops(model.module)
     assert not overridden(model.module)
-    for name, theirs in step(model, inputs).items():
-        torch.testing.assert_close(mine[name], theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, expected_values in step(model, inputs).items():
+        torch.testing.assert_close(mine[name], expected_values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_every_norm_and_every_gate(monkeypatch):
+def test_fused_ops_replace_every_norm_and_gate(monkeypatch):
     """Two norms a layer, qwen3 two more, one at the end; one gate a layer."""
     calls = {"rms_norm": 0, "swiglu": 0}
 
@@ -65,11 +65,11 @@ def test_every_norm_and_every_gate(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "gpt2_lm"])
-def test_other_families_are_left_alone(kind):
+def test_fused_ops_leave_other_families_unchanged(kind):
     assert not overridden(tiny.prunable(kind).module)
 
 
-def test_a_gate_that_is_no_silu_stays():
+def test_fused_ops_skip_a_gate_other_than_silu():
     model = tiny.prunable("llama_lm")
     disable_fused_ops(model.module)
     model.module.config.hidden_act = "gelu"
@@ -79,11 +79,11 @@ def test_a_gate_that_is_no_silu_stays():
     assert all("norm" in name for name in names)
 
 
-def test_a_merged_model_and_a_copy():
+def test_merged_models_and_copies_of_fused_ops():
     model = tiny.prunable("llama_lm")
     assert not overridden(model.merge())
-    twin = copy.deepcopy(model.module)
+    copied_model = copy.deepcopy(model.module)
     with torch.no_grad():
-        twin.model.norm.weight.zero_()  # a copy whose override still meant the original would not notice
-        assert not twin(**tiny.batch(model)).logits.any()
+        copied_model.model.norm.weight.zero_()  # a copy whose override still meant the original would not notice
+        assert not copied_model(**tiny.batch(model)).logits.any()
         assert model(**tiny.batch(model)).logits.any()

@@ -1,4 +1,4 @@
-"""What this package saves, read by transformers and PEFT themselves, and what they and GGUF files hold, read here."""
+"""transformers and PEFT read saved folders, and the package reads theirs and GGUF files."""
 
 import numpy as np
 import peft
@@ -28,22 +28,22 @@ def equal_widths(model, heads, channels):
 
 def assert_read_alone(model, folder):
     """transformers' own class gives the model's answers, and for a decoder its text."""
-    alone = tiny.AUTO[model.task].from_pretrained(folder).eval()
+    reloaded = tiny.AUTO[model.task].from_pretrained(folder).eval()
     inputs = tiny.batch(model)
-    torch.testing.assert_close(alone(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
     if model.task == "causal_lm":
         ids = torch.tensor([[5, 6, 7]])
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         options["attention_mask"] = torch.ones_like(ids)
         text = model.module.generate(ids, **options)
         assert text.shape == (1, 9)
-        assert alone.generate(ids, **options).tolist() == text.tolist()
+        assert reloaded.generate(ids, **options).tolist() == text.tolist()
 
 
 @pytest.mark.parametrize(
     ("kind", "tied"), [(kind, False) for kind in FREE] + [(kind, True) for kind in FREE if kind.endswith("_lm")]
 )
-def test_fewer_heads_of_equal_widths_are_a_standard_checkpoint_and_generate(kind, tied, tmp_path):
+def test_equal_widths_with_fewer_heads_are_standard_and_generate(kind, tied, tmp_path):
     model = tiny.prunable(kind, heads=4, kv_heads=2, tied=tied)
     model.compact(equal_widths(model, [1], range(0, 16, 2)))
     folder = save_model(model, tmp_path / "out", merged=True)
@@ -54,7 +54,7 @@ def test_fewer_heads_of_equal_widths_are_a_standard_checkpoint_and_generate(kind
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_fewer_channels_of_equal_widths_are_a_standard_checkpoint_of_any_family(kind, tmp_path):
+def test_equal_widths_with_all_heads_are_a_standard_checkpoint(kind, tmp_path):
     """What `min_heads` is for: an encoder whose heads all stay needs no loader of its own."""
     model = tiny.prunable(kind)
     model.compact(equal_widths(model, range(model.spec.num_kv_heads), range(1, 24, 3)))
@@ -64,8 +64,8 @@ def test_fewer_channels_of_equal_widths_are_a_standard_checkpoint_of_any_family(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FREE if kind in DECODERS])
-def test_a_number_of_heads_that_does_not_divide_the_hidden_size(kind, tmp_path):
-    """LLaMA's config refuses it, the other families' do not; nobody is promised what would not load."""
+def test_head_count_not_dividing_hidden_size_is_not_standard(kind, tmp_path):
+    """LLaMA's config rejects it and those of the other families do not; only loadable folders are called standard."""
     model = tiny.prunable(kind, heads=6, kv_heads=6)
     model.compact(equal_widths(model, range(5), range(8)))
     assert model.spec.hidden_size % 5
@@ -80,7 +80,7 @@ def test_a_number_of_heads_that_does_not_divide_the_hidden_size(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FREE if kind in DECODERS])
-def test_a_folder_with_its_adapter_beside_the_weights_is_read_whole(kind, tmp_path):
+def test_transformers_reads_weights_and_adapter_of_a_folder(kind, tmp_path):
     """transformers sees the adapter and applies it; PEFT puts it on the pruned base."""
     model = tiny.prunable(kind)
     model.compact(equal_widths(model, [0], range(8)))
@@ -98,7 +98,7 @@ def test_a_folder_with_its_adapter_beside_the_weights_is_read_whole(kind, tmp_pa
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_unequal_widths_are_refused_by_transformers_and_read_here(kind, tmp_path):
+def test_unequal_widths_are_readable_by_load_model_only(kind, tmp_path):
     """Not silently misread: the shapes do not fit the config."""
     model = tiny.prunable(kind)
     heads = tuple(np.arange(1 + i) for i in range(2))
@@ -113,7 +113,7 @@ def test_unequal_widths_are_refused_by_transformers_and_read_here(kind, tmp_path
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_nothing_but_safetensors_and_text_is_written(merged, tmp_path):
+def test_save_model_writes_safetensors_and_text_only(merged, tmp_path):
     model = tiny.prunable("gpt2_lm")
     folder = save_model(model, tmp_path / "out", merged=merged)
     assert {path.suffix for path in folder.iterdir()} <= {".safetensors", ".json", ".md"}
@@ -165,8 +165,8 @@ def write_gguf(module, path):
         if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = data.shape[0] // config.head_dim
             data = data.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(data.shape)
-        for ours, theirs in GGUF_NAMES.items():
-            name = name.replace(ours, theirs)
+        for own_name, gguf_name in GGUF_NAMES.items():
+            name = name.replace(own_name, gguf_name)
         writer.add_tensor(name, np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -177,7 +177,7 @@ def write_gguf(module, path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_is_the_model_it_was_made_from(family, tied, tmp_path):
+def test_load_base_of_a_gguf_file_equals_its_source(family, tied, tmp_path):
     pytest.importorskip("gguf")
     # Qwen3's head_dim is not read from the file: transformers takes it to be 128, as in all models of that family
     original = tiny.module(f"{family}_lm", tied=tied, head_dim=128 if family == "qwen3" else 8)
@@ -192,7 +192,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(family, tied, tmp_path):
     assert_read_alone(model, folder)
 
 
-def test_a_damaged_gguf_file_is_named(tmp_path):
+def test_load_base_names_a_damaged_gguf_file(tmp_path):
     pytest.importorskip("gguf")
     path = write_gguf(tiny.module("llama_lm"), tmp_path / "tiny.gguf")
     data = path.read_bytes()
