@@ -7,10 +7,14 @@ weights of a graph exceed every cache.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,30 +32,26 @@ SMALL_TOKENS = (1, 8, 32, 128)
 Case = tuple[dict[str, Any], Candidates, int]  # description, candidates, calls per run
 
 
-def run(*, seconds: float, quick: bool = False, torch_device: str = "cuda") -> list[dict[str, Any]]:
-    """Every case, about `seconds` in all. On "cpu" nothing is captured: for testing this file."""
-    layers = list(LAYERS.items())[: 1 if quick else None]
-    small = SMALL_TOKENS[: 1 if quick else None]
-    # Built one at a time: together their weights would not fit into a small board's memory.
-    builders = [
-        partial(importance_case, name, *shape, 16, by_row, *dtypes, torch_device)
-        for name, shape in list(IMPORTANCE.items())[: 1 if quick else None]
-        for by_row in (True, False)
-        for dtypes in ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2)
-    ]
-    builders += [
-        partial(layer_case, name, *shape, 16, tokens, False, torch_device)
-        for name, shape in layers
-        for tokens in TOKENS
-    ]
-    builders += [
-        partial(layer_case, *layers[0][:1], *layers[0][1], 16, tokens, graph, torch_device)
-        for tokens in small
-        for graph in (False, True)
-    ]
+def run(
+    *,
+    seconds: float,
+    quick: bool = False,
+    torch_device: str = "cuda",
+    report: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Measure every case, those that decide a target first.
+
+    Args:
+        seconds: Time for measurements in total; building the inputs and capturing the graphs comes on top.
+        quick: Whether to measure only a few cases.
+        torch_device: "cuda", or "cpu" to test this file; nothing is captured there.
+        report: Called with the rows so far after each case, so that an interrupted run keeps what it measured.
+    """
     copy_gb_s = copy_bandwidth(torch_device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    builders = ordered_cases(torch_device, quick=quick)
     for build in builders:
+        # The cases are built one at a time, because together their weights exceed the memory of a small board.
         what, candidates, calls = build()
         measured = measure(candidates, "fedspine", torch_device, seconds / len(builders))
         row = {**what, **per_call(measured, calls)}
@@ -59,7 +59,32 @@ def run(*, seconds: float, quick: bool = False, torch_device: str = "cuda") -> l
             gb_s = row["weight_bytes"] / row["median_ms"]["fedspine"] / 1e6
             row |= {"weight_gb_s": round(gb_s, 1), "share_of_copy_bandwidth": round(gb_s / copy_gb_s, 3)}
         rows.append(row)
+        report(rows)
     return rows
+
+
+def ordered_cases(torch_device: str, *, quick: bool = False) -> list[Callable[[], Case]]:
+    """Return functions that build the cases: one of each kind first, then the others."""
+    layers = list(LAYERS.items())[: 1 if quick else None]
+    matrices = list(IMPORTANCE.items())[: 1 if quick else None]
+    small = SMALL_TOKENS[: 1 if quick else None]
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def layer(name: str, tokens: int, graph: bool) -> Callable[[], Case]:
+        return partial(layer_case, name, *LAYERS[name], 16, tokens, graph, torch_device)
+
+    def importance(name: str, by_row: bool, dtype: torch.dtype, adapter: torch.dtype) -> Callable[[], Case]:
+        return partial(importance_case, name, *IMPORTANCE[name], 16, by_row, dtype, adapter, torch_device)
+
+    first, largest = layers[0][0], matrices[0][0]
+    cases = [layer(first, TOKENS[0], False)]
+    cases += [importance(largest, by_row, bf16, bf16) for by_row in (True, False)]
+    cases += [layer(first, tokens, True) for tokens in small]
+    cases += [layer(first, tokens, False) for tokens in (*TOKENS[1:], *small)]
+    cases += [layer(name, tokens, False) for name, _ in layers[1:] for tokens in TOKENS]
+    cases += [importance(largest, by_row, *kinds) for by_row in (True, False) for kinds in ((bf16, fp32), (fp32, fp32))]
+    cases += [importance(name, by_row, bf16, bf16) for name, _ in matrices[1:] for by_row in (True, False)]
+    return cases
 
 
 def per_call(measured: dict[str, Any], calls: int) -> dict[str, Any]:
@@ -177,3 +202,21 @@ def layer_case(name: str, rows: int, cols: int, rank: int, tokens: int, graph: b
         candidates["peft"] = step(peft)
     what = {"op": "lora_linear on the GPU", "case": name, "tokens": tokens, "r": rank, "dtype": str(dtype)}
     return {**what, "how": "graph" if graph else "calls"}, candidates, 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for measurements in total (default: 60)")
+    args = parser.parse_args()
+
+    def report(rows: list[dict[str, Any]]) -> None:
+        print(json.dumps(rows[-1]), flush=True)
+        args.out.write_text(json.dumps({"results": rows}, indent=1) + "\n")
+
+    run(seconds=args.seconds, report=report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,7 +31,7 @@ def lora_linear(
 
     Args:
         x: Tensor of shape (..., in_features), with any strides and any number of tokens.
-        weight: Tensor or quantised weight of shape (out_features, in_features). A quantised weight is dequantised for
+        weight: Tensor or quantized weight of shape (out_features, in_features). A quantized weight is dequantized for
             each product. If weight or bias requires a gradient, the reference implementation runs.
         bias: Tensor of shape (out_features,), or None.
         lora_A: Tensor of shape (r, in_features), with r between 1 and 256.
@@ -226,7 +226,7 @@ _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
 class _EagerLoraLinear(torch.autograd.Function):  # type: ignore[misc]
     """The same forward and backward pass without the dispatcher.
 
-    Of a quantised weight, only the codes are saved for the backward pass.
+    Of a quantized weight, only the codes are saved for the backward pass.
     """
 
     @staticmethod
@@ -240,8 +240,8 @@ class _EagerLoraLinear(torch.autograd.Function):  # type: ignore[misc]
         scaling: float,
     ) -> tuple[Tensor, Tensor]:
         y, low = _forward(x, dense(weight), bias, lora_A, lora_B, scaling)
-        ctx.quantised, ctx.scaling = weight if isinstance(weight, QuantizedWeight) else None, scaling
-        ctx.save_for_backward(x, None if ctx.quantised else weight, lora_A, lora_B, low)
+        ctx.quantized, ctx.scaling = weight if isinstance(weight, QuantizedWeight) else None, scaling
+        ctx.save_for_backward(x, None if ctx.quantized else weight, lora_A, lora_B, low)
         ctx.mark_non_differentiable(low)
         return y, low
 
@@ -250,7 +250,7 @@ class _EagerLoraLinear(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, low = ctx.saved_tensors
         needs_x: bool = ctx.needs_input_grad[0]
-        if ctx.quantised and needs_x:
-            weight = ctx.quantised.dense()
+        if ctx.quantized and needs_x:
+            weight = ctx.quantized.dense()
         grad_x, grad_A, grad_B = _backward(grad, x, weight, lora_A, lora_B, low, ctx.scaling, needs_x)
         return grad_x if needs_x else None, None, None, grad_A, grad_B, None

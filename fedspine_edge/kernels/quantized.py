@@ -1,7 +1,7 @@
 """Frozen weights with 8 or 4 bits per element that can be pruned without changing the remaining values.
 
 A weight is stored as symmetric codes with one float32 scale per row (8 bits) or per 64 columns of a row (4 bits). Every
-column keeps the number of the group that its scale belongs to, so columns can be removed without quantising the others
+column keeps the number of the group that its scale belongs to, so columns can be removed without quantizing the others
 again. Source of the 4-bit values: QLoRA (arXiv 2305.14314), appendix E.
 """
 
@@ -48,10 +48,10 @@ class QuantizedWeight:
 
     @classmethod
     def of(cls, weight: Tensor, bits: Bits) -> QuantizedWeight:
-        """Quantise a floating-point matrix; `dense` returns its dtype. Raises `KernelError` for anything else."""
+        """Quantize a floating-point matrix; `dense` returns its dtype. Raises `KernelError` for anything else."""
         if weight.dim() != 2 or not weight.is_floating_point():
             raise KernelError(
-                f"Only a floating-point matrix can be quantised, but the weight is {weight.dtype} of shape "
+                f"Only a floating-point matrix can be quantized, but the weight is {weight.dtype} of shape "
                 f"{tuple(weight.shape)}."
             )
         rows, cols = weight.shape

@@ -213,15 +213,15 @@ _backward_op.register_fake(_backward_fake)
 class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
     """The same forward and backward pass without the dispatcher, on flattened lists.
 
-    Of a quantised weight, only the codes are saved for the backward pass.
+    Of a quantized weight, only the codes are saved for the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scaling: float, n: int, *tensors: Any) -> tuple[Tensor, ...]:
         weights, lora_As, lora_Bs, biases = (list(tensors[i : i + n]) for i in range(0, 4 * n, n))
         output = _forward(x, weights, biases, lora_As, lora_Bs, scaling)
-        ctx.quantised = [weight if isinstance(weight, QuantizedWeight) else None for weight in weights]
-        plain = [None if kept else weight for kept, weight in zip(ctx.quantised, weights)]
+        ctx.quantized = [weight if isinstance(weight, QuantizedWeight) else None for weight in weights]
+        plain = [None if kept else weight for kept, weight in zip(ctx.quantized, weights)]
         _setup_context(ctx, (x, plain, biases, lora_As, lora_Bs, scaling), output)
         ctx.mark_non_differentiable(output[-1])
         return tuple(output)
@@ -232,7 +232,7 @@ class _EagerSharedInput(torch.autograd.Function):  # type: ignore[misc]
         x, low, *rest = ctx.saved_tensors
         n = ctx.count
         needs_x: bool = ctx.needs_input_grad[0]
-        weights = [kept or weight for kept, weight in zip(ctx.quantised, rest)]
+        weights = [kept or weight for kept, weight in zip(ctx.quantized, rest)]
         grad_x, *others = _backward(
             list(grads[:n]), x, weights, rest[n : 2 * n], rest[2 * n :], low, ctx.scaling, needs_x
         )

@@ -6,7 +6,10 @@ fragments, barriers and the order of sums: every case runs with several orders o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import naive_cuda
 import pytest
@@ -22,6 +25,10 @@ from torch import Tensor
 
 from fedspine_edge.errors import KernelError
 from fedspine_edge.kernels import lora_linear, native, ops, reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import gpu_smoke
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -318,6 +325,31 @@ def test_gather_equals_indexing(cuda: Cuda, dtype: torch.dtype, by_row: bool) ->
         assert torch.equal(native.gather(source, index, by_row), expected)
         assert torch.equal(naive_cuda.gather(source, index, by_row), expected)
     assert native.gather(t, index[:0], by_row).numel() == 0
+
+
+def test_gpu_smoke_passes_for_every_kernel(cuda: Cuda) -> None:
+    rows: list[dict[str, Any]] = []
+    passed = gpu_smoke.run(cuda.device, smallest=True, report=lambda found: rows.append(dict(found[-1])))
+    assert passed, [row for row in rows if not row["passed"] and len(row) > 4]
+    kernels = {row["kernel"] for row in rows}
+    assert {"importance_accumulate strided", "lora_linear gradient", "lora_linear naive", "gather"} <= kernels
+
+
+def test_gpu_smoke_reports_wrong_results_and_errors(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Tensor:
+        raise KernelError("launch failed")
+
+    monkeypatch.setattr(gpu_smoke.native, "project", lambda x, small, alpha, dtype: x @ small)
+    monkeypatch.setattr(gpu_smoke.native, "gather", fail)
+    last: list[dict[str, Any]] = []
+
+    def report(rows: list[dict[str, Any]]) -> None:
+        last[:] = rows
+
+    assert not gpu_smoke.run(cuda.device, smallest=True, report=report)
+    failed = [row for row in last if not row["passed"]]
+    assert {row["kernel"] for row in failed} == {"lora_linear project", "gather"}
+    assert "KernelError: launch failed" in {row.get("message") for row in failed}
 
 
 def test_tensor_cores_reject_mixed_dtypes(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:

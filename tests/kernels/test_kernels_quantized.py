@@ -1,4 +1,4 @@
-"""Frozen weights with 8 and 4 bits: quantisation error, memory, and pruning without changes to remaining values."""
+"""Frozen weights with 8 and 4 bits: quantization error, memory, and pruning without changes to remaining values."""
 
 import numpy as np
 import pytest
@@ -18,19 +18,19 @@ def normal(rows, cols, seed=0):
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(8, 0.009), (4, 0.1)])
-def test_quantisation_error_is_that_of_the_format(bits, largest):
+def test_quantization_error_is_that_of_the_format(bits, largest):
     weight = normal(64, 512)
     error = (QuantizedWeight.of(weight, bits).dense() - weight).norm() / weight.norm()
     assert largest / 3 < error < largest
 
 
-def test_quantisation_to_8_bits_errs_by_half_a_step_at_most():
+def test_quantization_to_8_bits_errs_by_half_a_step_at_most():
     weight = normal(16, 40)
     steps = weight.abs().amax(1, keepdim=True) / 127
     assert ((QuantizedWeight.of(weight, 8).dense() - weight).abs() <= 0.5001 * steps).all()
 
 
-def test_quantisation_to_4_bits_keeps_zero_and_maxima():
+def test_quantization_to_4_bits_keeps_zero_and_maxima():
     weight = normal(4, 128)
     weight[1, 5] = 0.0
     dense = QuantizedWeight.of(weight, 4).dense()
@@ -120,7 +120,7 @@ def test_lora_gate_up_with_one_quantized_weight_is_exact(bits):
         assert torch.equal(actual, dense)
 
 
-def test_quantisation_of_other_tensors_raises():
+def test_quantization_of_other_tensors_raises():
     with pytest.raises(KernelError, match="floating-point matrix"):
         QuantizedWeight.of(torch.zeros(3), 8)
     with pytest.raises(KernelError, match="floating-point matrix"):
