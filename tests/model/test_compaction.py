@@ -162,7 +162,12 @@ def test_several_compactions_equal_one(kind, prunes, seed):
         assert torch.equal(several.linear(name).weight, kept), name
 
 
-SCORES = ({"metric": "abs"}, {"metric": "square"}, {"metric": "signed"}, {"criterion": "apt"})
+SCORES = (
+    {"importance_metric": "abs"},
+    {"importance_metric": "square"},
+    {"importance_metric": "signed"},
+    {"criterion": "apt"},
+)
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
