@@ -30,7 +30,7 @@ from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.selection import select_layout
 from fedspine_edge.training.batching import Encoded
-from fedspine_edge.training.trainer import Trainer
+from fedspine_edge.training.trainer import BatchSettings, Trainer
 
 ROWS, STEPS, RANK = 8, 12, 8
 VOCABULARY = 2000
@@ -59,7 +59,8 @@ def examples(count: int, tokens: int, *, lengths_differ: bool = False) -> list[E
 
 def trainer_of(model: PrunableModel, data: list[Encoded], steps: int, *, pack: bool = False) -> Trainer:
     settings = OptimizerSettings(learning_rate=1e-3, batch_size=ROWS, total_steps=steps)
-    return Trainer(model, data, [], settings, round_steps=steps, tracker=ImportanceTracker(model), pack=pack)
+    batches, tracker = BatchSettings(pack=pack), ImportanceTracker(model)
+    return Trainer(model, data, [], settings, round_steps=steps, batches=batches, tracker=tracker)
 
 
 def adapted(module: nn.Module, task: str, torch_device: str, base_dtype: str = "float32") -> PrunableModel:
