@@ -116,7 +116,11 @@ def main() -> None:
 
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["transformers"] = transformers.__version__
-        about = {"machine": platform.machine(), "versions": versions, "steps": [FIT_STEPS, STAGE_STEPS, STEPS_AFTER_FIT]}
+        about = {
+            "machine": platform.machine(),
+            "versions": versions,
+            "steps": [FIT_STEPS, STAGE_STEPS, STEPS_AFTER_FIT],
+        }
         arguments.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 
     if not arguments.table:

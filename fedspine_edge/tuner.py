@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
+import torch
 
 from fedspine_edge.config import DataSettings, OptimizerSettings, Task, TrainingSettings, convert
 from fedspine_edge.data.loading import Data, read_examples
@@ -30,9 +32,10 @@ from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.latency import ModelLatency, measure_latency
 from fedspine_edge.pruning.preview import PruningPreview
+from fedspine_edge.pruning.repair import repair_for
 from fedspine_edge.pruning.selection import PruningSettings
 from fedspine_edge.training.base_model import choose_torch_device, open_model
-from fedspine_edge.training.batching import Encoded
+from fedspine_edge.training.batching import Encoded, collate
 from fedspine_edge.training.checkpoint import key_of, open_checkpoint
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import MemoryEstimate, estimate
@@ -42,6 +45,8 @@ from fedspine_edge.training.trainer import BatchSettings, Trainer
 from fedspine_edge.training.training_loop import prune_in_stages, run_fit
 
 log = logging.getLogger("fedspine_edge.tuner")
+REPAIR_TEXTS, REPAIR_BATCH = 256, 16
+"""Texts on which `prune(repair=True)` refits, and how many at a time."""
 Struct = TypeVar("Struct", "ColumnNames", PruningSettings, "MemorySettings")
 
 
@@ -122,6 +127,7 @@ class EdgeTuner:
         )
         self._last_examples: list[Encoded] | None = None
         self._steps_taken = 0
+        self._repaired = False
         self._metrics: dict[str, float] = {}
         self._latency: ModelLatency | None = None
 
@@ -309,6 +315,7 @@ class EdgeTuner:
         *,
         stages: int = 3,
         steps: int = 20,
+        repair: bool = False,
         progress: bool | None = None,
     ) -> EdgeTuner:
         """Physically remove the least important heads and channels. Call `fit` afterwards to recover accuracy.
@@ -322,12 +329,18 @@ class EdgeTuner:
             data: Training data (default: that of the last `fit`). Not used for a preview.
             stages: Number of stages, of which the first removes most. Not used for a preview.
             steps: Scored training steps between two stages. Not used for a preview.
+            repair: Whether to refit the outputs of attention and FFN at every cut by least squares, on up to 256
+                of the training texts, so that the pruned model stays close to the unpruned one. Takes seconds;
+                see `fedspine_edge.pruning.repair`.
             progress: As in `fit`.
 
         Returns the tuner. Raises `ConfigError` for a ratio outside [0, 1) or below the present one, `DataError` if
         there is no data to score with, and `LayoutError` for a preview of a model that was pruned otherwise since.
         """
         if isinstance(pruning_ratio, PruningPreview):
+            if repair:
+                train = self._last_examples if data is None else self._encoded(data)
+                self._repair(pruning_ratio.after, train or [])
             self.model.compact(pruning_ratio.after, importance=self._tracker)
             self._metrics, self._latency = {}, None
             return self
@@ -336,7 +349,7 @@ class EdgeTuner:
             raise ConfigError(f"stages is {stages} and steps is {steps}; both must be at least 1.")
         train = self._last_examples if data is None else self._encoded(data)
         unscored = not self._tracker.ready
-        if train is None and (unscored or stages > 1):
+        if train is None and (unscored or stages > 1 or repair):
             raise DataError(
                 "pruning needs data, because importance is computed from training steps.",
                 remedy="Call fit(data) first, or pass prune(ratio, data).",
@@ -347,7 +360,14 @@ class EdgeTuner:
         with progress_bar("prune", total, progress) as advance:
             layout_at = partial(self._layout_at, final_ratio=pruning_ratio)
             prune_in_stages(
-                self._tracker, trainer, layout_at, pruning_ratio, stages=stages, steps=steps, advance=advance
+                self._tracker,
+                trainer,
+                layout_at,
+                pruning_ratio,
+                stages=stages,
+                steps=steps,
+                advance=advance,
+                before_cut=partial(self._repair, train=train or []) if repair else None,
             )
         if trainer is not None:
             self._finish(trainer, train or [])
@@ -396,11 +416,23 @@ class EdgeTuner:
         _warn_deprecated("save_merged(folder)", "save(folder, merged=True)")
         return self.save(folder, merged=True)
 
+    def _repair(self, layout: Layout, train: list[Encoded]) -> None:
+        chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), REPAIR_TEXTS)).round().astype(np.int64))
+        device = next(self.model.module.parameters()).device
+        batches = []
+        for start in range(0, len(chosen), REPAIR_BATCH):
+            batch = collate(train, chosen[start : start + REPAIR_BATCH], self._texts.pad_id)
+            batches.append({name: torch.from_numpy(x).to(device) for name, x in batch.items() if name != "labels"})
+        repair_for(self.model, layout, batches)
+        self._repaired = True
+
     def _layout_at(self, pruning_ratio: float, final_ratio: float = 0.0) -> Layout:
         return self._pruning.select_layout(self._tracker.scores(), self.layout, pruning_ratio, final_ratio=final_ratio)
 
     def _fit_key(self, train: list[Encoded], total: int) -> str:
-        pruning = (self._pruning.criterion, self._pruning.importance_metric, self._pruning.scope)
+        pruning: tuple[str, ...] = (self._pruning.criterion, self._pruning.importance_metric, self._pruning.scope)
+        if self._repaired:
+            pruning = (*pruning, "repaired")
         return key_of(train, self.model, self._training, total, self._seed, self._steps_taken, self._pack, *pruning)
 
     def _encoded(self, data: Data) -> list[Encoded]:

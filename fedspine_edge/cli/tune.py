@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of pruning stages, with training in between",
     )
     parser.add_argument("--pruning-steps", type=int, default=20, help="training steps between two stages")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="refit the outputs of attention and FFN by least squares at every cut, on 256 of the training texts",
+    )
     parser.add_argument("--steps", type=int, default=200, help="training steps before pruning, and again after it")
     parser.add_argument("--num-labels", type=int, default=2, help="number of classes; unused by causal_lm")
     rank = parser.add_argument("--rank", dest="r", metavar="RANK", type=int, default=8, help="LoRA rank")
@@ -117,7 +122,7 @@ def _tune(tuner: EdgeTuner, train: list[Example], test: list[Example], arguments
     if arguments.pruning_ratio > 0:
         stages, steps = arguments.pruning_stages, arguments.pruning_steps
         _log(f"pruning to {arguments.pruning_ratio:g} in {stages} stages, with {steps} training steps in between")
-        tuner.prune(arguments.pruning_ratio, stages=stages, steps=steps, progress=True)
+        tuner.prune(arguments.pruning_ratio, stages=stages, steps=steps, repair=arguments.repair, progress=True)
         _log(f"training {arguments.steps} steps to recover")
         tuner.fit(train, checkpoint=unfinished / "recovery", **shown)
     metrics = {}

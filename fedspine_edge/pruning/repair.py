@@ -11,7 +11,8 @@ For the kept inputs x (K,) of one linear and the outputs y (out,) of the unprune
 
 The weighted means m_x and m_y are zero where the linear has no bias. w is the inverse of the mean square of the
 residual stream and of y at a token: the normalization that follows divides by about that size, so without w a few
-tokens of huge activations would decide everything. λ is a multiple of the mean of the diagonal of Σ w x xᵀ, chosen on
+tokens of huge activations would decide everything. In the last layer of a classifier the token that is read counts
+as much as all others of its text together. λ is a multiple of the mean of the diagonal of Σ w x xᵀ, chosen on
 texts held out of the fit. Related: FLAP (arXiv 2312.11983), which compensates biases only; docs/decisions/0081.
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from fedspine_edge.errors import DataError, LayoutError
 from fedspine_edge.model.layout import Layout, keep_positions
 from fedspine_edge.model.lora import LoraLinear, QuantizedLinear, plain_linear, stored_weight
+from fedspine_edge.model.pooled_token import pooled_positions
 from fedspine_edge.model.prunable import PrunableModel
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -84,6 +86,7 @@ def repair_for(model: PrunableModel, layout: Layout, batches: Sequence[Mapping[s
         calls, unpruned = _layer_calls(model, batches)
         pruned = [hidden.clone() for hidden in unpruned]
         masks = [batch["attention_mask"].bool() for batch in batches]
+        read = _shares_of_reading(model, batches, masks)
         for layer in range(model.spec.num_layers):
             module = model.module.get_submodule(model.architecture.layer_path(layer))
             stream = _Stream(module, calls[layer], masks)
@@ -96,6 +99,8 @@ def repair_for(model: PrunableModel, layout: Layout, batches: Sequence[Mapping[s
                 if kept.numel() < stored_weight(_base(linear)).shape[1] or done:
                     inputs = stream.inputs_of(linear, pruned)
                     weights = [1.0 / (size + y.square().mean(-1)) for size, y in zip(sizes, wanted[part])]
+                    if layer == model.spec.num_layers - 1 and read is not None:
+                        weights = [weight * share for weight, share in zip(weights, read)]
                     done.append(_refit(model, name, kept, inputs, wanted[part], weights, replace))
             pruned = stream.advance(pruned)
     model.module.train(training)
@@ -303,6 +308,26 @@ def _set_content(base: nn.Module, content: Mapping[str, Tensor]) -> None:
             base._parameters[name].data = value
         else:
             base._buffers[name] = value
+
+
+def _shares_of_reading(
+    model: PrunableModel, batches: Sequence[Mapping[str, Tensor]], masks: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Return by batch how much each token (tokens,) counts in the last layer; None if all count alike.
+
+    A classifier reads one token of a text there, which counts as much as all others of its text together.
+    """
+    if model.task != "classification":
+        return None
+    shares = []
+    for batch, mask in zip(batches, masks):
+        positions = pooled_positions(model.architecture, model.module.config, batch["input_ids"])
+        if positions is None:
+            return None
+        share = (1.0 / (mask.sum(1, keepdim=True) - 1).clamp_min(1)).expand(mask.shape).clone()
+        share[torch.arange(mask.shape[0], device=mask.device), positions] = 1.0
+        shares.append(share[mask])
+    return shares
 
 
 def _base(linear: nn.Module) -> nn.Module:

@@ -65,6 +65,7 @@ def prune_in_stages(
     stages: int,
     steps: int,
     advance: Callable[[], None],
+    before_cut: Callable[[Layout], None] | None = None,
 ) -> None:
     """Prune the tracker's model to `pruning_ratio` in stages, with scored training in between.
 
@@ -78,6 +79,7 @@ def prune_in_stages(
         stages: Number of stages.
         steps: Scored training steps between two stages.
         advance: Called after each step.
+        before_cut: Called with each stage's layout right before the model is pruned to it.
     """
     start = tracker.model.layout.pruning_ratio
     if not tracker.ready and trainer is not None:
@@ -86,6 +88,8 @@ def prune_in_stages(
     for stage in range(1, stages + 1):
         share = 1.0 - (1.0 - stage / stages) ** 3
         layout = layout_at(max(start, start + (pruning_ratio - start) * share))
+        if before_cut is not None:
+            before_cut(layout)
         if trainer is None:
             tracker.model.compact(layout, importance=tracker)
         else:

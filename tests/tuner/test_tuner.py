@@ -33,6 +33,25 @@ def test_tuner_fits_prunes_saves_and_reloads(tuner, tmp_path):
     again.fit(data, steps=2)
 
 
+def test_prune_with_repair_changes_the_weights_that_are_saved(tuner, tiny_folder, tmp_path):
+    data, test = tiny_bert.sentences(240), tiny_bert.sentences(60, seed=9)
+    plain = EdgeTuner.from_pretrained(tiny_folder, r=4, learning_rate=1e-2, torch_device="cpu")
+    for each, repair in ((tuner, True), (plain, False)):
+        each.fit(data, steps=60).prune(0.6, steps=5, repair=repair)
+    repaired = tuner.evaluate(test)
+    assert repaired != plain.evaluate(test)
+    tuner.save(tmp_path / "out")
+    assert EdgeTuner.from_pretrained(tmp_path / "out", torch_device="cpu").evaluate(test) == repaired
+
+
+def test_prune_to_a_preview_with_repair_needs_data(tuner):
+    data = tiny_bert.sentences(64)
+    tuner.fit(data, steps=5)
+    preview = tuner.preview(0.5)
+    tuner.prune(preview, repair=True)
+    assert tuner.layout == preview.after
+
+
 def test_prune_without_a_fit_warns_and_scores_first(tuner, caplog):
     with pytest.raises(DataError, match="pruning needs data"):
         tuner.prune(0.5)
