@@ -42,7 +42,7 @@ def run_seed(seed: int, results: list[dict[str, Any]], write: Any) -> None:
 
     from fedspine_edge import EdgeTuner
     from fedspine_edge.data import sentiment
-    from fedspine_edge.demo.setup import demo_model
+    from fedspine_edge.simulation.fleet_settings import default_model
 
     wanted = [(ratio, *variant) for ratio in RATIOS for variant in VARIANTS]
     done = {(row["ratio"], row["stages"], row["repair"]) for row in results if row["seed"] == seed and "ratio" in row}
@@ -53,7 +53,7 @@ def run_seed(seed: int, results: list[dict[str, Any]], write: Any) -> None:
     train = [(sentence.text, sentence.label) for sentence in data.train]
     random.Random(seed).shuffle(train)
     test = [(sentence.text, sentence.label) for sentence in data.test]
-    start = EdgeTuner.from_pretrained(demo_model(), r=16, seed=seed, max_length_tokens=48)
+    start = EdgeTuner.from_pretrained(default_model(), r=16, seed=seed, max_length_tokens=48)
     start.fit(train, steps=FIT_STEPS)
     if not any(row["seed"] == seed and "ratio" not in row for row in results):
         unpruned = copy.deepcopy(start).fit(train, steps=STEPS_AFTER_FIT)

@@ -52,7 +52,7 @@ def test_full_disk_is_one_error_and_keeps_earlier_results(
 ) -> None:
     """A limit on the file size fails in the same way as a full disk."""
     shutil.copytree(tuned if out == "model" else compiled, tmp_path / out.partition(".")[0])
-    monkeypatch.setattr(FitCheckpoint, "stepped", lambda *_: None)
+    monkeypatch.setattr(FitCheckpoint, "save", lambda *_: None)
     command = ["compile", str(tuned), "--out", str(tmp_path / out), "--backend", "onnxruntime"]
     if out == "model":
         command = tune(base_folder, train_csv, tmp_path / out)
