@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -86,3 +87,32 @@ def sha256_of_file(path: Path) -> str:
         while piece := file.read(_HASHED_PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def reason_not_to_replace(folder: Path) -> str:
+    """Return why an existing folder cannot be replaced by renaming, or an empty string.
+
+    A mount point, such as a volume of a container, cannot be renamed. The current folder would be left without a name.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        return ""
+    if is_mount_point(folder):
+        return "is a mount point, which cannot be replaced"
+    current = Path.cwd()
+    return "is in use as the current folder" if folder.resolve() in (current, *current.parents) else ""
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Return whether `folder` is a mount point, including bind mounts of the same file system on Linux."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return False
+    # Space, tab, line feed and backslash are escaped as octal numbers in this file.
+    points = {
+        re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in mounts.splitlines()
+    }
+    return str(folder.resolve()) in points

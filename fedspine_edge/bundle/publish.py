@@ -18,7 +18,7 @@ import msgspec
 
 from fedspine_edge.bundle.bundle import MANIFEST, BundleManifest, FileEntry, digest_of, is_bundle
 from fedspine_edge.errors import ConfigError, DeployError, FedspineError
-from fedspine_edge.files import sha256_of_file
+from fedspine_edge.files import reason_not_to_replace, sha256_of_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
@@ -67,7 +67,12 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def check_target(out: Path) -> None:
-    """Raise `ConfigError` unless `out` does not exist, is an empty folder or is a bundle."""
+    """Raise `ConfigError` unless `out` does not exist, or is an empty folder or a bundle that can be replaced."""
+    out = out.absolute()
+    if reason := reason_not_to_replace(out):
+        raise ConfigError(
+            f"{out} {reason}; nothing was written.", remedy=f"Choose a folder in it, such as {out / 'bundle'}."
+        )
     if out.is_dir() and not out.is_symlink() and (is_bundle(out) or not any(out.iterdir())):
         return
     if out.exists() or out.is_symlink():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedspine_edge.cli.options import add_backend_option, add_json_option
 
 if TYPE_CHECKING:
     from fedspine_edge.runtime.session import Session
+
+Result = TypeVar("Result")
 
 EXAMPLE = "fedspine-edge run bundle/ 'what a lovely board'"
 
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="TEXT",
         help="text to classify, to label word by word (words are separated by spaces) or to continue "
-        "(default: lines of standard input)",
+        "(default: lines of standard input; a blank line gives a blank answer)",
     )
     parser.add_argument(
         "--text", action="append", default=[], help="another text; --text=-3 for one that begins with a dash"
@@ -47,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.runtime.session import Session
 
-    texts = [*arguments.texts, *arguments.text] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not texts:
+    texts = [*arguments.texts, *arguments.text] or [line.rstrip("\n") for line in sys.stdin]
+    if not any(text.strip() for text in texts):
         raise ConfigError("no text was given.", remedy="Give texts after the bundle, or lines on standard input.")
     with Session.load(arguments.bundle, backend=arguments.backend, rebuild=arguments.rebuild) as session:
         if arguments.adapter is not None:
@@ -63,24 +65,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _classify(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
-    results = session.classify(texts)
+    results = _with_gaps(texts, session.classify([text for text in texts if text.strip()]))
     if arguments.json:
-        _print_json(session, [result.to_dict() for result in results])
+        _print_json(session, [result and result.to_dict() for result in results])
         return 0
     for result in results:
-        print(f"{result.label}\t{result.probability:.3f}")
+        print(f"{result.label}\t{result.probability:.3f}" if result else "")
     return 0
 
 
 def _label_words(session: Session, texts: list[str], arguments: argparse.Namespace) -> int:
-    results = session.label_words([text.split() for text in texts])
+    results = _with_gaps(texts, session.label_words([text.split() for text in texts if text.strip()]))
     if arguments.json:
-        _print_json(session, [[result.to_dict() for result in words] for words in results])
+        _print_json(session, [words and [result.to_dict() for result in words] for words in results])
         return 0
     for number, words in enumerate(results):
         if number:
             print()
-        for result in words:
+        for result in words or ():
             print(f"{result.word}\t{result.label}\t{result.probability:.3f}")
     return 0
 
@@ -89,13 +91,20 @@ def _generate(session: Session, texts: list[str], arguments: argparse.Namespace)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     settings = {name: getattr(arguments, name) for name in names}
     if arguments.json:
-        _print_json(session, [session.generate(text, **settings).to_dict() for text in texts])
+        answers = (session.generate(text, **settings).to_dict() if text.strip() else None for text in texts)
+        _print_json(session, list(answers))
         return 0
     for text in texts:
-        for piece in session.stream(text, **settings):
+        for piece in session.stream(text, **settings) if text.strip() else ():
             print(piece, end="", flush=True)
         print()
     return 0
+
+
+def _with_gaps(texts: list[str], results: list[Result]) -> list[Result | None]:
+    """Return one result per text, None for blank texts, so that line n of the output belongs to line n of the input."""
+    remaining = iter(results)
+    return [next(remaining) if text.strip() else None for text in texts]
 
 
 def _print_json(session: Session, results: list[Any]) -> None:

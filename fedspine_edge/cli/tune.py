@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -61,6 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16", "int8", "int4"),
         help="precision of the frozen weights; fewer bits need less memory (default: float32)",
     )
+    parser.add_argument(
+        "--criterion",
+        choices=("lora", "apt", "magnitude", "random"),
+        default="lora",
+        help="criterion that ranks heads and channels; apt is recommended for language models",
+    )
+    parser.add_argument(
+        "--scope", choices=("layer", "global"), default="layer", help="prune every layer equally, or let layers compete"
+    )
+    parser.add_argument("--torch-device", choices=("auto", "cpu", "cuda"), default="auto", help="device to train on")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute activations: less memory, about a third slower"
+    )
     parser.add_argument("--log-dir", type=Path, help="folder for TensorBoard curves (extra: tensorboard)")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     add_json_option(parser)
@@ -71,8 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.model.checkpoint import check_target
     from fedspine_edge.model.layout import check_ratio, prunable_parameters
+    from fedspine_edge.pruning.selection import PruningSettings
     from fedspine_edge.tuner import EdgeTuner, MemorySettings
 
+    arguments.out = arguments.out.expanduser().absolute()
     check_ratio(arguments.pruning_ratio)
     for name in ("steps", "pruning_stages", "pruning_steps", "batch_size"):
         if (number := getattr(arguments, name)) < 1:
@@ -90,7 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
         learning_rate=arguments.learning_rate,
         batch_size=arguments.batch_size,
         max_length_tokens=arguments.max_length_tokens,
-        memory=MemorySettings(base_dtype=arguments.base_dtype),
+        pruning=PruningSettings(criterion=arguments.criterion, scope=arguments.scope),
+        memory=MemorySettings(base_dtype=arguments.base_dtype, gradient_checkpointing=arguments.gradient_checkpointing),
+        torch_device=arguments.torch_device,
         seed=arguments.seed,
     )
     gone = 0.0
@@ -104,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(figures)
     else:
         print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
-        print(f"next: fedspine-edge compile {arguments.out}")
+        print(f"next: fedspine-edge compile {shlex.quote(str(arguments.out))}")
     return 0
 
 

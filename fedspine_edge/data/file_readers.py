@@ -82,14 +82,22 @@ def _json_lines(path: Path, validator: RowValidator) -> Iterator[Example]:
                     yield validator.example(_parsed(line, validator, row), row)
 
 
+class _JsonObject(dict[str, Any]):
+    """JSON object that knows all its names, including repeated ones."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.names = [name for name, _ in pairs]
+
+
 def _parsed(line: str, validator: RowValidator, row: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_JsonObject)
     except (ValueError, RecursionError):  # the exception would contain the whole line
         raise validator.error("is not valid JSON.", "Write one JSON object per line.", row=row) from None
-    if not isinstance(record, dict):
+    if not isinstance(record, _JsonObject):
         raise validator.error("is not a JSON object.", "Write one JSON object per line.", row=row)
-    validator.check_columns(list(record), row=row)
+    validator.check_columns(record.names, row=row)
     return record
 
 

@@ -113,6 +113,7 @@ class RowValidator:
     def check_columns(self, present: Sequence[str], *, row: int | None = None) -> None:
         """Raise `DataError` when a required column is missing."""
         missing = [name for name in self.columns if name not in present]
+        repeated = [name for name in self.columns if present.count(name) > 1]
         if not present and row is None:
             raise self.error("is empty.", "The first line must name the columns.")
         if missing:
@@ -120,6 +121,10 @@ class RowValidator:
                 f"no column {missing[0]!r}; the columns present are: {_named(present)}.",
                 f"Name your columns with {' and '.join(self._arguments)}.",
                 row=row,
+            )
+        if repeated:
+            raise self.error(
+                f"more than one column is named {repeated[0]!r}.", "Rename or remove all but one of them.", row=row
             )
 
     def example(self, record: Mapping[str, Any], row: int) -> Example:
@@ -155,6 +160,12 @@ class RowValidator:
                 "is empty" if value is None or isinstance(value, str) else f"contains {type(value).__name__}, not text"
             )
             raise self.error(f"column {column!r} {kind}.", "Fill it in or remove the row.", row=row)
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise self.error(
+                f"column {column!r} contains half of a surrogate pair, which is not a character.",
+                "Repair the text; the program that wrote it cut a character, such as an emoji, in two.",
+                row=row,
+            )
         return value
 
     def label(self, value: Any, row: int) -> int:

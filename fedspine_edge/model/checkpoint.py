@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
-from fedspine_edge.files import LAYOUT, TOKENIZER_FILES, WEIGHTS
+from fedspine_edge.files import LAYOUT, TOKENIZER_FILES, WEIGHTS, reason_not_to_replace
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import from_files, split_fused, to_files
@@ -81,6 +81,10 @@ def check_target(folder: str | Path, *, needed_bytes: int = 0) -> Path:
         raise CheckpointError(
             f"{target} exists and is not a model saved by this package; nothing was written.",
             remedy="Choose a new or empty folder.",
+        )
+    if reason := reason_not_to_replace(target):
+        raise CheckpointError(
+            f"{target} {reason}; nothing was written.", remedy=f"Choose a folder in it, such as {target / 'model'}."
         )
     present = next(parent for parent in target.parents if parent.exists())
     if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -136,3 +137,21 @@ def test_int8_is_calibrated_inspected_and_verified(tmp_path, capsys):
     assert "--data needs --model" in capsys.readouterr().err
     assert main(compile_it) == 2
     assert "--calibrate" in capsys.readouterr().err
+
+
+def test_run_answers_line_by_line_of_standard_input(compiled, decoder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film was good\n\nthe film was bad\n"))
+    assert main(["run", str(compiled)]) == 0
+    first, blank, last = capsys.readouterr().out.splitlines()
+    assert (bool(first), blank, bool(last)) == (True, "", True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nthe film was bad\n"))
+    assert main(["run", str(compiled), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert results[0] is None
+    assert f"{results[1]['label']}\t{results[1]['probability']:.3f}" == last
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nab\n"))
+    assert main(["run", f"{decoder}.zip", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n\n"))
+    assert main(["run", str(compiled)]) == 2
+    assert "no text was given" in capsys.readouterr().err

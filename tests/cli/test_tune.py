@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_lm
@@ -14,6 +15,7 @@ from commands import refused, tune
 
 from fedspine_edge.cli.main import main
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.files import is_mount_point
 from fedspine_edge.training.checkpoint import FitCheckpoint
 
 Fingerprint = Callable[[Path], dict[str, str]]
@@ -228,3 +230,53 @@ def test_tune_trains_a_language_model_on_answers(tmp_path: Path, capsys: pytest.
         losses.append(found["loss"])
     assert losses[1] < 0.8 * losses[0]
     assert json.loads((tmp_path / "40" / "layout.json").read_text())["task"] == "causal_lm"
+
+
+@pytest.mark.parametrize("command", ["tune", "compile"])
+def test_output_that_cannot_be_replaced_is_refused_before_the_work(
+    command: str,
+    base_folder: Path,
+    train_csv: Path,
+    tuned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    monkeypatch.setattr("fedspine_edge.files.is_mount_point", lambda folder: folder == mounted)
+    monkeypatch.setattr("fedspine_edge.tuner.open_model", lambda *_, **__: pytest.fail("the model was loaded first"))
+
+    def run(out: Path | str) -> list[str]:
+        return (
+            tune(base_folder, train_csv, Path(out)) if command == "tune" else ["compile", str(tuned), "--out", str(out)]
+        )
+
+    name = "model" if command == "tune" else "bundle"
+    refused(capsys, run(mounted), f"{mounted} is a mount point", str(mounted / name))
+    monkeypatch.chdir(mounted)
+    monkeypatch.setattr("fedspine_edge.files.is_mount_point", lambda folder: False)
+    refused(capsys, run("."), f"{mounted} is in use as the current folder")
+    assert list(tmp_path.iterdir()) == [mounted]
+    assert not list(mounted.iterdir())
+
+
+def test_mount_points_are_recognized(tmp_path: Path) -> None:
+    assert is_mount_point(Path("/proc"))
+    assert not is_mount_point(tmp_path)
+
+
+def test_tune_passes_criterion_scope_and_memory_options(
+    base_folder: Path, train_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def stop(*_: object, **options: object) -> None:
+        seen.update(options)
+        raise CheckpointError("stop", remedy="-")
+
+    monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.from_pretrained", stop)
+    options = ["--criterion", "apt", "--scope", "global", "--torch-device", "cpu", "--gradient-checkpointing"]
+    assert main(tune(base_folder, train_csv, tmp_path / "model", *options)) == 2
+    assert (seen["pruning"].criterion, seen["pruning"].scope, seen["torch_device"]) == ("apt", "global", "cpu")
+    assert seen["memory"].gradient_checkpointing

@@ -60,6 +60,10 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
         ("[" * 100_000 + "\n", "data.jsonl", ["line 1", "not valid JSON"]),
         (f'{{"text": "a", "label": 1{"0" * 400}}}\n', "data.jsonl", ["line 1", "not an integer"]),
         ("{}\n", "data.jsonl", ["line 1", "no column 'text'; the columns present are: none."]),
+        ("text,label,text\na,1,b\n", "data.csv", ["more than one column is named 'text'"]),
+        ("text,label,label\na,1,0\n", "data.csv", ["more than one column is named 'label'"]),
+        ('{"text": "a", "label": 1, "text": "b"}\n', "data.jsonl", ["line 1", "more than one column is named 'text'"]),
+        ('{"text": "a", "label": 1}\n{"text": "nice \\ud83d", "label": 1}\n', "data.jsonl", ["line 2", "surrogate"]),
         ("text", "data.xlsx", ["unknown format '.xlsx'", ".parquet"]),
     ],
 )
@@ -191,3 +195,15 @@ def test_examples_can_be_read_again():
         assert read_examples(examples, settings, task) == examples
     with pytest.raises(DataError, match="row 1: column 'text' is not a list"):
         read_examples([Example("a", 1)], settings, "token_classification")
+
+
+def test_repeated_columns_that_are_not_used_are_accepted(tmp_path):
+    assert from_text(tmp_path, "id,text,label,id\n1,a,0,2\n") == [Example("a", 0)]
+    assert from_text(tmp_path, '{"x": 1, "text": "a \\ud83d\\ude00", "label": 0, "x": 2}', "d.jsonl")[0].text == "a 😀"
+
+
+def test_python_texts_with_half_a_surrogate_pair_raise():
+    with pytest.raises(DataError, match="row 2: column 'text' contains half of a surrogate pair"):
+        read_examples([("good", 1), ("good \ud83d", 0)])
+    with pytest.raises(DataError, match="surrogate"):
+        read_examples([(["good", "\udc00"], [0, 1])], task="token_classification")
