@@ -1,5 +1,5 @@
-// A small JSON reader: enough for bundle.json, in one header, so that the example needs nothing to be installed.
-// Numbers are doubles, which holds every integer of a bundle exactly. Throws std::runtime_error with the position.
+// A minimal JSON parser for bundle.json in one header, so that the examples have no further dependencies. Numbers are
+// doubles, which represent every integer in a bundle exactly. Errors are std::runtime_error with the position.
 
 #pragma once
 
@@ -30,7 +30,7 @@ class Value {
   const std::vector<Value>& array() const { return expect(Kind::array, "an array").array_; }
   bool is_string() const { return kind_ == Kind::string; }
 
-  // A member of an object; throws where it is missing.
+  // Returns a member of an object; throws if it is missing.
   const Value& operator[](const std::string& key) const {
     const auto& members = expect(Kind::object, "an object").members_;
     auto found = members.find(key);
@@ -130,7 +130,7 @@ class Value {
       }
     }
 
-    // Escapes other than those of names and paths are kept as they are written.
+    // Escapes that do not occur in names and paths are kept unchanged.
     std::string string() {
       std::string result;
       for (take("\""); at < text.size() && text[at] != '"'; ++at) {

@@ -1,4 +1,5 @@
-// Runs a bundle's model.onnx with ONNX Runtime's C API: the same answers as Session(backend="onnxruntime") in Python.
+// Runs a bundle's model.onnx with ONNX Runtime's C API, with the same results as Session.load(bundle, "onnxruntime") in
+// Python.
 //
 //     echo "101 2023 2003 102" | run_onnxruntime model.bundle
 

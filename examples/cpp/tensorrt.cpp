@@ -2,8 +2,8 @@
 //
 //     echo "101 2023 2003 102" | run_tensorrt model.bundle
 //
-// Inputs and outputs are page-locked memory that the GPU maps. On a Jetson that is the very memory the CPU uses, so
-// nothing is copied; on a card of its own the GPU reads it over the bus, which is fine for token ids and logits.
+// Inputs and outputs are in page-locked memory that is mapped to the GPU. On a Jetson, CPU and GPU share this memory, so
+// nothing is copied. A discrete GPU reads it over the bus, which is sufficient for token ids and logits.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -21,8 +21,8 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-void check(bool done, const std::string& what) {
-  if (!done) throw std::runtime_error("TensorRT could not " + what + "; see its messages above");
+void check(bool succeeded, const std::string& what) {
+  if (!succeeded) throw std::runtime_error("TensorRT could not " + what + "; see its messages above");
 }
 
 class Logger : public nvinfer1::ILogger {
@@ -38,7 +38,7 @@ struct Stream {
   Stream(const Stream&) = delete;
 };
 
-// Memory that both sides see: `host` for the CPU, `device` for the GPU.
+// Memory that CPU and GPU share, at the address `host` for the CPU and `device` for the GPU.
 struct Shared {
   void *host = nullptr, *device = nullptr;
   size_t size = 0;
@@ -58,21 +58,21 @@ struct Shared {
   }
 };
 
-// A plan runs in the release that built it, on the chip it was built for: checked before TensorRT sees it.
+// Verifies that the plan was built by this TensorRT release for this GPU, before TensorRT reads it.
 void check_engine(const Bundle& bundle) {
   const json::Value& engine = bundle.manifest["engine"];
-  const std::string rebuild = "; build it anew: fedspine-edge compile " + bundle.folder + " --out " + bundle.folder;
+  const std::string rebuild = "; rebuild it: fedspine-edge compile " + bundle.folder + " --out " + bundle.folder;
   if (engine.is_null()) throw std::runtime_error("the bundle has no engine" + rebuild);
   if (engine["backend"].string() != "tensorrt")
     throw std::runtime_error("the engine is for " + engine["backend"].string() + ", not TensorRT" + rebuild);
   int major = 0, minor = 0, patch = 0;
   std::sscanf(engine["version"].string().c_str(), "%d.%d.%d", &major, &minor, &patch);
   if (major * 10000 + minor * 100 + patch != getInferLibVersion())
-    throw std::runtime_error("the engine is of TensorRT " + engine["version"].string() + ", the library's number is " +
+    throw std::runtime_error("the engine was built by TensorRT " + engine["version"].string() + "; the library has version " +
                              std::to_string(getInferLibVersion()) + rebuild);
   int sm_major = 0, sm_minor = 0;
-  check(cudaDeviceGetAttribute(&sm_major, cudaDevAttrComputeCapabilityMajor, 0), "ask for the GPU");
-  check(cudaDeviceGetAttribute(&sm_minor, cudaDevAttrComputeCapabilityMinor, 0), "ask for the GPU");
+  check(cudaDeviceGetAttribute(&sm_major, cudaDevAttrComputeCapabilityMajor, 0), "query the GPU");
+  check(cudaDeviceGetAttribute(&sm_minor, cudaDevAttrComputeCapabilityMinor, 0), "query the GPU");
   const std::string sm = std::to_string(sm_major) + std::to_string(sm_minor);
   for (const json::Value& known : engine["compute_capabilities"].array())
     if (known.string() == sm) return;
@@ -107,14 +107,14 @@ class Model {
       memory.reserve(values.size() * sizeof(int64_t));
       std::copy(values.begin(), values.end(), static_cast<int64_t*>(memory.host));
       check(context_->setInputShape(input.name.c_str(), dims(input.sized(1, tokens))),
-            "take the shape of " + input.name);
-      check(context_->setTensorAddress(input.name.c_str(), memory.device), "take the address of " + input.name);
+            "set the shape of " + input.name);
+      check(context_->setTensorAddress(input.name.c_str(), memory.device), "set the address of " + input.name);
     }
     const Tensor& output = bundle_.outputs.front();
     const int64_t count = elements(output.sized(1, tokens));
     Shared& logits = memory_[output.name];
     logits.reserve(static_cast<size_t>(count) * sizeof(float));
-    check(context_->setTensorAddress(output.name.c_str(), logits.device), "take the address of " + output.name);
+    check(context_->setTensorAddress(output.name.c_str(), logits.device), "set the address of " + output.name);
     check(context_->enqueueV3(stream_.handle), "start the engine");
     check(cudaStreamSynchronize(stream_.handle), "run the engine");
     const auto* first = static_cast<const float*>(logits.host);
@@ -122,7 +122,7 @@ class Model {
   }
 
  private:
-  // The first profile that covers one sequence of this length.
+  // Selects the first profile that covers one sequence of this length.
   void select_profile(int64_t tokens) {
     const auto& profiles = bundle_.manifest["engine"]["profiles"].array();
     for (size_t index = 0; index < profiles.size(); ++index) {
@@ -139,7 +139,7 @@ class Model {
   }
 
   const Bundle& bundle_;
-  Logger logger_;  // TensorRT's objects keep pointing to it: freed last
+  Logger logger_;  // destroyed last, because TensorRT's objects point to it
   Stream stream_;
   std::map<std::string, Shared> memory_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;

@@ -1,4 +1,4 @@
-"""examples/cpp: the ONNX Runtime program agrees with Python; the TensorRT one runs on a stand-in for its libraries."""
+"""examples/cpp: the ONNX Runtime program agrees with Python; the TensorRT program runs on fake libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """run_onnxruntime, built by CMake on the library inside the Python package."""
+    """Build run_onnxruntime with CMake and the library inside the Python package."""
     import onnxruntime
 
     if shutil.which("cmake") is None:
@@ -60,7 +60,7 @@ def run(program, bundle, text):
     return subprocess.run([program, bundle], input=text, capture_output=True, text=True, timeout=60)
 
 
-def test_program_agrees_with_session(program, bundle):
+def test_onnxruntime_program_agrees_with_session(program, bundle):
     rows = [np.random.default_rng(n).integers(1, 120, n).tolist() for n in (1, 9, 66)]
     done = run(program, bundle, "".join(" ".join(map(str, ids)) + "\n" for ids in rows))
     assert done.returncode == 0, done.stderr
@@ -78,22 +78,23 @@ def test_program_agrees_with_session(program, bundle):
         ("1 2 film\n", "line 1: expected 1 to 66 token ids"),
         ("1 2\n\n", "line 2: expected"),
         ("1 " * 67, "line 1: expected"),
-        ("5000\n", "ONNX Runtime: "),
+        ("5000\n", "line 1: the token id 5000 is not within 0..119"),
+        ("4 5\n6 -5\n", "line 2: the token id -5 is not within 0..119"),
     ],
 )
-def test_invalid_token_ids_are_named(program, bundle, text, words):
+def test_invalid_token_ids_are_rejected(program, bundle, text, words):
     done = run(program, bundle, text)
     assert done.returncode == 2
     assert words in done.stderr
 
 
-def test_unusable_bundles_are_named(program, bundle, tmp_path):
+def test_invalid_bundles_are_rejected(program, bundle, tmp_path):
     assert "cannot read" in run(program, tmp_path / "absent", "1\n").stderr
     broken = tmp_path / "broken"
     broken.mkdir()
     for content, words in (
         ('{"format_version": 1', "JSON, byte 20: it ends too early"),
-        ('{"format_version": 99}', "another format"),
+        ('{"format_version": 99}', "another format version"),
         ('{"format_version": "1"}', "something else where a number belongs"),
         ("[" * 100, "nested too deeply"),
     ):
@@ -104,15 +105,15 @@ def test_unusable_bundles_are_named(program, bundle, tmp_path):
     folder = tmp_path / "decoder"
     save_model(tiny_model("llama", "causal_lm"), folder)
     write_byte_tokenizer(folder)
-    assert "holds a causal_lm model" in run(program, compile_engine(folder, backend="onnxruntime"), "1\n").stderr
+    assert "contains a causal_lm model" in run(program, compile_engine(folder, backend="onnxruntime"), "1\n").stderr
 
 
-# --- tensorrt.cpp, on a TensorRT that is not there ---
+# --- tensorrt.cpp, on a fake TensorRT ---
 
 
 @pytest.fixture(scope="module")
 def on_tensorrt(tmp_path_factory):
-    """run_tensorrt, compiled against declarations and linked with fake_nvinfer.cpp."""
+    """Build run_tensorrt with declarations/ and fake_nvinfer.cpp."""
     program = tmp_path_factory.mktemp("tensorrt") / "run_tensorrt"
     command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{DECLARATIONS}", "-o", program]
     sources = [SOURCES / "tensorrt.cpp", ROOT / "tests/support/fake_nvinfer.cpp"]
@@ -123,7 +124,7 @@ def on_tensorrt(tmp_path_factory):
 
 @pytest.fixture
 def with_engine(bundle, tmp_path):
-    """A copy of the bundle with a plan for SM 87 and TensorRT 10.3.0, or other values."""
+    """Return a function that copies the bundle and adds a plan, by default for SM 87 and TensorRT 10.3.0."""
 
     def make(plan=b"plan", **changes):
         folder = Path(shutil.copytree(bundle, tmp_path / "engine.bundle", dirs_exist_ok=True))
@@ -151,12 +152,12 @@ def test_tensorrt_program_sets_shapes_and_profiles(on_tensorrt, with_engine):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": "10.3.1"}, "the engine is of TensorRT 10.3.1, the library's number is 100300"),
+        ({"version": "10.3.1"}, "the engine was built by TensorRT 10.3.1; the library has version 100300"),
         ({"compute_capabilities": ("110",)}, "was not built for this GPU, SM 87"),
         ({"backend": "tensorrt_rtx"}, "is for tensorrt_rtx, not TensorRT"),
     ],
 )
-def test_plan_for_another_machine_is_refused_with_command(on_tensorrt, with_engine, changes, words):
+def test_tensorrt_program_rejects_plan_of_other_machine(on_tensorrt, with_engine, changes, words):
     folder = with_engine(**changes)
     done = run(on_tensorrt, folder, "1 2\n")
     assert done.returncode == 2
@@ -164,7 +165,7 @@ def test_plan_for_another_machine_is_refused_with_command(on_tensorrt, with_engi
     assert f"fedspine-edge compile {folder} --out {folder}" in done.stderr
 
 
-def test_tensorrt_and_cuda_failures_are_errors(on_tensorrt, with_engine, bundle, monkeypatch):
+def test_tensorrt_program_reports_failures(on_tensorrt, with_engine, bundle, monkeypatch):
     assert "the bundle has no engine" in run(on_tensorrt, bundle, "1\n").stderr
     assert "no profile for one sequence of 33 tokens" in run(on_tensorrt, with_engine(), "1 " * 33).stderr
     damaged = run(on_tensorrt, with_engine(plan=b"something"), "1\n").stderr

@@ -1,4 +1,4 @@
-"""Fixtures of the deployment tests: one tiny BERT folder and its bundle, made once."""
+"""Fixtures of the deployment tests: model folders, bundles and the fake CUDA driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedspine_edge.model.checkpoint import save_model
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A saved tiny BERT with unequal widths and a tokenizer."""
+    """Save a tiny BERT with unequal widths and a tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "bert"
     save_model(tiny_model("bert"), folder)
     write_tokenizer(folder)
@@ -26,14 +26,14 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_bundle(model_folder, tmp_path_factory) -> Path:
-    """Its bundle for ONNX Runtime; not to be altered."""
+    """Return its bundle for ONNX Runtime, which tests must not modify."""
     out = tmp_path_factory.mktemp("bundles") / "bert.bundle"
     return compile_engine(model_folder, out, backend="onnxruntime", labels=("bad", "mixed", "good"))
 
 
 @pytest.fixture(scope="session")
 def decoder_bundle(tmp_path_factory) -> Path:
-    """A tiny LLaMA whose layers keep 3 and 2 KV heads, for ONNX Runtime; not to be altered."""
+    """Return the bundle of a tiny LLaMA whose layers keep 3 and 2 KV heads; tests must not modify it."""
     folder = tmp_path_factory.mktemp("decoders") / "model"
     save_model(tiny_model("llama", "causal_lm", kv_heads=4), folder)
     write_byte_tokenizer(folder)
@@ -42,13 +42,13 @@ def decoder_bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bundle(shared_bundle, tmp_path) -> Path:
-    """A copy of it that a test may break."""
+    """Return a copy of the bundle that the test may modify."""
     return Path(shutil.copytree(shared_bundle, tmp_path / "copy.bundle"))
 
 
 @pytest.fixture(scope="session")
 def driver_library(tmp_path_factory):
-    """fake_libcuda.cpp, loaded so that everybody who asks for libcuda.so.1 gets it. It says "no device" until used."""
+    """Compile fake_libcuda.cpp and load it as libcuda.so.1. It reports no device until the `driver` fixture is used."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
@@ -67,7 +67,7 @@ def driver_library(tmp_path_factory):
 
 @pytest.fixture
 def driver(driver_library):
-    """A GPU with nothing on it; afterwards there is none again."""
+    """Provide a fake GPU for the duration of a test."""
     driver = FakeDriver(driver_library)
     driver.reset()
     yield driver

@@ -1,9 +1,9 @@
-// A CUDA driver without a GPU, for tests of life cycles: it is loaded as libcuda.so.1, so the real Python packages and
-// our ctypes calls run against it. Device memory is plain memory behind made-up addresses: touching one from the host
-// crashes, as it would. Work waits on its stream until somebody synchronises, so a result that is read too early, or an
-// input that is overwritten too early, shows. Every call is counted; misuse gets the driver's own error codes.
+// A fake CUDA driver for tests of resource lifetimes. It is loaded as libcuda.so.1, so that the real Python packages and
+// ctypes calls use it. Device memory is host memory behind invalid addresses, so that host access crashes as on a GPU.
+// Work is queued on its stream until the stream is synchronized, which exposes results that are read too early and
+// inputs that are overwritten too early. Calls are counted, and misuse returns the driver's error codes.
 //
-// The `fake_*` functions at the end are the test's side: configuration, counters, and the way in for a fake TensorRT.
+// Tests use the `fake_*` functions at the end: configuration, counters, and the interface for a fake TensorRT.
 
 #include <dlfcn.h>
 
@@ -19,7 +19,7 @@
 #include <vector>
 
 #if __has_include(<cuda.h>) && defined(CHECK_AGAINST_TOOLKIT)
-#include <cuda.h>  // then a signature that is not the driver's does not compile
+#include <cuda.h>  // so that wrong signatures do not compile
 #else
 using CUresult = int;
 using CUdevice = int;
@@ -59,7 +59,7 @@ struct Stream {
   std::vector<Work> captured;
 };
 
-struct Block {  // device memory, or pinned host memory that the device may see
+struct Block {  // device memory, or pinned host memory that is mapped to the device
   std::vector<uint8_t> own;
   uint8_t* bytes = nullptr;
   size_t size = 0;
@@ -85,7 +85,7 @@ uint64_t new_address(size_t size) {
   return address;
 }
 
-// The block of `blocks` that holds all of [address, address + size), or null.
+// Returns the block that contains [address, address + size), or null.
 Block* find(std::map<uint64_t, Block>& blocks, uint64_t address, size_t size, uint64_t* offset) {
   auto after = blocks.upper_bound(address);
   if (after == blocks.begin()) return nullptr;
@@ -101,7 +101,7 @@ uint8_t* on_device(uint64_t address, size_t size) {
   return nullptr;
 }
 
-// Counts a call and answers an error that a test has asked for, or that of a missing context. Needs the lock.
+// Counts a call and returns the error that a test requested, or that of a missing context. Requires the lock.
 int enter(const char* name, bool needs_context) {
   long call = ++state.counters[name];
   auto fails = state.settings.find(std::string("fail ") + name);
@@ -113,7 +113,7 @@ int enter(const char* name, bool needs_context) {
 bool this_thread_captures() {
   for (auto& [id, stream] : state.streams)
     if (stream.capturing && stream.captured_by == std::this_thread::get_id()) {
-      stream.invalidated = true;  // what is not allowed while capturing ends the capture, too
+      stream.invalidated = true;  // calls that are not allowed during capture also end it
       return true;
     }
   return false;
@@ -144,7 +144,7 @@ API CUresult cuInit(unsigned int) {
   ANSWER(state.settings["absent"] ? NO_DEVICE : SUCCESS);
 }
 
-// How the real packages find all other functions: by name, without the suffix of the version.
+// The real packages look up all other functions by name, without the version suffix.
 API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, cuuint64_t,
                                  CUdriverProcAddressQueryResult* status) {
   static void* self = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
@@ -242,7 +242,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t size) {
   if (state.settings["memory"] && used + long(size) > state.settings["memory"]) ANSWER(OUT_OF_MEMORY);
   *address = new_address(size);
   Block& block = state.device[*address];
-  block.own.assign(size, 0xCD);  // never the zeros that a reader may have hoped for
+  block.own.assign(size, 0xCD);  // not zeros, which could hide missing initialization
   block.bytes = block.own.data();
   block.size = size;
   ANSWER(SUCCESS);
@@ -345,7 +345,7 @@ API CUresult cuStreamSynchronize(CUstream handle) {
   for (Work& work : waiting)
     if (int error = work(); error) {
       lock.lock();
-      state.sticky = error;  // as on a GPU: the context is of no use any more
+      state.sticky = error;  // as on a GPU, the context is unusable from now on
       ANSWER(error);
     }
   ANSWER(SUCCESS);
@@ -372,7 +372,7 @@ API CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
   if (found == state.streams.end() || !found->second.capturing) ANSWER(INVALID_VALUE);
   Stream& stream = found->second;
   if (stream.captured_by != std::this_thread::get_id()) ANSWER(CAPTURE_WRONG_THREAD);
-  stream.capturing = false;  // also when it answers an error
+  stream.capturing = false;  // also if it returns an error
   if (error) ANSWER(error);
   if (stream.invalidated) ANSWER(CAPTURE_INVALIDATED);
   uint64_t id = new_address(1);
@@ -411,7 +411,7 @@ API CUresult cuGraphDestroy(CUgraph graph) {
   ANSWER(state.graphs.erase(uint64_t(graph)) ? SUCCESS : INVALID_VALUE);
 }
 
-// --- the test's side ---
+// --- interface for tests ---
 
 API void fake_reset() {
   std::unique_lock<std::mutex> lock(mutex);
@@ -430,7 +430,7 @@ API long fake_count(const char* name) {
   return state.counters[name];
 }
 
-// What is alive of `kind`: device, pinned, stream, graph, instance, retained, or context (this thread's stack).
+// Number of live resources of `kind`: device, pinned, stream, graph, instance, retained, or context (of this thread).
 API long fake_alive(const char* kind) {
   std::unique_lock<std::mutex> lock(mutex);
   std::map<std::string, long> sizes = {
@@ -442,7 +442,7 @@ API long fake_alive(const char* kind) {
   return sizes.count(kind) ? sizes[kind] : -1;
 }
 
-// Work of a library such as TensorRT on a stream: `work(token)` runs when the stream gets there, or is captured.
+// Enqueues work of a library such as TensorRT: `work(token)` runs when the stream reaches it, or is captured.
 API int fake_enqueue(uint64_t stream, int (*work)(uint64_t), uint64_t token) {
   std::unique_lock<std::mutex> lock(mutex);
   if (current.empty()) return INVALID_CONTEXT;

@@ -1,7 +1,6 @@
-// TensorRT and the CUDA runtime without a GPU, for examples/cpp/tensorrt.cpp: what declarations/ declares, enough to
-// see that the program asks for the right things in the right order. Its "engine" answers three logits: the sum of the
-// ids, the sum of the mask, and the selected profile. Work waits until the stream is synchronised. FAKE_* variables
-// misbehave.
+// Fake TensorRT and CUDA runtime for examples/cpp/tensorrt.cpp. They implement declarations/ and verify that the program
+// makes the right calls in the right order. The fake engine returns three logits: the sum of the ids, the sum of the
+// mask, and the selected profile. Work is deferred until the stream is synchronized. FAKE_* variables inject failures.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>

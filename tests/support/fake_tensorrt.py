@@ -1,8 +1,8 @@
-"""TensorRT without a GPU, for tests: its "plan" names an ONNX file, which ONNX Runtime computes in place of the engine.
+"""A fake TensorRT for tests without a GPU: its plan is the path of an ONNX file, which ONNX Runtime computes.
 
-It sits on the driver of fake_libcuda.cpp: inputs are read from device addresses, outputs written to them, and only when
-the stream gets there. What TensorRT forbids is refused here: unset shapes or addresses, shapes outside the profile,
-missing scratch memory, a graph that is launched after its context has seen another shape.
+It uses the driver of fake_libcuda.cpp: inputs are read from device addresses and outputs are written to them when the
+stream executes the work. It rejects everything that TensorRT forbids: unset shapes or addresses, shapes outside the
+profile, missing scratch memory, and CUDA graphs that are launched after their context was used with another shape.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class Logger:
 
 
 class FakeTensorRT:
-    """The module `tensorrt`, or with `rtx` that of TensorRT-RTX; `backend` is what `find_backend` would return.
+    """Imitates the module `tensorrt`, or `tensorrt_rtx` with `rtx`. `backend` is the result of `find_backend`.
 
     Args:
         driver: The `FakeDriver`.
-        profiles: Those of the sidecar, to refuse shapes as an engine would.
-        refuse: A step that fails: "plan", "context", "profile", "shape", "address" or "run".
+        profiles: Profiles of the manifest, to reject other shapes.
+        rtx: Whether to imitate TensorRT-RTX.
+        refuse: Step that fails: "plan", "context", "profile", "shape", "address" or "run".
     """
 
     def __init__(self, driver, profiles, *, rtx=False, refuse=""):
@@ -66,7 +67,7 @@ class FakeTensorRT:
 
 
 class Engine:
-    """An ONNX file as if it had been built."""
+    """Imitates an engine with an ONNX file."""
 
     device_memory_size_v2 = SCRATCH_BYTES
 
@@ -100,7 +101,7 @@ class Engine:
 
 
 class Context:
-    """One execution context; `epoch` counts its changes of shape."""
+    """Imitates an execution context; `epoch` counts its changes of shape."""
 
     def __init__(self, engine):
         self.engine, self.module, self.driver = engine, engine.module, engine.module.driver
@@ -122,7 +123,7 @@ class Context:
 
     def set_tensor_address(self, name, address):
         assert address > 0
-        assert address % 256 == 0, "TensorRT asks for addresses aligned to 256 bytes"
+        assert address % 256 == 0, "TensorRT requires addresses aligned to 256 bytes"
         self.addresses[name] = address
         return self.module.refuse != "address"
 
@@ -147,13 +148,13 @@ class Context:
             module.log.log(Logger.Severity.ERROR, "execution was refused")
             return False
         if self.driver.capturing(stream) and self.settled != self.epoch:
-            return False  # TensorRT finishes a change of shape in the run after it, which cannot be captured
+            return False  # TensorRT completes a change of shape in the next run, which therefore cannot be captured
         self.settled = self.epoch
         shapes, addresses, epoch = dict(self.shapes), dict(self.addresses), self.epoch
 
         def work():
             if self.epoch != epoch:
-                return 700  # the graph of an earlier shape
+                return 700  # the CUDA graph belongs to an earlier shape
             module.executions += 1
             try:
                 self.driver.write(self.memory[0], np.zeros(SCRATCH_BYTES, np.uint8))
@@ -176,7 +177,7 @@ class Context:
 
 
 class FakeDriver:
-    """The test's side of fake_libcuda.cpp."""
+    """Controls fake_libcuda.cpp."""
 
     def __init__(self, library):
         self.lib = library
@@ -195,7 +196,7 @@ class FakeDriver:
         self.lib.fake_set(name.encode(), value)
 
     def fail(self, call, number, code=1):
-        """Lets the `number`-th call of a function, counted from the beginning, answer an error."""
+        """Make the `number`-th call of a driver function, counted from the start, return an error."""
         self.set(f"fail {call}", number)
         self.set("fail with", code)
 
@@ -203,7 +204,7 @@ class FakeDriver:
         return self.lib.fake_count(name.encode())
 
     def alive(self):
-        """Everything that has not been given back, by kind; empty where nothing is left."""
+        """Return the number of live resources by kind; empty if everything was freed."""
         kinds = ("device", "pinned", "stream", "graph", "instance", "retained", "context")
         return {kind: count for kind in kinds if (count := self.lib.fake_alive(kind.encode()))}
 

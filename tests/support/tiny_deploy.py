@@ -1,4 +1,4 @@
-"""Tiny random models with unequal widths, and the model folder of one with a tokenizer."""
+"""Tiny random models with unequal widths, and tokenizers for their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "board", "ve
 def tiny_model(
     family: str, task: str = "classification", *, layers: int = 2, seed: int = 0, kv_heads: int = 2
 ) -> PrunableModel:
-    """A random model whose layers have different widths after `compact`, with an adapter that does something."""
+    """Return a random model whose layers have different widths, with an adapter that changes the output."""
     torch.manual_seed(seed)
     common = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCAB}
     common |= {"intermediate_size": 64, "max_position_embeddings": 66, "num_labels": 3, "pad_token_id": 0}
@@ -32,7 +32,7 @@ def tiny_model(
         config = transformers.LlamaConfig(**common, num_key_value_heads=kv_heads, head_dim=8)
         kind = transformers.LlamaForCausalLM if task == "causal_lm" else transformers.LlamaForSequenceClassification
         module = kind(config)
-    with torch.no_grad():  # the usual initialisation leaves biases zero and outputs tiny
+    with torch.no_grad():  # the default initialization has zero biases and tiny outputs
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model = PrunableModel.from_module(module.eval(), task=task)
@@ -46,7 +46,7 @@ def tiny_model(
 
 
 def unequal_layout(model: PrunableModel) -> Layout:
-    """Layer 0 keeps one head fewer than layer 1, and other channels."""
+    """Return a layout whose layers keep different numbers of heads and different channels."""
     spec = model.spec
     heads = [np.arange(spec.num_kv_heads - 1 - layer % 2 * (spec.num_kv_heads > 2)) + 1 for layer in range(2)]
     channels = [np.arange(0, 64, 2), np.arange(5, 45)]
@@ -55,7 +55,7 @@ def unequal_layout(model: PrunableModel) -> Layout:
 
 
 def write_tokenizer(folder) -> None:
-    """A word-level tokenizer with BERT's template, as tokenizer.json."""
+    """Write a word-level tokenizer with BERT's template as tokenizer.json."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
@@ -63,12 +63,12 @@ def write_tokenizer(folder) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer.enable_padding(length=50)  # what a training script leaves behind; the runtime must not follow it
+    tokenizer.enable_padding(length=50)  # left over from training; the runtime must ignore it
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def write_byte_tokenizer(folder) -> None:
-    """One token per ASCII character below `VOCAB`, without special tokens."""
+    """Write a tokenizer with one token per ASCII character below `VOCAB` and no special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {chr(index) if index >= 32 else f"<{index}>": index for index in range(VOCAB)}
