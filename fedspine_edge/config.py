@@ -332,7 +332,14 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     task: Annotated[Task, _doc("Task, the same as the fleet's.")] = "classification"
     fleet: Annotated[Name, _doc("Name of the fleet to join.")] = "fleet"
     state_dir: Annotated[str, _doc("Folder for the state of the device, which survives power loss.")] = "runs/device"
-    device_class: Annotated[str, _doc("Hardware class. New devices learn from the rewards of their class.")] = "unknown"
+    device_class: Annotated[
+        str,
+        _doc(
+            "Hardware class. New devices learn from the rewards of their class.",
+            max_length=64,
+            pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$",
+        ),
+    ] = "unknown"
     torch_threads: Annotated[int, _doc("Number of CPU threads of torch. 0: torch's default.", ge=0)] = 0
     torch_device: Annotated[
         Literal["auto", "cpu", "cuda"], _doc("Device to train on. `auto`: CUDA if it runs a kernel, otherwise the CPU.")
@@ -347,6 +354,7 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
             "Memory for training in MiB, beyond what Python and torch occupy. It limits the rank and the micro-batch. "
             "0: no limit.",
             ge=0,
+            le=10**7,
         ),
     ] = 0
     time_kind: Annotated[

@@ -1,7 +1,7 @@
 """Entry point of the command line. Each command is a module of its own with `EXAMPLE`, `add_arguments` and `run`.
 
 Exit codes: 0 success; 1 the command worked and the answer is no (doctor found a problem, verify found a difference);
-2 a usage or input error, printed with a remedy; 130 interrupted.
+2 a usage or input error, printed with a remedy; 130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fedspine_edge.cli.options import RENAMED_COMMANDS, HelpFormatter, warn
@@ -100,6 +103,35 @@ def _command_list() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    with _sigterm_as_interrupt():
+        return _main(argv)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM was received."""
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM as Ctrl-C, so that state is saved, temporary files are deleted and peers are informed.
+
+    The default action would do none of that, and does not exist for the first process of a container.
+    """
+
+    def on_sigterm(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace(command=None, names={})
     try:
         arguments, unknown = make_parser().parse_known_args(argv)
@@ -119,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
+        if arguments.command == "broker":  # runs in native code, which Python handlers do not interrupt
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             code = arguments.handler(arguments)
         except ModuleNotFoundError as error:
@@ -133,10 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.debug("traceback:", exc_info=True)
         print(f"error: {error}\n  Check that the path exists, its free space and its permissions.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, _Terminated)
         after = "continues the work" if arguments.command in _RESUMABLE else "starts from the beginning"
-        print(f"interrupted; the same command {after}", file=sys.stderr)
-        return 130
+        print(f"{'terminated' if terminated else 'interrupted'}; the same command {after}", file=sys.stderr)
+        return 143 if terminated else 130
     return int(code or 0)
 
 

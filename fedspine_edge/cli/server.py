@@ -21,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
     from fedspine_edge.config import FleetConfig, load_config
+    from fedspine_edge.protocol.topics import client_id
     from fedspine_edge.server.server import FleetServer
     from fedspine_edge.transport.mqtt import MqttTransport
 
     config = load_config(arguments.config, FleetConfig)
-    transport = MqttTransport(config.broker, client_id=f"fedspine-{config.fleet}-server")
+    transport = MqttTransport(config.broker, client_id=client_id(config.fleet, "server"))
     logger.info("watch the run with: fedspine-edge status %s --follow", config.run_dir)
     result = FleetServer(config, transport).run()
     if arguments.json:

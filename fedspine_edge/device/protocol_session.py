@@ -52,6 +52,11 @@ class RoundHandler(Protocol):
         """Return the device's status."""
         ...
 
+    @property
+    def max_adapter_bytes(self) -> int:
+        """Size in bytes that the adapter of a round cannot exceed. It limits what a plan can make a device store."""
+        ...
+
     def begin_round(self, plan: RoundPlan) -> None:
         """Prepare for a plan that was accepted. The download of its adapter follows."""
         ...
@@ -225,6 +230,11 @@ class ProtocolSession:
         self._plan, self._plan_sha256 = plan, sha256
         self._retry_s = retry_interval_s(plan.deadline_s)
         self._handler.begin_round(plan)
+        size_bytes = sum(ref.size_bytes for ref in plan.adapter)
+        if size_bytes > self._handler.max_adapter_bytes:
+            error = BlobError(f"the adapter has {size_bytes:,} bytes, more than an adapter of this model can have.")
+            self._conclude(self._handler.fail_round(plan, sha256, error))
+            return
         if plan.adapter:
             self._download.start(plan.adapter)
             self._request_chunks()

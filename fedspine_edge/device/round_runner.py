@@ -21,11 +21,11 @@ from fedspine_edge.device.messaging import PlanSuperseded
 from fedspine_edge.device.protocol_session import RoundOutcome
 from fedspine_edge.device.round import ROUND, DeviceResources, LocalRound, RoundInputs
 from fedspine_edge.errors import BlobError, FedspineError, OutOfMemory
-from fedspine_edge.model.layout import Layout
+from fedspine_edge.model.layout import Layout, full_shape, module_names, split_name
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.blobs import order_from_tensors
-from fedspine_edge.protocol.messages import Ack, Report, RoundPlan, Status
+from fedspine_edge.protocol.messages import MAX_RANK, Ack, Report, RoundPlan, Status
 from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.training.base_model import BaseModelLoader, choose_torch_device
 from fedspine_edge.training.memory import rank_costs
@@ -35,6 +35,9 @@ from fedspine_edge.training.tokenization import TextEncoder, TokenizedSplits
 from fedspine_edge.version import __version__
 
 log = logging.getLogger("fedspine_edge.device")
+
+MAX_INDEX_BYTES = 64 * 2**20
+"""Generous size of the layout, the order and the tensor names in a round's blobs."""
 
 
 class RoundRunner:
@@ -84,6 +87,8 @@ class RoundRunner:
             )
             self._model: PrunableModel | None = self._loader.load()
             self.spec = self._model.spec
+            head = set(self._model.head_names)
+            self._head_elements: int = sum(p.numel() for n, p in self._model.module.named_parameters() if n in head)
             encoder = TextEncoder.from_model(self._model, self._loader.tokenizer())
             self._pad_id = encoder.pad_id
             self._examples = TokenizedSplits(encoder, train, holdout)
@@ -121,6 +126,12 @@ class RoundRunner:
             pruning_ratio=self.persisted.pruning_state.pruning_ratio,
             version=__version__,
         )
+
+    @property
+    def max_adapter_bytes(self) -> int:
+        """Size in bytes of the unpruned model's adapter at the largest rank, with the task head and the indices."""
+        elements_per_rank = sum(sum(full_shape(self.spec, split_name(name)[1])) for name in module_names(self.spec))
+        return 4 * (MAX_RANK * elements_per_rank + self._head_elements) + MAX_INDEX_BYTES
 
     def begin_round(self, plan: RoundPlan) -> None:
         """Start the cost meter. A plan of another run starts from the unpruned model."""

@@ -47,12 +47,12 @@ def broker_check(address: str) -> Iterator[Check]:
 
 def device_checks(path: str) -> Iterator[Check]:
     """Check the broker, the data, the model and the state folder of a device."""
-    from fedspine_edge.protocol.topics import Topics
+    from fedspine_edge.protocol.topics import Topics, client_id
 
     config = load_config(path, DeviceConfig)
     topics, name = Topics(config.fleet), config.device_id
-    client_id = f"fedspine-{config.fleet}-{name}-doctor"
-    yield _login(config.broker, client_id, topics.device_filters(name), topics.report(name))
+    this_client = client_id(config.fleet, "doctor", name)
+    yield _login(config.broker, this_client, topics.device_filters(name), topics.report(name))
     yield _checked("data", lambda: _data(config))
     yield _model(config.model)
     yield _folder("state_dir", Path(config.state_dir))
@@ -60,12 +60,11 @@ def device_checks(path: str) -> Iterator[Check]:
 
 def fleet_checks(path: str) -> Iterator[Check]:
     """Check the broker, the strategy and the run folder of a fleet."""
-    from fedspine_edge.protocol.topics import Topics
+    from fedspine_edge.protocol.topics import Topics, client_id
 
     config = load_config(path, FleetConfig)
     topics = Topics(config.fleet)
-    client_id = f"fedspine-{config.fleet}-server-doctor"
-    yield _login(config.broker, client_id, topics.server_filters, topics.ack("doctor"))
+    yield _login(config.broker, client_id(config.fleet, "doctor"), topics.server_filters, topics.ack("doctor"))
     yield _checked("strategy", lambda: _strategy(config))
     yield _run_dir(Path(config.run_dir))
 

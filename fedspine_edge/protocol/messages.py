@@ -21,6 +21,9 @@ CHUNK_BYTES = 96 * 1024
 MAX_BLOB_BYTES = 2 * 1024**3
 """Largest blob, checked before anything is allocated for an announced one."""
 
+MAX_RANK = 256
+"""Largest LoRA rank."""
+
 MAX_RETRY_S = 15.0
 """Longest retry interval; also used while no plan with a deadline is known."""
 
@@ -96,7 +99,7 @@ class RoundPlan(PlanBase, frozen=True, kw_only=True, tag="round"):
     attempt: Positive = 1
     """Above 1 when the round is repeated because too few devices answered; makes the plan a new one."""
     pruning_ratio: Ratio = 0.0
-    r: Annotated[int, Meta(ge=1, le=256)] = 8
+    r: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 8
     scaling: Annotated[float, Meta(gt=0.0, le=1e6)] = 2.0
     """lora_alpha / r, held constant over ranks so that truncation alone changes the adapter."""
     tau: Count = 20
@@ -160,7 +163,7 @@ class Report(Message, frozen=True, kw_only=True):
     lora_importance: Figure | None = None
     """I(B_total): EMA of the size-normalised sum of |B * gB| over modules."""
     pruning_ratio: Ratio = 0.0
-    r: Annotated[int, Meta(ge=0, le=256)] = 0
+    r: Annotated[int, Meta(ge=0, le=MAX_RANK)] = 0
     completion_time_s: Seconds = 0.0
     time_kind: Literal["measured", "modelled", "simulated"] = "measured"
     """measured = wall clock; modelled = process CPU time × class factor + modelled transfer; simulated = cost model."""

@@ -23,6 +23,18 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,6}")
 
+Role = Literal["server", "device", "doctor"]
+
+
+def client_id(fleet: str, role: Role, name: str = "") -> str:
+    """Return the MQTT client identifier of a program.
+
+    The parts are separated by a character that no name contains, so that a device named "server", or a device of a
+    fleet with a similar name, cannot have the identifier of another client and disconnect it.
+    """
+    return ":".join(part for part in ("fedspine", fleet, role, name) if part)
+
+
 DeviceKind = Literal["status", "plan", "report", "ack"]
 
 

@@ -36,7 +36,7 @@ from fedspine_edge.protocol.blobs import (
     scores_to_tensors,
 )
 from fedspine_edge.protocol.chunks import ref_of
-from fedspine_edge.protocol.messages import Ack, Report, RoundPlan, Status
+from fedspine_edge.protocol.messages import MAX_BLOB_BYTES, Ack, Report, RoundPlan, Status
 from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import Topics
 from fedspine_edge.simulation.cost_model import MINILM, SMALL, factor_elements, record_work, typical_layout
@@ -249,6 +249,11 @@ class ReplayDevice:
             memory_bytes=config.memory_limit_mib * 2**20,
             pruning_ratio=self._ratio,
         )
+
+    @property
+    def max_adapter_bytes(self) -> int:
+        """No limit besides that of a blob, since the server is part of the simulation."""
+        return MAX_BLOB_BYTES
 
     def begin_round(self, plan: RoundPlan) -> None:
         """Do nothing; everything happens in `run_round`."""

@@ -19,16 +19,16 @@ from fedspine_edge.config import OptimizerSettings
 from fedspine_edge.device.device_state import PersistedState
 from fedspine_edge.errors import BrokerUnreachable, CheckpointError, ConfigError, DataError
 from fedspine_edge.model.layout import Layout, target_counts
-from fedspine_edge.protocol import codec
+from fedspine_edge.protocol import chunks, codec
 from fedspine_edge.protocol.blobs import gather_adapter, order_from_tensors
 from fedspine_edge.protocol.chunks import BlobStore
-from fedspine_edge.protocol.messages import Report
+from fedspine_edge.protocol.messages import BlobRef, Report, RoundPlan
 from fedspine_edge.protocol.rank_slices import slice_by_rank
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.training.memory import estimate
 from fedspine_edge.training.state_dir import StateDir
 from fedspine_edge.training.trainer import Trainer
-from fedspine_edge.transport.base import Connected
+from fedspine_edge.transport.base import Connected, Incoming
 
 ROOT = Path(__file__).parents[2]
 
@@ -612,3 +612,46 @@ def test_memory_limit_is_kept_and_reported(fleet, tiny_folder, tmp_path, tiny_ba
     assert of_one < status.memory_bytes
     assert fleet.statuses[0].memory_base_bytes > 0
     driven.device.close()
+
+
+def test_order_that_is_no_permutation_fails_round(fleet, driven, tiny_base):
+    tensors = round_tensors(tiny_base.spec, order=True)
+    tensors["order.0.heads"][:] = 0
+    fleet.send(server_round=2, adapter=fleet.offer(tensors), pruning_ratio=0.5)
+    driven.settle()
+    assert fleet.reports[-1].status == "failed"
+    assert "order of layer 0 heads is not a permutation" in fleet.reports[-1].reason
+
+
+def test_adapter_beyond_the_models_size_fails_round_without_download(fleet, driven):
+    ref = BlobRef(sha256="0" * 64, size_bytes=2**30)
+    fleet.send(adapter=[ref, ref])
+    driven.settle()
+    assert fleet.reports[-1].status == "failed"
+    assert "more than an adapter of this model can have" in fleet.reports[-1].reason
+    assert set(driven.transport._filters) == set(tiny_fleet.TOPICS.device_filters("d1"))
+
+
+def test_malformed_messages_do_not_stop_device(fleet, driven, tiny_base):
+    rng = np.random.default_rng(5)
+    topics = [tiny_fleet.TOPICS.plan("d1"), tiny_fleet.TOPICS.ack("d1")]
+    plan = codec.encode(RoundPlan(run_id="run", device_id="d1", server_round=1, r=4))
+    for number in range(300):
+        payload = bytearray(plan if number % 2 else rng.bytes(int(rng.integers(0, 200))))
+        for _ in range(int(rng.integers(1, 6))):
+            if payload:
+                payload[int(rng.integers(len(payload)))] = int(rng.integers(256))
+        driven.device.handle(Incoming(topics[number % 3 % 2], bytes(payload)))
+    for mutated in range(60):
+        tensors = round_tensors(tiny_base.spec, order=True)
+        blob = bytearray(codec.pack(tensors))
+        for _ in range(4):
+            blob[int(rng.integers(min(len(blob), 4096)))] = int(rng.integers(256))
+        ref, parts = chunks.split(bytes(blob), chunk_bytes=65536)
+        for index, data in enumerate(parts):
+            fleet.transport.publish(tiny_fleet.TOPICS.blob(ref.sha256, index), data, retain=True)
+        fleet.send(server_round=2, attempt=mutated + 1, adapter=ref, tau=0, recovery_steps=0)
+        driven.settle()
+    fleet.send(server_round=3, adapter=fleet.offer(round_tensors(tiny_base.spec)))
+    driven.settle()
+    assert (fleet.reports[-1].server_round, fleet.reports[-1].status) == (3, "ok")

@@ -23,7 +23,7 @@ from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.blobs import KEEP, order_from_tensors, scores_to_tensors
 from fedspine_edge.protocol.chunks import ref_of
-from fedspine_edge.protocol.messages import Ack, Plan, Report, RoundPlan, Status
+from fedspine_edge.protocol.messages import MAX_BLOB_BYTES, Ack, Plan, Report, RoundPlan, Status
 from fedspine_edge.protocol.rank_slices import merge_slices
 from fedspine_edge.protocol.topics import Topics, UploadTopic
 from fedspine_edge.server.server import FleetServer
@@ -226,6 +226,10 @@ class FakeDevice:
             memory_per_rank_bytes=self.memory[2],
             pruning_ratio=self.ratio,
         )
+
+    @property
+    def max_adapter_bytes(self) -> int:
+        return MAX_BLOB_BYTES
 
     def begin_round(self, plan: RoundPlan) -> None:
         pass
