@@ -134,14 +134,38 @@ class AggregationSettings(_Section, frozen=True, kw_only=True):
         _doc("Add the components that a device did not receive to its low-rank update, so that averaging keeps them."),
     ] = True
     clip_norm: Annotated[
-        float, _doc("Scale updates down to at most this multiple of the median norm. 0: off.", ge=0)
-    ] = 0.0
+        float,
+        _doc(
+            "Scale the adapter of an update down to at most this multiple of the devices' median norm. The norms of "
+            "honest devices with different ranks differ by up to a factor of about 7. 0: off.",
+            ge=0,
+        ),
+    ] = 10.0
+    clip_head: Annotated[
+        float,
+        _doc(
+            "Limit the distance of a task head from the one that was sent to this multiple of the devices' median "
+            "distance. 0: off.",
+            ge=0,
+        ),
+    ] = 3.0
+    max_examples_ratio: Annotated[
+        float,
+        _doc(
+            "Count the num_examples of a device up to this multiple of the devices' median, since devices report it "
+            "themselves. 0: no limit.",
+            ge=0,
+        ),
+    ] = 2.0
 
 
 class ValidationSettings(_Section, frozen=True, kw_only=True):
     """Validation of updates."""
 
-    max_norm: Annotated[float, _doc("Largest L2 norm of B·A in a module. An update above it is rejected.", gt=0)] = 1e3
+    max_norm: Annotated[
+        float,
+        _doc("Largest L2 norm of B·A in a module and of a tensor of the head. An update above it is rejected.", gt=0),
+    ] = 1e3
     keep_rejected: Annotated[int, _doc("Number of rejected updates kept in run_dir/rejected for inspection.", ge=0)] = (
         50
     )

@@ -16,7 +16,7 @@ Inputs come from accepted updates and are not checked again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -43,6 +43,9 @@ from fedspine_edge.errors import ConfigError
 
 Rule = Literal["reconstruct", "zero_pad", "stack", "svd", "trimmed_mean", "median"]
 Factors = Mapping[str, tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]]
+
+ROBUST_RULES = ("trimmed_mean", "median")
+"""Rules that take a middle value per element, with equal weights. They keep every update in memory until `finish`."""
 
 BLOCK_ELEMENTS = 4_000_000
 """Number of elements that a robust rule sorts at a time: 32 MB, whatever the size of the module."""
@@ -84,8 +87,6 @@ class Aggregator:
         r_max: Rank of the result, and the largest rank of a device.
         scaling: lora_alpha / r, the same for every rank.
         seed: Seed for the rows of A of empty components.
-        clip_norm: Scale an update whose ‖B·A‖ over all modules exceeds this multiple of the devices' median down to
-            that limit; 0 turns clipping off. Keeps every update in memory until `finish`.
         trim: Share of the holders that `trimmed_mean` leaves out at either end, at least one of three or more.
         max_stack_rank: See `LowRankSum`.
 
@@ -100,24 +101,23 @@ class Aggregator:
         scaling: float,
         seed: int,
         *,
-        clip_norm: float = 0.0,
         trim: float = 0.2,
         max_stack_rank: int = MAX_STACK_RANK,
     ) -> None:
         if rule not in get_args(Rule):
             raise ConfigError(f"aggregation rule {rule!r} is unknown.", remedy=f"One of: {', '.join(get_args(Rule))}.")
-        if r_max < 1 or not scaling > 0 or clip_norm < 0 or not 0 <= trim < 0.5:
+        if r_max < 1 or not scaling > 0 or not 0 <= trim < 0.5:
             raise ConfigError(
-                f"aggregation needs r_max ≥ 1, scaling > 0, clip_norm ≥ 0 and 0 ≤ trim < 0.5; "
-                f"got {r_max}, {scaling}, {clip_norm}, {trim}."
+                f"aggregation needs r_max ≥ 1, scaling > 0 and 0 ≤ trim < 0.5; got {r_max}, {scaling}, {trim}."
             )
         self.rule: Rule = rule
         self.shapes = dict(shapes)
         self.r_max, self.scaling, self.seed = r_max, scaling, seed
-        self._clip_norm, self._trim, self._max_stack_rank = clip_norm, trim, max_stack_rank
+        self._trim, self._max_stack_rank = trim, max_stack_rank
         self._buffered: list[_Update] = []
         self._num_devices = 0
-        self._streams = clip_norm == 0 and rule not in ("trimmed_mean", "median")
+        self._clipped: dict[str, float] = {}
+        self._streams = rule not in ROBUST_RULES
         self._sums = self._new_sums()
 
     def add(
@@ -127,6 +127,7 @@ class Aggregator:
         factors: Factors,
         rows: Mapping[str, Indices],
         cols: Mapping[str, Indices],
+        scale: float = 1.0,
     ) -> None:
         """Add the accepted update of one device.
 
@@ -137,9 +138,12 @@ class Aggregator:
                 absent counts as not kept.
             rows: Per module the original indices of B's rows, ascending.
             cols: Per module the original indices of A's columns, ascending.
+            scale: Factor of the update from `clip_scales`; 1 for one that is not clipped.
         """
         self._num_devices += 1
-        update = _Update(device_id, weight, factors, rows, cols)
+        if scale < 1.0:
+            self._clipped[device_id] = scale
+        update = _Update(device_id, weight, factors, rows, cols, scale)
         if self._streams:
             self._accumulate(self._sums, update)
         else:
@@ -152,23 +156,14 @@ class Aggregator:
         """
         if self._num_devices == 0:
             raise ValueError("nothing to aggregate: no device was added")
-        updates, clipped = self._clip(self._buffered)
-        if self.rule in ("trimmed_mean", "median"):
-            found = {name: self._robust(name, updates) for name in self.shapes}
-            return self._aggregate(found, clipped)
-        sums = self._sums
-        if not self._streams:
-            sums = self._new_sums()
-            for update in updates:
-                self._accumulate(sums, update)
-        found = {name: total.result(self, name) for name, total in sums.items()}
-        return self._aggregate(found, clipped)
-
-    def _aggregate(self, found: Mapping[str, LowRank], clipped: dict[str, float]) -> Aggregate:
+        if self._streams:
+            found = {name: total.result(self, name) for name, total in self._sums.items()}
+        else:
+            found = {name: self._robust(name, self._buffered) for name in self.shapes}
         return Aggregate(
             factors={name: (low.A, low.B) for name, low in found.items()},
             explained_variance={name: low.explained_variance for name, low in found.items()},
-            clipped=clipped,
+            clipped=dict(self._clipped),
             num_devices=self._num_devices,
         )
 
@@ -188,21 +183,6 @@ class Aggregator:
                 total.add(weight, A, update.scale * B.astype(np.float64), update.rows[name], update.cols[name])
             else:
                 total.skip(weight)
-
-    def _clip(self, updates: list[_Update]) -> tuple[list[_Update], dict[str, float]]:
-        if self._clip_norm == 0:
-            return updates, {}
-        norms = [math.sqrt(sum(product_norm(A, B) ** 2 for A, B in u.factors.values())) for u in updates]
-        # Devices of weight zero do not affect the median.
-        counted = [norm for norm, update in zip(norms, updates) if update.weight > 0]
-        limit = self._clip_norm * float(np.median(counted)) if counted else math.inf
-        result, clipped = [], {}
-        for update, norm in zip(updates, norms):
-            scale = limit / norm if norm > limit else 1.0
-            if scale < 1.0:
-                clipped[update.device_id] = scale
-            result.append(_Update(update.device_id, update.weight, update.factors, update.rows, update.cols, scale))
-        return result, clipped
 
     def _robust(self, name: str, updates: list[_Update]) -> LowRank:
         shape = self.shapes[name]
@@ -272,6 +252,78 @@ class _Padded:
         A[dead] = kaiming_rows(name, A.shape[1], settings.r_max, settings.seed)[dead]
         B[:, dead] = 0.0
         return LowRank(A.astype(np.float32), B.astype(np.float32), explained)
+
+
+def adapter_norm(factors: Factors) -> float:
+    """Return the norm of B·A over all modules."""
+    return math.sqrt(sum(product_norm(A, B) ** 2 for A, B in factors.values()))
+
+
+def clip_scales(norms: Sequence[float], weights: Sequence[float], multiple: float) -> list[float]:
+    """Return the factor of each update that limits its norm to a multiple of the median norm.
+
+    Args:
+        norms: Norm of each update.
+        weights: Weight of each device; those of weight zero do not affect the median.
+        multiple: The multiple; 0 turns clipping off.
+    """
+    counted = [norm for norm, weight in zip(norms, weights) if weight > 0]
+    limit = multiple * float(np.median(counted)) if counted else 0.0
+    if limit == 0.0:  # off, or most devices have learned nothing and there is no usual norm
+        return [1.0] * len(norms)
+    return [limit / norm if norm > limit else 1.0 for norm in norms]
+
+
+def combine_heads(
+    heads: Sequence[Mapping[str, npt.NDArray[Any]]],
+    weights: Sequence[float],
+    *,
+    rule: str,
+    reference: Mapping[str, npt.NDArray[Any]],
+    clip: float,
+    trim: float = 0.2,
+) -> dict[str, Float32]:
+    """Return the task head of the fleet.
+
+    Robust rules take the median or the trimmed mean per element. The other rules average by weight, after limiting how
+    far each head is from the reference to a multiple of the median distance.
+
+    Args:
+        heads: Head of each device, of equal names and shapes; may be empty mappings.
+        weights: Weight of each device.
+        rule: Aggregation rule.
+        reference: Head that the round started from. Where it is empty, in the first round, the median of the heads
+            takes its place.
+        clip: The multiple; 0 turns clipping off.
+        trim: See `Aggregator`.
+    """
+    counted = [head for head, weight in zip(heads, weights) if weight > 0]
+    if not counted or not counted[0]:
+        return {}
+    if rule in ROBUST_RULES:
+        return _middle_tensors(counted, trim if rule == "trimmed_mean" else None)
+    if clip > 0:
+        center = reference or _middle_tensors(counted, None)
+        distances = [_distance(head, center) for head in heads]
+        heads = [
+            head
+            if scale == 1.0
+            else {n: center[n] + scale * (v.astype(np.float64) - center[n]) for n, v in head.items()}
+            for head, scale in zip(heads, clip_scales(distances, weights, clip))
+        ]
+    return average_tensors(zip(weights, heads))
+
+
+def _distance(head: Mapping[str, npt.NDArray[Any]], center: Mapping[str, npt.NDArray[Any]]) -> float:
+    return math.sqrt(sum(float(np.sum((v.astype(np.float64) - center[n]) ** 2)) for n, v in head.items()))
+
+
+def _middle_tensors(tensors: Sequence[Mapping[str, npt.NDArray[Any]]], trim: float | None) -> dict[str, Float32]:
+    found = {}
+    for name, first in tensors[0].items():
+        values = np.stack([one[name].astype(np.float64).reshape(1, -1) for one in tensors])
+        found[name] = _middle(values, trim).reshape(first.shape).astype(np.float32)
+    return found
 
 
 def average_tensors(updates: Iterable[tuple[float, Mapping[str, npt.NDArray[Any]]]]) -> dict[str, Float32]:

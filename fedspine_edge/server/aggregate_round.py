@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import get_args
 
 import numpy as np
@@ -12,10 +13,18 @@ import numpy.typing as npt
 
 from fedspine_edge.aggregation.consensus import DeviceScores, average_scores, kept_by_all, update_order
 from fedspine_edge.aggregation.factored import initial_factors
-from fedspine_edge.aggregation.rules import Aggregate, Aggregator, Factors, Rule, average_tensors
+from fedspine_edge.aggregation.rules import (
+    Aggregate,
+    Aggregator,
+    Factors,
+    Rule,
+    adapter_norm,
+    clip_scales,
+    combine_heads,
+)
 from fedspine_edge.arrays import Tensors
 from fedspine_edge.config import FleetConfig
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.model.layout import (
     GROUP_KINDS,
     Indices,
@@ -27,11 +36,14 @@ from fedspine_edge.model.layout import (
     target_counts,
 )
 from fedspine_edge.model.spec import ModelSpec
-from fedspine_edge.protocol.blobs import adapter_tensors, order_to_tensors
+from fedspine_edge.protocol.blobs import adapter_tensors, head_tensors, order_to_tensors
 from fedspine_edge.protocol.codec import Tensor
 from fedspine_edge.protocol.messages import Report
 from fedspine_edge.pruning.selection import Scope
 from fedspine_edge.server.update_validation import AcceptedUpdate
+
+CACHE_BYTES = 256 * 1024**2
+"""Bytes of updates that aggregation keeps in memory between its two passes."""
 
 _COMPLETED = ("reconstruct", "trimmed_mean", "median")
 """Rules whose updates are completed to full rank; the others are published baselines and stay as they are."""
@@ -72,8 +84,8 @@ def aggregate_updates(
     """Aggregate the accepted updates, one at a time, in order of device id.
 
     Args:
-        devices: Each device's report and a function that loads its update. An update is in memory only while it is
-            added (robust rules keep all of them).
+        devices: Each device's report and a function that loads its update. At most `CACHE_BYTES` of updates are kept
+            in memory (robust rules keep all of them).
         rule: Aggregation rule of the strategy.
         config: Settings of the fleet.
         spec: Model of the fleet.
@@ -88,38 +100,91 @@ def aggregate_updates(
             remedy=f"One of: {', '.join(get_args(Rule))}.",
         )
     devices = sorted(devices, key=lambda device: device[0].device_id)
-    weights = _weights([report for report, _ in devices], config)
+    reports = [report for report, _ in devices]
+    examples = list(example_weights(reports, config).values())
+    weights = _weights(reports, examples, config)
+    completes = rule in _COMPLETED and config.aggregation.complete_ranks
+
+    def factors_of(update: AcceptedUpdate) -> Factors:
+        return complete_low_rank_update(update.factors, sent, update.layout) if completes else update.factors
+
+    # The median norm is known only after all updates were seen, so they are read twice where they do not fit in memory.
+    cache = _UpdateCache()
+    norms: list[float] = []
+    heads: list[Mapping[str, Tensor]] = []
+    scores: dict[str, list[DeviceScores]] = {kind: [] for kind in GROUP_KINDS}
+    kept: dict[str, Layout] = {}
+    for (report, load), weight in zip(devices, examples):
+        update = cache.load(report.device_id, load)
+        kept[report.device_id] = update.layout
+        heads.append(update.head)
+        for kind, device_scores in update.scores.items():
+            scores[kind].append(replace(device_scores, weight=weight))
+        norms.append(adapter_norm(factors_of(update)) if config.aggregation.clip_norm > 0 else 0.0)
+    scales = clip_scales(norms, weights, config.aggregation.clip_norm)
     aggregator = Aggregator(
         rule,  # type: ignore[arg-type]  # checked above
         _shapes(spec),
         max(config.ranks),
         config.training.lora_scaling,
         config.seed,
-        clip_norm=config.aggregation.clip_norm,
     )
-    heads: list[tuple[float, Mapping[str, Tensor]]] = []
-    scores: dict[str, list[DeviceScores]] = {kind: [] for kind in GROUP_KINDS}
-    kept: dict[str, Layout] = {}
-    for (report, load), weight in zip(devices, weights):
-        update = load()
-        kept[report.device_id] = update.layout
+    for (report, load), weight, scale in zip(devices, weights, scales):
+        update = cache.load(report.device_id, load)
         rows = {name: update.layout.rows(name) for name in update.factors}
         cols = {name: update.layout.cols(name) for name in update.factors}
-        factors: Factors = update.factors
-        if rule in _COMPLETED and config.aggregation.complete_ranks:
-            factors = complete_low_rank_update(factors, sent, update.layout)
-        aggregator.add(report.device_id, weight, factors, rows, cols)
-        heads.append((float(report.num_examples), update.head))
-        for kind, device_scores in update.scores.items():
-            scores[kind].append(device_scores)
+        aggregator.add(report.device_id, weight, factors_of(update), rows, cols, scale)
     aggregate = aggregator.finish()
     tensors = adapter_tensors(aggregate.factors)
-    tensors.update(average_tensors(heads) if heads[0][1] else {})
+    tensors.update(
+        combine_heads(heads, examples, rule=rule, reference=head_tensors(sent), clip=config.aggregation.clip_head)
+    )
+    _check_finite(tensors)
     sizes = _sizes(spec)
     averaged = {kind: average_scores(scores[kind], sizes[kind]) for kind in GROUP_KINDS}
     if config.layout == "consensus" and (order is not None or scores["heads"]):
         tensors.update(order_to_tensors(_next_order(order, averaged, {**layouts, **kept}, spec)))
     return AggregationResult(tensors, aggregate, kept, averaged)
+
+
+class _UpdateCache:
+    """Updates of a round that fit into `CACHE_BYTES`; the others are loaded each time."""
+
+    def __init__(self) -> None:
+        self._updates: dict[str, AcceptedUpdate] = {}
+        self._bytes_left = CACHE_BYTES
+
+    def load(self, device_id: str, load: Callable[[], AcceptedUpdate]) -> AcceptedUpdate:
+        if device_id in self._updates:
+            return self._updates[device_id]
+        update = load()
+        size = sum(A.nbytes + B.nbytes for A, B in update.factors.values())
+        if size <= self._bytes_left:
+            self._bytes_left -= size
+            self._updates[device_id] = update
+        return update
+
+
+def example_weights(reports: Sequence[Report], config: FleetConfig) -> dict[str, float]:
+    """Return by device the number of examples that counts in averages.
+
+    Devices report the number themselves, so it counts up to `aggregation.max_examples_ratio` times the median.
+    """
+    examples = {report.device_id: float(report.num_examples) for report in reports}
+    ratio = config.aggregation.max_examples_ratio
+    if ratio == 0 or not examples:
+        return examples
+    limit = max(1.0, ratio * median(examples.values()))
+    return {device_id: min(number, limit) for device_id, number in examples.items()}
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise FedspineError(
+                f"the aggregate of the round is not finite in {name}.",
+                remedy='Lower validation.max_norm, or use aggregation.rule = "median"; then start the server again.',
+            )
 
 
 def complete_low_rank_update(factors: Factors, sent: Mapping[str, Tensor], layout: Layout) -> Factors:
@@ -198,13 +263,14 @@ def _next_order(
     return Order(ranked["heads"], ranked["channels"])
 
 
-def _weights(reports: Sequence[Report], config: FleetConfig) -> list[float]:
-    examples = [float(report.num_examples) for report in reports]
+def _weights(reports: Sequence[Report], examples: Sequence[float], config: FleetConfig) -> list[float]:
     if not config.aggregation.weight_by_importance:
-        return examples
-    weights = [n * max(0.0, report.lora_importance or 0.0) for n, report in zip(examples, reports)]
+        return list(examples)
+    importances = [max(0.0, report.lora_importance or 0.0) for report in reports]
+    limit = 2.0 * median(importances) if importances else 0.0
+    weights = [n * min(importance, limit or importance) for n, importance in zip(examples, importances)]
     # Without a measured importance on any device, only the examples count.
-    return weights if any(weights) else examples
+    return weights if any(weights) else list(examples)
 
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedspine_edge.config import FleetConfig
 from fedspine_edge.model.layout import Layout, intersection
 from fedspine_edge.protocol.messages import Report
-from fedspine_edge.server.aggregate_round import coverage_layout
+from fedspine_edge.server.aggregate_round import coverage_layout, example_weights
 from fedspine_edge.server.journal.reader import JournalReader
 from fedspine_edge.server.report_collector import ReportCollector
 from fedspine_edge.strategies import RoundOutcome
@@ -90,6 +90,6 @@ def final_layout(
     """
     if config.layout == "consensus":
         return intersection([layouts[device_id] for device_id in sorted(layouts)])
-    weights = {device_id: float(reports[device_id].num_examples) for device_id in layouts}
+    weights = example_weights([reports[device_id] for device_id in layouts], config)
     mean = sum(weights[i] * layouts[i].pruning_ratio for i in sorted(layouts)) / sum(weights.values())
     return coverage_layout(layouts, weights, scores, pruning_ratio=mean, round_to=config.round_to, scope=config.scope)

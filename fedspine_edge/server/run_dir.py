@@ -96,7 +96,8 @@ class RunDir:
         if stored is None:
             return
         before, now = settings(json.loads(stored)), settings(msgspec.to_builtins(config))
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        # Settings that the version which started the run did not have are not compared.
+        changed = sorted(name for name in before if before[name] != now.get(name))
         if changed:
             listed = ", ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in changed[:3])
             raise ConfigError(

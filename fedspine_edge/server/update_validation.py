@@ -115,7 +115,7 @@ def validate_update(
     for name in module_names(spec):
         A, B = _check_factors(tensors, name, plan.r, layout)
         _check_norm(name, A, B, rules.config.validation.max_norm)
-    _check_head(head_tensors(tensors), rules.head_shapes)
+    _check_head(head_tensors(tensors), rules.head_shapes, rules.config.validation.max_norm)
     _check_scores(tensors, previous)
     return _parse(tensors, report, layout)
 
@@ -237,10 +237,13 @@ def _check_norm(name: str, A: Matrix, B: Matrix, limit: float) -> None:
         raise UpdateRejected(f"{name}: the L2 norm of B·A is {norm:.4g}, above validation.max_norm = {limit:g}.")
 
 
-def _check_head(head: Mapping[str, Tensor], expected: HeadShapes | None) -> None:
+def _check_head(head: Mapping[str, Tensor], expected: HeadShapes | None, limit: float) -> None:
     for name, tensor in head.items():
         if not np.isfinite(tensor).all():
             raise UpdateRejected(f"{name} contains NaN or infinity.")
+        norm = float(np.linalg.norm(tensor.astype(np.float64)))
+        if norm > limit:
+            raise UpdateRejected(f"{name}: its L2 norm is {norm:.4g}, above validation.max_norm = {limit:g}.")
     if expected is None:
         return
     names = {name for name, _ in expected}

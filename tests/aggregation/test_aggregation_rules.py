@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedspine_edge.aggregation import factored
 from fedspine_edge.aggregation.factored import LowRankSum, decompose_dense, decompose_stack, initial_factors
-from fedspine_edge.aggregation.rules import Aggregator, average_tensors
+from fedspine_edge.aggregation.rules import Aggregator, adapter_norm, average_tensors, clip_scales, combine_heads
 from fedspine_edge.errors import ConfigError
 
 SHAPES = {"layers.0.q": (24, 16), "layers.0.o": (16, 24)}
@@ -51,10 +51,11 @@ def random_fleet(seed, *, devices=5, r_max=8, pruned=True):
     return fleet
 
 
-def aggregate(fleet, rule="reconstruct", *, r_max=8, scaling=2.0, shapes=SHAPES, **settings_):
+def aggregate(fleet, rule="reconstruct", *, r_max=8, scaling=2.0, shapes=SHAPES, clip_norm=0.0, **settings_):
     aggregator = Aggregator(rule, shapes, r_max, scaling, 0, **settings_)
-    for device in fleet:
-        aggregator.add(*device.update())
+    norms, weights = [adapter_norm(device.factors) for device in fleet], [device.weight for device in fleet]
+    for device, scale in zip(fleet, clip_scales(norms, weights, clip_norm)):
+        aggregator.add(*device.update(), scale)
     return aggregator.finish()
 
 
@@ -379,7 +380,6 @@ def test_aggregator_rejects_impossible_settings():
         ("mean", 8, 2.0, {}),
         ("svd", 0, 2.0, {}),
         ("svd", 8, 0.0, {}),
-        ("svd", 8, 2.0, {"clip_norm": -1.0}),
         ("svd", 8, 2.0, {"trim": 0.5}),
     ):
         with pytest.raises(ConfigError):
@@ -400,3 +400,27 @@ def test_head_is_averaged_by_examples():
 def test_head_without_any_weight_raises_value_error():
     with pytest.raises(ValueError, match="weights sum to zero"):
         average_tensors([(0.0, {"head.w": np.zeros(2)}), (0.0, {"head.w": np.zeros(2)})])
+
+
+def make_heads(*values):
+    return [{"head.w": np.full((2, 3), value, np.float32)} for value in values]
+
+
+@pytest.mark.parametrize("rule", ["reconstruct", "zero_pad", "stack", "svd", "median", "trimmed_mean"])
+@pytest.mark.parametrize("sent", [0.0, None])
+@pytest.mark.parametrize("false", [1e3, -1e3, 1e30])
+def test_head_of_one_device_cannot_dominate(rule, sent, false):
+    heads = make_heads(1.0, 1.1, 0.9, 1.0, false)
+    reference = {} if sent is None else make_heads(sent)[0]
+    found = combine_heads(heads, [1.0] * 5, rule=rule, reference=reference, clip=3.0)
+    assert np.abs(found["head.w"] - 1.0).max() < 0.81  # a fifth of the weight at three times the distance
+
+
+def test_heads_within_the_limit_are_averaged_unchanged():
+    heads, weights = make_heads(1.0, 1.5, 2.0), [1.0, 2.0, 3.0]
+    found = combine_heads(heads, weights, rule="reconstruct", reference=make_heads(0.0)[0], clip=3.0)
+    np.testing.assert_array_equal(found["head.w"], average_tensors(zip(weights, heads))["head.w"])
+
+
+def test_devices_without_a_head_give_no_head():
+    assert combine_heads([{}, {}], [1.0, 1.0], rule="median", reference={}, clip=3.0) == {}

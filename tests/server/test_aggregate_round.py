@@ -1,5 +1,7 @@
 """Aggregation of a round: updates of low rank erase nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from fedspine_edge.config import AggregationSettings, FleetConfig
 from fedspine_edge.model.layout import Layout, module_names
 from fedspine_edge.model.spec import ModelSpec
 from fedspine_edge.protocol.messages import Report
-from fedspine_edge.server.aggregate_round import aggregate_updates, initial_tensors
+from fedspine_edge.server.aggregate_round import aggregate_updates, example_weights, initial_tensors
 from fedspine_edge.server.update_validation import AcceptedUpdate
 
 SPEC = ModelSpec(
@@ -83,3 +85,35 @@ def test_low_rank_update_without_completion_erases_higher_components() -> None:
     np.testing.assert_allclose(
         product(result, name), sent[f"{name}.lora_B"][:, :2] @ sent[f"{name}.lora_A"][:2], rtol=1e-4, atol=1e-4
     )
+
+
+def test_claimed_examples_count_up_to_a_multiple_of_the_median() -> None:
+    reports = [
+        Report(run_id="r", device_id=i, server_round=1, plan_sha256="0" * 64, status="ok", num_examples=n)
+        for i, n in (("a", 100), ("b", 120), ("c", 10**9), ("d", 80), ("e", 110))
+    ]
+    assert example_weights(reports, FleetConfig()) == {"a": 100.0, "b": 120.0, "c": 220.0, "d": 80.0, "e": 110.0}
+    unlimited = FleetConfig(aggregation=AggregationSettings(max_examples_ratio=0.0))
+    assert example_weights(reports, unlimited)["c"] == 1e9
+
+
+@pytest.mark.parametrize("factor", [50.0, 1000.0])
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+def test_scaled_update_is_clipped_by_default(factor: float, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedspine_edge.server.aggregate_round.CACHE_BYTES", cache_bytes)
+    sent, layout = blob(), Layout.full(SPEC)
+    updates = [update(sent, R_MAX, layout) for _ in range(5)]
+    scaled = {name: (A, factor * B) for name, (A, B) in updates[4].factors.items()}
+    updates[4] = replace(updates[4], factors=scaled)
+    devices = [
+        (
+            Report(run_id="r", device_id=f"d{i}", server_round=2, plan_sha256="0" * 64, status="ok", num_examples=10),
+            lambda one=one: one,
+        )
+        for i, one in enumerate(updates)
+    ]
+    config = FleetConfig(ranks=(2, 4, R_MAX))
+    result = aggregate_updates(devices, rule="reconstruct", config=config, spec=SPEC, order=None, layouts={}, sent=sent)
+    assert result.aggregate.clipped == {"d4": pytest.approx(10.0 / factor)}
+    for name in module_names(SPEC):  # (4 · 1 + 10) / 5
+        np.testing.assert_allclose(product(result.tensors, name), 2.8 * product(sent, name), rtol=1e-3, atol=1e-3)

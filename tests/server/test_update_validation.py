@@ -137,6 +137,7 @@ HEADS, CHANNELS = "keep.0.heads", "keep.1.channels"
         pytest.param(change(HEADS, lambda t: t[:0]), "non-empty", id="nothing kept"),
         pytest.param(change(HEADS, lambda t: t[None]), "vector", id="matrix of indices"),
         pytest.param(change("head.out.weight", nan), "head.out.weight contains NaN", id="head NaN"),
+        pytest.param(change("head.out.weight", lambda t: t * 1e30), "head.out.weight: its L2 norm", id="head norm"),
         pytest.param(change("head.out.weight", lambda t: t[:1]), r"fleet's is \(2, 8\)", id="head shape"),
         pytest.param(change("head.more", zeros(2)), "differs from the fleet's", id="head name"),
         pytest.param(drop("head.out.weight"), "differs from the fleet's", id="no head"),

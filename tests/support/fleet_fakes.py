@@ -116,12 +116,14 @@ class LossyTransport:
     Attributes:
         corrupt: Number of first chunks to replace by zeros.
         drop: Decides whether a chunk is dropped.
+        rewrite: Returns the payload to publish instead of one for a topic.
     """
 
     def __init__(self, transport) -> None:
         self._transport = transport
         self.corrupt = 0
         self.drop: Callable[[UploadTopic], bool] = lambda topic: False
+        self.rewrite: Callable[[str, bytes], bytes] = lambda topic, payload: payload
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         parsed = Topics("fleet").parse(topic)
@@ -131,7 +133,7 @@ class LossyTransport:
             if self.corrupt > 0 and parsed.index == 0:
                 self.corrupt -= 1
                 payload = bytes(len(payload))
-        self._transport.publish(topic, payload, retain=retain)
+        self._transport.publish(topic, self.rewrite(topic, payload), retain=retain)
 
     def __getattr__(self, name: str):
         return getattr(self._transport, name)
