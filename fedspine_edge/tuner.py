@@ -67,7 +67,7 @@ class ColumnNames:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Means to train in less memory; docs/memory.md compares them.
+    """Means to train in less memory; docs/guides/save-memory.md compares them.
 
     Args:
         base_dtype: Data type of the frozen weights: "float32", "bfloat16", "float16", "int8" or "int4" (default:
@@ -265,8 +265,8 @@ class EdgeTuner:
     ) -> MemoryEstimate:
         """Estimate the peak memory of `fit` and `prune` in bytes; `print` shows its parts.
 
-        This takes about a second, trains nothing and allocates almost nothing. docs/memory.md compares estimates with
-        measured peaks, which differ by less than 15 %.
+        This takes about a second, trains nothing and allocates almost nothing. docs/results/memory.md compares it
+        with measured peaks, which differ by less than 15 %.
 
         Args:
             data: Training data, for the length of its longest text (default: `max_length_tokens`).

@@ -3,7 +3,7 @@
 The L2 norm of the difference between the sent and the received tensors is clipped: A and B of every module and the task
 head, as one vector. The product B·A, which the server computes, is not clipped itself; a bound on the factors bounds it
 only together with the received factors. No ε is claimed, because the number of rounds is not accounted for.
-See docs/privacy.md.
+See docs/concepts/privacy.md.
 """
 
 from __future__ import annotations

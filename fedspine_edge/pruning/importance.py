@@ -2,7 +2,7 @@
 
 Removing W[i, j] is the same as an adapter with (B·A)[i, j] = -W[i, j]. A first-order Taylor term in the gradients that
 training computes anyway estimates the loss of doing so. Biases are frozen and have no adapter, so they do not count.
-Source: docs/algorithms.md, "LoRA-guided importance"; LoRAPrune.
+Source: docs/concepts/pruning.md, "Importance"; LoRAPrune.
 """
 
 from __future__ import annotations

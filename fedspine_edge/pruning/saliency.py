@@ -1,6 +1,6 @@
 """Activation times gradient at the inputs of linears, summed over the tokens of an iteration.
 
-Source: APT (arXiv 2401.12200), salience of hidden units; docs/algorithms.md, "Importance", criterion "apt".
+Source: APT (arXiv 2401.12200), salience of hidden units; docs/concepts/pruning.md, "Importance", criterion "apt".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Selection of the groups to keep from their importance scores, and the settings of pruning. Uses numpy only.
 
-Source: docs/algorithms.md, "Groups"; arXiv 2501.02438, section on structured pruning.
+Source: docs/concepts/pruning.md, "Groups"; arXiv 2501.02438, section on structured pruning.
 """
 
 from __future__ import annotations

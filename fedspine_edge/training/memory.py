@@ -2,8 +2,8 @@
 
 The model runs forward and backward on torch's fake tensors while every allocation and release is counted. The result
 therefore follows the family, widths, rank, batch, length, dtype, quantization and gradient checkpointing without a
-formula for any of them. Memory outside of torch's allocations is a measured allowance. docs/memory.md compares
-estimates with measured peaks.
+formula for any of them. Memory outside of torch's allocations is a measured allowance.
+docs/results/memory.md compares estimates with measured peaks.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def learning_rate(training: OptimizerSettings, step: int, round_steps: int) -> f
     """Return the learning rate of `step` (from 0) in a round of `round_steps`.
 
     It is constant until `decay_from_step` of the run and then follows a cosine to the end. During the first
-    `warmup_ratio` of every round, whose Adam moments start at zero, it rises linearly. Source: docs/algorithms.md,
-    "The round".
+    `warmup_ratio` of every round, whose Adam moments start at zero, it rises linearly. Source:
+    docs/concepts/a-round.md.
     """
     done = training.first_step + step - training.decay_from_step
     progress = min(1.0, max(0.0, done / max(1, training.total_steps - training.decay_from_step)))

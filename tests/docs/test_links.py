@@ -54,3 +54,12 @@ def test_every_docs_page_is_reachable_from_the_index() -> None:
         seen.add(page)
         queue += [(page.parent / link.partition("#")[0]).resolve() for link in links(page) if link[0] != "#"]
     assert sorted(page.name for page in (ROOT / "docs").rglob("*.md") if page not in seen) == []
+
+
+def test_docs_pages_that_the_package_names_exist() -> None:
+    named = set()
+    for folder in ("fedspine_edge", "csrc", "examples", "scripts", "benchmarks", "tests", "jetson"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in {".py", ".toml", ".h", ".cpp", ".cu", ".cuh", ".sh"}:
+                named |= set(re.findall(r"docs/[\w./-]+\.md", file.read_text(encoding="utf-8")))
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
