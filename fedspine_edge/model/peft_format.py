@@ -24,12 +24,11 @@ from fedspine_edge.errors import CheckpointError
 from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT
 from fedspine_edge.model.deterministic_init import kaiming_uniform
 from fedspine_edge.model.layout import full_shape, module_names, split_name
+from fedspine_edge.model.peft_config import PeftConfig
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.model.weight_files import read_tensors, refuse_pickles
 
 PREFIX = "base_model.model."
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
-"""Values of `init_lora_weights` with which PEFT changes the base, so that the adapter fits no other base."""
 TASK_TYPES = {"classification": "SEQ_CLS", "token_classification": "TOKEN_CLS", "causal_lm": "CAUSAL_LM"}
 
 
@@ -84,7 +83,7 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
     linears, shapes of another base, damaged files and non-finite values.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = PeftConfig.read(folder)
     _check_base(model, folder)
     if not (folder / ADAPTER_WEIGHTS).exists():
         refuse_pickles(folder)
@@ -111,7 +110,7 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
             f"{folder / ADAPTER_WEIGHTS} has no LoRA factors for this model.",
             remedy="Pass an adapter that PEFT's save_pretrained wrote for this base model.",
         )
-    scaling = _scaling(config, None)
+    scaling = config.scaling(None)
     for path, name in paths.items():
         pair = factors.get(name, {})
         if pair and set(pair) != {"lora_A", "lora_B"}:
@@ -119,14 +118,14 @@ def load_adapter(model: PrunableModel, folder: str | Path, *, seed: int = 0) -> 
                 f"{folder / ADAPTER_WEIGHTS}: {path} has only one of lora_A and lora_B.",
                 remedy="Copy the adapter again.",
             )
-        declared = _rank(config, ranks.get(path, path))
+        declared = config.rank(ranks.get(path, path))
         if pair and pair["lora_A"].shape[0] != declared and path not in ranks:
             raise CheckpointError(
                 f"{folder / ADAPTER_WEIGHTS}: {path} has rank {pair['lora_A'].shape[0]}; {ADAPTER_CONFIG} states "
                 f"{declared:g}.",
                 remedy="The two files belong to different adapters; copy both again.",
             )
-        ratio = _scaling(config, ranks.get(path, path)) / scaling
+        ratio = config.scaling(ranks.get(path, path)) / scaling
         state.update(_padded(model, name, pair, largest, ratio, seed))
     if any(name.startswith("head.") for name in state):  # PEFT saves the classifier, but not the pooler
         state = {**{n: v for n, v in model.adapter_state().items() if n.startswith("head.")}, **state}
@@ -189,24 +188,6 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def _scaling(config: dict[str, Any], path: str | None) -> float:
-    """Return lora_alpha / r (or / sqrt(r) with rsLoRA) of a module; the default one for None."""
-    r = _rank(config, path)
-    alpha = _pattern(config, "alpha_pattern", path, float(config["lora_alpha"]))
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
-
-
-def _rank(config: dict[str, Any], path: str | None) -> float:
-    return _pattern(config, "rank_pattern", path, float(config["r"]))
-
-
-def _pattern(config: dict[str, Any], name: str, path: str | None, default: float) -> float:
-    for key, value in (config.get(name) or {}).items():
-        if path is not None and (path == key or re.fullmatch(rf"(.*\.)?({key})", path)):
-            return float(value)
-    return default
-
-
 def _check_base(model: PrunableModel, folder: Path) -> None:
     """Raise `CheckpointError` if a folder that this package saved names other base weights than the model's."""
     manifest = folder / LAYOUT
@@ -222,27 +203,3 @@ def _check_base(model: PrunableModel, folder: Path) -> None:
             f"{model.spec.base_sha256[:12]}.",
             remedy="Load the base model it was trained on.",
         )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, r, alpha = str(config["peft_type"]), int(config["r"]), float(config["lora_alpha"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}.", remedy="Pass a PEFT adapter folder.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error!r}.", remedy="Copy the file again from where the adapter was saved."
-        ) from error
-    if kind != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none" or r < 1 or alpha <= 0:
-        raise CheckpointError(
-            f"{path}: only plain LoRA adapters without biases can be loaded (this is {kind}, r {r}, alpha {alpha:g}).",
-            remedy="Merge it into its base with PEFT's merge_and_unload, and load the merged model.",
-        )
-    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
-        raise CheckpointError(
-            f"{path}: the adapter's initialization ({config['init_lora_weights']}) changed the base weights too.",
-            remedy="Save it from PEFT with path_initial_model_for_weight_conversion, which converts it to plain LoRA.",
-        )
-    return dict(config)

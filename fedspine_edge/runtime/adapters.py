@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, deserialize
 
 from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import ADAPTER, AdapterSpec, BundleManifest, LoraModule
 from fedspine_edge.errors import CheckpointError, DeployError
+from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT
+from fedspine_edge.model.peft_config import PeftConfig
 
-CONFIG, WEIGHTS, LAYOUT = "adapter_config.json", "adapter_model.safetensors", "layout.json"
 PREFIX = "base_model.model."
 
 
@@ -47,30 +48,34 @@ def read_adapter(folder: str | Path, manifest: BundleManifest, default: dict[str
             remedy="Recompile its model with: fedspine-edge compile MODEL --lora inputs",
         )
     folder = Path(folder)
-    config = _config(folder)
+    config = PeftConfig.read(folder)
     _check_model(folder, spec)
-    tensors = _tensors(folder / WEIGHTS)
+    tensors = _tensors(folder / ADAPTER_WEIGHTS)
     inputs = {name: array for name, array in default.items() if name.startswith("head.")}
     factors: dict[str, dict[str, Array]] = {entry.path: {} for entry in spec.modules}
     parts: dict[str, list[LoraModule]] = {}
     for entry in spec.modules:
         parts.setdefault(entry.path.rpartition(".")[0], []).append(entry)
+    owners = {entry.path: entry.path for entry in spec.modules}
     for key, array in tensors.items():
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match and match[1] in factors:
             factors[match[1]][match[2]] = array
         elif match and match[1] in parts:
-            _split_fused(match[2], array, parts[match[1]], factors, f"{folder / WEIGHTS}: {name}")
+            _split_fused(match[2], array, parts[match[1]], factors, f"{folder / ADAPTER_WEIGHTS}: {name}")
+            owners |= {entry.path: match[1] for entry in parts[match[1]]}
         elif not match and name in spec.head:
-            _check_array(array, tuple(spec.head[name]), f"{folder / WEIGHTS}: {name}")
+            _check_array(array, tuple(spec.head[name]), f"{folder / ADAPTER_WEIGHTS}: {name}")
             inputs[f"head.{name}"] = np.ascontiguousarray(array, np.float32)
         else:
             raise CheckpointError(
-                f"{folder / WEIGHTS} adapts {name!r}, for which this bundle has no input.",
+                f"{folder / ADAPTER_WEIGHTS} adapts {name!r}, for which this bundle has no input.",
                 remedy="The adapter belongs to another base model or task.",
             )
-    for pair in factors.values():
+    for path, pair in factors.items():
+        if "A" in pair:
+            _check_rank(pair["A"], config, owners[path], f"{folder / ADAPTER_WEIGHTS}: {owners[path]}")
         if len(pair) == 2 and pair["B"].ndim == 2 and pair["B"].shape[1] == pair["A"].shape[0]:
             # Adapters of fused linears that were stacked from one adapter per part have zeros outside their own block.
             used = np.any(pair["B"] != 0, axis=0) | ~np.isfinite(pair["B"]).all(axis=0)
@@ -78,11 +83,11 @@ def read_adapter(folder: str | Path, manifest: BundleManifest, default: dict[str
     rank = max((pair["A"].shape[0] for pair in factors.values() if pair.get("A", np.zeros(0)).ndim == 2), default=0)
     if rank > spec.max_rank:
         raise CheckpointError(
-            f"{folder / WEIGHTS} has rank {rank}; the bundle supports ranks up to {spec.max_rank}.",
+            f"{folder / ADAPTER_WEIGHTS} has rank {rank}; the bundle supports ranks up to {spec.max_rank}.",
             remedy="Train an adapter of a lower rank.",
         )
     for entry in spec.modules:
-        pair, where = factors[entry.path], f"{folder / WEIGHTS}: {entry.path}"
+        pair, where = factors[entry.path], f"{folder / ADAPTER_WEIGHTS}: {entry.path}"
         lora_A = np.zeros((entry.in_features, rank), np.float32)
         lora_B = np.zeros((rank, entry.out_features), np.float32)
         if pair:
@@ -92,7 +97,7 @@ def read_adapter(folder: str | Path, manifest: BundleManifest, default: dict[str
             _check_array(pair["A"], (r, entry.in_features), f"{where}.lora_A")
             _check_array(pair["B"], (entry.out_features, r), f"{where}.lora_B")
             lora_A[:, :r] = pair["A"].T
-            lora_B[:r] = pair["B"].T * np.float32(_scaling(config, entry.path))
+            lora_B[:r] = pair["B"].T * np.float32(config.scaling(owners[entry.path]))
         inputs[f"lora.{entry.path}.A"], inputs[f"lora.{entry.path}.B"] = lora_A, lora_B
     return inputs
 
@@ -118,37 +123,13 @@ def _check_array(array: Array, shape: tuple[int, ...], where: str) -> None:
         )
 
 
-def _scaling(config: dict[str, Any], path: str) -> float:
-    """Return lora_alpha / r of a linear (/ sqrt(r) with rslora). PEFT's patterns match the end of a path."""
-
-    def pattern(name: str, default: float) -> float:
-        for key, value in (config.get(name) or {}).items():
-            if path == key or re.fullmatch(rf"(.*\.)?({key})", path):
-                return float(value)
-        return default
-
-    r = pattern("rank_pattern", float(config["r"]))
-    alpha = pattern("alpha_pattern", float(config["lora_alpha"]))
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Read and validate adapter_config.json."""
-    path = folder / CONFIG
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-        plain = config["peft_type"] == "LORA" and not config.get("use_dora") and config.get("bias", "none") == "none"
-        positive = float(config["r"]) >= 1 and float(config["lora_alpha"]) > 0
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {CONFIG}.", remedy="Point to a PEFT adapter folder.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}.", remedy="Copy the adapter again.") from error
-    if not plain or not positive:
+def _check_rank(lora_A: Array, config: PeftConfig, module: str, where: str) -> None:
+    """Raise `CheckpointError` if the rank of a module differs from the one that determines its scaling."""
+    if lora_A.ndim == 2 and len(lora_A) != config.rank(module):
         raise CheckpointError(
-            f"{path} describes an adapter that is not plain LoRA without biases.",
-            remedy="Train an adapter with peft_type LORA.",
+            f"{where} has rank {len(lora_A)}; {ADAPTER_CONFIG} states {config.rank(module):g}.",
+            remedy="The two files belong to different adapters; copy both again.",
         )
-    return config
 
 
 def _check_model(folder: Path, spec: AdapterSpec) -> None:
@@ -171,7 +152,42 @@ _REMEDY = "Set an adapter of the pruned model that this bundle was compiled from
 
 
 def _tensors(path: Path) -> dict[str, Array]:
+    """Read a safetensors file. Types that numpy does not have are converted to float32."""
     try:
-        return dict(load_file(path))
-    except (OSError, ValueError, SafetensorError) as error:
+        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        return {name: _to_numpy(entry) for name, entry in entries}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.", remedy=_MISSING) from None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", remedy="Copy the adapter again.") from error
+
+
+_MISSING = "Save the adapter as safetensors, for example with PEFT's save_pretrained(..., safe_serialization=True)."
+
+_NUMPY_TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1"}
+
+
+def _to_numpy(entry: Mapping[str, Any]) -> Array:
+    """Return a tensor of a safetensors file as an array; bfloat16 and float8 become float32 without loss."""
+    dtype, data = entry["dtype"], bytes(entry["data"])
+    if dtype == "BF16":
+        array: Array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F8_E5M2":
+        array = (np.frombuffer(data, np.uint8).astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    elif dtype == "F8_E4M3":
+        array = _float8_e4m3(np.frombuffer(data, np.uint8))
+    elif dtype in _NUMPY_TYPES:
+        array = np.frombuffer(data, f"<{_NUMPY_TYPES[dtype]}")
+    else:
+        raise ValueError(f"a tensor has the type {dtype}")
+    return array.reshape(entry["shape"])
+
+
+def _float8_e4m3(codes: Array) -> Array:
+    """Decode float8 e4m3fn: 4 exponent bits with bias 7, 3 mantissa bits, NaN at 0x7F and 0xFF, and no infinity."""
+    codes = codes.astype(np.int32)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    values = np.where(codes & 0x80, -magnitude, magnitude)
+    result: Array = np.where((codes & 0x7F) == 0x7F, np.nan, values).astype(np.float32)
+    return result

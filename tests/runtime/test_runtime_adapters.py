@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 from tiny_deploy import tiny_model, write_tokenizer
@@ -148,12 +151,19 @@ def poison(tensors):
     ("change", "words"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config"),
-        (edit_config(peft_type="IA3"), "not plain LoRA"),
-        (edit_config(use_dora=True), "not plain LoRA"),
+        (edit_config(peft_type="IA3"), "only plain LoRA"),
+        (edit_config(use_dora=True), "only plain LoRA"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),
         (edit_tensors(poison), "not finite"),
         (edit_tensors(lambda t: t.update(extra=np.zeros(3, np.float32))), "has no input"),
         (edit_tensors(lambda t: t.pop(next(n for n in t if "lora_B" in n))), "only one of"),
+        (edit_config(init_lora_weights="lora_ga"), "changed the base weights"),
+        (edit_config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens is set"),
+        (edit_config(future_feature=True), "future_feature is set"),
+        (edit_config(r=8), "has rank 2; adapter_config.json states 8"),
+        (edit_config(rank_pattern={"query": 4}), "has rank 2; adapter_config.json states 4"),
+        (edit_config(alpha_pattern={"query(": 4}), "is damaged"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "does not exist"),
         (edit_layout(lambda v: v["spec"].update(base_sha256="1" * 64)), "another base model"),
         (edit_layout(lambda v: v["channels"][0].reverse()), "other heads and channels"),
     ],
@@ -163,6 +173,23 @@ def test_set_adapter_invalid_keeps_current_adapter(session, folder, tmp_path, ch
     with pytest.raises(CheckpointError, match=words):
         session.set_adapter(damaged(folder, tmp_path / "bad", change))
     np.testing.assert_array_equal(session.run(**INPUTS), before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"])
+def test_set_adapter_accepts_tensors_of_any_float_type(session, folder, tmp_path, dtype, monkeypatch):
+    converted = other_adapter(folder, tmp_path / "converted", 3)
+    weights = converted / "adapter_model.safetensors"
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(tensors, weights)
+    rounded = Path(shutil.copytree(converted, tmp_path / "rounded"))
+    exact = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(exact, rounded / "adapter_model.safetensors")
+    session.set_adapter(rounded)
+    expected = session.run(**INPUTS)
+    assert np.abs(expected - torch_logits(folder)).max() > 0.01
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # as on a board
+    session.set_adapter(converted)
+    np.testing.assert_allclose(session.run(**INPUTS), expected, atol=1e-6)
 
 
 def test_set_adapter_rejects_rank_above_limit(session, folder, tmp_path):
