@@ -180,7 +180,8 @@ def _to_numpy(entry: Mapping[str, Any]) -> Array:
         array = np.frombuffer(data, f"<{_NUMPY_TYPES[dtype]}")
     else:
         raise ValueError(f"a tensor has the type {dtype}")
-    return array.reshape(entry["shape"])
+    shaped: Array = array.reshape(entry["shape"])
+    return shaped
 
 
 def _float8_e4m3(codes: Array) -> Array:
