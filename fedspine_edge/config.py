@@ -281,7 +281,9 @@ class FleetConfig(_Section, frozen=True, kw_only=True):
         int, _doc("Smallest number of reports to aggregate. A round with fewer reports is repeated.", ge=1)
     ] = 1
     max_failed_rounds: Annotated[int, _doc("Number of consecutive failed rounds after which the run stops.", ge=1)] = 3
-    base_sha256: Annotated[str, _doc("Required SHA-256 of the base model. Empty: that of the first device.")] = ""
+    base_sha256: Annotated[
+        str, _doc("Required SHA-256 of the base model. Empty: that of most devices at the first round.")
+    ] = ""
     seed: Annotated[int, _doc("Seed for the adapters, the bandit and the data order.", ge=0)] = 0
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)

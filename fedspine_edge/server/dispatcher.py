@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from fedspine_edge.errors import MessageError
 from fedspine_edge.protocol import codec
@@ -77,20 +78,29 @@ class MessageDispatcher:
         journal = self._run.journal
         was_online = self._registry.is_online(device_id)
         device = self._registry.update(status)
-        if device.rejection:
-            logger.warning("rejected device %s: %s", device_id, device.rejection)
-            if device.online:
-                self._publisher.reject(
-                    device_id, codec.encode(build_rejection_plan(self._run.run_id, device_id, device.rejection))
-                )
+        rejection = self._registry.rejection(device_id)
+        if rejection:
+            self._reject(device_id, rejection, online=device.online)
         self.seen.add(device_id)
         received_wall_s = None if retained else self._run.wall_time()
-        journal.put_device(device.status, online=device.online, refused=device.rejection, wall_s=received_wall_s)
+        journal.put_device(device.status, online=device.online, refused=rejection, wall_s=received_wall_s)
         if status.state == "online" and self._registry.drop_outdated_layout(status):
             journal.forget_layout(device_id)
             logger.warning("%s lost what it had pruned; it starts from %.3f", device_id, status.pruning_ratio)
         if was_online and not device.online and collector is not None and device_id in collector.waiting_for:
             collector.record_disconnect(device_id)
+
+    def announce_rejections(self, device_ids: Iterable[str]) -> None:
+        """Journal and publish the rejection of devices that had been acceptable before the model was decided."""
+        for device_id in device_ids:
+            device, rejection = self._registry[device_id], self._registry.rejection(device_id)
+            self._reject(device_id, rejection, online=device.online)
+            self._run.journal.put_device(device.status, online=device.online, refused=rejection, wall_s=None)
+
+    def _reject(self, device_id: str, reason: str, *, online: bool) -> None:
+        logger.warning("rejected device %s: %s", device_id, reason)
+        if online:
+            self._publisher.reject(device_id, codec.encode(build_rejection_plan(self._run.run_id, device_id, reason)))
 
     def _on_report(self, topic: DeviceTopic, report: Report, collector: ReportCollector | None) -> None:
         device_id = report.device_id

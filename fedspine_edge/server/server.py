@@ -151,6 +151,7 @@ class FleetServer:
     def _open_round(self) -> tuple[OpenRound, list[Blob]]:
         """Let the strategy assign the online devices, and journal their plans."""
         config, registry, state = self.config, self._registry, self._state
+        self._dispatcher.announce_rejections(registry.decide_model())
         reported = self._dispatcher.reported
         infos = [device_info(registry[i].status, i in reported, config.ranks) for i in registry.online()]
         assignments = self._strategy.assign(infos, state.server_round)
@@ -372,12 +373,13 @@ class FleetServer:
             task=config.task,
             spec=journal.spec,
             num_labels=int(journal.meta("num_labels") or 0),
+            r_max=max(config.ranks),
         )
         self._expected: set[str] = set()
         layouts = {} if journal.spec is None else journal.layouts(journal.spec)
         for status, was_online, _ in journal.devices():
-            device = self._registry.restore(status, layouts.get(status.device_id))
-            if was_online and not device.rejection:
+            self._registry.restore(status, layouts.get(status.device_id))
+            if was_online and not self._registry.rejection(status.device_id):
                 self._expected.add(status.device_id)
         self._dispatcher = MessageDispatcher(self._run, self._publisher, self._topics, self._registry, self._retry_s)
 
