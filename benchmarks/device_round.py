@@ -1,9 +1,9 @@
-"""One device round, ours against PEFT with masked pruning: tau scored steps, a cut to 0.5, tau steps.
+"""Benchmark of one device round against PEFT with masked pruning: scored steps, a cut to 0.5, and the same steps again.
 
-The rival is LoRAPrune's way with what a user has at hand: PEFT's layers, importance in eager torch from the same
-formula, and heads and channels that are masked, not removed. Both start from the same random weights, see the same
-batches and use the same fused AdamW. Peak memory is that of a process of its own: resident memory at its highest while
-training, less what it was before the model was built.
+The competitor is LoRAPrune with the tools that a user has: PEFT's layers, importance by the same formula in eager
+torch, and heads and channels that are masked instead of removed. Both start from the same random weights, see the same
+batches and use the same fused AdamW. Peak memory is measured in a separate process: the highest resident memory during
+training minus that before the model was built.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from fedspine_edge.kernels import reference
 ROOT = Path(__file__).resolve().parent.parent
 RATIO, RANK, LABELS = 0.5, 8, 2
 SMOLLM2 = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
-# Widths of the real models with a small vocabulary. SmolLM2 also with 4 of its layers, so that a round takes seconds;
-# in few layers what the last one saves (docs/decisions/0027) weighs more.
+# Widths of the real models with a small vocabulary. SmolLM2 with 4 of its layers makes a round take seconds; with few
+# layers the savings in the last one (docs/decisions/0027) have more weight.
 CONFIGS: dict[str, dict[str, Any]] = {
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "SmolLM2, 4 of 30 layers": {**SMOLLM2, "num_hidden_layers": 4},
     "SmolLM2, 30 layers": {**SMOLLM2, "num_hidden_layers": 30},
 }
 MOST_STEPS = {"SmolLM2, 30 layers": 2}
-"""Of a model whose steps take seconds, before and after the cut."""
+"""Steps before and after the cut of models whose steps take seconds."""
 VARIANTS = ("fedspine at 0.5", "fedspine, a whole round", "peft without pruning")
 
 
 def build(name: str) -> nn.Module:
-    """The task model with seeded random weights."""
+    """Return the task model with seeded random weights."""
     import transformers
 
     torch.manual_seed(0)
     shared = {**CONFIGS[name], "vocab_size": 2000, "num_labels": LABELS, "pad_token_id": 0}
     if "num_key_value_heads" in shared:
         return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**shared, head_dim=64))
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the package has none either
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the package has no dropout either
     return transformers.BertForSequenceClassification(transformers.BertConfig(**shared, **no_dropout))
 
 
@@ -54,8 +54,8 @@ def batch(rows: int, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % LABELS}
 
 
-class Ours:
-    """The package as a device runs it."""
+class Fedspine:
+    """Training and pruning as on a device."""
 
     def __init__(self, name: str) -> None:
         from fedspine_edge.model.prunable import PrunableModel
@@ -82,7 +82,7 @@ class Ours:
 
 
 class PeftMasked:
-    """PEFT's layers; the inputs of o and down are multiplied by a mask."""
+    """PEFT's layers, with a mask on the inputs of o and down."""
 
     def __init__(self, name: str) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -138,8 +138,8 @@ class PeftMasked:
                 **{"group_of_row" if by_row else "group_of_col": group},
             )
             key = (int(layer), "channels" if ffn else "heads")
-            fresh = sums / sums.norm().clamp_min(1e-30)
-            self.scores[key] = 0.9 * self.scores[key] + 0.1 * fresh if key in self.scores else 0.1 * fresh
+            normalized = sums / sums.norm().clamp_min(1e-30)
+            self.scores[key] = 0.9 * self.scores[key] + 0.1 * normalized if key in self.scores else 0.1 * normalized
 
     def prune(self) -> None:
         for (layer, kind), score in self.scores.items():
@@ -150,13 +150,13 @@ class PeftMasked:
             linear.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask, *inputs[1:]))
 
 
-def seconds_of_round(contestant: Ours | PeftMasked, inputs: dict[str, Tensor], tau: int) -> dict[str, float]:
-    """Seconds of the scored steps, of the cut and of the steps after it."""
+def seconds_of_round(candidate: Fedspine | PeftMasked, inputs: dict[str, Tensor], tau: int) -> dict[str, float]:
+    """Return the seconds of the scored steps, of the cut and of the steps after it."""
     times = {}
     for what, run in (
-        ("scored steps", lambda: [contestant.step(inputs, scored=True) for _ in range(tau)]),
-        ("cut", contestant.prune),
-        ("steps after", lambda: [contestant.step(inputs, scored=False) for _ in range(tau)]),
+        ("scored steps", lambda: [candidate.step(inputs, scored=True) for _ in range(tau)]),
+        ("cut", candidate.prune),
+        ("steps after", lambda: [candidate.step(inputs, scored=False) for _ in range(tau)]),
     ):
         begin = time.perf_counter()
         run()
@@ -165,13 +165,13 @@ def seconds_of_round(contestant: Ours | PeftMasked, inputs: dict[str, Tensor], t
 
 
 def run(name: str, *, tau: int, repetitions: int) -> dict[str, Any]:
-    """One model of `CONFIGS`: interleaved rounds, the median by total time, and peak memory. CPU only."""
+    """Measure interleaved rounds of a model of `CONFIGS`; return the median by total time and peak memory. CPU only."""
     rows, tokens = 8, 48
     tau = min(tau, MOST_STEPS.get(name, tau))
     inputs = batch(rows, tokens)
-    makers: dict[str, Callable[[str], Any]] = {"fedspine": Ours, "peft, masked": PeftMasked}
+    makers: dict[str, Callable[[str], Any]] = {"fedspine": Fedspine, "peft, masked": PeftMasked}
     for make in makers.values():
-        seconds_of_round(make(name), inputs, 1)  # warm
+        seconds_of_round(make(name), inputs, 1)  # warm up
     rounds: dict[str, list[dict[str, float]]] = {key: [] for key in makers}
     for _ in range(repetitions):
         for key, make in makers.items():
@@ -199,28 +199,28 @@ def run(name: str, *, tau: int, repetitions: int) -> dict[str, Any]:
 
 
 def peak_memory(name: str, variant: str) -> float:
-    """MiB of a fresh process, see the module's text."""
+    """Return the peak memory in MiB of a separate process."""
     command = [sys.executable, "-m", "benchmarks.device_round", name, variant]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(json.loads(result.stdout.splitlines()[-1])["peak_mib"])
 
 
 def measure_memory(name: str, variant: str) -> float:
-    """Trains a few steps in this process and returns MiB at the peak above what the libraries take."""
+    """Train a few steps in this process and return the peak in MiB above the memory of the libraries."""
     torch.set_num_threads(1)
     inputs = batch(8, 48)
-    Ours(name), PeftMasked(name)  # imports of both sides, whose memory is not the training's
+    Fedspine(name), PeftMasked(name)  # import both libraries, whose memory does not count
     before = resident_mib("VmRSS")
-    contestant = PeftMasked(name) if variant.startswith("peft") else Ours(name)
-    if variant == "fedspine at 0.5":  # the steps of a device that was cut in an earlier round
-        contestant.step(inputs, scored=True)
-        contestant.prune()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
+    candidate = PeftMasked(name) if variant.startswith("peft") else Fedspine(name)
+    if variant == "fedspine at 0.5":  # a device that was pruned in an earlier round
+        candidate.step(inputs, scored=True)
+        candidate.prune()
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM to the present resident memory
     for _ in range(3):
-        contestant.step(inputs, scored=not variant.startswith("peft"))  # without pruning there is nothing to score
+        candidate.step(inputs, scored=not variant.startswith("peft"))  # without pruning nothing is scored
     if variant == "fedspine, a whole round":
-        contestant.prune()
-        contestant.step(inputs, scored=False)
+        candidate.prune()
+        candidate.step(inputs, scored=False)
     return resident_mib("VmHWM") - before
 
 
