@@ -35,7 +35,7 @@ from fedspine_edge.pruning.preview import PruningPreview
 from fedspine_edge.pruning.repair import repair_for
 from fedspine_edge.pruning.selection import PruningSettings
 from fedspine_edge.training.base_model import choose_torch_device, open_model
-from fedspine_edge.training.batching import Encoded, collate
+from fedspine_edge.training.batching import EncodedExamples, collate
 from fedspine_edge.training.checkpoint import key_of, open_checkpoint
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import MemoryEstimate, estimate
@@ -125,7 +125,7 @@ class EdgeTuner:
         self._tracker = ImportanceTracker(
             model, pruning.criterion, pruning.importance_metric, seed=seed, scope=pruning.scope
         )
-        self._last_examples: list[Encoded] | None = None
+        self._last_examples: EncodedExamples | None = None
         self._steps_taken = 0
         self._repaired = False
         self._metrics: dict[str, float] = {}
@@ -246,7 +246,7 @@ class EdgeTuner:
         if total < 1:
             raise ConfigError(f"{total} training steps are too few.", remedy="Set `steps` to at least 1.")
         limit = self._training.max_length_tokens
-        if at_limit := sum(len(example.input_ids) == limit for example in train):
+        if at_limit := int((train.lengths == limit).sum()):
             log.info("%d of %d texts have max_length_tokens, %d; longer ones are cut", at_limit, len(train), limit)
         self._last_examples, self._metrics = train, {}
         trainer = self._trainer(train, total)
@@ -269,7 +269,8 @@ class EdgeTuner:
         with measured peaks, which differ by less than 15 %.
 
         Args:
-            data: Training data, for the length of its longest text (default: `max_length_tokens`).
+            data: Training data, for its own memory and the length of its longest text (default: no data, and
+                `max_length_tokens`).
             batch_size: Examples per forward pass (default: that of the tuner).
             max_length_tokens: Maximum length in tokens (default: that of the tuner).
 
@@ -277,11 +278,16 @@ class EdgeTuner:
         """
         training = self._training
         tokens = training.max_length_tokens if max_length_tokens is None else max_length_tokens
+        data_bytes = 0
         if data is not None:
-            tokens = min(tokens, max(len(example.input_ids) for example in self._encoded(data)))
+            examples = read_examples(data, self._data_settings, self.model.task)
+            encoded = self._texts.encode(examples, training.max_length_tokens)
+            tokens = min(tokens, int(encoded.lengths.max()))
+            data_bytes = encoded.size_bytes + sum(example.size_bytes for example in examples)
         rows = training.batch_size if batch_size is None else batch_size
         packs = self._pack and can_pack(self.model, tokens)
-        return estimate(self.model, micro_batch=rows, tokens=tokens, pack_rows=packs)
+        found = estimate(self.model, micro_batch=rows, tokens=tokens, pack_rows=packs)
+        return replace(found, data_bytes=data_bytes)
 
     def evaluate(self, data: Data, *, progress: bool | None = None) -> dict[str, float]:
         """Return `loss`, `accuracy` and `num_examples` on `data`; for causal_lm per predicted token."""
@@ -340,7 +346,7 @@ class EdgeTuner:
         if isinstance(pruning_ratio, PruningPreview):
             if repair:
                 train = self._last_examples if data is None else self._encoded(data)
-                self._repair(pruning_ratio.after, train or [])
+                self._repair(pruning_ratio.after, train or EncodedExamples())
             self.model.compact(pruning_ratio.after, importance=self._tracker)
             self._metrics, self._latency = {}, None
             return self
@@ -356,7 +362,7 @@ class EdgeTuner:
             )
         total = steps * (stages - 1 + unscored)
         self._metrics, self._latency = {}, None
-        trainer = self._trainer(train or [], total) if total else None
+        trainer = self._trainer(train or EncodedExamples(), total) if total else None
         with progress_bar("prune", total, progress) as advance:
             layout_at = partial(self._layout_at, final_ratio=pruning_ratio)
             prune_in_stages(
@@ -367,10 +373,10 @@ class EdgeTuner:
                 stages=stages,
                 steps=steps,
                 advance=advance,
-                before_cut=partial(self._repair, train=train or []) if repair else None,
+                before_cut=partial(self._repair, train=train or EncodedExamples()) if repair else None,
             )
         if trainer is not None:
-            self._finish(trainer, train or [])
+            self._finish(trainer, train or EncodedExamples())
         return self
 
     def measure_latency(self, *, length_tokens: int | None = None, repeats: int = 10) -> ModelLatency:
@@ -416,7 +422,7 @@ class EdgeTuner:
         _warn_deprecated("save_merged(folder)", "save(folder, merged=True)")
         return self.save(folder, merged=True)
 
-    def _repair(self, layout: Layout, train: list[Encoded]) -> None:
+    def _repair(self, layout: Layout, train: EncodedExamples) -> None:
         chosen = np.unique(np.linspace(0, len(train) - 1, min(len(train), REPAIR_TEXTS)).round().astype(np.int64))
         device = next(self.model.module.parameters()).device
         batches = []
@@ -429,17 +435,17 @@ class EdgeTuner:
     def _layout_at(self, pruning_ratio: float, final_ratio: float = 0.0) -> Layout:
         return self._pruning.select_layout(self._tracker.scores(), self.layout, pruning_ratio, final_ratio=final_ratio)
 
-    def _fit_key(self, train: list[Encoded], total: int) -> str:
+    def _fit_key(self, train: EncodedExamples, total: int) -> str:
         pruning: tuple[str, ...] = (self._pruning.criterion, self._pruning.importance_metric, self._pruning.scope)
         if self._repaired:
             pruning = (*pruning, "repaired")
         return key_of(train, self.model, self._training, total, self._seed, self._steps_taken, self._pack, *pruning)
 
-    def _encoded(self, data: Data) -> list[Encoded]:
+    def _encoded(self, data: Data) -> EncodedExamples:
         examples = read_examples(data, self._data_settings, self.model.task)
         return self._texts.encode(examples, self._training.max_length_tokens)
 
-    def _trainer(self, train: list[Encoded], steps: int) -> Trainer:
+    def _trainer(self, train: EncodedExamples, steps: int) -> Trainer:
         names = set(OptimizerSettings.__struct_fields__) & set(self._training.__struct_fields__)
         optimizer = {name: getattr(self._training, name) for name in names}
         return Trainer(
@@ -461,7 +467,7 @@ class EdgeTuner:
         measured = {} if latency is None else {f"latency in ms ({latency.conditions})": latency.total_ms}
         return {**self._metrics, **measured}
 
-    def _finish(self, trainer: Trainer, train: list[Encoded]) -> None:
+    def _finish(self, trainer: Trainer, train: EncodedExamples) -> None:
         self._steps_taken += trainer.step
         self.model.trained_steps += trainer.step
         self.model.trained_examples = max(self.model.trained_examples, len(train))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import numpy as np
 from fedspine_edge.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One labelled text, pair of texts, or list of labelled words. `repr` does not show the texts.
 
@@ -27,6 +28,12 @@ class Example:
     text_pair: str | None = field(default=None, repr=False)
     words: tuple[str, ...] = field(default=(), repr=False)
     word_labels: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """Approximate memory in bytes."""
+        texts = (self.text, self.text_pair or "", *self.words)
+        return sys.getsizeof(self) + sum(map(sys.getsizeof, texts)) + 8 * (1 + 2 * len(self.words))
 
 
 def split_holdout(

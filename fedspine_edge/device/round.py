@@ -38,7 +38,7 @@ from fedspine_edge.protocol.messages import MAX_FIGURE, Report, RoundPlan
 from fedspine_edge.pruning.importance import ImportanceTracker
 from fedspine_edge.pruning.selection import GroupScores, select_layout
 from fedspine_edge.training.base_model import BaseModelLoader
-from fedspine_edge.training.batching import Encoded
+from fedspine_edge.training.batching import Encoded, lengths_of
 from fedspine_edge.training.loss import can_pack
 from fedspine_edge.training.memory import fitting_micro_batch
 from fedspine_edge.training.peak_memory import PeakMemory
@@ -260,7 +260,7 @@ class LocalRound:
         training, limit_bytes = self._plan.training, self._config.memory_limit_mib * 2**20
         if not limit_bytes:
             return training.batch_size
-        tokens = max(len(example.input_ids) for example in self._resources.train)
+        tokens = int(lengths_of(self._resources.train).max())
         return fitting_micro_batch(model, batch_size=training.batch_size, tokens=tokens, limit_bytes=limit_bytes)
 
     def _prune(self, trainer: Trainer) -> None:

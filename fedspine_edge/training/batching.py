@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,13 @@ from fedspine_edge.data.examples import Example
 from fedspine_edge.data.targets import IGNORED, truncate_prompt_and_answer, word_targets
 
 Ints = npt.NDArray[np.int64]
+
+log = logging.getLogger(__name__)
+
+_CHUNK_EXAMPLES = 1000
+"""Texts tokenized at a time, which bounds the memory of the tokenizer's lists."""
+
+_EXAMPLES_PER_LOG_LINE = 50_000
 
 _BUCKET_BATCHES = 16
 """Batches within which examples are sorted by length: enough to remove most padding, few enough to stay shuffled."""
@@ -36,9 +46,88 @@ class Encoded:
     token_labels: list[int] | None = field(default=None, repr=False)
 
 
+class EncodedExamples(Sequence[Encoded]):
+    """Tokenized examples in flat arrays of 4 bytes per token, where Python lists would take about 50.
+
+    Indexing returns an `Encoded` with lists of its own.
+
+    Args:
+        examples: Examples of one task and one tokenizer.
+    """
+
+    def __init__(self, examples: Iterable[Encoded] = ()) -> None:
+        self._input_ids = array("i")
+        self._token_type_ids = array("B")
+        self._token_labels = array("i")
+        self._ends = array("q", [0])
+        self._labels = array("q")
+        self._has_segments = self._has_token_labels = False
+        self.extend(examples)
+
+    def extend(self, examples: Iterable[Encoded]) -> None:
+        """Append examples."""
+        for example in examples:
+            if not self._labels:
+                self._has_segments = example.token_type_ids is not None
+                self._has_token_labels = example.token_labels is not None
+            self._input_ids.extend(example.input_ids)
+            self._token_type_ids.extend(example.token_type_ids or ())
+            self._token_labels.extend(example.token_labels or ())
+            self._labels.append(example.label)
+            self._ends.append(len(self._input_ids))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> EncodedExamples: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | EncodedExamples:
+        if isinstance(index, slice):
+            return EncodedExamples(self[i] for i in range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        tokens = slice(self._ends[index], self._ends[index + 1])
+        return Encoded(
+            self._input_ids[tokens].tolist(),
+            self._labels[index],
+            self._token_type_ids[tokens].tolist() if self._has_segments else None,
+            self._token_labels[tokens].tolist() if self._has_token_labels else None,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    @property
+    def lengths(self) -> Ints:
+        """Number of tokens of each example."""
+        ends = np.asarray(self._ends, dtype=np.int64)
+        return ends[1:] - ends[:-1]
+
+    @property
+    def largest_token(self) -> int:
+        """Largest token id, or -1 without tokens."""
+        return int(np.frombuffer(self._input_ids, dtype=np.intc).max()) if self._input_ids else -1
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the arrays in bytes."""
+        arrays = (self._input_ids, self._token_type_ids, self._token_labels, self._ends, self._labels)
+        return sum(map(sys.getsizeof, arrays))
+
+
+def lengths_of(encoded: Sequence[Encoded]) -> Ints:
+    """Return the number of tokens of each example."""
+    if isinstance(encoded, EncodedExamples):
+        return encoded.lengths
+    return np.array([len(example.input_ids) for example in encoded], dtype=np.int64)
+
+
 def encode(
     examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, *, causal: bool = False
-) -> list[Encoded]:
+) -> EncodedExamples:
     """Tokenize examples without padding, truncated to `max_length_tokens`.
 
     Args:
@@ -50,12 +139,22 @@ def encode(
 
     The label of a word belongs to its first token.
     """
-    if not examples:
-        return []
-    if examples[0].words:
-        return _encode_words(examples, tokenizer, max_length_tokens)
-    if causal and examples[0].text_pair is not None:
-        return [_encode_answer(example, tokenizer, max_length_tokens) for example in examples]
+    encoded = EncodedExamples()
+    for start in range(0, len(examples), _CHUNK_EXAMPLES):
+        chunk = examples[start : start + _CHUNK_EXAMPLES]
+        if chunk[0].words:
+            encoded.extend(_encode_words(chunk, tokenizer, max_length_tokens))
+        elif causal and chunk[0].text_pair is not None:
+            encoded.extend(_encode_answer(example, tokenizer, max_length_tokens) for example in chunk)
+        else:
+            encoded.extend(_encode_texts(chunk, tokenizer, max_length_tokens))
+        done = start + len(chunk)
+        if done % _EXAMPLES_PER_LOG_LINE == 0:
+            log.info("tokenized %d of %d texts", done, len(examples))
+    return encoded
+
+
+def _encode_texts(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
     texts = [example.text for example in examples]
     pairs = [example.text_pair for example in examples]
     paired = pairs[0] is not None
@@ -87,8 +186,8 @@ def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens
 
 
 def _encode_answer(example: Example, tokenizer: Any, max_length_tokens: int) -> Encoded:
-    prompt = list(tokenizer(example.text)["input_ids"])
-    answer = list(tokenizer(example.text_pair, add_special_tokens=False)["input_ids"])
+    prompt = list(tokenizer(example.text, verbose=False)["input_ids"])  # no warning about texts to be truncated
+    answer = list(tokenizer(example.text_pair, add_special_tokens=False, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None:
         answer.append(int(tokenizer.eos_token_id))
     prompt, answer = truncate_prompt_and_answer(prompt, answer, max_length_tokens)
@@ -175,7 +274,7 @@ class BatchOrder:
     batches, examples are sorted by length to avoid padding, and the batches are shuffled again.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | Ints, batch_size: int, seed: int) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._batch_size = min(batch_size, len(lengths))
         self._seed = seed
@@ -200,6 +299,6 @@ class BatchOrder:
 
 def evaluation_batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[Ints]:
     """Yield batches with every example once, sorted by length so that there is almost no padding."""
-    order = np.argsort([len(example.input_ids) for example in encoded], kind="stable")
+    order = np.argsort(lengths_of(encoded), kind="stable")
     for start in range(0, order.size, batch_size):
         yield order[start : start + batch_size]

@@ -82,7 +82,12 @@ def open_checkpoint(folder: str | Path, key: str, total_steps: int) -> Iterator[
 
 def key_of(train: Iterable[Encoded], model: PrunableModel, *settings: Any) -> str:
     """Return a digest of the examples, the kind of model and all `settings`."""
-    examples = [(x.input_ids, x.label, x.token_type_ids, x.token_labels) for x in train]
     adapter = (model.r, model.scaling, model.task, model.base_dtype)
     kind = (*adapter, model.spec.base_sha256, model.layout.to_dict())
-    return hashlib.sha256(msgspec.json.encode((examples, kind, settings))).hexdigest()
+    # The digest of the JSON text of (examples, kind, settings), which is too large to build for many examples.
+    digest = hashlib.sha256(b"[[")
+    for number, x in enumerate(train):
+        digest.update(b"," if number else b"")
+        digest.update(msgspec.json.encode((x.input_ids, x.label, x.token_type_ids, x.token_labels)))
+    digest.update(b"]," + msgspec.json.encode(kind) + b"," + msgspec.json.encode(settings) + b"]")
+    return digest.hexdigest()

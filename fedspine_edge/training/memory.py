@@ -52,16 +52,18 @@ class MemoryEstimate:
     """Memory of libraries outside of torch's allocations."""
     micro_batch: int
     """Examples per forward pass."""
+    data_bytes: int = 0
+    """Training examples as text and as tokens; 0 if no data was given."""
 
     @property
     def peak_bytes(self) -> int:
         """Sum of all parts."""
-        parts = (self.weights_bytes, self.adapters_bytes, self.optimizer_bytes, self.step_bytes, self.allowance_bytes)
-        return sum(parts)
+        return sum(getattr(self, name) for name in self.__dataclass_fields__ if "bytes" in name)
 
     def __str__(self) -> str:
         mib = {name: round(getattr(self, name) / 2**20, 1) for name in self.__dataclass_fields__ if "bytes" in name}
-        parts = ", ".join(f"{name.removesuffix('_bytes')} {value}" for name, value in mib.items())
+        shown = {name: value for name, value in mib.items() if value or name != "data_bytes"}
+        parts = ", ".join(f"{name.removesuffix('_bytes')} {value}" for name, value in shown.items())
         return f"{self.peak_bytes / 2**20:.1f} MiB at {self.micro_batch} examples at a time: {parts}"
 
 

@@ -10,7 +10,7 @@ from fedspine_edge.config import Task, TrainingSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
 from fedspine_edge.model.prunable import PrunableModel
-from fedspine_edge.training.batching import Encoded, encode
+from fedspine_edge.training.batching import EncodedExamples, encode
 
 DEFAULT_LENGTH_TOKENS = TrainingSettings().max_length_tokens
 
@@ -61,20 +61,21 @@ class TextEncoder:
         self._check_length(requested, requested)
         return requested
 
-    def encode(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded]:
+    def encode(self, examples: Sequence[Example], max_length_tokens: int) -> EncodedExamples:
         """Tokenize and truncate to `max_length_tokens`, which may exceed the model's limit if no text does.
 
         Raises `DataError` for texts without tokens, `ConfigError` for a token without a position and `CheckpointError`
         for a token without an embedding. On a GPU the last two would end the process.
         """
         encoded = encode(examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm")
-        if empty := sum(not example.input_ids for example in encoded):
+        lengths = encoded.lengths
+        if empty := int((lengths == 0).sum()):
             raise DataError(
                 f"{empty} of {len(encoded)} texts have no tokens: the tokenizer drops all of their characters.",
                 remedy="Remove them from the data.",
             )
-        self._check_length(max(len(example.input_ids) for example in encoded), max_length_tokens)
-        largest = max(max(example.input_ids) for example in encoded)
+        self._check_length(int(lengths.max()), max_length_tokens)
+        largest = encoded.largest_token
         if largest >= self.vocabulary:
             raise CheckpointError(
                 f"the tokenizer gives token {largest}, but the model has embeddings for {self.vocabulary} tokens.",
@@ -101,9 +102,9 @@ class TokenizedSplits:
     def __init__(self, texts: TextEncoder, *splits: Sequence[Example]) -> None:
         self._texts = texts
         self._splits = splits
-        self._cached: tuple[int, list[list[Encoded]]] = (0, [])
+        self._cached: tuple[int, list[EncodedExamples]] = (0, [])
 
-    def truncated_to(self, max_length_tokens: int) -> list[list[Encoded]]:
+    def truncated_to(self, max_length_tokens: int) -> list[EncodedExamples]:
         """Return each set truncated to `max_length_tokens`. Raises as `TextEncoder.encode` does."""
         if self._cached[0] != max_length_tokens:
             encoded = [self._texts.encode(split, max_length_tokens) for split in self._splits]

@@ -22,7 +22,7 @@ from fedspine_edge.model.flops import output_flops, pass_flops
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.model.prunable import PrunableModel
 from fedspine_edge.pruning.importance import ImportanceTracker
-from fedspine_edge.training.batching import BatchOrder, Encoded, Ints, collate, evaluation_batches, pack
+from fedspine_edge.training.batching import BatchOrder, Encoded, Ints, collate, evaluation_batches, lengths_of, pack
 from fedspine_edge.training.loss import loss_sum, num_targets
 from fedspine_edge.training.state_dir import StateRecord, prefixed, unprefixed
 
@@ -145,7 +145,7 @@ class Trainer:
         self._round_steps = round_steps
         self._pad_id = batches.pad_id
         self._meter = meter
-        self._order = BatchOrder([len(example.input_ids) for example in train], training.batch_size, batches.seed)
+        self._order = BatchOrder(lengths_of(train), training.batch_size, batches.seed)
         # An evaluation needs far less memory per example than a training step.
         self._evaluation_batch = min(EVALUATION_BATCH, 4 * self.micro_batch)
         self.ran_out = False
