@@ -46,7 +46,7 @@ class RoundOutcome:
 
 
 class RoundHandler(Protocol):
-    """What a device does with the plans that the session receives."""
+    """Interface of the code that carries out the plans that a session receives."""
 
     def status(self, state: Literal["online", "offline"]) -> Status:
         """Return the device's status."""

@@ -57,7 +57,7 @@ MAX_RESTARTS_WITHOUT_PROGRESS = 5
 
 @dataclass(frozen=True)
 class RoundInputs:
-    """What a round starts from.
+    """Inputs of one round.
 
     Attributes:
         plan: The plan.
@@ -78,7 +78,7 @@ class RoundInputs:
 
 @dataclass(frozen=True)
 class DeviceResources:
-    """What all rounds of a device share.
+    """Resources that all rounds of a device share.
 
     Attributes:
         config: Settings of the device.

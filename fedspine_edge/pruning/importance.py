@@ -79,7 +79,7 @@ class ImportanceTracker:
         return self.criterion in ("magnitude", "random") or self.steps > 0
 
     def begin(self, scored: bool) -> None:
-        """Start an iteration before its forward pass; `scored` tells whether `update` will be called.
+        """Start an iteration before its forward pass; `scored` is whether `update` will be called.
 
         Only "apt" needs this call, and only if some iterations are not scored or after adapters were loaded.
         """

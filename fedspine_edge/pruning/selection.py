@@ -53,7 +53,7 @@ class GroupScores:
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """How groups are scored and how many of them a pruning ratio keeps.
+    """Settings of how groups are scored and how many of them a pruning ratio keeps.
 
     Args:
         criterion: "lora", "apt", "magnitude" or "random"; see `fedspine_edge.ImportanceTracker`.

@@ -40,7 +40,7 @@ Matrix = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class ValidationRules:
-    """What the updates of one round are validated against.
+    """Reference against which the updates of one round are validated.
 
     Attributes:
         spec: Model of the fleet.

@@ -28,7 +28,7 @@ def default_model() -> Path:
 
 @dataclass(frozen=True)
 class DeviceInputs:
-    """What the devices of a simulated fleet train, and on what.
+    """Model, task and data of the devices of a simulated fleet.
 
     Attributes:
         model: Folder of the base model.

@@ -43,7 +43,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one device does in one round.
+    """Work of one device in one round.
 
     Attributes:
         pruning_ratio: Share of prunable parameters to have removed after the round.

@@ -85,7 +85,7 @@ class WorkMeter(Protocol):
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How examples are combined into batches.
+    """Settings of how examples are combined into batches.
 
     Args:
         pad_id: Padding token of the tokenizer.

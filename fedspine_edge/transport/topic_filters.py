@@ -6,7 +6,7 @@ from fedspine_edge.errors import TransportError
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:
-    """Return whether `topic_filter` matches `topic`; `+` stands for one level, `#` for the parent and all below it."""
+    """Return whether `topic_filter` matches `topic`; `+` matches one level, `#` the parent and all below it."""
     levels, names = topic_filter.split("/"), topic.split("/")
     for position, level in enumerate(levels):
         if level == "#":
