@@ -7,6 +7,7 @@ tuner.fit("train.csv"); tuner.prune(0.5); tuner.fit("train.csv"); tuner.save("ou
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -175,6 +176,10 @@ class EdgeTuner:
         if not 1 <= r <= MAX_RANK:
             raise ConfigError(
                 f"`r` is {r}; the LoRA rank must be within 1..{MAX_RANK}.", remedy="Usual ranks are 4 to 32."
+            )
+        if not math.isfinite(learning_rate):
+            raise ConfigError(
+                f"`learning_rate` is {learning_rate}; it must be finite.", remedy="Usual are 1e-4 to 1e-2."
             )
         if seed < 0:
             raise ConfigError(f"`seed` is {seed}; it must be at least 0.", remedy="Leave it out for the default, 0.")

@@ -153,7 +153,10 @@ def _tune(tuner: EdgeTuner, train: list[Example], test: list[Example], arguments
     try:
         tuner.save(arguments.out)
     except CheckpointError as error:
-        raise CheckpointError(error.message, remedy=f"{error.remedy} Then run the same command to continue.") from error
+        after = "Then run the same command to continue."
+        if "non-finite" in error.message:
+            after = f"Before that, delete {unfinished}, which holds the diverged training."
+        raise CheckpointError(error.message, remedy=f"{error.remedy} {after}") from error
     shutil.rmtree(unfinished, ignore_errors=True)
     return {"model": str(arguments.out), "pruning_ratio": tuner.layout.pruning_ratio, **metrics}
 

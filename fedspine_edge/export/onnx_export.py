@@ -212,7 +212,7 @@ def load_folder(folder: Path) -> PrunableModel:
         return load_model(folder)  # reports missing files if there is no model at all
     transformers = require_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except LOAD_FAILURES as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     classes = " ".join(config.architectures or ())

@@ -117,11 +117,15 @@ def load_model(folder: str | Path) -> PrunableModel:
     except LayoutError as error:
         raise CheckpointError(f"{folder / LAYOUT}: {error.message}", remedy=_SAME_FOLDER) from error
     architecture = architecture_of(manifest.spec.family)
+    tensors = read_tensors(folder / WEIGHTS)
     with quiet(transformers):
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config = architecture.full_config(config, manifest.spec)
             module = _empty_module(auto_class(transformers, manifest.task), config)
+            if config.tie_word_embeddings and _has_separate_head(module, tensors):
+                config.tie_word_embeddings = False  # earlier versions saved the wrong flag
+                module = _empty_module(auto_class(transformers, manifest.task), config)
         except LOAD_FAILURES as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} does not describe the model: {error}.", remedy=_SAME_FOLDER
@@ -136,7 +140,7 @@ def load_model(folder: str | Path) -> PrunableModel:
             torch.empty(shape, device="meta"), None if bias is None else torch.empty(shape[0], device="meta")
         )
         setattr(module.get_submodule(parent), attribute, linear)
-    tensors = from_files(read_tensors(folder / WEIGHTS), architecture, manifest.spec.num_layers)
+    tensors = from_files(tensors, architecture, manifest.spec.num_layers)
     _load_tensors(module, tensors, folder)
     module.config.use_cache = False
     model = PrunableModel(
@@ -163,6 +167,16 @@ def _empty_module(auto: Any, config: Any) -> Any:
 
     with init_empty_weights(include_buffers=False):
         return auto.from_config(config)
+
+
+def _has_separate_head(module: Any, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether `tensors` hold an output embedding that differs from the input embedding."""
+    output = module.get_output_embeddings()
+    if output is None:
+        return False
+    names = {id(child): f"{name}.weight" for name, child in module.named_modules()}
+    first, second = (tensors.get(names[id(child)]) for child in (module.get_input_embeddings(), output))
+    return first is not None and second is not None and not torch.equal(first, second)
 
 
 def _load_tensors(module: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -197,6 +211,9 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
     config = standard or model.architecture.full_config(model.module.config, model.spec)
     config.architectures = [type(model.module).__name__]
     config.use_cache = True
+    output = model.module.get_output_embeddings()
+    if output is not None:  # a merged checkpoint may have two matrices although its config says that they are tied
+        config.tie_word_embeddings = output.weight is model.module.get_input_embeddings().weight
     config.save_pretrained(folder)
     _write_tokenizer(model, folder)
     config_labels = model.module.config.id2label if model.num_labels else {}

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
-from fedspine_edge.files import LAYOUT, TOKENIZER_VOCABULARIES
+from fedspine_edge.files import ADAPTER_CONFIG, LAYOUT, TOKENIZER_VOCABULARIES
 from fedspine_edge.model.architecture import Architecture
 from fedspine_edge.model.derive_spec import model_spec
 from fedspine_edge.model.deterministic_init import uniform
@@ -47,6 +47,16 @@ LOAD_FAILURES = (
     StrictDataclassError,
 )
 """Errors that transformers and safetensors raise for unusable files."""
+
+_COMPUTED_TABLES = (
+    "position_ids",
+    "inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
+"""Suffixes of tensors in older checkpoints that models compute themselves."""
 
 TRANSFORMERS_FOR_OLD_TORCH = "transformers>=5.15,<5.16"
 """Last releases that work with torch 2.5.0a0, NVIDIA's first build for JetPack 6."""
@@ -94,9 +104,16 @@ def load_base(
         raise ConfigError(
             f"{len(labels)} label names, but `num_labels` is {num_labels}.", remedy="Pass one name for every class."
         )
+    if gguf_file is None and (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter ({ADAPTER_CONFIG}) besides the base weights; the two would be mixed up.",
+            remedy="Merge the adapter with PEFT's merge_and_unload and save the result, or move the adapter's files to "
+            "another folder.",
+        )
     config = _read_config(folder, gguf_file)
     architecture = architecture_of(config)
     architecture.check_config(config)
+    _check_not_quantized(config, folder)
     head_modules = architecture.head_modules(task)
     if gguf_file is None:
         check_readable(weight_files(folder))
@@ -115,7 +132,9 @@ def load_base(
     settings["ignore_mismatched_sizes"] = True  # reported by _prepare_head
     with quiet(transformers):
         try:
-            module, info = auto.from_pretrained(folder, local_files_only=True, **settings, **source)
+            module, info = auto.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **settings, **source
+            )
         except LOAD_FAILURES as error:
             raise CheckpointError(
                 f"the weights in {_source(folder, gguf_file)} cannot be loaded: {_first_line(error)}.",
@@ -125,6 +144,7 @@ def load_base(
     prefixes = tuple(f"{name}." for name in head_modules)
     for name, parameter in module.named_parameters():  # buffers keep their dtype: RoPE's tables need it
         parameter.data = parameter.data.to(torch.float32 if name.startswith(prefixes) else dtype)
+    _check_unexpected(module, architecture, info["unexpected_keys"], folder, gguf_file)
     if dtype != torch.float32 and gguf_file is None:
         _restore_head(module, architecture, prefixes, weight_files(folder))
     head = _prepare_head(module, architecture, head_modules, info, seed, _source(folder, gguf_file))
@@ -169,8 +189,16 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padd
     with quiet(transformers):
         try:
             source = {"gguf_file": gguf_file} if gguf_file else {}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **source
+            )
         except LOAD_FAILURES as error:
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"the tokenizer in {folder} needs Python code of that folder, which is not run.",
+                    remedy="Save it as tokenizer.json with a tokenizer class of transformers, on a machine where you "
+                    "trust its code.",
+                ) from error
             raise CheckpointError(
                 f"the tokenizer in {folder} cannot be read: {_first_line(error)}.",
                 remedy="The folder needs tokenizer.json and tokenizer_config.json as Hugging Face writes them.",
@@ -205,6 +233,11 @@ def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path,
             raise CheckpointError(
                 f"{path} holds several GGUF files: {', '.join(found)}.",
                 remedy="Pass one of them: FOLDER/FILE.gguf.",
+            )
+        if not found and (path / ADAPTER_CONFIG).exists():
+            raise CheckpointError(
+                f"{path} holds a PEFT adapter without its base model.",
+                remedy="Pass the folder of the base model; peft_format.load_adapter loads the adapter into it.",
             )
         if not found:
             raise CheckpointError(f"{path} has no config.json.", remedy="Pass a Hugging Face model folder.")
@@ -311,7 +344,9 @@ def _read_config(folder: Path, gguf_file: str | None) -> Any:
     with quiet(transformers):
         try:
             source = {"gguf_file": gguf_file} if gguf_file else {}
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **source)
+            return transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **source
+            )
         except LOAD_FAILURES as error:
             raise CheckpointError(
                 f"the config in {_source(folder, gguf_file)} cannot be read: {_first_line(error)}.",
@@ -354,6 +389,65 @@ def _prepare_head(
             else:
                 parameter.copy_(torch.from_numpy(uniform(seed, name, tuple(parameter.shape), bound)))
     return names
+
+
+def _check_unexpected(
+    module: nn.Module, architecture: Architecture, unexpected: Iterable[str], folder: Path, gguf_file: str | None
+) -> None:
+    """Raise `CheckpointError` for tensors of the transformer that the model has no parameter for.
+
+    Tensors outside of it, such as heads of other tasks, and tables that models compute themselves are allowed.
+    """
+    if gguf_file is not None:
+        names = _unused_gguf_tensors(module, folder / gguf_file)
+    else:
+        parts = {name for name, _ in module.get_submodule(architecture.backbone).named_children()} - {"pooler"}
+        names = [name for name in unexpected if name.removeprefix(f"{architecture.backbone}.").split(".")[0] in parts]
+        names = sorted(name for name in names if not name.endswith(_COMPUTED_TABLES))
+    if names:
+        raise CheckpointError(
+            f"{_source(folder, gguf_file)} has {len(names)} weights that the {architecture.family} model of its config "
+            f"has no place for, first {names[0]!r}. Without them it would be another model.",
+            remedy="Check that config.json and the weight files belong together, or use another form of the model."
+            if gguf_file is None
+            else "Use the model's Hugging Face folder with safetensors instead.",
+        )
+
+
+def _unused_gguf_tensors(module: nn.Module, path: Path) -> list[str]:
+    """Return the tensors of a GGUF file that transformers does not load into `module`."""
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    reader = gguf.GGUFReader(path)
+    processor = TENSOR_PROCESSORS.get(module.config.model_type, TensorProcessor)(config=module.config.to_dict())
+    mapped = get_gguf_hf_weights_map(module, processor)
+    names = []
+    for tensor in reader.tensors:
+        if tensor.name in mapped or (tensor.name == "output.weight" and module.get_output_embeddings() is None):
+            continue
+        if tensor.name == "rope_freqs.weight" and (tensor.data == 1.0).all():  # no scaling
+            continue
+        names.append(tensor.name)
+    return names
+
+
+def _check_not_quantized(config: Any, folder: Path) -> None:
+    """Raise `CheckpointError` for weights in a packed format. FP8 with scales is allowed; transformers dequantizes
+    it."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    stated = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(getattr(stated.get("quant_method"), "value", stated.get("quant_method")))
+    if method == "fp8":
+        return
+    bits = stated.get("bits") or (4 if stated.get("load_in_4bit") else 8 if stated.get("load_in_8bit") else None)
+    raise CheckpointError(
+        f"the model in {folder} is quantized ({method}{f', {bits} bits' if bits else ''}); it cannot be trained or "
+        "pruned.",
+        remedy="Use the model that it was made from. base_dtype='int8' or 'int4' keeps that one as small in memory.",
+    )
 
 
 def _restore_head(

@@ -17,15 +17,23 @@ _UNDERSTOOD = frozenset(
         # settings of training, and of which modules were adapted, which the tensors show
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "modules_to_save"),
-        *("layers_to_transform", "layers_pattern"),
+        *("layers_to_transform", "layers_pattern", "target_parameters"),
         # settings of features that other keys enable
-        *("megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+        *(
+            "megatron_core",
+            "use_qalora",
+            "qalora_group_size",
+            "eva_config",
+            "loftq_config",
+            "corda_config",
+            "lora_ga_config",
+        ),
         "ensure_weight_tying",
     }
 )
 """Keys that do not change how a plain adapter is applied. Any other key must be unset."""
 
-_INITIALIZATIONS = ("none", "true", "false", "gaussian", "eva", "orthogonal")
+_INITIALIZATIONS = ("none", "true", "false", "gaussian", "eva", "mica", "orthogonal")
 """Values of `init_lora_weights` that leave the base unchanged; with others the adapter fits only a changed base."""
 
 

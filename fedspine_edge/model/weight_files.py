@@ -14,6 +14,7 @@ from torch import nn
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.files import sha256_of_file
 
+_PERMISSION = "Give the user of this process read permission for the file: chmod a+r FILE"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -62,14 +63,25 @@ def refuse_pickles(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds pickled weights ({found[0]}), which can run code when they are read.",
             remedy="Convert them on a machine where you trust them: "
-            "AutoModel.from_pretrained(folder).save_pretrained(new_folder).",
+            f"transformers.{_model_class(folder)}.from_pretrained(folder).save_pretrained(new_folder), and "
+            "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(new_folder).",
         )
+
+
+def _model_class(folder: Path) -> str:
+    """Return the class that config.json names, so that a head is converted with the rest."""
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+        return str(names[0]) if str(names[0]).isidentifier() else "AutoModel"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "AutoModel"
 
 
 def check_readable(files: list[Path]) -> None:
     """Raise `CheckpointError` for the first safetensors file whose header does not match its size."""
     for file in files:
         try:
+            file.open("rb").close()  # safetensors reports any file that it cannot open as missing
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, ValueError, SafetensorError) as error:
@@ -79,13 +91,16 @@ def check_readable(files: list[Path]) -> None:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a safetensors file. Raises `CheckpointError`."""
     try:
+        path.open("rb").close()
         return dict(load_file(path))
     except (OSError, ValueError, SafetensorError) as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Return the error for a file that safetensors cannot read."""
+    """Return the error for a file that cannot be read as safetensors."""
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"{path} cannot be read: Permission denied.", remedy=_PERMISSION)
     return CheckpointError(
         f"{path} cannot be read: {str(error).strip().rstrip('.')}.",
         remedy="It is truncated, damaged or not a safetensors file; copy it again and compare its sha256sum.",
@@ -96,6 +111,8 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file. Raises `CheckpointError` if it cannot be read."""
     try:
         return sha256_of_file(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}.", remedy="Copy the model folder again, with all its files."

@@ -49,10 +49,15 @@ class FitCheckpoint:
         if saved.info.get("key") != self._key:
             raise ConfigError(
                 f"{self._folder.folder} holds the checkpoint of another fit: data, settings, steps or widths differ.",
-                remedy="Use a separate folder for every fit, or delete this one.",
+                remedy=f"Delete {self._folder.folder} to start over, or use a separate folder for every fit.",
             )
         try:
             trainer.restore(StateRecord(saved.info["trainer"], saved.tensors))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the checkpoint in {self._folder.folder} cannot be continued: {error.message}",
+                remedy=f"Delete {self._folder.folder} to start over, with a lower learning rate if it diverged.",
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
             raise self._folder.damaged(FIT, f"it is incomplete ({type(error).__name__})") from error
         log.info("resumed after step %d", trainer.step)

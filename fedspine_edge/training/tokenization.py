@@ -24,6 +24,7 @@ class TextEncoder:
         task: Task of the model.
         hard_max_tokens: Maximum length in tokens, or None if positions are computed.
         vocabulary: Number of tokens that have an embedding.
+        pad_id: Token that fills short rows, for which the model has an embedding.
         name: Name of the model, for errors.
     """
 
@@ -31,6 +32,7 @@ class TextEncoder:
     task: Task
     hard_max_tokens: int | None
     vocabulary: int
+    pad_id: int
     name: str
 
     @classmethod
@@ -38,12 +40,11 @@ class TextEncoder:
         """Return the encoder of `model`, without keeping a reference to the model."""
         limit = model.architecture.hard_max_tokens(model.module.config)
         vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
-        return cls(tokenizer, model.task, limit, vocabulary, str(model.folder or model.base or "the model"))
-
-    @property
-    def pad_id(self) -> int:
-        """Padding token."""
-        return int(self.tokenizer.pad_token_id)
+        # A token that was added to the tokenizer may have no embedding. Padding is masked, so any token will do.
+        candidates = (tokenizer.pad_token_id, model.module.config.pad_token_id, 0)
+        pad_id = next(int(token) for token in candidates if token is not None and 0 <= int(token) < vocabulary)
+        name = str(model.folder or model.base or "the model")
+        return cls(tokenizer, model.task, limit, vocabulary, pad_id, name)
 
     def max_length_tokens(self, requested: int | None = None) -> int:
         """Return the maximum length of a text in tokens.

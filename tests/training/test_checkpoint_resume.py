@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_bert
 from safetensors.numpy import load_file
 
 from fedspine_edge import EdgeTuner
 from fedspine_edge.errors import CheckpointError, ConfigError
+from fedspine_edge.training.state_dir import StateDir
 
 CHILD = Path(__file__).with_name("tune_child.py")
 SUPPORT = Path(tiny_bert.__file__).parent
@@ -68,3 +70,28 @@ def test_exception_in_a_callback_ends_the_fit(tiny_folder):
 
     with pytest.raises(KeyboardInterrupt):
         tuner.fit(tiny_bert.sentences(40), steps=10, on_step=stop)
+
+
+def test_checkpoint_of_a_diverged_fit_names_the_folder_to_delete(tiny_folder, tmp_path):
+    data = tiny_bert.sentences(40)
+    tuner = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
+    tuner.fit(data, steps=2, checkpoint=tmp_path / "fit")
+    with StateDir(tmp_path / "fit") as folder:
+        saved = folder.read("fit")
+        name = next(name for name in saved.tensors if name.endswith("lora_B"))
+        saved.tensors[name] = np.full_like(saved.tensors[name], np.nan)
+        folder.write("fit", saved)
+    again = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu")
+    with pytest.raises(CheckpointError, match="non-finite") as caught:
+        again.fit(data, steps=2, checkpoint=tmp_path / "fit")
+    assert f"Delete {tmp_path / 'fit'}" in caught.value.remedy
+    other = EdgeTuner.from_pretrained(tiny_folder, r=2, torch_device="cpu", learning_rate=1e-4)
+    with pytest.raises(ConfigError, match="another fit") as refused:
+        other.fit(data, steps=2, checkpoint=tmp_path / "fit")
+    assert f"Delete {tmp_path / 'fit'}" in refused.value.remedy
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan")])
+def test_learning_rate_that_is_not_finite_is_rejected(rate, tmp_path):
+    with pytest.raises(ConfigError, match="`learning_rate` is"):
+        EdgeTuner.from_pretrained(tmp_path / "nowhere", learning_rate=rate)

@@ -12,7 +12,7 @@ from tiny_fleet import TRAINING, Fleet, config, round_tensors
 from tokenizers.normalizers import Replace
 
 from fedspine_edge.clock import VirtualClock
-from fedspine_edge.config import SimulatedSettings
+from fedspine_edge.config import OptimizerSettings, SimulatedSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.data.targets import IGNORED
 from fedspine_edge.device.cost_meter import CostMeter
@@ -23,7 +23,7 @@ from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.protocol.messages import WaitPlan
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.tokenization import TextEncoder
-from fedspine_edge.training.trainer import Trainer
+from fedspine_edge.training.trainer import BatchSettings, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +202,26 @@ def test_tiny_instructions_fit_their_tokenizer(language_model):
     words = " ".join(f"{prompt} {answer}" for prompt, answer in tiny_lm.instructions(200))
     assert tokenizer.unk_token_id not in tokenizer(words)["input_ids"]
     assert set(tiny_bert.GOOD) <= set(words.split())
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_padding_token_without_an_embedding_is_replaced_by_one_with(task, language_model, tiny_folder, tiny_csv):
+    folder = tiny_folder if task == "classification" else language_model
+    tokenizer = load_tokenizer(folder)
+    model = load_base(folder, task=task)
+    vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
+    while len(tokenizer) <= vocabulary:
+        tokenizer.add_special_tokens({"pad_token": f"<pad_{len(tokenizer)}>"})
+    assert tokenizer.pad_token_id >= vocabulary
+    texts = TextEncoder.from_model(model, tokenizer)
+    assert 0 <= texts.pad_id < vocabulary
+    model.attach_lora(2, 2.0, 0)
+    words = ["a", "good", "film", "and", "a", "bad", "one"]
+    examples = [Example(" ".join(words[:count]), count % 2) for count in range(1, 8)]
+    encoded = texts.encode(examples, 24)
+    batches = BatchSettings(pad_id=texts.pad_id)
+    trainer = Trainer(model, encoded, encoded, OptimizerSettings(total_steps=2), round_steps=2, batches=batches)
+    trainer.run(2)
+    first = trainer.evaluate().loss
+    other = Trainer(model, encoded, encoded, OptimizerSettings(), round_steps=1, batches=BatchSettings(pad_id=1))
+    assert first == pytest.approx(other.evaluate().loss, rel=1e-5), "padding is masked, whatever the token"
