@@ -19,16 +19,8 @@ _UNDERSTOOD = frozenset(
         *("target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "modules_to_save"),
         *("layers_to_transform", "layers_pattern", "target_parameters"),
         # settings of features that other keys enable
-        *(
-            "megatron_core",
-            "use_qalora",
-            "qalora_group_size",
-            "eva_config",
-            "loftq_config",
-            "corda_config",
-            "lora_ga_config",
-        ),
-        "ensure_weight_tying",
+        *("megatron_core", "use_qalora", "qalora_group_size", "eva_config", "loftq_config", "corda_config"),
+        *("lora_ga_config", "ensure_weight_tying"),
     }
 )
 """Keys that do not change how a plain adapter is applied. Any other key must be unset."""

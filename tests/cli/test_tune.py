@@ -184,7 +184,7 @@ def test_tune_continues_after_an_interruption(
     monkeypatch.setattr("fedspine_edge.tuner.EdgeTuner.save", full)
     refused(capsys, command("model"), "no space", "Free some space", "run the same command to continue")
     monkeypatch.undo()
-    refused(capsys, [*command("model"), "--seed", "1"], "model.unfinished", "another fit", "delete")
+    refused(capsys, [*command("model"), "--seed", "1"], "model.unfinished", "another fit", "Delete")
     assert main(command("model")) == 0
     log = capsys.readouterr().err
     assert "continuing from" in log
