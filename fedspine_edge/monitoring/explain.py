@@ -14,6 +14,7 @@ from statistics import pvariance
 from typing import Any
 
 from fedspine_edge.errors import ConfigError
+from fedspine_edge.monitoring.run_view import printable
 from fedspine_edge.server.journal.writer import Journal
 
 
@@ -38,7 +39,7 @@ def explain(run_dir: Path, device_id: str, *, server_round: int | None = None) -
         rows = journal.device_rounds(server_round, device_id=device_id)
         if not rows:
             raise _not_found_error(journal.devices(), run_dir, device_id, server_round)
-        row = rows[-1]
+        row = printable(rows[-1])
         plan = journal.plans(row.server_round, row.attempt, device_id=device_id)[0]
         same_attempt = [other for other in journal.device_rounds(row.server_round) if other.attempt == row.attempt]
         weights = json.loads(journal.meta("config") or "{}").get("reward", {})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.server.journal.schema import DeviceView
 from fedspine_edge.server.journal.writer import Journal
+from fedspine_edge.server.report_collector import escape_unprintable
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_run(run_dir: Path) -> RunView:
 
 def build_run_view(summary: dict[str, Any], device_rounds: Sequence[DeviceView]) -> RunView:
     """Build the view from a journal's `summary` and `device_rounds`."""
-    rows = _newest_attempts(device_rounds)
+    rows = _newest_attempts([printable(row) for row in device_rounds])
     return RunView(
         state=summary["state"],
         num_rounds=summary["num_rounds"] or 0,
@@ -48,6 +49,14 @@ def build_run_view(summary: dict[str, Any], device_rounds: Sequence[DeviceView])
         result=summary["result"] or {},
         widths=_widths(rows, summary["spec"]),
     )
+
+
+def printable(row: DeviceView) -> DeviceView:
+    """Return `row` with control characters in its texts escaped, which devices of older versions could send."""
+    reason, device_class = escape_unprintable(row.reason), escape_unprintable(row.device_class)
+    if (reason, device_class) == (row.reason, row.device_class):
+        return row
+    return replace(row, reason=reason, device_class=device_class)
 
 
 def peek_run(run_dir: Path) -> RunView:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedspine_edge.config import required_devices
-from fedspine_edge.monitoring.run_view import RunView, build_run_view
+from fedspine_edge.monitoring.run_view import RunView, build_run_view, printable
 from fedspine_edge.server.journal.reader import JournalReader
 from fedspine_edge.server.journal.schema import DeviceView, RoundView
+from fedspine_edge.server.report_collector import escape_unprintable
 from fedspine_edge.server.run_dir import changed_wall_s, is_server_running
 
 State = Literal["waiting", "running", "finished", "stopped"]
@@ -164,7 +165,8 @@ def read_status(run_dir: Path) -> FleetStatus:
         # Read first: a server that ends in between has written its result by the time the journal is read.
         running, changed = is_server_running(folder), changed_wall_s(folder)
         with journal.snapshot():
-            summary, device_rounds, rounds = journal.summary(), journal.device_rounds(), journal.rounds()
+            summary, rounds = journal.summary(), journal.rounds()
+            device_rounds = [printable(row) for row in journal.device_rounds()]
             state, known, last_seen = journal.state(), journal.devices(), journal.last_seen_wall_s()
             texts = {key: journal.meta(key) for key in ("config", "clock", "stopped")}
     settings = json.loads(texts["config"] or "{}")
@@ -177,7 +179,7 @@ def read_status(run_dir: Path) -> FleetStatus:
             status.device_id,
             status.device_class,
             online,
-            refused,
+            escape_unprintable(refused),
             last_seen[status.device_id],
             newest.get(status.device_id),
             failures.get(status.device_id),
@@ -202,7 +204,7 @@ def read_status(run_dir: Path) -> FleetStatus:
         devices_needed=needed,
         open_round=open_round,
         deadline_s=settings.get("deadline_s", 0.0),
-        stopped_because="" if running else texts["stopped"] or "",
+        stopped_because="" if running else "\n".join(map(escape_unprintable, (texts["stopped"] or "").split("\n"))),
         rounds=rounds,
         devices=devices,
         view=view,

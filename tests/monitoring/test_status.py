@@ -176,6 +176,14 @@ def test_status_keeps_last_failure_after_success(run: Run) -> None:
     assert json.dumps(status.to_dict()) == json.dumps(run.read().to_dict()), "no time of asking is in it"
 
 
+def test_status_escapes_control_characters(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.open_round(1)
+    run.report(1, "nx-2", "failed", "\x1b[2Jgone\r\nfake line \u202e")
+    text = shown(run.config.run_dir, capsys)
+    assert "\x1b" not in text
+    assert "\\x1b[2Jgone\\r\\nfake line \\u202e" in text
+
+
 def test_time_left_without_evidence_is_none(run: Run) -> None:
     now_s = run.at_s
     run.whole_round(1, 100.0)

@@ -136,9 +136,7 @@ def test_device_with_other_task_is_refused_with_reason(
     data = data_of(write(tmp_path / "odd.jsonl", odd, 96, 4), odd)
     devices.append(device_of("odd", tmp_path, models[odd], task=odd, data=data))
     assert simulate(fleet_of(tmp_path, "causal_lm"), devices).num_devices == 3
-    message = (
-        "does not accept this device: it learns token_classification, this fleet causal_lm: set task = 'causal_lm'"
-    )
+    message = "does not accept this device: its task is token_classification, this fleet's is causal_lm"
     assert any(message in record.getMessage() for record in caplog.records if record.name == "fedspine_edge.device")
 
 
