@@ -13,7 +13,7 @@ class BundleRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Base class of every record inside bundle.json."""
 
 
-class Verification(BundleRecord, frozen=True, kw_only=True):
+class Verification(BundleRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Comparison of one implementation with its reference on a number of inputs."""
 
     subject: str
@@ -27,12 +27,18 @@ class Verification(BundleRecord, frozen=True, kw_only=True):
     """Share of rows in which both implementations have the same largest output."""
     tolerance: float
     """Largest `max_abs_diff` that is accepted."""
+    noise: float | None = None
+    """Rounding error of the model itself, if it determined the tolerance. None is omitted from the file."""
+    mismatch: str | None = None
+    """The mismatch, if the user accepted one. None is omitted from the file, as it was before this field existed."""
 
     @property
     def summary(self) -> str:
         return (
             f"largest difference {self.max_abs_diff:.2g} (tolerance {self.tolerance:.2g}), cosine {self.cosine:.6f}, "
             f"{self.argmax_agreement:.1%} identical answers"
+            + (f"; the model's own rounding error is {self.noise:.2g}" if self.noise else "")
+            + ("; this mismatch was accepted" if self.mismatch else "")
         )
 
 

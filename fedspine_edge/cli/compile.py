@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="compute capability (such as 86) to build for, without a GPU; TensorRT-RTX only; repeatable",
     )
+    parser.add_argument(
+        "--accept-mismatch",
+        action="store_true",
+        help="write the bundle even if the ONNX model disagrees with torch, and record the mismatch in it",
+    )
     add_json_option(parser, "print the bundle's description as one JSON object")
 
 
@@ -88,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             calibrate=data,
             backend=arguments.backend,
             lora=arguments.lora,
+            accept_mismatch=arguments.accept_mismatch,
             compute_capabilities=arguments.sm,
             progress=report,
             on_build_step=step,

@@ -35,6 +35,7 @@ def compile_engine(
     lora: Lora | None = None,
     calibrate: Data | None = None,
     labels: Sequence[str] | None = None,
+    accept_mismatch: bool = False,
     progress: ProgressCallback | None = None,
     on_build_step: OnStep | None = None,
     opset: int | None = None,
@@ -62,6 +63,8 @@ def compile_engine(
         calibrate: Examples in the form that `EdgeTuner.fit` accepts; required for int8 and fp8. 128 of them calibrate
             activations, and up to 1,000 others measure the accuracy before and after, which the bundle records.
         labels: Class names in the order of the logits (default: those of the model).
+        accept_mismatch: Whether to write the bundle even if the ONNX model disagrees with torch. The mismatch is then
+            recorded in the bundle.
         progress: Called with one line per step.
         on_build_step: Called while TensorRT builds, with its phase and the share that is done, 0 to 1.
         opset: ONNX opset, 17 to 20. None selects the lowest one that supports the precision, for the widest parser
@@ -96,7 +99,14 @@ def compile_engine(
     if out is None:
         out = folder if from_bundle else folder.absolute().with_name(f"{folder.absolute().name}.bundle")
     out = Path(out)
-    export = ExportOptions(precision=precision, opset=opset, lora=lora or "merge", labels=labels, calibrate=calibrate)
+    export = ExportOptions(
+        precision=precision,
+        opset=opset,
+        lora=lora or "merge",
+        labels=labels,
+        calibrate=calibrate,
+        accept_mismatch=accept_mismatch,
+    )
     engine = EngineOptions(
         backend=backend,
         profiles=tuple(profiles) if profiles is not None else None,
@@ -135,7 +145,9 @@ def _compile_to_folder(
     with staging(out) as staged:
         if is_archive(source) or is_bundle(source):
             with bundle_folder(source) as bundle:
-                manifest = copy_bundle(bundle, staged, export.precision, export.labels)
+                # If none can be built here, an engine for another machine is kept unless the user requests none.
+                keep_engine = isinstance(selected, str) and engine.backend == "auto"
+                manifest = copy_bundle(bundle, staged, export.precision, export.labels, keep_engine=keep_engine)
             if export.calibrate is not None:
                 manifest = _with_profile_for(export.calibrate, staged, manifest)
         else:

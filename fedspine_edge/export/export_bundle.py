@@ -70,7 +70,7 @@ def export_model_to_bundle(
     if examples is not None:  # report errors in the user's data before the export, which takes minutes
         examples = read_examples(examples, DataSettings(path="", num_labels=max(2, model.num_labels)), model.task)
         require_tokenizer(folder)
-    export = _Export(model, module, folder, report)
+    export = _Export(model, module, folder, report, accept_mismatch=options.accept_mismatch)
     if options.lora == "inputs":
         export.separate_adapter()
     data = export.run(precision, options.opset, examples)
@@ -106,9 +106,17 @@ class _Export:
     exported: ExportedModel
     verification: Verification
 
-    def __init__(self, model: PrunableModel, module: nn.Module, folder: Path, report: ProgressCallback) -> None:
+    def __init__(
+        self,
+        model: PrunableModel,
+        module: nn.Module,
+        folder: Path,
+        report: ProgressCallback,
+        *,
+        accept_mismatch: bool = False,
+    ) -> None:
         self._model, self._module, self._folder, self._report = model, module, folder, report
-        self._traced = module
+        self._traced, self._accept_mismatch = module, accept_mismatch
         self._adapter_values: dict[str, Any] | None = None
         self.adapter: AdapterSpec | None = None
         self.cache_verification: Verification | None = None
@@ -147,10 +155,14 @@ class _Export:
 
     def _verify(self) -> None:
         self._report("comparing ONNX Runtime with torch")
-        self.verification = verify_onnx(self.exported, self._module, adapter=self._adapter_values)
+        self.verification = verify_onnx(
+            self.exported, self._module, adapter=self._adapter_values, accept_mismatch=self._accept_mismatch
+        )
         self._report(f"full passes: {self.verification.summary}")
         if self.exported.task == "causal_lm" and self.exported.max_tokens >= 11:
-            self.cache_verification = verify_cache(self.exported, self._module, adapter=self._adapter_values)
+            self.cache_verification = verify_cache(
+                self.exported, self._module, adapter=self._adapter_values, accept_mismatch=self._accept_mismatch
+            )
             self._report(f"token by token: {self.cache_verification.summary}")
         if self.adapter is not None:
             self._report(f"other adapters: {verify_adapters(self.exported, self._traced, self.adapter).summary}")
@@ -170,7 +182,13 @@ class _Export:
         self._report(f"{quantization.linears} linears in {precision} by {quantization.tool}{left_out}")
         if data is not None:
             inputs = [batch.inputs(self.exported.inputs, self._adapter_values) for batch in data.measured[:8]]
-        self.verification = verify_onnx(self.exported, self._module, inputs=inputs, adapter=self._adapter_values)
+        self.verification = verify_onnx(
+            self.exported,
+            self._module,
+            inputs=inputs,
+            adapter=self._adapter_values,
+            accept_mismatch=self._accept_mismatch,
+        )
         self._report(f"full passes: {self.verification.summary}")
 
     def measure(self, data: UserData) -> Accuracy:

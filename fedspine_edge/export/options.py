@@ -23,6 +23,7 @@ class ExportOptions:
         opset: ONNX opset, or None for the lowest one that supports the precision.
         lora: Whether to merge the adapter into the weights or to keep it as inputs of the model.
         labels: Class names, or None for those of the model.
+        accept_mismatch: Whether to record a mismatch with torch instead of raising it.
         calibrate: The user's examples for calibration, accuracy and the default profile.
     """
 
@@ -31,3 +32,4 @@ class ExportOptions:
     lora: Lora = "merge"
     labels: Sequence[str] | None = None
     calibrate: Data | None = None
+    accept_mismatch: bool = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,15 @@ from fedspine_edge.export.onnx_export import ExportedModel, merged_module
 from fedspine_edge.export.tracing import RuntimeLora, get_attribute, pooled_token_only
 from fedspine_edge.model.architecture import task_of
 from fedspine_edge.runtime.adapters import bundled_adapter
-from fedspine_edge.runtime.comparison import TOLERANCE, Inputs, compare, logits_of, random_inputs
+from fedspine_edge.runtime.comparison import (
+    NOISE_FACTOR,
+    TOLERANCE,
+    Inputs,
+    PreciseReference,
+    compare,
+    logits_of,
+    random_inputs,
+)
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
 SHAPES: tuple[tuple[int, int], ...] = ((1, 1), (1, 7), (2, 16), (3, 33))
@@ -37,6 +47,7 @@ def verify_onnx(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     adapter: Mapping[str, Array] | None = None,
     seed: int = 0,
+    accept_mismatch: bool = False,
 ) -> Verification:
     """Compare an exported file on ONNX Runtime with its module in torch.
 
@@ -47,6 +58,7 @@ def verify_onnx(
         shapes: (batch, tokens) of the random inputs.
         adapter: Values of the adapter's inputs, if the file has them.
         seed: Seed of the random inputs.
+        accept_mismatch: Whether to record a mismatch instead of raising it.
 
     Raises `ExportMismatch`, which names the worst output, its difference, and the first layer that differs.
     """
@@ -64,6 +76,8 @@ def verify_onnx(
             precision=exported.precision,
             subject=f"{exported.path.name} on ONNX Runtime",
             reference="torch",
+            precise=_precise_reference(module, exported),
+            accept_mismatch=accept_mismatch,
         )
     except ExportMismatch as error:
         where = _describe_divergence(exported, module, inputs)
@@ -95,6 +109,7 @@ def verify_cache(
     steps: int = 6,
     adapter: Mapping[str, Array] | None = None,
     seed: int = 1,
+    accept_mismatch: bool = False,
 ) -> Verification:
     """Compare a decoder that runs as in generation, a prompt and then single tokens on its cache, with torch.
 
@@ -108,6 +123,7 @@ def verify_cache(
         steps: Number of single tokens after the prompt.
         adapter: Values of the adapter's inputs, if the file has them.
         seed: Seed of the random tokens.
+        accept_mismatch: Whether to record a mismatch instead of raising it.
 
     Raises `ExportMismatch`.
     """
@@ -126,9 +142,40 @@ def verify_cache(
             precision=exported.precision,
             subject=f"{exported.path.name} token by token with its KV cache",
             reference="torch without a cache",
+            precise=_precise_reference(module, exported),
+            accept_mismatch=accept_mismatch,
         )
     finally:
         runner.close()
+
+
+def _precise_reference(module: nn.Module, exported: ExportedModel) -> PreciseReference | None:
+    """Return the measurement of a model's own rounding error in the precision of its export.
+
+    For float32 this is the difference between torch in float32 and in float64, which then is the reference. For 16 bits
+    it is derived from the error of torch in that type, of which twice the amount is accepted.
+    """
+    dtypes = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if exported.precision not in dtypes:
+        return None
+    dtype = dtypes[exported.precision]
+
+    @functools.cache
+    def converted() -> nn.Module:
+        return copy.deepcopy(module).to(dtype)
+
+    def measure(inputs: Inputs, expected: Inputs) -> tuple[Inputs, float]:
+        try:
+            outputs = run_torch(converted(), inputs, exported.inputs)
+        except RuntimeError:  # the CPU lacks an operator in this type, or the memory for the copy
+            return expected, 0.0
+        counted = inputs["attention_mask"] > 0 if outputs["logits"].ndim == 3 else slice(None)
+        error = float(np.abs(outputs["logits"][counted] - expected["logits"][counted]).max())
+        if not np.isfinite(error):
+            return expected, 0.0
+        return (outputs, error) if dtype is torch.float64 else (expected, 2 * error / NOISE_FACTOR)
+
+    return measure
 
 
 def verify_adapters(

@@ -75,9 +75,14 @@ def select_backend(options: EngineOptions) -> tensorrt_api.Backend | str:
 
 
 def copy_bundle(
-    folder: Path, target: Path, precision: Precision | None, labels: Sequence[str] | None
+    folder: Path,
+    target: Path,
+    precision: Precision | None,
+    labels: Sequence[str] | None,
+    *,
+    keep_engine: bool = False,
 ) -> BundleManifest:
-    """Copy a bundle without its plan, which is about to be replaced and may therefore be damaged.
+    """Copy a bundle, by default without its plan, which is about to be replaced and may therefore be damaged.
 
     The timing cache is copied unless it is damaged; TensorRT rejects one of another release or chip.
 
@@ -86,8 +91,9 @@ def copy_bundle(
         target: Empty folder.
         precision: Requested precision; it must be that of the bundle, or None.
         labels: New class names, or None to keep the bundle's.
+        keep_engine: Whether to copy the plan if it is not damaged.
 
-    Returns the manifest of the copy, which has no engine.
+    Returns the manifest of the copy.
     """
     bundle = load_bundle(folder, ignore=(PLAN, TIMING_CACHE))
     manifest = bundle.manifest
@@ -102,11 +108,13 @@ def copy_bundle(
             remedy="Give one label per class, in the order of the logits.",
         )
     for name, entry in manifest.files.items():
-        if name != PLAN and (name != TIMING_CACHE or not damage_of(folder / name, entry)):
+        rebuildable = name in (PLAN, TIMING_CACHE)
+        if (name != PLAN or keep_engine) and not (rebuildable and damage_of(folder / name, entry)):
             shutil.copyfile(folder / name, target / name)
-    return msgspec.structs.replace(
-        manifest, engine=None, engine_absent="", labels=tuple(labels) if labels is not None else manifest.labels
-    )
+    manifest = msgspec.structs.replace(manifest, labels=tuple(labels) if labels is not None else manifest.labels)
+    if (target / PLAN).is_file():
+        return manifest
+    return msgspec.structs.replace(manifest, engine=None, engine_absent="")
 
 
 def add_engine(
@@ -131,6 +139,9 @@ def add_engine(
 
     Returns the manifest with the engine, or with the reason for its absence.
     """
+    if isinstance(selected, str) and manifest.engine is not None:
+        report(f"keeping the {manifest.engine.backend} {manifest.engine.version} engine of the bundle: {selected}")
+        return manifest
     if isinstance(selected, str):
         report(f"no engine: {selected}")
         return msgspec.structs.replace(manifest, engine_absent=selected)

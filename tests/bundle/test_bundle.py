@@ -53,6 +53,13 @@ def test_manifest_describes_model(bundle):
     assert read_manifest(bundle).to_dict()["labels"] == ["bad", "mixed", "good"]
 
 
+def test_manifest_of_earlier_release_has_same_digest(bundle):
+    """Fields that were added later are omitted at their default, because the digest covers the whole manifest."""
+    values = json.loads((bundle / "bundle.json").read_text())
+    assert "noise" not in values["verification"]
+    assert "mismatch" not in values["verification"]
+
+
 def test_producer_versions_omits_missing_packages():
     assert "no-such-package" not in producer_versions("no-such-package")
 

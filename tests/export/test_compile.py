@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import onnx
 import pytest
 from tiny_deploy import tiny_model
 
-from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo, load_bundle
+from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, TensorInfo, load_bundle
+from fedspine_edge.bundle.publish import seal
 from fedspine_edge.engine import cuda_driver, tensorrt_api
 from fedspine_edge.engine.build_errors import explain_build_failure
 from fedspine_edge.engine.tensorrt_builder import EngineOptions, OnnxModel, build_plan
@@ -20,6 +22,7 @@ from fedspine_edge.errors import (
 )
 from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.model.checkpoint import save_model
+from fedspine_edge.runtime import comparison
 from fedspine_edge.runtime.session import Session
 
 
@@ -95,14 +98,48 @@ def test_compile_names_missing_model(tmp_path):
 
 
 def test_compile_mismatch_keeps_old_bundle(model_folder, bundle, monkeypatch):
-    from fedspine_edge.runtime import comparison
-
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
     monkeypatch.setitem(comparison.TOLERANCE, "fp32", 1e-12)
+    monkeypatch.setattr(comparison, "NOISE_FACTOR", 0)
     with pytest.raises(ExportMismatch, match="logits"):
         compile_engine(model_folder, bundle, backend="onnxruntime")
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_compile_bundle_without_gpu_keeps_engine(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "device_info", lambda: None)
+    (bundle / "engine.plan").write_bytes(b"plan")
+    info = EngineInfo(
+        backend="tensorrt", version="10.3.0", compute_capabilities=("87",), profiles=(OptimizationProfile(),)
+    )
+    seal(bundle, msgspec.structs.replace(load_bundle(bundle).manifest, engine=info, engine_absent=""))
+    lines: list[str] = []
+    compile_engine(bundle, labels=("a", "b", "c"), progress=lines.append)
+    assert load_bundle(bundle).manifest.engine == info
+    assert load_bundle(bundle).manifest.labels == ("a", "b", "c")
+    assert (bundle / "engine.plan").read_bytes() == b"plan"
+    assert any("keeping the tensorrt 10.3.0 engine" in line and "no GPU" in line for line in lines)
+    (bundle / "engine.plan").write_bytes(b"damaged")
+    compile_engine(bundle)
+    assert load_bundle(bundle).manifest.engine is None
+    assert "no GPU" in load_bundle(bundle).manifest.engine_absent
+    compile_engine(compile_engine(bundle, tmp_path / "copy"), backend="onnxruntime")
+    assert load_bundle(tmp_path / "copy").manifest.engine is None
+
+
+def test_compile_accepted_mismatch_is_recorded(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(comparison.TOLERANCE, "fp32", 1e-12)
+    monkeypatch.setattr(comparison, "NOISE_FACTOR", 0)
+    lines: list[str] = []
+    out = compile_engine(
+        model_folder, tmp_path / "out", backend="onnxruntime", accept_mismatch=True, progress=lines.append
+    )
+    verification = load_bundle(out).manifest.verification
+    assert "disagrees with torch" in verification.mismatch
+    assert any("mismatch was accepted" in line for line in lines)
+    with Session.load(out) as session:
+        assert session.classify("good").label
 
 
 def test_compile_bundle_rejects_other_precision(bundle):

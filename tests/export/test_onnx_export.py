@@ -18,6 +18,7 @@ from fedspine_edge.export.onnx_export import export_onnx, load_folder, merged_mo
 from fedspine_edge.export.tracing import task_graph
 from fedspine_edge.export.verification import verify_onnx
 from fedspine_edge.model.families import max_tokens_of
+from fedspine_edge.runtime import comparison
 from fedspine_edge.runtime.comparison import compare, random_inputs
 from fedspine_edge.runtime.onnxruntime_runner import OnnxRuntimeRunner
 
@@ -134,6 +135,28 @@ def test_verify_onnx_names_output_of_changed_weight(tmp_path):
         other.classifier.bias[1] += 0.5
     with pytest.raises(ExportMismatch, match=r"logits at \(batch, tokens\) = .* differs by 0\.5 \(tolerance"):
         verify_onnx(exported, other)
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal_lm")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_verify_onnx_tolerates_rounding_error_of_model(family, task, precision, tmp_path, monkeypatch):
+    model = tiny_model(family, task)
+    module = merged_module(model)
+    exported = export_onnx(model, tmp_path / "model.onnx", precision=precision)
+    monkeypatch.setitem(comparison.TOLERANCE, precision, 1e-9)
+    monkeypatch.setitem(comparison.MIN_AGREEMENT, precision, 0.0)
+    result = verify_onnx(exported, module)
+    assert 0 < result.noise < {"fp32": 1e-5, "bf16": 0.2}[precision]
+    assert "own rounding error" in result.summary
+    if precision == "fp32":
+        proto = onnx.load(exported.path)
+        name = {"bert": "layer.1.output.dense.weight", "llama": "layers.1.mlp.down_proj.weight"}[family]
+        tensor = next(t for t in proto.graph.initializer if name in t.name)
+        changed = onnx.numpy_helper.to_array(tensor) * np.float32(1.05)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+        onnx.save(proto, exported.path)
+        with pytest.raises(ExportMismatch, match="disagrees with torch"):
+            verify_onnx(exported, module)
 
 
 def test_compare_rejects_non_finite_outputs(tmp_path):
