@@ -61,8 +61,8 @@ Measured on a fine-tuned MiniLM: int8 0.97, fp8 0.99, int4 0.97."""
 
 
 NOISE_FACTOR = 4.0
-"""Accepted error relative to the rounding error of the reference. Both are maxima over the same logits, and the order of
-summation differs. A change of one linear by 5% exceeds it by orders of magnitude."""
+"""Accepted error relative to the rounding error of the reference. Both are maxima over the same logits, but the order
+of summation differs. A change of one linear by 5% exceeds it by orders of magnitude."""
 
 PreciseReference = Callable[[Inputs, dict[str, Array]], tuple[dict[str, Array], float]]
 """Function of inputs and expected outputs. It returns more precise expected outputs and the rounding error that is
