@@ -325,9 +325,25 @@ class DataSettings(_Section, frozen=True, kw_only=True):
         _doc("Column of the integer label. token_classification: a list with one label per word. causal_lm: unused."),
     ] = "label"
     num_labels: Annotated[int, _doc("Number of classes. Labels are 0..num_labels-1. causal_lm: unused.", ge=2)] = 2
+    labels: Annotated[
+        tuple[str, ...],
+        _doc(
+            "Names of the classes in the order of their indices. With them, the data may contain names. "
+            "Empty: integers only."
+        ),
+    ] = ()
     holdout: Annotated[
         int, _doc("Number of examples held out from training, to measure the loss before and after each round.", ge=1)
     ] = 64
+
+    def __post_init__(self) -> None:
+        if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError("labels must be at least 2 different names")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: that of `labels`, or `num_labels` without names."""
+        return len(self.labels) or self.num_labels
 
 
 class SimulatedSettings(_Section, frozen=True, kw_only=True):
@@ -417,7 +433,7 @@ class DeviceConfig(_Section, frozen=True, kw_only=True):
     @property
     def num_labels(self) -> int:
         """Number of classes of the task head; 0 for causal_lm, which uses the language model head."""
-        return 0 if self.task == "causal_lm" else self.data.num_labels
+        return 0 if self.task == "causal_lm" else self.data.num_classes
 
 
 def setting_names(kind: type[msgspec.Struct]) -> dict[str, str]:

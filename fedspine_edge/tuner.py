@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fedspine_edge.config import DataSettings, OptimizerSettings, Task, TrainingSettings, convert
-from fedspine_edge.data.loading import Data, read_examples
+from fedspine_edge.data.loading import Data, count_names, names_for_data, read_examples
 from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.kernels.native import MAX_RANK
 from fedspine_edge.model.checkpoint import save_model
@@ -58,7 +58,7 @@ class ColumnNames:
     Args:
         text: Column of the texts.
         text_pair: Column of the second texts; empty for none.
-        label: Column of the integer labels.
+        label: Column of the labels.
     """
 
     text: str = "text"
@@ -118,7 +118,10 @@ class EdgeTuner:
         """Mean loss of the steps of the last `fit`."""
         self._texts = TextEncoder.from_model(model, tokenizer)
         self._training = training
-        self._data_settings = DataSettings(path="", num_labels=max(2, model.num_labels), **asdict(columns))
+        names = names_for_data(_class_names(model))
+        self._data_settings = DataSettings(
+            path="", num_labels=max(2, model.num_labels), labels=names, **asdict(columns)
+        )
         self._pruning = pruning
         self._pack = pack
         self._seed = seed
@@ -139,6 +142,7 @@ class EdgeTuner:
         *,
         task: Task = "classification",
         num_labels: int | None = None,
+        labels: Sequence[str] | None = None,
         r: int = 8,
         lora_alpha: float | None = None,
         learning_rate: float = 1e-3,
@@ -156,7 +160,9 @@ class EdgeTuner:
         Args:
             path: Hugging Face folder, GGUF file or hub id; or a saved folder.
             task: "classification", "token_classification" or "causal_lm".
-            num_labels: Number of classes (default: 2, or that of a saved model).
+            num_labels: Number of classes (default: that of `labels` or of a saved model, otherwise 2).
+            labels: Names of the classes in the order of their indices. The data may then contain names, and bundles
+                answer with them (default: those of a saved model, otherwise LABEL_0, LABEL_1, …).
             r: LoRA rank; a saved adapter keeps its own.
             lora_alpha: Numerator of scaling = lora_alpha / r (default: 2·r).
             learning_rate: Peak learning rate of each `fit`.
@@ -197,9 +203,13 @@ class EdgeTuner:
         if max_length_tokens is not None:
             fields_given["max_length_tokens"] = max_length_tokens
         training = convert(fields_given, TrainingSettings)  # validated before the model is loaded, which takes long
+        if labels is not None:
+            num_labels = count_names(labels, num_labels)
         model = open_model(
             path, task=task, num_labels=num_labels, gguf_file=gguf_file, base_dtype=memory.base_dtype, seed=seed
         )
+        if labels is not None:
+            _name_classes(model, labels)
         folder = model.folder if model.folder is not None else path
         tokenizer = load_tokenizer(folder, gguf_file=model.gguf_file)
         model.module.to(choose_torch_device(torch_device))
@@ -479,6 +489,23 @@ class EdgeTuner:
         self.train_loss = trainer.train_loss
         for warning in trainer.warnings():
             log.warning("%s", warning)
+
+
+def _class_names(model: PrunableModel) -> list[str]:
+    id2label = model.module.config.id2label if model.num_labels else {}
+    return [str(id2label[index]) for index in range(model.num_labels)]
+
+
+def _name_classes(model: PrunableModel, labels: Sequence[str]) -> None:
+    """Store the names of the classes in the model's config. Raises `ConfigError` if it has other names already."""
+    present = names_for_data(_class_names(model))
+    if present and present != tuple(labels) and (model.trained_steps or set(present) == set(labels)):
+        raise ConfigError(
+            f"the classes of the model are {', '.join(present)}, in this order; `labels` is {', '.join(labels)}.",
+            remedy="Pass the names of the model as `labels`, or omit them.",
+        )
+    model.module.config.id2label = dict(enumerate(labels))
+    model.module.config.label2id = {label: index for index, label in enumerate(labels)}
 
 
 def _with_single_fields(struct: Struct, parameter: str, settings: dict[str, Any]) -> Struct:

@@ -51,7 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refit the outputs of attention and FFN by least squares at every cut, on 256 of the training texts",
     )
     parser.add_argument("--steps", type=int, default=200, help="training steps before pruning, and again after it")
-    parser.add_argument("--num-labels", type=int, default=2, help="number of classes; unused by causal_lm")
+    parser.add_argument("--num-labels", type=int, help="number of classes (default: that of the names, otherwise 2)")
+    parser.add_argument(
+        "--labels",
+        metavar="NAME,NAME",
+        type=lambda names: tuple(name.strip() for name in names.split(",")),
+        help="names of the classes in the order of their indices (default: the sorted names in --data, if any)",
+    )
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="skip and count unusable rows, such as empty cells"
+    )
     rank = parser.add_argument("--rank", dest="r", metavar="RANK", type=int, default=8, help="LoRA rank")
     accept_old_name(parser, "--r", rank)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
@@ -82,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.cli.main import print_json
+    from fedspine_edge.data.loading import count_names
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.model.checkpoint import check_target
     from fedspine_edge.model.layout import check_ratio, prunable_parameters
@@ -95,13 +105,19 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"`{name}` is {number}; it must be at least 1.", remedy="Leave it out for the default.")
     check_target(arguments.out)
     # Errors in the data are reported now, not after the model has been loaded and trained.
+    if arguments.labels is not None:
+        count_names(arguments.labels, arguments.num_labels)
+    elif arguments.task != "causal_lm":
+        arguments.labels = _find_labels(arguments)
     train = _read(arguments.data, arguments)
     test = _read(arguments.test, arguments) if arguments.test else []
+    labels = arguments.labels or ()
     _log(f"loading {arguments.model}")
     tuner = EdgeTuner.from_pretrained(
         arguments.model,
         task=arguments.task,
-        num_labels=None if arguments.task == "causal_lm" else arguments.num_labels,
+        num_labels=None if arguments.task == "causal_lm" else arguments.num_labels or len(labels) or 2,
+        labels=labels or None,
         r=arguments.r,
         learning_rate=arguments.learning_rate,
         batch_size=arguments.batch_size,
@@ -166,7 +182,8 @@ def _read(path: str, arguments: argparse.Namespace) -> list[Example]:
     from fedspine_edge.data.loading import read_examples
 
     data = data_settings(path, arguments)
-    examples = read_examples(data, DataSettings(path="", num_labels=arguments.num_labels), arguments.task)
+    columns = DataSettings(path="", num_labels=arguments.num_labels or 2, labels=arguments.labels or ())
+    examples = read_examples(data, columns, arguments.task, skip_bad_rows=arguments.skip_bad_rows)
     _log(f"{path} has {len(examples):,} examples")
     if arguments.task == "classification" and len({example.label for example in examples}) == 1:
         _log(f"every label is {examples[0].label}; a model trained on it will predict nothing else")
@@ -175,3 +192,13 @@ def _read(path: str, arguments: argparse.Namespace) -> list[Example]:
 
 def _log(line: str) -> None:
     print(f"tune: {line}", file=sys.stderr, flush=True)
+
+
+def _find_labels(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return the class names in the training data and print their indices; none if its labels are numbers."""
+    from fedspine_edge.data.loading import find_labels
+
+    names = find_labels(arguments.data, data_settings(arguments.data, arguments), arguments.task)
+    if names:
+        _log("labels: " + ", ".join(f"{name} = {index}" for index, name in enumerate(names)))
+    return names

@@ -6,6 +6,7 @@ column only. A label that is not a number is not quoted either, because a wrong 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,22 @@ from typing import Any
 
 from fedspine_edge.config import DataSettings, Task
 from fedspine_edge.data.examples import Example
+from fedspine_edge.data.targets import IGNORED
 from fedspine_edge.errors import DataError
 
 _PLAIN_NAME = re.compile(r"^[A-Za-z_][\w-]{0,39}$")
 
 SHOWN = 5
 """Largest number of problems that an error lists, and of rows that it lists for each."""
+
+
+MAX_NAMES = 1000
+"""Largest number of class names; a column with more of them probably contains the texts."""
+
+NUMBER = ""
+"""Stands for labels that are numbers in a set of label names."""
+
+log = logging.getLogger(__name__)
 
 
 class BadRow(DataError):
@@ -40,12 +51,16 @@ class RowValidator:
         settings: Column names and number of labels.
         task: Task that the rows are for.
         unit: Unit of row numbers: "row", or "line" in a text file, as an editor numbers them.
+        skip_bad_rows: Whether to log unusable rows as a warning instead of raising, if at least one row is usable.
+        names: Set to which label names are added instead of validating them; NUMBER stands for any number.
     """
 
     name: str
     settings: DataSettings
     task: Task = "classification"
     unit: str = "row"
+    skip_bad_rows: bool = False
+    names: set[str] | None = None
     _bad: dict[tuple[str, str], list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -75,22 +90,27 @@ class RowValidator:
     def finish(self, examples: list[Example]) -> list[Example]:
         """Return `examples`. Raises one `DataError` for all collected errors, or when there is no example."""
         count = sum(len(rows) for rows in self._bad.values())
+        if self.names is not None or (self.skip_bad_rows and examples):
+            if count and self.names is None:
+                log.warning("%s: skipped rows: %s", self.name, self._summary(len(examples)))
+            return examples
         if count == 1:
             ((what, remedy),) = self._bad
             raise self.error(what, remedy, row=self._bad[what, remedy][0])
         if self._bad:
-            shown = list(self._bad.items())[:SHOWN]
-            problems = [f"{what.rstrip('.')} ({self._places(rows)})" for (what, _), rows in shown]
-            if (others := len(self._bad) - len(shown)) > 0:
-                problems.append(f"{others} more kinds of problems")
-            remedies = dict.fromkeys(remedy for (_, remedy), _ in shown)
-            raise self.error(
-                f"{count:,} of {len(examples) + count:,} rows cannot be used: {'; '.join(problems)}.",
-                " ".join(remedies),
-            )
+            remedies = dict.fromkeys(remedy for _, remedy in list(self._bad)[:SHOWN])
+            raise self.error(self._summary(len(examples)), " ".join(remedies))
         if not examples:
             raise self.error("contains no examples.", "Provide at least one.")
         return examples
+
+    def _summary(self, num_usable: int) -> str:
+        """Return how many rows are unusable, and for which reasons."""
+        count = sum(len(rows) for rows in self._bad.values())
+        problems = [f"{what.rstrip('.')} ({self._places(rows)})" for (what, _), rows in list(self._bad.items())[:SHOWN]]
+        if (others := len(self._bad) - len(problems)) > 0:
+            problems.append(f"{others} more kinds of problems")
+        return f"{count:,} of {num_usable + count:,} rows cannot be used: {'; '.join(problems)}."
 
     def _places(self, rows: list[int]) -> str:
         names = ", ".join(str(row) for row in rows[:SHOWN])
@@ -169,22 +189,47 @@ class RowValidator:
         return value
 
     def label(self, value: Any, row: int) -> int:
-        """Return `value` as a class index. Accepts "1" and 1.0 too. Raises `DataError`."""
-        column, count = self.settings.label, self.settings.num_labels
+        """Return `value` as a class index. Accepts a name in `labels`, "1" and 1.0 too. Raises `DataError`.
+
+        In token classification, -100 marks a word without a label.
+        """
+        column, count = self.settings.label, self.settings.num_classes
         if value is None or value == "":
             raise self.error(f"column {column!r} is empty.", "Fill it in or remove the row.", row=row)
-        remedy = f"Labels are integers from 0 to {count - 1} (`num_labels` is {count})."
+        if isinstance(value, str) and value in self.settings.labels:
+            return self.settings.labels.index(value)
         try:
             if isinstance(value, bool):
                 raise ValueError
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number) or number != int(number):
-            raise self.error(f"the label in column {column!r} is not an integer.", remedy, row=row)
+        if self.names is not None:
+            self._collect_name(value, number)
+            return 0
+        if self.has_words and number == IGNORED:
+            return IGNORED
+        whole = math.isfinite(number) and number == int(number)
+        if self.settings.labels:
+            remedy = f"Labels are the {count} names in `labels`, or their indices from 0 to {count - 1}."
+            if not whole:
+                raise self.error(f"the label in column {column!r} is not in `labels`.", remedy, row=row)
+        else:
+            remedy = f"Labels are integers from 0 to {count - 1} (`num_labels` is {count}), or names given as `labels`."
+            if not whole:
+                raise self.error(f"the label in column {column!r} is not an integer.", remedy, row=row)
         if not 0 <= number < count:
             raise self.error(f"label {int(number)} is out of range.", remedy, row=row)
         return int(number)
+
+    def _collect_name(self, value: Any, number: float) -> None:
+        assert self.names is not None
+        self.names.add(value if isinstance(value, str) and math.isnan(number) else NUMBER)
+        if len(self.names) > MAX_NAMES:
+            raise DataError(
+                f"{self.name}: column {self.settings.label!r} has more than {MAX_NAMES:,} different texts.",
+                remedy="Name the column of the labels with `label`.",
+            )
 
 
 def _named(columns: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from fedspine_edge.bundle.bundle import OptimizationProfile, TensorInfo
 from fedspine_edge.bundle.metrics import Accuracy, Metric
 from fedspine_edge.config import DataSettings, Task
 from fedspine_edge.data.examples import Example
-from fedspine_edge.data.loading import Data, read_examples
+from fedspine_edge.data.loading import Data, names_for_data, read_examples
 from fedspine_edge.data.targets import IGNORED, truncate_prompt_and_answer, word_targets
 from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.files import TOKENIZER
@@ -106,7 +106,11 @@ def read_user_data(
         DeployError: There is no tokenizer.json.
     """
     encoder = _Encoder(folder, model.task, model.max_tokens)
-    examples = read_examples(data, DataSettings(path="", num_labels=model.num_labels), model.task)
+    examples = read_examples(
+        data,
+        DataSettings(path="", num_labels=model.num_labels, labels=names_for_data(getattr(model, "labels", ()))),
+        model.task,
+    )
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encoder.encode(examples[index]) for index in order[: CALIBRATION_EXAMPLES + ACCURACY_EXAMPLES]]
     split = min(CALIBRATION_EXAMPLES, len(encoded) // 2)

@@ -22,7 +22,7 @@ from fedspine_edge.bundle.bundle import (
 )
 from fedspine_edge.bundle.metrics import Accuracy, Quantization, Verification
 from fedspine_edge.config import DataSettings
-from fedspine_edge.data.loading import Data, read_examples
+from fedspine_edge.data.loading import Data, names_for_data, read_examples
 from fedspine_edge.engine.tensorrt_api import opset_for
 from fedspine_edge.errors import ConfigError
 from fedspine_edge.export.calibration import (
@@ -68,7 +68,11 @@ def export_model_to_bundle(
     _copy_tokenizer(source, folder)
     examples = options.calibrate
     if examples is not None:  # report errors in the user's data before the export, which takes minutes
-        examples = read_examples(examples, DataSettings(path="", num_labels=max(2, model.num_labels)), model.task)
+        examples = read_examples(
+            examples,
+            DataSettings(path="", num_labels=max(2, model.num_labels), labels=names_for_data(labels)),
+            model.task,
+        )
         require_tokenizer(folder)
     export = _Export(model, module, folder, report, accept_mismatch=options.accept_mismatch)
     if options.lora == "inputs":

@@ -107,6 +107,16 @@ class EncodedExamples(Sequence[Encoded]):
         return ends[1:] - ends[:-1]
 
     @property
+    def has_targets(self) -> bool:
+        """Whether a causal language model has a token to predict: one after the first that is not ignored."""
+        if not self._has_token_labels:
+            return bool((self.lengths > 1).any())
+        targets = np.frombuffer(self._token_labels, dtype=np.intc) != IGNORED
+        starts = np.asarray(self._ends[:-1], dtype=np.int64)
+        targets[starts[self.lengths > 0]] = False
+        return bool(targets.any())
+
+    @property
     def largest_token(self) -> int:
         """Largest token id, or -1 without tokens."""
         return int(np.frombuffer(self._input_ids, dtype=np.intc).max()) if self._input_ids else -1

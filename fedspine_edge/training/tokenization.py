@@ -75,6 +75,11 @@ class TextEncoder:
                 f"{empty} of {len(encoded)} texts have no tokens: the tokenizer drops all of their characters.",
                 remedy="Remove them from the data.",
             )
+        if self.task == "causal_lm" and not encoded.has_targets:
+            raise DataError(
+                "no text has a token to predict: each consists of a single token.",
+                remedy="Give texts of at least two tokens, or prompts with answers.",
+            )
         self._check_length(int(lengths.max()), max_length_tokens)
         largest = encoded.largest_token
         if largest >= self.vocabulary:

@@ -280,3 +280,26 @@ def test_tune_passes_criterion_scope_and_memory_options(
     assert main(tune(base_folder, train_csv, tmp_path / "model", *options)) == 2
     assert (seen["pruning"].criterion, seen["pruning"].scope, seen["torch_device"]) == ("apt", "global", "cpu")
     assert seen["memory"].gradient_checkpointing
+
+
+def test_tune_keeps_label_names_up_to_the_bundles_answers(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "named.csv"
+    data.write_text("text,label\n" + "the film was good,positive\nthe film was bad,negative\n" * 8 + ",positive\n")
+    command = tune(base_folder, data, tmp_path / "model", "--rank", "2", "--test", str(data))
+    refused(capsys, command, "line 18: column 'text' is empty")
+    assert main([*command, "--skip-bad-rows"]) == 0
+    log = capsys.readouterr().err
+    assert "labels: negative = 0, positive = 1" in log
+    assert "named.csv has 16 examples" in log
+    bundle = tmp_path / "bundle"
+    assert main(["compile", str(tmp_path / "model"), "--out", str(bundle), "--backend", "onnxruntime"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(bundle), "the film was good"]) == 0
+    assert capsys.readouterr().out.split("\t")[0] in ("negative", "positive")
+    again = ["tune", "--model", str(tmp_path / "model"), "--data", str(data), "--out", str(tmp_path / "again")]
+    swapped = [*again, "--labels", "positive,negative", "--skip-bad-rows", "--steps", "1"]
+    refused(capsys, swapped, "classes of the model are negative, positive", "--labels")
+    refused(capsys, [*again, "--labels", "a,a"], "--labels must be at least two different names")
+    refused(capsys, [*again, "--labels", "a,b", "--num-labels", "3"], "--num-labels is 3, but --labels has 2")

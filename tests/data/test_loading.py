@@ -7,7 +7,7 @@ import pytest
 
 from fedspine_edge.config import DataSettings
 from fedspine_edge.data.examples import Example, split_holdout
-from fedspine_edge.data.loading import read_examples
+from fedspine_edge.data.loading import find_labels, read_examples
 from fedspine_edge.errors import DataError, MissingDependency
 
 SECRET = "my very private sentence"
@@ -207,3 +207,62 @@ def test_python_texts_with_half_a_surrogate_pair_raise():
         read_examples([("good", 1), ("good \ud83d", 0)])
     with pytest.raises(DataError, match="surrogate"):
         read_examples([(["good", "\udc00"], [0, 1])], task="token_classification")
+
+
+NAMED = "text,label\ngood film,positive\nbad film,negative\n" + "fine,positive\npoor,negative\n" * 2
+
+
+def test_label_names_are_read_by_their_index(tmp_path):
+    labels = ("negative", "positive")
+    assert [e.label for e in from_text(tmp_path, NAMED, labels=labels)] == [1, 0, 1, 0, 1, 0]
+    assert [e.label for e in from_text(tmp_path, "text,label\na,1\nb,negative\n", labels=labels)] == [1, 0]
+    with pytest.raises(DataError) as caught:
+        from_text(tmp_path, f"text,label\na,negative\nb,{SECRET}\n", labels=labels)
+    assert "line 3: the label in column 'label' is not in `labels`" in str(caught.value)
+    assert SECRET not in str(caught.value)
+    with pytest.raises(DataError, match=r"not an integer.\n.*names given as `labels`"):
+        from_text(tmp_path, NAMED.splitlines()[0] + "\ngood,positive\n")
+    words = read_examples(
+        [(["Ada", "lives", "in", "Rome"], ["B-PER", "O", -100, "B-LOC"])],
+        DataSettings(path="", labels=("O", "B-PER", "B-LOC")),
+        "token_classification",
+    )
+    assert words[0].word_labels == (1, 0, -100, 2)
+    with pytest.raises(DataError, match="label -100 is out of range"):
+        read_examples([("a", -100)])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (NAMED, ("negative", "positive")),
+        ("text,label\na,1\nb,0\n", ()),
+        (NAMED + "a,1\n", ()),  # numbers and names
+        ("text,label\n" + "".join(f"a,{SECRET} {i}\n" for i in range(6)), ()),  # the texts themselves
+        ("text,label\na,x\nb,x\nc,x\n", ()),  # one class
+        (NAMED + ",positive\nb,\n", ("negative", "positive")),  # rows without text or label
+    ],
+)
+def test_find_labels_returns_names_but_never_texts(tmp_path, content, expected):
+    (tmp_path / "data.csv").write_text(content)
+    assert find_labels(str(tmp_path / "data.csv"), DataSettings(path="")) == expected
+
+
+def test_find_labels_limits_the_number_of_names(tmp_path):
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"a,name{i}\n" for i in range(3000)))
+    with pytest.raises(DataError, match="more than 1,000 different texts"):
+        find_labels(str(tmp_path / "data.csv"), DataSettings(path=""))
+
+
+def test_skip_bad_rows_counts_and_names_them(tmp_path, caplog):
+    (tmp_path / "data.csv").write_text(f"text,label\ngood,1\n,0\n{SECRET},7\nbad,0\n")
+    settings = DataSettings(path=str(tmp_path / "data.csv"))
+    assert [e.text for e in read_examples(settings, skip_bad_rows=True)] == ["good", "bad"]
+    assert "skipped rows: 2 of 4 rows" in caplog.text
+    assert "line 3" in caplog.text
+    assert SECRET not in caplog.text
+    with pytest.raises(DataError, match="2 of 4 rows"):
+        read_examples(settings)
+    (tmp_path / "data.csv").write_text("text,label\n,0\n")
+    with pytest.raises(DataError, match="line 2: column 'text' is empty"):
+        read_examples(settings, skip_bad_rows=True)

@@ -74,3 +74,16 @@ def test_estimate_counts_the_data(folder):
     assert "data " in str(many)
     assert tuner.estimate().data_bytes == 0
     assert "data " not in str(tuner.estimate())
+
+
+@pytest.mark.parametrize(
+    ("examples", "expected"),
+    [
+        ([Encoded([1], 0), Encoded([2], 0)], False),
+        ([Encoded([1], 0), Encoded([2, 3], 0)], True),
+        ([Encoded([1, 2], 0, None, [-100, 2])], True),
+        ([Encoded([1, 2], 0, None, [-100, -100]), Encoded([], 0, None, []), Encoded([3], 0, None, [3])], False),
+    ],
+)
+def test_has_targets_needs_a_token_to_predict(examples, expected):
+    assert EncodedExamples(examples).has_targets is expected
