@@ -254,7 +254,9 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, FedspineError):
         return f"{error.message} {error.remedy}".rstrip()
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+    # The operating system's own words, such as "No space left on device", contain no data either.
+    cause = f" ({error.strerror})" if isinstance(error, OSError) and error.errno and error.strerror else ""
+    return f"{type(error).__name__}{cause} at {Path(frame.filename).name}:{frame.lineno}"
 
 
 def _format_loss(loss: float | None) -> str:

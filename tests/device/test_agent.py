@@ -1,5 +1,6 @@
 """A device against a manual server: rounds, messages, and recovery from failures."""
 
+import errno
 import os
 import re
 import signal
@@ -630,6 +631,22 @@ def test_adapter_beyond_the_models_size_fails_round_without_download(fleet, driv
     assert fleet.reports[-1].status == "failed"
     assert "more than an adapter of this model can have" in fleet.reports[-1].reason
     assert set(driven.transport._filters) == set(tiny_fleet.TOPICS.device_filters("d1"))
+
+
+def test_full_disk_during_training_is_named_in_report(fleet, driven, tiny_base, monkeypatch):
+    take_step = Trainer._take_step
+
+    def disk_full(self, *arguments):
+        if self.step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/secret/path")
+        take_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_take_step", disk_full)
+    fleet.send(adapter=fleet.offer(round_tensors(tiny_base.spec)))
+    driven.settle()
+    assert fleet.reports[-1].status == "failed"
+    assert "No space left on device" in fleet.reports[-1].reason
+    assert "secret" not in fleet.reports[-1].reason
 
 
 def test_malformed_messages_do_not_stop_device(fleet, driven, tiny_base):
