@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fedspine_edge.bundle.bundle import AdapterSpec, LoraModule, TensorInfo
 from fedspine_edge.config import Task
 from fedspine_edge.model.architecture import task_of
-from fedspine_edge.model.families import SUPPORTED, architecture_of, max_tokens_of
+from fedspine_edge.model.families import SUPPORTED, architecture_of, max_tokens_of, num_token_types_of
 from fedspine_edge.model.layout import Layout, module_names, split_name
 from fedspine_edge.model.lora import LoraLinear
 from fedspine_edge.model.pooled_token import only_pooled_token
@@ -190,7 +190,7 @@ def task_graph(module: nn.Module, layout: Layout | None, adapter: AdapterSpec | 
         outputs += present
     else:
         inputs.append(TensorInfo(name="attention_mask", dtype="int64", shape=tokens, limit=2))
-        token_types = int(getattr(config, "type_vocab_size", 0) or 0)
+        token_types = num_token_types_of(config)
         if token_types > 1:  # RoBERTa has a single type, so the input could only be zero
             inputs.append(TensorInfo(name="token_type_ids", dtype="int64", shape=tokens, default=0, limit=token_types))
     if adapter is not None:

@@ -75,6 +75,8 @@ class Architecture:
     """Whether positions are rows of a table, so that longer sequences cannot be read."""
     positions_after_padding: bool = False
     """Whether the first position is `pad_token_id` + 1, so that the rows before it are unused."""
+    token_types: bool = False
+    """Whether the model has an embedding for the segment of each token. GPT-2 would add the embedding of a *token*."""
     free_head_dim: bool = False
     """Whether the config states `head_dim`, so that a model with fewer heads is a standard checkpoint."""
 
@@ -134,6 +136,10 @@ class Architecture:
     def hard_max_tokens(self, config: Any) -> int | None:
         """Return `max_tokens` where a longer sequence cannot be read, and None where positions are computed."""
         return self.max_tokens(config) if self.learned_positions else None
+
+    def num_token_types(self, config: Any) -> int:
+        """Return the number of segments that the model distinguishes; `token_type_ids` is an input from 2 on."""
+        return int(getattr(config, "type_vocab_size", 0) or 0) if self.token_types else 0
 
     def set_widths(self, module: nn.Module, layout: Layout) -> None:
         """Set the kept head counts on the attention modules."""

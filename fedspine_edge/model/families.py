@@ -57,6 +57,7 @@ SUPPORTED: Mapping[str, Architecture] = {
     for entry in (
         Architecture(
             family="bert",
+            token_types=True,
             learned_positions=True,
             backbone="bert",
             layers="encoder.layer",
@@ -72,6 +73,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="roberta",
+            token_types=True,
             learned_positions=True,
             positions_after_padding=True,
             backbone="roberta",
@@ -104,6 +106,7 @@ SUPPORTED: Mapping[str, Architecture] = {
         ),
         Architecture(
             family="deberta-v2",
+            token_types=True,
             shared_attention_input=False,
             backbone="deberta",
             layers="encoder.layer",
@@ -191,3 +194,9 @@ def max_tokens_of(config: Any) -> int:
     """Return the length in tokens, KV cache included, up to which a transformers model has positions."""
     entry = SUPPORTED.get(config.model_type)
     return int(config.max_position_embeddings) if entry is None else entry.max_tokens(config)
+
+
+def num_token_types_of(config: Any) -> int:
+    """Return the number of segments that a transformers model distinguishes; see `Architecture.num_token_types`."""
+    entry = SUPPORTED.get(config.model_type)
+    return int(getattr(config, "type_vocab_size", 0) or 0) if entry is None else entry.num_token_types(config)

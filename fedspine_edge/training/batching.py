@@ -136,7 +136,7 @@ def lengths_of(encoded: Sequence[Encoded]) -> Ints:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, *, causal: bool = False
+    examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, *, causal: bool = False, segments: bool = True
 ) -> EncodedExamples:
     """Tokenize examples without padding, truncated to `max_length_tokens`.
 
@@ -146,6 +146,7 @@ def encode(
         max_length_tokens: Maximum length in tokens.
         causal: Whether a pair is a prompt and its answer. Only the answer and the end token are then predicted, and a
             prompt that is too long loses its beginning.
+        segments: Whether the model has an input for the `token_type_ids` of the tokenizer.
 
     The label of a word belongs to its first token.
     """
@@ -153,42 +154,42 @@ def encode(
     for start in range(0, len(examples), _CHUNK_EXAMPLES):
         chunk = examples[start : start + _CHUNK_EXAMPLES]
         if chunk[0].words:
-            encoded.extend(_encode_words(chunk, tokenizer, max_length_tokens))
+            encoded.extend(_encode_words(chunk, tokenizer, max_length_tokens, segments))
         elif causal and chunk[0].text_pair is not None:
             encoded.extend(_encode_answer(example, tokenizer, max_length_tokens) for example in chunk)
         else:
-            encoded.extend(_encode_texts(chunk, tokenizer, max_length_tokens))
+            encoded.extend(_encode_texts(chunk, tokenizer, max_length_tokens, segments))
         done = start + len(chunk)
         if done % _EXAMPLES_PER_LOG_LINE == 0:
             log.info("tokenized %d of %d texts", done, len(examples))
     return encoded
 
 
-def _encode_texts(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
+def _encode_texts(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, segments: bool) -> list[Encoded]:
     texts = [example.text for example in examples]
     pairs = [example.text_pair for example in examples]
     paired = pairs[0] is not None
     encoded = tokenizer(texts, pairs if paired else None, truncation=True, max_length=max_length_tokens)
-    segments = encoded.get("token_type_ids")
+    token_types = encoded.get("token_type_ids") if segments else None
     return [
-        Encoded(list(ids), example.label, None if segments is None else list(segments[i]))
+        Encoded(list(ids), example.label, None if token_types is None else list(token_types[i]))
         for i, (ids, example) in enumerate(zip(encoded["input_ids"], examples))
     ]
 
 
-def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int) -> list[Encoded]:
+def _encode_words(examples: Sequence[Example], tokenizer: Any, max_length_tokens: int, segments: bool) -> list[Encoded]:
     encoded = tokenizer(
         [list(example.words) for example in examples],
         is_split_into_words=True,
         truncation=True,
         max_length=max_length_tokens,
     )
-    segments = encoded.get("token_type_ids")
+    token_types = encoded.get("token_type_ids") if segments else None
     return [
         Encoded(
             list(encoded["input_ids"][i]),
             0,
-            None if segments is None else list(segments[i]),
+            None if token_types is None else list(token_types[i]),
             word_targets(encoded.word_ids(i), example.word_labels),
         )
         for i, example in enumerate(examples)

@@ -208,7 +208,7 @@ def _batch(model: PrunableModel, rows: int, tokens: int, pack_rows: bool) -> dic
     token = 1 if model.module.config.pad_token_id == 0 else 0
     ids = [token] * tokens
     labels = None if model.task != "token_classification" else [0] * tokens
-    segments = [0] * tokens if getattr(model.module.config, "type_vocab_size", 0) else None
+    segments = [0] * tokens if model.architecture.num_token_types(model.module.config) > 1 else None
     examples = [Encoded(ids, 0, segments, labels)] * rows
     return pack(examples, range(rows), 0, tokens) if pack_rows else collate(examples, range(rows), 0)
 

@@ -25,6 +25,7 @@ class TextEncoder:
         hard_max_tokens: Maximum length in tokens, or None if positions are computed.
         vocabulary: Number of tokens that have an embedding.
         pad_id: Token that fills short rows, for which the model has an embedding.
+        segments: Whether the model distinguishes the segments of a pair.
         name: Name of the model, for errors.
     """
 
@@ -33,6 +34,7 @@ class TextEncoder:
     hard_max_tokens: int | None
     vocabulary: int
     pad_id: int
+    segments: bool
     name: str
 
     @classmethod
@@ -44,7 +46,9 @@ class TextEncoder:
         candidates = (tokenizer.pad_token_id, model.module.config.pad_token_id, 0)
         pad_id = next(int(token) for token in candidates if token is not None and 0 <= int(token) < vocabulary)
         name = str(model.folder or model.base or "the model")
-        return cls(tokenizer, model.task, limit, vocabulary, pad_id, name)
+        # Training feeds what a bundle feeds, which the family decides, whatever the tokenizer returns.
+        segments = model.architecture.num_token_types(model.module.config) > 1
+        return cls(tokenizer, model.task, limit, vocabulary, pad_id, segments, name)
 
     def max_length_tokens(self, requested: int | None = None) -> int:
         """Return the maximum length of a text in tokens.
@@ -68,7 +72,9 @@ class TextEncoder:
         Raises `DataError` for texts without tokens, `ConfigError` for a token without a position and `CheckpointError`
         for a token without an embedding. On a GPU the last two would end the process.
         """
-        encoded = encode(examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm")
+        encoded = encode(
+            examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm", segments=self.segments
+        )
         lengths = encoded.lengths
         if empty := int((lengths == 0).sum()):
             raise DataError(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_bert
 import tiny_lm
+import tiny_models as tiny
+import torch
 from tiny_fleet import TRAINING, Fleet, config, round_tensors
 from tokenizers.normalizers import Replace
 
@@ -18,9 +20,11 @@ from fedspine_edge.data.targets import IGNORED
 from fedspine_edge.device.cost_meter import CostMeter
 from fedspine_edge.device.round import LocalRound
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
+from fedspine_edge.export.tracing import task_graph
 from fedspine_edge.model.flops import pass_flops
 from fedspine_edge.model.loading import load_base, load_tokenizer
 from fedspine_edge.protocol.messages import WaitPlan
+from fedspine_edge.training import batching
 from fedspine_edge.training.batching import Encoded
 from fedspine_edge.training.tokenization import TextEncoder
 from fedspine_edge.training.trainer import BatchSettings, Trainer
@@ -225,3 +229,20 @@ def test_padding_token_without_an_embedding_is_replaced_by_one_with(task, langua
     first = trainer.evaluate().loss
     other = Trainer(model, encoded, encoded, OptimizerSettings(), round_steps=1, batches=BatchSettings(pad_id=1))
     assert first == pytest.approx(other.evaluate().loss, rel=1e-5), "padding is masked, whatever the token"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [("gpt2_lm", False), ("llama", False), ("modernbert", False), ("bert", True)]
+)
+def test_token_types_reach_only_models_that_have_them(kind, given, tiny_folder):
+    """GPT-2 would add `token_type_ids` as embeddings of words, and its bundle has no such input."""
+    tokenizer = load_tokenizer(tiny_folder)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in tokenizer("a good film")
+    model = tiny.prunable(kind)
+    texts = TextEncoder.from_model(model, tokenizer)
+    for examples in ([Example("a good film", 0), Example("bad", 1)], [Example("good", 0, "bad")]):
+        encoded = batching.encode(examples, tokenizer, 24, segments=texts.segments)
+        assert all((example.token_type_ids is not None) == given for example in encoded)
+    inputs = {tensor.name for tensor in task_graph(model.merge(torch.float32).eval(), layout=model.layout).inputs}
+    assert ("token_type_ids" in inputs) == given
