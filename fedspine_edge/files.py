@@ -19,6 +19,8 @@ LAYOUT = "layout.json"
 
 WEIGHTS = "model.safetensors"
 
+GENERATION_CONFIG = "generation_config.json"
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """PEFT's file names of an adapter."""

@@ -87,6 +87,7 @@ def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
     for path in sorted(folder.iterdir()):
         if path.name == MANIFEST:
             continue
+        path.chmod(0o644)  # some libraries create private files, but a service user must be able to read the bundle
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.name] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
@@ -96,6 +97,7 @@ def seal(folder: Path, manifest: BundleManifest) -> BundleManifest:
         file.write(msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2))
         file.flush()
         os.fsync(file.fileno())
+    (folder / MANIFEST).chmod(0o644)
     return manifest
 
 

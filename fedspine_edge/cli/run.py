@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--stop", action="append", default=[], help="end the text before this string; repeatable")
+    parser.add_argument(
+        "--threads", type=int, help="number of threads for ONNX Runtime (default: one per core that may be used)"
+    )
     parser.add_argument("--rebuild", action="store_true", help="rebuild an engine that does not fit this machine")
     add_json_option(parser)
 
@@ -49,10 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
     from fedspine_edge.errors import ConfigError
     from fedspine_edge.runtime.session import Session
 
+    # Input that is not UTF-8 is reported as such, and output that the terminal cannot encode is escaped.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     texts = [*arguments.texts, *arguments.text] or [line.rstrip("\n") for line in sys.stdin]
     if not any(text.strip() for text in texts):
         raise ConfigError("no text was given.", remedy="Give texts after the bundle, or lines on standard input.")
-    with Session.load(arguments.bundle, backend=arguments.backend, rebuild=arguments.rebuild) as session:
+    with Session.load(
+        arguments.bundle, backend=arguments.backend, threads=arguments.threads, rebuild=arguments.rebuild
+    ) as session:
         if arguments.adapter is not None:
             session.set_adapter(arguments.adapter)
         if not arguments.json:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedspine_edge.errors import CheckpointError, LayoutError
-from fedspine_edge.files import LAYOUT, TOKENIZER_FILES, WEIGHTS, reason_not_to_replace
+from fedspine_edge.files import GENERATION_CONFIG, LAYOUT, TOKENIZER_FILES, WEIGHTS, reason_not_to_replace
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import from_files, split_fused, to_files
@@ -143,6 +143,13 @@ def load_model(folder: str | Path) -> PrunableModel:
     tensors = from_files(tensors, architecture, manifest.spec.num_layers)
     _load_tensors(module, tensors, folder)
     module.config.use_cache = False
+    if (folder / GENERATION_CONFIG).is_file():  # its end tokens can differ from those of config.json
+        try:
+            module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except LOAD_FAILURES as error:
+            raise CheckpointError(
+                f"{folder / GENERATION_CONFIG} cannot be read: {error}.", remedy=_SAME_FOLDER
+            ) from error
     model = PrunableModel(
         module.eval(),
         manifest.spec,
@@ -215,6 +222,8 @@ def _write(model: PrunableModel, folder: Path, merged: bool, metrics: Mapping[st
     if output is not None:  # a merged checkpoint may have two matrices although its config says that they are tied
         config.tie_word_embeddings = output.weight is model.module.get_input_embeddings().weight
     config.save_pretrained(folder)
+    if model.task == "causal_lm" and getattr(model.module, "generation_config", None) is not None:
+        _write_generation_config(model, folder)
     _write_tokenizer(model, folder)
     config_labels = model.module.config.id2label if model.num_labels else {}
     manifest = ModelManifest(
@@ -252,6 +261,14 @@ def _base_tensors(model: PrunableModel, merged: bool) -> dict[str, torch.Tensor]
         for name in module_names(model.spec):
             tensors[f"{model.architecture.path(name)}.weight"] = model.linear(name).merged_weight().to("cpu")
     return tensors
+
+
+def _write_generation_config(model: PrunableModel, folder: Path) -> None:
+    """Copy the generation config of the base, or write the one that transformers derived from the base's files."""
+    if model.folder is not None and (model.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(model.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    else:
+        (folder / GENERATION_CONFIG).write_text(model.module.generation_config.to_json_string(), encoding="utf-8")
 
 
 def _write_tokenizer(model: PrunableModel, folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from fedspine_edge.arrays import Array
 from fedspine_edge.errors import DeployError, MissingDependency
 from fedspine_edge.runtime.bf16_emulation import emulated_copy
+from fedspine_edge.runtime.cpu import thread_limit
 from fedspine_edge.runtime.kv_cache import past_name
 
 
@@ -18,7 +19,7 @@ class OnnxRuntimeRunner:
 
     Args:
         model: Path of the ONNX file.
-        threads: Threads within an operator; None selects ONNX Runtime's default, one per core.
+        threads: Threads within an operator; None selects one per core that this process may use.
         spin_wait: Whether threads spin while they wait for work; see `Session.load`.
     """
 
@@ -33,7 +34,8 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
-        if threads is not None:
+        threads = threads if threads is not None else thread_limit()
+        if threads is not None:  # ONNX Runtime does not pin threads if their number is set
             options.intra_op_num_threads = threads
         if not spin_wait:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -61,7 +60,6 @@ class Session:
         self.model = LoadedModel(opened.bundle, opened.runner)
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
-        self._unpacked: TemporaryDirectory[str] | None = None
 
     @classmethod
     def load(
@@ -74,13 +72,14 @@ class Session:
         rebuild: bool = False,
         spinning: bool | None = None,
     ) -> Session:
-        """Verify a bundle and load it.
+        """Verify a bundle and load it. The session no longer needs the bundle's files afterwards.
 
         Args:
             bundle: Folder or .zip file that `compile_engine` wrote.
             backend: "auto" uses the engine if it fits this machine, else ONNX Runtime. The other values require that
                 backend.
-            threads: Threads within an operator of ONNX Runtime; None selects one per core. Engines ignore it.
+            threads: Threads within an operator of ONNX Runtime; None selects one per core that this process may
+                use, according to its affinity and the CPU quota of its container. Engines ignore it.
             spin_wait: Whether ONNX Runtime's threads spin while they wait for work, which is fastest if no other
                 program needs the cores. Otherwise False makes the slowest runs much faster.
             rebuild: If the bundle's engine is damaged, missing or does not fit this machine, rebuild it from the
@@ -103,14 +102,8 @@ class Session:
         options = LoadOptions(backend=backend, threads=threads, spin_wait=spin_wait, rebuild=rebuild, archive=archive)
         if archive is None:
             return cls(open_bundle(Path(bundle), options))
-        unpacked = unpack(archive)
-        try:
-            session = cls(open_bundle(Path(unpacked.name), options))
-        except BaseException:
-            unpacked.cleanup()
-            raise
-        session._unpacked = unpacked
-        return session
+        with unpack(archive) as folder:  # nothing is read from the folder after loading
+            return cls(open_bundle(Path(folder), options))
 
     @property
     def manifest(self) -> BundleManifest:
@@ -300,8 +293,6 @@ class Session:
         if pool is not None:
             pool.shutdown()
         self.model.close()
-        if self._unpacked is not None:
-            self._unpacked.cleanup()
 
     def __enter__(self) -> Session:
         return self

@@ -40,10 +40,11 @@ class TextCodec:
 
     def encode(self, texts: Sequence[Text]) -> list[Any]:
         """Return one encoding per text or pair. Raises `DataError` for other types and for texts without tokens."""
-        for text in texts:
+        for number, text in enumerate(texts, start=1):
             is_pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
             if not (isinstance(text, str) or is_pair):
                 raise DataError(f"A text has the type {type(text).__name__}.", remedy="Give str or (str, str).")
+            _check_unicode(number, (text,) if isinstance(text, str) else text)
         encodings: list[Any] = self._tokenizer.encode_batch(list(texts))
         if min(len(encoding.ids) for encoding in encodings) == 0:
             raise DataError("A text has no tokens.", remedy="Leave empty texts out.")
@@ -59,6 +60,7 @@ class TextCodec:
                 )
             if not words:
                 raise DataError(f"Text {number} has no words.", remedy="Leave empty texts out.")
+            _check_unicode(number, words)
         encodings: list[Any] = self._tokenizer.encode_batch(list(texts), is_pretokenized=True)
         for number, encoding in enumerate(encodings, start=1):
             if (tokens := len(encoding.ids)) > self._max_tokens:
@@ -89,6 +91,18 @@ class TextCodec:
         """Return the text of tokens without special tokens."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
+
+
+def _check_unicode(number: int, parts: Sequence[str]) -> None:
+    """Raise `DataError` if a text contains a surrogate, such as half of an emoji or a byte that is not UTF-8."""
+    for part in parts:
+        try:
+            part.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"Text {number} is not valid Unicode: character {error.start + 1} is a surrogate.",
+                remedy='Decode it as UTF-8, or replace such characters: text.encode("utf-8", "replace").decode().',
+            ) from None
 
 
 class TextStream:

@@ -60,6 +60,15 @@ def test_manifest_of_earlier_release_has_same_digest(bundle):
     assert "mismatch" not in values["verification"]
 
 
+def test_files_of_bundle_are_readable_by_other_users(model_folder, tmp_path, monkeypatch):
+    """safetensors and onnx create some files with mode 0600."""
+    monkeypatch.setattr("fedspine_edge.export.onnx_export.MAX_INLINE_BYTES", 1000)
+    out = compile_engine(model_folder, tmp_path / "out", backend="onnxruntime", lora="inputs")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert {"adapter.safetensors", "model.onnx.data", "bundle.json"} <= modes.keys()
+    assert set(modes.values()) == {0o644}
+
+
 def test_producer_versions_omits_missing_packages():
     assert "no-such-package" not in producer_versions("no-such-package")
 

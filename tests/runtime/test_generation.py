@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_deploy import tiny_model, write_byte_tokenizer
@@ -20,6 +22,7 @@ from fedspine_edge.export.compile import compile_engine
 from fedspine_edge.export.onnx_export import export_onnx, merged_module
 from fedspine_edge.export.verification import verify_cache
 from fedspine_edge.model.checkpoint import load_model, save_model
+from fedspine_edge.model.loading import load_base
 from fedspine_edge.runtime.generation import Sampling
 from fedspine_edge.runtime.session import Session
 from fedspine_edge.runtime.text import TextStream
@@ -148,6 +151,24 @@ def test_generate_ends_at_end_token(session, monkeypatch):
     result = session.generate("hello", max_new_tokens=5)
     assert result.finish == "end"
     assert result.tokens == first[: first.index(first[2])]
+
+
+def test_end_tokens_of_generation_config_survive_tuning(tmp_path):
+    base = tmp_path / "base"
+    module = tiny_model("llama", "causal_lm", kv_heads=4).module
+    config = transformers.LlamaConfig(**module.config.to_dict() | {"eos_token_id": 2})
+    plain = transformers.LlamaForCausalLM(config)
+    plain.save_pretrained(base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [2, 0, 28], "top_k": 7}))
+    write_byte_tokenizer(base)
+    direct = load_bundle(compile_engine(base, backend="onnxruntime")).manifest
+    save_model(load_base(base, task="causal_lm"), tmp_path / "tuned")
+    again = save_model(load_model(tmp_path / "tuned"), tmp_path / "again")
+    assert json.loads((again / "generation_config.json").read_text())["top_k"] == 7
+    for folder in (tmp_path / "tuned", again):
+        assert load_bundle(compile_engine(folder, backend="onnxruntime")).manifest.end_token_ids == (2, 0, 28)
+    assert direct.end_token_ids == (2, 0, 28)
 
 
 def test_generate_same_seed_gives_same_text(session):

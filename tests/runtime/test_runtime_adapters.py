@@ -111,6 +111,16 @@ def test_generate_uses_current_adapter(tmp_path):
         assert session.generate("hello", max_new_tokens=10).tokens == own
 
 
+def test_adapter_of_bundle_is_restored_after_bundle_is_gone(folder, tmp_path):
+    bundle = Path(shutil.copytree(folder.with_name("model.bundle"), tmp_path / "copy"))
+    with Session.load(bundle, threads=1) as session:
+        before = session.run(**INPUTS)
+        session.set_adapter(other_adapter(folder, tmp_path / "other", 3))
+        shutil.rmtree(bundle)
+        session.set_adapter(None)
+        np.testing.assert_array_equal(session.run(**INPUTS), before)
+
+
 def damaged(folder, out, change):
     shutil.copytree(folder, out)
     change(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tiny_deploy import tiny_model, write_tokenizer
 
+from fedspine_edge.bundle.archive import pack
 from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
 from fedspine_edge.bundle.publish import seal
 from fedspine_edge.engine import cuda_driver, tensorrt_api
@@ -132,6 +134,32 @@ def test_tokenize_truncates_long_texts(session):
 def test_classify_invalid_input_raises(session, texts):
     with pytest.raises(DataError):
         session.classify(texts)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_session_does_not_depend_on_files_after_load(bundle, tmp_path, monkeypatch, packed):
+    """The bundle may be replaced, renamed or deleted, and a relative path may become invalid."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    with Session.load(bundle, threads=1) as session:
+        expected = session.classify("a very good film")
+    source = pack(bundle, tmp_path / "model.zip") if packed else bundle
+    with Session.load(source.relative_to(tmp_path), threads=1) as session:
+        assert list((tmp_path / "scratch").iterdir()) == []
+        shutil.rmtree(bundle)
+        (tmp_path / "model.zip").unlink(missing_ok=True)
+        monkeypatch.chdir("/")
+        assert session.classify("a very good film") == expected
+
+
+@pytest.mark.parametrize(
+    "texts", [["good", "half \ud83d"], [("good", "caf\udce9")], ["\udcff"]], ids=["emoji", "pair", "byte"]
+)
+def test_classify_invalid_unicode_names_text(session, texts):
+    with pytest.raises(DataError, match=rf"Text {len(texts)} is not valid Unicode: character \d+") as caught:
+        session.classify(texts)
+    assert '"replace"' in caught.value.remedy
 
 
 def test_session_is_thread_safe(session):
