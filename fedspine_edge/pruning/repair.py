@@ -13,7 +13,7 @@ The weighted means m_x and m_y are zero where the linear has no bias. w is the i
 residual stream and of y at a token: the normalization that follows divides by about that size, so without w a few
 tokens of huge activations would decide everything. In the last layer of a classifier the token that is read counts
 as much as all others of its text together. λ is a multiple of the mean of the diagonal of Σ w x xᵀ, chosen on
-texts held out of the fit. Related: FLAP (arXiv 2312.11983), which compensates biases only; docs/decisions/0081.
+texts held out of the fit. Related: FLAP (arXiv 2312.11983), which compensates biases only; docs/decisions/0090.
 """
 
 from __future__ import annotations
