@@ -26,12 +26,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """PEFT's file names of an adapter."""
 
 TOKENIZER = "tokenizer.json"
+SENTENCEPIECE_MODELS = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 TOKENIZER_VOCABULARIES = (
     TOKENIZER,
-    "tokenizer.model",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
+    *SENTENCEPIECE_MODELS,
     "vocab.txt",
     "vocab.json",
 )

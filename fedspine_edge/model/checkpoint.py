@@ -24,13 +24,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fedspine_edge.errors import CheckpointError, LayoutError
+from fedspine_edge.errors import CheckpointError, LayoutError, MissingDependency
 from fedspine_edge.files import GENERATION_CONFIG, LAYOUT, TOKENIZER_FILES, WEIGHTS, reason_not_to_replace
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.families import architecture_of
 from fedspine_edge.model.fused_projections import from_files, split_fused, to_files
 from fedspine_edge.model.layout import module_names
-from fedspine_edge.model.loading import LOAD_FAILURES, auto_class, load_tokenizer, quiet, require_transformers
+from fedspine_edge.model.loading import (
+    LOAD_FAILURES,
+    auto_class,
+    load_tokenizer,
+    needs_sentencepiece,
+    quiet,
+    require_transformers,
+)
 from fedspine_edge.model.lora import plain_linear
 from fedspine_edge.model.manifest import ModelManifest, read_manifest
 from fedspine_edge.model.model_card import model_card
@@ -275,12 +282,13 @@ def _write_tokenizer(model: PrunableModel, folder: Path) -> None:
     """Copy the tokenizer of the base, if there is one."""
     if model.folder is None:
         return
-    if model.gguf_file is not None:
-        with contextlib.suppress(CheckpointError):
+    if model.gguf_file is not None or needs_sentencepiece(model.folder):  # written as tokenizer.json
+        with contextlib.suppress(CheckpointError, MissingDependency):
             load_tokenizer(model.folder, gguf_file=model.gguf_file).save_pretrained(folder)
+    if model.gguf_file is not None:
         return
     for name in TOKENIZER_FILES:
-        if (model.folder / name).is_file():
+        if (model.folder / name).is_file() and not (folder / name).exists():
             shutil.copyfile(model.folder / name, folder / name)
 
 

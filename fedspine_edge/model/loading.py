@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import re
@@ -22,7 +23,7 @@ from torch import nn
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError, ConfigError, MissingDependency
-from fedspine_edge.files import ADAPTER_CONFIG, LAYOUT, TOKENIZER_VOCABULARIES
+from fedspine_edge.files import ADAPTER_CONFIG, LAYOUT, SENTENCEPIECE_MODELS, TOKENIZER, TOKENIZER_VOCABULARIES
 from fedspine_edge.model.architecture import Architecture
 from fedspine_edge.model.derive_spec import model_spec
 from fedspine_edge.model.deterministic_init import uniform
@@ -186,6 +187,11 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padd
             f"{folder} has no tokenizer.",
             remedy="Copy tokenizer.json and tokenizer_config.json of the base model into it.",
         )
+    if gguf_file is None and needs_sentencepiece(folder) and importlib.util.find_spec("sentencepiece") is None:
+        raise MissingDependency(
+            f"the tokenizer in {folder} is a SentencePiece model, which needs the package sentencepiece.",
+            remedy="pip install sentencepiece protobuf",
+        )
     with quiet(transformers):
         try:
             source = {"gguf_file": gguf_file} if gguf_file else {}
@@ -211,6 +217,11 @@ def load_tokenizer(path_or_id: str | Path, *, gguf_file: str | None = None, padd
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def needs_sentencepiece(folder: Path) -> bool:
+    """Return whether the tokenizer of a folder is a SentencePiece model without a tokenizer.json."""
+    return not (folder / TOKENIZER).exists() and any((folder / name).exists() for name in SENTENCEPIECE_MODELS)
 
 
 def resolve(path_or_id: str | Path, gguf_file: str | None = None) -> tuple[Path, str | None]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_interoperability import write_gguf
 
-from fedspine_edge.errors import CheckpointError
+from fedspine_edge.errors import CheckpointError, MissingDependency
 from fedspine_edge.model import peft_format
 from fedspine_edge.model.checkpoint import load_model, save_model
 from fedspine_edge.model.loading import load_base, load_tokenizer
@@ -240,3 +240,26 @@ def test_pickle_remedy_names_the_class_of_the_head(tmp_path):
     error = rejected("pickled", load_base, tmp_path / "base", task="causal_lm")
     assert "LlamaForCausalLM.from_pretrained" in error.remedy
     assert "AutoTokenizer" in error.remedy
+
+
+@pytest.mark.parametrize("name", ["spm.model", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_sentencepiece_tokenizers_name_the_missing_package(name, base, monkeypatch):
+    (base / name).write_bytes(b"model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(MissingDependency, match="SentencePiece") as caught:
+        load_tokenizer(base)
+    assert caught.value.remedy == "pip install sentencepiece protobuf"
+
+
+def test_save_model_writes_a_sentencepiece_tokenizer_as_json(base, tmp_path, monkeypatch):
+    (base / "spm.model").write_bytes(b"model")
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr("fedspine_edge.model.checkpoint.load_tokenizer", lambda *_, **__: Tokenizer())
+    folder = save_model(load_base(base), tmp_path / "out")
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert (folder / "spm.model").read_bytes() == b"model"
+    load_model(folder)
