@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from fedspine_edge.arrays import Array
 from fedspine_edge.config import Task
 from fedspine_edge.data.targets import first_tokens
 from fedspine_edge.errors import ConfigError, DataError, DeployError
+from fedspine_edge.runtime.inputs import require_number
 from fedspine_edge.runtime.loaded_model import LoadedModel
 from fedspine_edge.runtime.results import Prediction, WordLabel
 from fedspine_edge.runtime.text import Text, Words
@@ -47,6 +49,7 @@ def _check_call(model: LoadedModel, task: Task, texts: Sequence[Any], batch_size
             f"{calls[task]} needs a {task} model; this bundle contains a {model.manifest.task} model.",
             remedy=f"Call {calls[model.manifest.task]}.",
         )
+    require_number("batch_size", batch_size, numbers.Integral)
     if batch_size < 1:
         raise ConfigError(f"`batch_size` is {batch_size}.", remedy="Give at least 1.")
     if not texts:

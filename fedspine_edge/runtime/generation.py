@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -12,6 +13,7 @@ import numpy as np
 
 from fedspine_edge.arrays import Array
 from fedspine_edge.errors import ConfigError, DataError, DeployError
+from fedspine_edge.runtime.inputs import require_number
 from fedspine_edge.runtime.loaded_model import LoadedModel
 from fedspine_edge.runtime.results import FinishReason, Generation
 from fedspine_edge.runtime.text import TextStream
@@ -29,6 +31,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Seed of the random draws. The same seed, prompt and model give the same text."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            require_number(name, getattr(self, name), numbers.Real)
+        for name in ("top_k", "seed"):
+            require_number(name, getattr(self, name), numbers.Integral)
         if not (np.isfinite(self.temperature) and self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ConfigError(
                 f"temperature {self.temperature}, top_k {self.top_k} and top_p {self.top_p} are not valid.",
@@ -49,8 +55,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         order = np.lexsort((np.arange(logits.size), -logits))
         if self.top_k:
             order = order[: self.top_k]
-        scaled = logits[order].astype(np.float64) / self.temperature
-        weights = np.exp(scaled - scaled[0])
+        # The difference is divided, because logits divided by a tiny temperature would overflow.
+        values = logits[order].astype(np.float64)
+        with np.errstate(over="ignore"):
+            weights = np.exp((values - values[0]) / self.temperature)
         weights /= weights.sum()
         if self.top_p < 1:
             kept = int(np.searchsorted(np.cumsum(weights), self.top_p)) + 1
@@ -67,6 +75,9 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        require_number("max_new_tokens", self.max_new_tokens, numbers.Integral)
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError("`stop` contains a value that is not a string.", remedy="Give a string or several.")
         if self.max_new_tokens < 1:
             raise ConfigError(f"`max_new_tokens` is {self.max_new_tokens}.", remedy="Give at least 1.")
         if "" in self.stop:
@@ -116,7 +127,13 @@ def stream(
 
 
 def _prompt_ids(model: LoadedModel, prompt: str | Sequence[int]) -> list[int]:
-    ids = model.codec.encode([prompt])[0].ids if isinstance(prompt, str) else [int(token) for token in prompt]
+    if isinstance(prompt, str):
+        ids = model.codec.encode([prompt])[0].ids
+    else:
+        is_sequence = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, (bytes, bytearray))
+        if not is_sequence or not all(isinstance(token, numbers.Integral) for token in prompt):
+            raise DataError("The prompt is neither a text nor token ids.", remedy="Give a str or a list of integers.")
+        ids = [int(token) for token in prompt]
     limit = model.manifest.max_tokens
     vocabulary = model.manifest.inputs[0].limit or 2**63
     if not ids or min(ids) < 0 or max(ids) >= vocabulary:

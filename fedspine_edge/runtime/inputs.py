@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 
 import numpy as np
 
 from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.bundle import BundleManifest, TensorInfo
-from fedspine_edge.errors import DataError
+from fedspine_edge.errors import ConfigError, DataError
 
 
 def validate_tokens(manifest: BundleManifest, given: Mapping[str, Array]) -> dict[str, Array]:
@@ -63,6 +64,13 @@ def _validate_array(tensor: TensorInfo, array: object, max_tokens: int) -> None:
             f"{name} contains {low if low < 0 else high}; it must be within 0..{(tensor.limit or 2**63) - 1}.",
             remedy="Use the tokenizer of this bundle.",
         )
+
+
+def require_number(name: str, value: object, kind: type) -> None:
+    """Raise `ConfigError` unless the argument `name` is a number of `kind`, `numbers.Integral` or `numbers.Real`."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        expected = "an integer" if kind is numbers.Integral else "a number"
+        raise ConfigError(f"`{name}` is {value!r}.", remedy=f"Give {expected}.")
 
 
 def check_length(tokens: int, max_tokens: int, new_tokens: int = 0) -> None:

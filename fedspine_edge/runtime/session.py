@@ -8,9 +8,10 @@ with Session.load("model.bundle") as session:
 from __future__ import annotations
 
 import functools
+import numbers
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +21,10 @@ from fedspine_edge.arrays import Array
 from fedspine_edge.bundle.archive import is_archive, unpack
 from fedspine_edge.bundle.bundle import BundleManifest
 from fedspine_edge.engine.tensorrt_builder import BACKENDS, BackendChoice
-from fedspine_edge.errors import ConfigError
+from fedspine_edge.errors import ConfigError, DataError
 from fedspine_edge.runtime import classification, generation
 from fedspine_edge.runtime.generation import GenerationSettings, Sampling
-from fedspine_edge.runtime.inputs import random_tokens
+from fedspine_edge.runtime.inputs import random_tokens, require_number
 from fedspine_edge.runtime.latency import latency_statistics, time_interleaved
 from fedspine_edge.runtime.loaded_model import LoadedModel
 from fedspine_edge.runtime.results import Generation, LatencyComparison, LatencyStatistics, Prediction, WordLabel
@@ -93,6 +94,8 @@ class Session:
         """
         if backend not in BACKENDS:
             raise ConfigError(f"`backend` is {backend!r}.", remedy=f"Choose one of: {', '.join(BACKENDS)}")
+        if threads is not None:
+            require_number("threads", threads, numbers.Integral)
         if threads is not None and threads < 1:
             raise ConfigError(f"`threads` is {threads}.", remedy="Give at least 1, or omit it for one per core.")
         if spinning is not None:
@@ -240,7 +243,7 @@ class Session:
             DeployError: The model is not a classifier, or the bundle has no tokenizer.json.
         """
         single = isinstance(text, (str, tuple))
-        texts: list[Any] = [text] if single else list(text)
+        texts: list[Any] = [text] if single else _as_list(text)
         predictions = classification.classify(self.model, texts, batch_size)
         return predictions[0] if single else predictions
 
@@ -261,7 +264,7 @@ class Session:
                 model or its engine allows; the remedy then states how many of its words fit.
             DeployError: The model is not a token classifier, or the bundle has no tokenizer.json.
         """
-        given: list[Any] = list(words)
+        given: list[Any] = _as_list(words)
         single = not isinstance(words, str) and bool(given) and isinstance(given[0], str)
         labels = classification.label_words(self.model, [given] if single else given, batch_size)
         return labels[0] if single else labels
@@ -303,7 +306,16 @@ class Session:
         self.close()
 
 
+def _as_list(values: Any) -> list[Any]:
+    """Return a list of texts. Raises `DataError` for a value that is not iterable."""
+    if not isinstance(values, Iterable):
+        raise DataError(f"A text has the type {type(values).__name__}.", remedy="Give a text or a list of texts.")
+    return list(values)
+
+
 def _settings(sampling: Sampling, max_new_tokens: int, stop: str | Sequence[str]) -> GenerationSettings:
+    if not isinstance(stop, Iterable):
+        raise ConfigError(f"`stop` is {stop!r}.", remedy="Give a string or several.")
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     return GenerationSettings(sampling=sampling, max_new_tokens=max_new_tokens, stop=strings)
 

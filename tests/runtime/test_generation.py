@@ -192,6 +192,17 @@ def test_generate_ends_at_model_limit(session):
         ("", {}, DataError, "no tokens"),
         ([], {}, DataError, "empty"),
         ([120], {}, DataError, "vocabulary"),
+        (["a", "b"], {}, DataError, "neither a text nor token ids"),
+        (b"abc", {}, DataError, "neither a text nor token ids"),
+        ([1.7, 2], {}, DataError, "neither a text nor token ids"),
+        (None, {}, DataError, "neither a text nor token ids"),
+        (7, {}, DataError, "neither a text nor token ids"),
+        ("a", {"seed": None}, ConfigError, "`seed` is None"),
+        ("a", {"stop": None}, ConfigError, "`stop` is None"),
+        ("a", {"stop": [3]}, ConfigError, "`stop` contains"),
+        ("a", {"temperature": "hot"}, ConfigError, "`temperature` is 'hot'"),
+        ("a", {"top_k": 1.5}, ConfigError, "`top_k` is 1.5"),
+        ("a", {"max_new_tokens": "4"}, ConfigError, "`max_new_tokens` is '4'"),
         ("a", {"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
         ("a", {"stop": [""]}, ConfigError, "stop"),
         ("a", {"temperature": -1.0}, ConfigError, "temperature"),
@@ -219,6 +230,13 @@ def test_sampling_matches_probabilities():
     limited = Sampling(temperature=1.0, top_p=0.65, seed=3).sampler()
     assert {limited(logits) for _ in range(300)} == {1, 2}
     assert {Sampling(temperature=1.0, top_k=2, seed=s).sampler()(logits) for s in range(50)} == {1, 2}
+
+
+@pytest.mark.filterwarnings("error")
+def test_sampling_at_tiny_temperature_is_greedy():
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    for temperature in (1e-310, 1e-30, 1e-9):
+        assert Sampling(temperature=temperature, seed=1).sampler()(logits) == 1
 
 
 class Bytes:

@@ -162,6 +162,17 @@ def test_classify_invalid_unicode_names_text(session, texts):
     assert '"replace"' in caught.value.remedy
 
 
+def test_session_invalid_argument_types_raise(session, shared_bundle):
+    for texts in (None, 3):
+        with pytest.raises(DataError, match=f"type {type(texts).__name__}"):
+            session.classify(texts)
+    for value in ("4", None, 1.5, True):
+        with pytest.raises(ConfigError, match=f"`batch_size` is {value!r}"):
+            session.classify("good", batch_size=value)
+    with pytest.raises(ConfigError, match="`threads` is '2'"):
+        Session.load(shared_bundle, threads="2")
+
+
 def test_session_is_thread_safe(session):
     inputs = [{"input_ids": ids(1, n), "attention_mask": np.ones((1, n), np.int64)} for n in range(1, 40)]
     expected = [session.run(**each) for each in inputs]
