@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -87,7 +89,8 @@ class FleetServer:
 
         Raises:
             ConfigError: `run_dir` belongs to another run or program, or too few devices came within `join_timeout_s`.
-            FedspineError: `max_failed_rounds` attempts failed in a row; starting again continues.
+            FedspineError: `max_failed_rounds` attempts failed in a row, or `run_dir` cannot be written (a full disk);
+                starting again continues.
             BrokerUnreachable: The broker cannot be reached.
         """
         self._run_dir = RunDir(self.config)
@@ -103,8 +106,15 @@ class FleetServer:
                 self._run_round()
             return self._finish()
         except (FedspineError, KeyboardInterrupt) as error:
-            self._journal.set_meta(stopped=str(error) or "It was interrupted.")  # shown by `fedspine-edge status`
+            with suppress(sqlite3.Error):  # the disk may be full
+                self._journal.set_meta(stopped=str(error) or "It was interrupted.")  # shown by `fedspine-edge status`
             raise
+        except (sqlite3.Error, OSError) as error:
+            raise FedspineError(
+                f"run_dir {self._run_dir.path} cannot be written: {error}.",
+                remedy="Free space on its disk or correct its permissions, then start the server again with the same "
+                "command: the run continues.",
+            ) from error
         finally:
             self._publisher.close()
             self._run_dir.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from fleet_fakes import SPEC, Fleet, make_config, make_spec
 from fedspine_edge.errors import ConfigError, FedspineError
 from fedspine_edge.model.layout import Layout
 from fedspine_edge.protocol import codec
+from fedspine_edge.protocol.chunks import BlobStore
 from fedspine_edge.protocol.messages import Report, RoundPlan, WaitPlan
 from fedspine_edge.protocol.topics import UploadTopic
 from fedspine_edge.server.journal.writer import Journal
@@ -321,6 +323,32 @@ def test_reason_of_a_device_is_journaled_without_control_characters(fleet, tmp_p
     fleet.serve(config)
     reason = next(view.reason for view in views(config, 1) if view.device_id == "d1")
     assert reason == "a\\nb\\x1b[31mc\\u202ed"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (Journal, "put_report", sqlite3.OperationalError("database or disk is full")),
+        (Journal, "close_round", sqlite3.OperationalError("database or disk is full")),
+        (BlobStore, "put", OSError(28, "No space left on device")),
+    ],
+)
+def test_full_disk_is_a_clear_error_and_the_run_continues(fleet, tmp_path, monkeypatch, owner, name, error):
+    config = make_config(tmp_path / "run")
+    fleet.add_three()
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def full(self, *args, **options):
+        if next(calls) >= 4:
+            raise error
+        return original(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(FedspineError, match=r"run_dir .* cannot be written: .*(full|No space)") as caught:
+            fleet.serve(config)
+    assert "start the server again" in caught.value.remedy
+    assert fleet.serve(config).num_rounds == 5
 
 
 def test_too_few_reports_repeat_the_round(fleet, tmp_path):
