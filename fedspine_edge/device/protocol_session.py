@@ -217,6 +217,8 @@ class ProtocolSession:
         if plan.reason and plan.reason != self._refusal:  # The server repeats the reason after every status.
             log.error("fleet %s does not accept this device: %s", self._fleet, plan.reason)
         self._refusal = plan.reason
+        if not plan.reason:
+            self.publish_status()  # The server takes this device for offline; only a fresh status shows the opposite.
 
     def _on_finished(self, plan: FinishedPlan) -> None:
         log.info("run %s is finished", plan.run_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,6 +19,12 @@ _Model = tuple[ModelSpec, int]
 MAX_ADAPTER_BYTES = MAX_BLOB_BYTES - 16 * 1024**2
 """Largest adapter in float32, with room for names, order and layout in its blob."""
 
+MAX_SILENT_ROUNDS = 2
+"""Rounds in a row without any message after which a device counts as offline until a message arrives.
+
+The broker may keep "online" for a device that is gone: one that lost power together with the broker has no last will.
+"""
+
 RATIO_TOLERANCE = 1e-6
 """Pruning ratios that differ by less are equal."""
 
@@ -33,6 +39,7 @@ class RegisteredDevice:
         fault: Why it cannot be in any run of this fleet, whatever its model is; empty if it can.
         layout: What it keeps, as of its last accepted update; None for the full model.
         reported_ratio: Pruning ratio that it reported with `layout`.
+        silent_rounds: Number of consecutive rounds in which it had a plan and sent no message.
     """
 
     status: Status
@@ -40,6 +47,7 @@ class RegisteredDevice:
     fault: str = ""
     layout: Layout | None = None
     reported_ratio: float = 0.0
+    silent_rounds: int = 0
 
 
 class DeviceRegistry:
@@ -70,6 +78,8 @@ class DeviceRegistry:
         self._online: dict[_Model, set[str]] = {}
         """By model the online devices without a fault."""
         self._devices: dict[str, RegisteredDevice] = {}
+        self._seen: set[str] = set()
+        """Devices that have sent a message since the round started."""
 
     def __getitem__(self, device_id: str) -> RegisteredDevice:
         return self._devices[device_id]
@@ -95,8 +105,14 @@ class DeviceRegistry:
         self._model = self._reference()
         return [device_id for device_id in self.all_ids() if self.rejection(device_id)]
 
-    def update(self, status: Status) -> RegisteredDevice:
-        """Store a status."""
+    def update(self, status: Status, *, retained: bool = False) -> RegisteredDevice:
+        """Store a status.
+
+        Args:
+            status: The status.
+            retained: Whether the broker had kept it, so that it says nothing about the present. A device that has been
+                silent stays offline then.
+        """
         known = self._devices.get(status.device_id)
         if known is not None:
             self._set_online(known, False)
@@ -107,7 +123,12 @@ class DeviceRegistry:
         self._set_online(device, status.state == "online")
         if known is not None:
             device.layout, device.reported_ratio = known.layout, known.reported_ratio
+            device.silent_rounds = known.silent_rounds
         self._devices[status.device_id] = device
+        if not retained:
+            self.mark_seen(status.device_id)
+        elif device.silent_rounds >= MAX_SILENT_ROUNDS:
+            self._set_online(device, False)
         return device
 
     def restore(self, status: Status, layout: tuple[Layout, float] | None = None) -> RegisteredDevice:
@@ -127,9 +148,38 @@ class DeviceRegistry:
         return self._rejection_reason(self._devices[device_id])
 
     def mark_online(self, device_id: str) -> None:
-        """Note that a message came from the device, so it is online even if a last will was received later."""
+        """Note that a report came from the device, so it is online even if a last will was received later."""
         if device_id in self._devices:
             self._set_online(self._devices[device_id], True)
+            self.mark_seen(device_id)
+
+    def mark_seen(self, device_id: str) -> None:
+        """Note that a message came from the device."""
+        self._seen.add(device_id)
+        if device_id in self._devices:
+            self._devices[device_id].silent_rounds = 0
+
+    def start_round(self) -> None:
+        """Begin to note which devices send a message."""
+        self._seen.clear()
+
+    def end_round(self, silent: Iterable[str]) -> list[str]:
+        """Count a silent round for devices without any message since `start_round`.
+
+        Args:
+            silent: Ids of the participants that did not report.
+
+        Returns the ids of the devices that count as offline from now on.
+        """
+        gone = []
+        for device_id in silent:
+            device = self._devices[device_id]
+            if device_id not in self._seen:
+                device.silent_rounds += 1
+                if device.silent_rounds >= MAX_SILENT_ROUNDS and device.online:
+                    self._set_online(device, False)
+                    gone.append(device_id)
+        return gone
 
     def is_online(self, device_id: str) -> bool:
         """Return whether the device is known and connected."""

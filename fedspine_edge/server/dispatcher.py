@@ -59,6 +59,7 @@ class MessageDispatcher:
         try:
             topic = self._topics.parse(event.topic)
             if isinstance(topic, UploadTopic):
+                self._registry.mark_seen(topic.device_id)
                 if collector is not None:
                     self._answer(collector.add_chunk(topic.device_id, topic.sha256, topic.index, event.payload))
             elif isinstance(topic, DeviceTopic) and topic.kind == "status":
@@ -77,7 +78,7 @@ class MessageDispatcher:
             raise MessageError(f"the status is of {device_id!r}.")
         journal = self._run.journal
         was_online = self._registry.is_online(device_id)
-        device = self._registry.update(status)
+        device = self._registry.update(status, retained=retained)
         rejection = self._registry.rejection(device_id)
         if rejection:
             self._reject(device_id, rejection, online=device.online)

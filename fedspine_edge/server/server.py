@@ -128,6 +128,7 @@ class FleetServer:
             self._wait_for_devices()
             opened, slices = self._open_round()
         collector = ReportCollector(self._run, opened, self._registry)
+        self._registry.start_round()
         self._publish_round(opened, slices)
         self._collect(collector)
         reports = collector.accepted_reports()
@@ -305,6 +306,8 @@ class FleetServer:
         )
         self._state = replace(next_state, strategy=self._strategy.to_dict(), open=False)
         self._journal.close_round(self._state, closed, wall_s=self._wall_time())
+        for device_id in self._registry.end_round(collector.waiting_for):
+            logger.warning("%s has sent nothing for several rounds and is not waited for until it does", device_id)
         accepted = [outcome.device_id for outcome in outcomes if outcome.status == "ok"]
         self._on_event("round_closed", {"server_round": opened.server_round, "done": closed.done, "accepted": accepted})
         return outcomes

@@ -45,6 +45,26 @@ def test_equally_common_models_are_decided_by_the_smallest_device_id():
     assert registry.decide_model() == ["b"]
 
 
+def test_silent_device_stays_offline_until_a_fresh_status():
+    registry = make_registry(make_status("a"), make_status("b"))
+    for expected in ([], ["a"], []):
+        registry.start_round()
+        assert registry.end_round(["a"]) == expected
+    registry.update(make_status("a"), retained=True)  # after a reconnect the broker sends what it has kept
+    assert registry.online() == ["b"]
+    registry.update(make_status("a"))
+    assert registry.online() == ["a", "b"]
+
+
+def test_device_that_sends_chunks_is_not_silent():
+    registry = make_registry(make_status("a"))
+    for _ in range(3):
+        registry.start_round()
+        registry.mark_seen("a")
+        assert registry.end_round(["a"]) == []
+    assert registry.online() == ["a"]
+
+
 def test_offline_devices_do_not_vote():
     registry = make_registry(make_status("a", spec=make_spec("b" * 64)), make_status("b"))
     registry.update(make_status("a", spec=make_spec("b" * 64), state="offline"))

@@ -351,6 +351,27 @@ def test_full_disk_is_a_clear_error_and_the_run_continues(fleet, tmp_path, monke
     assert fleet.serve(config).num_rounds == 5
 
 
+def test_dead_device_costs_two_deadlines_and_returns_after_a_message(fleet, tmp_path):
+    """A device that is gone while the broker keeps "online" for it, until it comes back in round 7."""
+    config = make_config(tmp_path / "run", num_rounds=10, min_reports=1)
+    fleet.add_three()
+    device = fleet.devices["d2"]
+    alive, rounds = (device.handle, device.tick, device.next_wakeup), {}
+
+    def opened(name, data):
+        if name == "round_opened":
+            rounds[data["server_round"]] = data["devices"]
+            is_alive = data["server_round"] in (1, *range(7, 11))
+            dead = (lambda event: None, lambda: None, lambda: None)
+            device.handle, device.tick, device.next_wakeup = alive if is_alive else dead
+
+    fleet.serve(config, on_event=opened)
+    assert {number for number, devices in rounds.items() if "d2" in devices} == {1, 2, 3, 8, 9, 10}
+    with Journal.open_readonly(config.run_dir) as journal:
+        durations = [view.ended_wall_s - view.started_wall_s for view in journal.rounds()]
+    assert sum(duration >= config.deadline_s - 1.0 for duration in durations) == 2
+
+
 def test_too_few_reports_repeat_the_round(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=2)
     fleet.add_three()
