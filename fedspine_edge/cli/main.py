@@ -158,14 +158,14 @@ def _main(argv: Sequence[str] | None) -> int:
         except ModuleNotFoundError as error:
             raise MissingDependency.from_import(error, purpose=f"fedspine-edge {arguments.command}") from None
     except FedspineError as error:
-        print(f"error: {error.with_names(arguments.names)}", file=sys.stderr)
+        _print_error(error.with_names(arguments.names))
         return 2
     except BrokenPipeError:  # the reader of the output closed the pipe, such as `fedspine-edge status RUN_DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python fails to flush at exit
         return 1
     except OSError as error:  # a path that was not checked before, such as the folder of a plot
         log.debug("traceback:", exc_info=True)
-        print(f"error: {error}\n  Check that the path exists, its free space and its permissions.", file=sys.stderr)
+        _print_error(f"{error}\n  Check that the path exists, its free space and its permissions.")
         return 2
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
@@ -173,6 +173,11 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"{'terminated' if terminated else 'interrupted'}; the same command {after}", file=sys.stderr)
         return 143 if terminated else 130
     return int(code or 0)
+
+
+def _print_error(text: str) -> None:
+    """Print an error to standard error. Arguments that are not UTF-8 are shown with escapes."""
+    print(f"error: {text}".encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr)
 
 
 def print_json(data: dict[str, Any]) -> None:

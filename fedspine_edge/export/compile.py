@@ -97,6 +97,10 @@ def compile_engine(
             f"{folder} is a bundle, but `lora` applies only to model folders.", remedy="Compile the model folder."
         )
     if out is None:
+        if not folder.absolute().name:
+            raise ConfigError(
+                f"{folder} is not a model folder.", remedy="Give a folder that `tune` or `assemble` wrote."
+            )
         out = folder if from_bundle else folder.absolute().with_name(f"{folder.absolute().name}.bundle")
     out = Path(out)
     export = ExportOptions(
