@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedspine_edge.bundle.bundle import MANIFEST, load_bundle
-from fedspine_edge.bundle.publish import writing
+from fedspine_edge.bundle.publish import is_full, temporary_folder_full, writing
 from fedspine_edge.errors import CheckpointError, ConfigError
 
 SUFFIX = ".zip"
@@ -92,7 +92,7 @@ def unpack(path: str | Path) -> tempfile.TemporaryDirectory[str]:
     """Unpack a bundle into a temporary folder, which the caller removes.
 
     The content is not verified; `load_bundle` does that. Raises `CheckpointError` if `path` is not a packed bundle or
-    contains anything but the files of a bundle.
+    contains anything but the files of a bundle, and `DeployError` if the temporary folder is full.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,6 +112,8 @@ def unpack(path: str | Path) -> tempfile.TemporaryDirectory[str]:
             archive.extractall(folder.name)
     except (OSError, zipfile.BadZipFile) as error:
         folder.cleanup()
+        if is_full(error):
+            raise temporary_folder_full(error) from error
         raise CheckpointError(f"{path} cannot be unpacked: {error}.", remedy="Copy it again.") from error
     except BaseException:
         folder.cleanup()

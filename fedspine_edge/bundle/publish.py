@@ -60,10 +60,42 @@ def writing(out: Path) -> Iterator[None]:
         unwritable = isinstance(error, OSError) and error.errno in _UNWRITABLE
         if not unwritable and not any(os.strerror(code) in str(error) for code in _FULL):
             raise
+        if is_full(error) and _temporary_folder_is_full(error, out):
+            raise temporary_folder_full(error) from error
         raise DeployError(
             f"{out} cannot be written: {error}.",
             remedy="Check free space and permissions, or choose another output path.",
         ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error means that a file system is full."""
+    code = error.errno if isinstance(error, OSError) else None
+    return code in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
+
+
+def temporary_folder_full(error: BaseException) -> DeployError:
+    """Return the exception for a full temporary folder."""
+    return DeployError(
+        f"The temporary folder {tempfile.gettempdir()} is full: {error}.",
+        remedy="Free space there, or set the environment variable TMPDIR to another folder.",
+    )
+
+
+def _temporary_folder_is_full(error: BaseException, out: Path) -> bool:
+    """Return whether a full file system is that of temporary files and not that of `out`.
+
+    Some errors name the file. For others, the file system with less free space is the full one.
+    """
+    temporary = Path(tempfile.gettempdir()).absolute()
+    named = getattr(error, "filename", None)
+    if isinstance(named, (str, bytes)):
+        path = Path(os.fsdecode(named)).absolute()
+        return temporary in path.parents and out.parent not in path.parents
+    target = next((folder for folder in out.absolute().parents if folder.is_dir()), temporary)
+    if temporary.stat().st_dev == target.stat().st_dev:
+        return False
+    return shutil.disk_usage(temporary).free < shutil.disk_usage(target).free
 
 
 def check_target(out: Path) -> None:

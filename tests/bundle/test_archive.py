@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 
 from fedspine_edge.bundle.archive import pack
 from fedspine_edge.bundle.bundle import EngineInfo, OptimizationProfile, load_bundle
-from fedspine_edge.bundle.publish import seal
+from fedspine_edge.bundle.publish import seal, staging
 from fedspine_edge.engine import cuda_driver
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError, DeployError, EngineIncompatible
 from fedspine_edge.export.compile import compile_engine
@@ -79,6 +80,27 @@ def test_load_rejects_damaged_zip(bundle, tmp_path, damage, words):
     bad = damage(pack(bundle, tmp_path / "good.zip"), tmp_path / "bad.zip")
     with pytest.raises(CheckpointError, match=words):
         Session.load(bad)
+
+
+def test_full_temporary_folder_is_named(bundle, tmp_path, monkeypatch):
+    packed = pack(bundle, tmp_path / "model.zip")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    with pytest.raises(DeployError, match=f"temporary folder {scratch} is full") as caught:
+        Session.load(packed)
+    assert "TMPDIR" in caught.value.remedy
+    assert list(scratch.iterdir()) == []
+    out = tmp_path / "out" / "bundle"
+    with pytest.raises(DeployError, match=f"temporary folder {scratch} is full"), staging(out):
+        raise OSError(errno.ENOSPC, "No space left on device", str(scratch / "raw.onnx"))
+    with pytest.raises(DeployError, match=f"{out} cannot be written"), staging(out):
+        raise OSError(errno.ENOSPC, "No space left on device", str(out.parent / ".bundle.new-1" / "model.onnx"))
 
 
 def with_stale_engine(bundle):
