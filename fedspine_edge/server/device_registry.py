@@ -19,6 +19,9 @@ _Model = tuple[ModelSpec, int]
 MAX_ADAPTER_BYTES = MAX_BLOB_BYTES - 16 * 1024**2
 """Largest adapter in float32, with room for names, order and layout in its blob."""
 
+MAX_DEVICES = 100_000
+"""Ids that a server accepts statuses of. Limits what a client that invents ids can add to memory and journal."""
+
 MAX_SILENT_ROUNDS = 2
 """Rounds in a row without any message after which a device counts as offline until a message arrives.
 
@@ -105,6 +108,14 @@ class DeviceRegistry:
         self._model = self._reference()
         return [device_id for device_id in self.all_ids() if self.rejection(device_id)]
 
+    def is_known(self, device_id: str) -> bool:
+        """Return whether the device has published a status."""
+        return device_id in self._devices
+
+    def is_full_for(self, device_id: str) -> bool:
+        """Return whether the device is unknown and no further one is accepted."""
+        return device_id not in self._devices and len(self._devices) >= MAX_DEVICES
+
     def update(self, status: Status, *, retained: bool = False) -> RegisteredDevice:
         """Store a status.
 
@@ -155,8 +166,8 @@ class DeviceRegistry:
 
     def mark_seen(self, device_id: str) -> None:
         """Note that a message came from the device."""
-        self._seen.add(device_id)
         if device_id in self._devices:
+            self._seen.add(device_id)
             self._devices[device_id].silent_rounds = 0
 
     def start_round(self) -> None:

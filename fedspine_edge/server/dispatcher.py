@@ -9,7 +9,7 @@ from fedspine_edge.errors import MessageError
 from fedspine_edge.protocol import codec
 from fedspine_edge.protocol.messages import Ack, Report, Status
 from fedspine_edge.protocol.topics import DeviceTopic, Topics, UploadTopic
-from fedspine_edge.server.device_registry import DeviceRegistry
+from fedspine_edge.server.device_registry import MAX_DEVICES, DeviceRegistry
 from fedspine_edge.server.planning import build_rejection_plan
 from fedspine_edge.server.publisher import ServerPublisher
 from fedspine_edge.server.report_collector import ReportCollector, ack_for_past_report
@@ -76,6 +76,8 @@ class MessageDispatcher:
         device_id = status.device_id
         if device_id != topic.device_id:
             raise MessageError(f"the status is of {device_id!r}.")
+        if self._registry.is_full_for(device_id):
+            raise MessageError(f"the fleet already has {MAX_DEVICES:,} devices.")
         journal = self._run.journal
         was_online = self._registry.is_online(device_id)
         device = self._registry.update(status, retained=retained)
@@ -109,7 +111,7 @@ class MessageDispatcher:
             raise MessageError(f"the report is of {device_id!r}.")
         journal = self._run.journal
         self._registry.mark_online(device_id)
-        if report.run_id == self._run.run_id and device_id not in self.reported:
+        if self._registry.is_known(device_id) and report.run_id == self._run.run_id and device_id not in self.reported:
             self.reported.add(device_id)
             journal.set_meta(**{f"{REPORTED}{device_id}": "yes"})
         if collector is not None:

@@ -111,6 +111,8 @@ class ReportCollector:
         if upload is not None and upload.report.update == report.update:
             upload.report = report
             return self._request_missing(upload)
+        if upload is not None:
+            upload.download.discard()  # a device has at most one unfinished upload on the server's disk
         limit = max_update_bytes(self._registry.spec, issued.plan, self._registry.num_labels)
         try:
             download = Download(report.update, self._folder / device_id, max_bytes=limit)

@@ -65,3 +65,20 @@ def test_retained_status_does_not_count_as_last_seen(tmp_path):
         device.publish(TOPICS.status("d0"), codec.encode(status()), retain=True)
         dispatcher.process_next(0.1)
         assert journal.last_seen_wall_s() == {"d0": 7.0}
+
+
+def test_statuses_of_invented_ids_are_ignored_beyond_the_limit(tmp_path, monkeypatch):
+    for module in ("device_registry", "dispatcher"):
+        monkeypatch.setattr(f"fedspine_edge.server.{module}.MAX_DEVICES", 3)
+    broker = MemoryBroker()
+    with Journal.open(tmp_path / "j") as journal:
+        dispatcher = make_dispatcher(broker, journal, tmp_path)
+        device = MemoryTransport(broker, "anyone")
+        device.connect(timeout_s=1.0)
+        for number in range(6):
+            device.publish(TOPICS.status(f"d{number}"), codec.encode(status(f"d{number}")))
+            device.publish(TOPICS.report(f"x{number}"), codec.encode(make_recorded(f"x{number}").report))
+        for _ in range(12):
+            dispatcher.process_next(0.05)
+        assert [known.device_id for known, _, _ in journal.devices()] == ["d0", "d1", "d2"]
+        assert journal.meta_names("reported/") == set()

@@ -372,6 +372,27 @@ def test_dead_device_costs_two_deadlines_and_returns_after_a_message(fleet, tmp_
     assert sum(duration >= config.deadline_s - 1.0 for duration in durations) == 2
 
 
+def test_new_announcement_discards_the_unfinished_upload(fleet, tmp_path):
+    config = make_config(tmp_path / "run", min_reports=1)
+    fleet.add_three()
+    device = fleet.devices["d1"]
+    device.transport.drop = lambda topic: topic.index > 0
+    folders = []
+
+    def rewrite(topic, payload):
+        if topic.endswith("/report"):
+            report = codec.decode(payload, Report)
+            uploads = tmp_path / "run" / "uploads"
+            folders.append(len(list(uploads.glob("*/d1/*"))))
+            other = msgspec.structs.replace(report.update, sha256=codec.digest(str(len(folders)).encode()))
+            return codec.encode(msgspec.structs.replace(report, update=other))
+        return payload
+
+    device.transport.rewrite = rewrite
+    fleet.serve(config)
+    assert max(folders) <= 1
+
+
 def test_too_few_reports_repeat_the_round(fleet, tmp_path):
     config = make_config(tmp_path / "run", min_reports=2)
     fleet.add_three()
