@@ -171,7 +171,7 @@ def test_texts_without_tokens_are_counted_not_quoted(language_model):
     tokenizer = load_tokenizer(language_model)
     tokenizer.backend_tokenizer.normalizer = Replace("zanzibar", "")
     texts = TextEncoder.from_model(load_base(language_model, task="causal_lm"), tokenizer)
-    examples = [Example("film", 0), Example("zanzibar", 0), Example("film zanzibar", 0)]
+    examples = [Example("a film", 0), Example("zanzibar", 0), Example("a film zanzibar", 0)]
     with pytest.raises(DataError, match="1 of 3 texts have no tokens") as caught:
         texts.encode(examples, 24)
     assert "zanzibar" not in str(caught.value)
