@@ -58,6 +58,12 @@ def _csv(path: Path, validator: RowValidator) -> Iterator[Example]:
             for fields in reader:
                 if fields:  # not a blank line
                     with validator.collect_error():
+                        if delimiter == "\t" and any("\t" in field and "\n" in field for field in fields):
+                            raise validator.error(
+                                "a quoted text contains tabs and line breaks; it probably includes the next rows.",
+                                "Close the quote, or double quotes inside texts and put such texts in quotes.",
+                                row=line,
+                            )
                         yield validator.example(_record(header, fields, validator, line), line)
                 line = reader.line_num + 1
         except csv.Error:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedspine_edge.config import Task, TrainingSettings
 from fedspine_edge.data.examples import Example
 from fedspine_edge.errors import CheckpointError, ConfigError, DataError
@@ -76,10 +78,11 @@ class TextEncoder:
             examples, self.tokenizer, max_length_tokens, causal=self.task == "causal_lm", segments=self.segments
         )
         lengths = encoded.lengths
-        if empty := int((lengths == 0).sum()):
+        if len(empty := np.flatnonzero(lengths == 0)):
+            which = ", ".join(str(index + 1) for index in empty[:5]) + (", …" if len(empty) > 5 else "")
             raise DataError(
-                f"{empty} of {len(encoded)} texts have no tokens: the tokenizer drops all of their characters.",
-                remedy="Remove them from the data.",
+                f"{len(empty)} of {len(encoded)} texts have no tokens: the tokenizer drops all of their characters.",
+                remedy=f"Remove them from the data: example {which}, counted from 1 without blank lines.",
             )
         if self.task == "causal_lm" and not encoded.has_targets:
             raise DataError(

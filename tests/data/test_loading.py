@@ -64,6 +64,7 @@ def test_csv_json_lines_and_parquet_give_the_same_examples(tmp_path):
         ("text,label,label\na,1,0\n", "data.csv", ["more than one column is named 'label'"]),
         ('{"text": "a", "label": 1, "text": "b"}\n', "data.jsonl", ["line 1", "more than one column is named 'text'"]),
         ('{"text": "a", "label": 1}\n{"text": "nice \\ud83d", "label": 1}\n', "data.jsonl", ["line 2", "surrogate"]),
+        ('text\tlabel\n"a film\t1\nb film\t0\nc film"\t1\n', "data.tsv", ["line 2", "tabs and line breaks"]),
         ("text", "data.xlsx", ["unknown format '.xlsx'", ".parquet"]),
     ],
 )

@@ -171,11 +171,14 @@ def test_texts_without_tokens_are_counted_not_quoted(language_model):
     tokenizer = load_tokenizer(language_model)
     tokenizer.backend_tokenizer.normalizer = Replace("zanzibar", "")
     texts = TextEncoder.from_model(load_base(language_model, task="causal_lm"), tokenizer)
-    examples = [Example("a film", 0), Example("zanzibar", 0), Example("a film zanzibar", 0)]
+    examples = [Example("film film", 0), Example("zanzibar", 0), Example("film zanzibar", 0)]
     with pytest.raises(DataError, match="1 of 3 texts have no tokens") as caught:
         texts.encode(examples, 24)
     assert "zanzibar" not in str(caught.value)
+    assert "example 2" in caught.value.remedy
     assert len(texts.encode(examples[::2], 24)) == 2
+    with pytest.raises(DataError, match="no text has a token to predict"):
+        texts.encode([Example("film", 0), Example("film", 0)], 24)
 
 
 def test_text_encoder_limits_lengths_to_the_positions(tiny_folder, language_model):
