@@ -175,7 +175,7 @@ def tokenizers_check(_: str) -> Iterator[Check]:
     try:
         yield Check("tokenizers", "ok", _version(importlib.import_module("tokenizers")))
     except ImportError as error:
-        yield _absent("tokenizers", error, "pip install 'fedspine-edge[export]'")
+        yield _absent("tokenizers", error, "pip install 'fedspine-edge[run]'")
 
 
 def onnxruntime_check(_: str) -> Iterator[Check]:
@@ -185,7 +185,7 @@ def onnxruntime_check(_: str) -> Iterator[Check]:
         providers = [name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers()]
         yield Check("onnxruntime", "ok", f"{_version(runtime)}: {', '.join(providers)}")
     except ImportError as error:
-        yield _absent("onnxruntime", error, "pip install 'fedspine-edge[export]'")
+        yield _absent("onnxruntime", error, "pip install 'fedspine-edge[run]'")
 
 
 def tensorrt_check(_: str) -> Iterator[Check]:

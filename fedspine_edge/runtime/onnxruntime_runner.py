@@ -30,7 +30,7 @@ class OnnxRuntimeRunner:
         try:
             import onnxruntime
         except ImportError as error:
-            raise MissingDependency.of("onnxruntime", extra="export", purpose="Running a bundle") from error
+            raise MissingDependency.of("onnxruntime", extra="run", purpose="Running a bundle") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1

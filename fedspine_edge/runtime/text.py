@@ -29,7 +29,7 @@ class TextCodec:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise MissingDependency.of("tokenizers", extra="export", purpose="Reading text") from error
+            raise MissingDependency.of("tokenizers", extra="run", purpose="Reading text") from error
         self._manifest, self._max_tokens = manifest, max_tokens
         self._tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
         # Discard padding and truncation that a training script left in tokenizer.json, such as a fixed length of 128.

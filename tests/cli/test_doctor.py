@@ -88,7 +88,7 @@ def test_server_without_torch_is_usable(tmp_path: Path) -> None:
     assert by_name["torch"]["state"] == "missing"
     assert by_name["torch"]["remedy"] == "pip install 'fedspine-edge[device]'"
     assert by_name["native"]["state"] == "missing"
-    assert by_name["onnxruntime"]["remedy"] == "pip install 'fedspine-edge[export]'"
+    assert by_name["onnxruntime"]["remedy"] == "pip install 'fedspine-edge[run]'"
     assert report["roles"] == {"server": True, "device": False, "run": False}
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
