@@ -15,8 +15,8 @@
 
 struct Tensor {
   std::string name, dtype;
-  json::Value shape;      // numbers, or names of dynamic axes
-  int64_t limit = 0;      // exclusive upper bound of an integer input; 0 if there is none
+  json::Value shape;  // numbers, or names of dynamic axes
+  int64_t limit = 0;  // exclusive upper bound of an integer input; 0 if there is none
 
   // Returns the shape for (batch, tokens). Only token inputs and logits are used here, so other axes are unknown.
   std::vector<int64_t> sized(int64_t batch, int64_t tokens) const {
@@ -42,7 +42,8 @@ struct Bundle {
 
   explicit Bundle(const std::string& where) : folder(where) {
     manifest = json::Value::parse(read(where + "/bundle.json"));
-    if (manifest["format_version"].number() != 2) throw std::runtime_error("bundle.json has another format version than 2");
+    if (manifest["format_version"].number() != 2)
+      throw std::runtime_error("bundle.json has another format version than 2");
     if (manifest["task"].string() != "classification")
       throw std::runtime_error("this example runs classifiers; the bundle contains a " + manifest["task"].string() +
                                " model");

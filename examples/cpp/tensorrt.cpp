@@ -2,8 +2,8 @@
 //
 //     echo "101 2023 2003 102" | run_tensorrt model.bundle
 //
-// Inputs and outputs are in page-locked memory that is mapped to the GPU. On a Jetson, CPU and GPU share this memory, so
-// nothing is copied. A discrete GPU reads it over the bus, which is sufficient for token ids and logits.
+// Inputs and outputs are in page-locked memory that is mapped to the GPU. On a Jetson, CPU and GPU share this memory,
+// so nothing is copied. A discrete GPU reads it over the bus, which is sufficient for token ids and logits.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -68,8 +68,8 @@ void check_engine(const Bundle& bundle) {
   int major = 0, minor = 0, patch = 0;
   std::sscanf(engine["version"].string().c_str(), "%d.%d.%d", &major, &minor, &patch);
   if (major * 10000 + minor * 100 + patch != getInferLibVersion())
-    throw std::runtime_error("the engine was built by TensorRT " + engine["version"].string() + "; the library has version " +
-                             std::to_string(getInferLibVersion()) + rebuild);
+    throw std::runtime_error("the engine was built by TensorRT " + engine["version"].string() +
+                             "; the library has version " + std::to_string(getInferLibVersion()) + rebuild);
   int sm_major = 0, sm_minor = 0;
   check(cudaDeviceGetAttribute(&sm_major, cudaDevAttrComputeCapabilityMajor, 0), "query the GPU");
   check(cudaDeviceGetAttribute(&sm_minor, cudaDevAttrComputeCapabilityMinor, 0), "query the GPU");

@@ -1,6 +1,6 @@
-// A fake CUDA driver for tests of resource lifetimes. It is loaded as libcuda.so.1, so that the real Python packages and
-// ctypes calls use it. Device memory is host memory behind invalid addresses, so that host access crashes as on a GPU.
-// Work is queued on its stream until the stream is synchronized, which exposes results that are read too early and
+// A fake CUDA driver for tests of resource lifetimes. It is loaded as libcuda.so.1, so that the real Python packages
+// and ctypes calls use it. Device memory is host memory behind invalid addresses, so that host access crashes as on a
+// GPU. Work is queued on its stream until the stream is synchronized, which exposes results that are read too early and
 // inputs that are overwritten too early. Calls are counted, and misuse returns the driver's error codes.
 //
 // Tests use the `fake_*` functions at the end: configuration, counters, and the interface for a fake TensorRT.

@@ -1,6 +1,7 @@
-// Fake TensorRT and CUDA runtime for examples/cpp/tensorrt.cpp. They implement declarations/ and verify that the program
-// makes the right calls in the right order. The fake engine returns three logits: the sum of the ids, the sum of the
-// mask, and the selected profile. Work is deferred until the stream is synchronized. FAKE_* variables inject failures.
+// Fake TensorRT and CUDA runtime for examples/cpp/tensorrt.cpp. They implement declarations/ and verify that the
+// program makes the right calls in the right order. The fake engine returns three logits: the sum of the ids, the sum
+// of the mask, and the selected profile. Work is deferred until the stream is synchronized. FAKE_* variables inject
+// failures.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
