@@ -142,7 +142,7 @@ import re
 from pip._vendor import tomli
 project = tomli.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-wanted = [*project["dependencies"], *extras["device"], *extras["broker"], *extras["export"], *extras["data"]]
+wanted = [*project["dependencies"], *extras["device"], *extras["broker"], *extras["run"], *extras["export"], *extras["data"]]
 print("\n".join(r for r in wanted if re.split(r"[^A-Za-z0-9_.-]", r)[0] not in ("torch", "fedspine-edge")))
 PYTHON
 requirements="$venv/board-requirements.txt"
