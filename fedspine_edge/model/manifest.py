@@ -9,9 +9,9 @@ import msgspec
 
 from fedspine_edge.config import Task
 from fedspine_edge.errors import CheckpointError
-from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT, WEIGHTS
+from fedspine_edge.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT, WEIGHTS, Sha256
 from fedspine_edge.model.layout import Layout
-from fedspine_edge.model.spec import ModelSpec, Sha256
+from fedspine_edge.model.spec import ModelSpec
 
 
 class ModelManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

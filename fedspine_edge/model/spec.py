@@ -7,7 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+from fedspine_edge.files import Sha256
+
 Label = Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]
 """A short text without control characters, safe to show in logs and on terminals."""
 

@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from fedspine_edge.config import OptimizerSettings, Task
-from fedspine_edge.model.spec import Label, ModelSpec, Sha256
+from fedspine_edge.files import Sha256
+from fedspine_edge.model.spec import Label, ModelSpec
 
 SCHEMA = 1
 CHUNK_BYTES = 96 * 1024

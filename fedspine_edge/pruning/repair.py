@@ -79,10 +79,8 @@ def repair_for(model: PrunableModel, layout: Layout, batches: Sequence[Mapping[s
         )
     if not layout.is_within(model.layout):
         raise LayoutError("the layout keeps heads or channels that were removed earlier; models only shrink.")
-    training = model.module.training
-    model.module.eval()
     done: list[LinearRepair] = []
-    with torch.no_grad(), _undone_on_failure(model) as replace:
+    with torch.no_grad(), _evaluation_mode(model.module), _undone_on_failure(model) as replace:
         calls, unpruned = _layer_calls(model, batches)
         pruned = [hidden.clone() for hidden in unpruned]
         masks = [batch["attention_mask"].bool() for batch in batches]
@@ -103,7 +101,6 @@ def repair_for(model: PrunableModel, layout: Layout, batches: Sequence[Mapping[s
                         weights = [weight * share for weight, share in zip(weights, read)]
                     done.append(_refit(model, name, kept, inputs, wanted[part], weights, replace))
             pruned = stream.advance(pruned)
-    model.module.train(training)
     return done
 
 
@@ -273,6 +270,17 @@ def _put(
         new = QuantizedLinear.from_linear(new, base.stored.bits)
     replace(linear, name, new, lora_A)
     return done
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation mode, and back to its own mode afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 @contextmanager
